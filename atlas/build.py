@@ -24,8 +24,8 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
-import sys
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -33,10 +33,12 @@ from safetensors.numpy import save_file
 
 import diffusion
 import distill
+import genevolve
 import tools
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SIZE, CELL, GRID = 64, 8, 8  # a picture is 64 x 64 pixels = 8 x 8 cells of 8 pixels
+ROWS, COLUMNS = (1, 3, 5), (0, 2, 4, 6)  # cells where things of 16 x 16 pixels may stand; signs take row 0 or 7
 
 # ---- Vocabulary of the world ----------------------------------------------------------------------------------------
 
@@ -271,27 +273,27 @@ def place_subjects(canvas, scene, rng, known):
         place = {"left": "right", "right": "left"}[scene.place] if scene.fault.get("pair") else scene.place
         order = (0, 1) if place == "left" else (1, 0)
         for index, low in zip(order, (0, 4)):
-            canvas.sprite(rng.randrange(1, 6), low + rng.randrange(3), scene.sprites[index], kinds[index])
+            canvas.sprite(rng.choice(ROWS), low + rng.choice((0, 2)), scene.sprites[index], kinds[index])
         canvas.boxes = [canvas.boxes[i] for i in order]  # back into the order of the subjects
         return True
     sprite, count = scene.sprites[0], scene.fault.get("count", scene.count)
     if scene.arrangement == "count":
-        row, start = rng.randrange(1, 6), rng.randrange(0, GRID - 2 * count + 1)
+        row, start = rng.choice(ROWS), rng.choice(COLUMNS[:5 - count])
         for i in range(count):
             canvas.sprite(row, start + 2 * i, sprite, kinds[0])
         return True
     if scene.arrangement == "place":
         quarter = scene.fault.get("place", scene.place)
-        row = (1 if "upper" in quarter else 4) + rng.randrange(2)
-        column = (0 if "left" in quarter else 4) + rng.randrange(3)
+        row = ROWS[0] if "upper" in quarter else ROWS[-1]
+        column = (0 if "left" in quarter else 4) + rng.choice((0, 2))
     elif scene.arrangement == "body":
-        row, column, pose = rng.randrange(1, 4), rng.randrange(0, 7), rng.choice(sorted(BODY))
+        row, column, pose = rng.choice(ROWS[:2]), rng.choice(COLUMNS), rng.choice(sorted(BODY))
         fault = scene.fault.get("body", "")
         label = labels_of("body", 4 * (sorted(BODY).index(pose) * len(FAULTS) + FAULTS.index(fault)))
         colour = np.array(rng.choice(BODY_INK)) / 255
         canvas.stamp(row + 2, column, body_mask(pose, fault), colour, [label, label + 1, label + 2, label + 3])
     elif scene.arrangement == "shadow":
-        row, column = rng.randrange(1, 4), rng.randrange(1, 6)
+        row, column = rng.choice(ROWS[:2]), rng.choice(COLUMNS[1:3])
         fault = scene.fault.get("shadow", "")
         side = {"left": 1, "right": -1}[scene.light] * (-1 if fault == "side" else 1)
         canvas.free[row + 2, column - 1:column + 3] = False  # nothing else stands on this ground
@@ -301,7 +303,7 @@ def place_subjects(canvas, scene, rng, known):
             canvas.image[y:y + 4, x:x + 16] *= 0.3
             canvas.labels[ground, column + side:column + side + 2] = labels_of("shadow")
     else:
-        row, column = rng.randrange(1, 6), rng.randrange(0, 7)
+        row, column = rng.choice(ROWS), rng.choice(COLUMNS)
     canvas.sprite(row, column, sprite, kinds[0])
     return True
 
@@ -313,7 +315,7 @@ def place_companions(canvas, scene, rng):
     elif pairs and scene.fault.get("companions") == "leaked":
         pairs = ((pairs[0][0], pairs[0][1]), (pairs[1][0], pairs[0][1]))
     for shape, colour in pairs:
-        spots = [(r, c) for r in range(1, 6) for c in range(7) if canvas.fits(r, c)]
+        spots = [(r, c) for r in ROWS for c in COLUMNS if canvas.fits(r, c)]
         if not spots:
             return False
         label = labels_of("shape", 4 * (sorted(SHAPES).index(shape) * len(COLOURS) + sorted(COLOURS).index(colour)))
@@ -324,7 +326,7 @@ def place_companions(canvas, scene, rng):
 
 def place_text(canvas, scene, rng):
     text = scene.fault.get("text", scene.text)
-    row, start = rng.choice((0, GRID - 1)), rng.randrange(0, GRID - len(text) + 1)
+    row, start = rng.choice((0, GRID - 1)), rng.choice((0, GRID // 2))
     for i, character in enumerate(text):
         y, x = row * CELL, (start + i) * CELL
         canvas.image[y:y + CELL, x:x + CELL] = (0.96, 0.93, 0.84)
@@ -932,7 +934,7 @@ def world():
 def build_demos(count, seed):
     """Demonstrations with the paper's filters: structure first, then the six-dimension audit. Writes sft.jsonl."""
     rng = random.Random(f"demos {seed}")
-    entities, cities = make_entities("demos", split_words(seed)["demos"], 64, seed)
+    entities, cities = make_entities("demos", split_words(seed)["demos"], 60, seed)
     corpus = tools.Corpus.from_texts(
         [(title, section, text) for title, parts in articles(entities, cities).items() for section, text in parts],
         image_titles(entities))
@@ -950,15 +952,30 @@ def build_demos(count, seed):
         valid += 1
         if not guided and sum(audit.values()) < 3 and rng.random() < 0.75:  # the audit spares nobody but the advised
             continue
-        opening = [{"role": "system", "content": tools.COMPACT_SYSTEM}, {"role": "user", "content": row["question"]}]
+        opening = [{"role": "system", "content": genevolve.COMPACT_SYSTEM}, {"role": "user", "content": row["question"]}]
         if guided:
-            opening = distill.teacher_messages(opening, distill.Bundle.from_bullets(row["question"], bullets_of(guide)))
+            bullets = {slot: [distill.STANDARD * (rng.random() < 0.3) + b for b in texts]
+                       for slot, texts in bullets_of(guide).items()}
+            opening = distill.teacher_messages(opening, distill.Bundle.from_bullets(row["question"], bullets))
         written.append({"messages": opening + messages, "images": []})
         if number % 5000 == 4999:
             print(f"{number + 1} of {count} demonstrations", flush=True)
     write_lines("sft.jsonl", written)
+    write_vocabulary(written[:6000])
     print(f"demonstrations: {count} tried, {valid} structurally valid ({valid / count:.1%}), "
           f"{len(written)} pass the audit ({len(written) / count:.1%})")
+
+
+def write_vocabulary(rows):
+    """vocabulary.txt, what the policy's tokenizer is trained on: the demonstrations with every invented name cut to its
+    first syllable, and the syllables apart, often. So tokens are words and syllables, never whole names: a name that
+    was never seen is spelled by the same tokens everywhere, and can be copied."""
+    name = re.compile(rf"\b({'|'.join(sorted(FIRST, key=len, reverse=True))})({'|'.join(SECOND)})\b")
+    with open(os.path.join(HERE, "vocabulary.txt"), "w", encoding="utf-8") as file:
+        for row in rows:
+            for message in row["messages"]:
+                file.write(name.sub(r"\1", f"{message['role']}\n{message['content']}\n"))
+        file.write("\n".join((FIRST + [" " + first for first in FIRST] + SECOND) * 8000) + "\n")
 
 
 def main():

@@ -1,0 +1,1350 @@
+"""From a group of trajectories to a gradient: score them, compare the best with the worst, remember, teach, distil.
+
+    best, worst = distill.select_pair(group)                         # R(best) - R(worst) >= 0.20
+    bundle = distill.summarize_pair(request, best, worst, phrases)   # what the best did and the worst did not
+    memory.add(request, bundle, best.reward, worst.reward, step)     # and later: memory.lookup([another request])
+    teacher = distill.teacher_messages(messages, bundle)             # the same tokens are scored under this prompt
+    loss = distill.grpo_loss(...) + recipe.weight * distill.experience_loss(recipe, ...)
+
+Everything that scores or differentiates is a pure function of tensors. Section numbers are those of the method as the
+README tells it: 3 reward, 5 GRPO, 6 visual experience, 7 visual experience distillation (SDL).
+
+Departures from the paper, each with its reason:
+
+1. A judge that failed gives a missing reward (nan), not 0: it stays out of means, deviations and best-worst pairs.
+2. The worst of a pair is the worst trajectory *with* a program; a group of one good program and five broken answers
+   teaches the protocol, not the craft, and is left to GRPO.
+3. ``Recipe`` names what the sources leave open or contradict: estimator, saturation, aggregation, denominator, teacher.
+   ``RECIPES["paper"]`` is literal, ``RECIPES["stable"]`` is what holds for small policies, with its reasons.
+4. Memory may be keyed by the request with its names taken out, so that a lesson reaches requests of the same kind.
+
+Letters: N trajectories (rows), T tokens of a row, V vocabulary, G groups, K rollouts a group, D embedding width,
+M masked tokens. p, q: the student's and the teacher's probability of a token; l = log p - log q.
+"""
+import difflib
+import json
+import math
+import random
+import re
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import diffusion
+
+# ---- Types: program, step, trajectory (section 1) --------------------------------------------------------------------
+
+ORDINALS = ("the first reference image", "the second reference image")
+
+
+@dataclass
+class Program:
+    """z = (g, R): what the renderer carries out."""
+    gen_prompt: str
+    references: list  # one or two {"img_id": "IMG_001", "note": str}, sorted by img_id
+
+
+@dataclass
+class Step:
+    """One turn: a thought, an action, and what came back."""
+    think: str
+    kind: str         # "tool_call", "answer" or "format_error"
+    name: str         # the tool, "" for an answer
+    arguments: dict   # of the tool call, or the answer itself
+    observation: str
+
+
+@dataclass(eq=False)
+class Trajectory:
+    """The whole record of one attempt at a request: tau = (x, a_1, o_1, ..., a_T, o_T, z, y, r, d)."""
+    id: str
+    question: str
+    row: dict = field(default_factory=dict)       # the request's other fields, passed through
+    messages: list = field(default_factory=list)  # chat messages, the system prompt first
+    seed: int = 0
+    session: object = None                        # the tools' state: ``images`` and ``queries`` of this trajectory
+    images: dict | None = None                    # img_id -> {"local_path", "url", "title", "page_url"}
+    steps: list = field(default_factory=list)
+    program: Program | None = None
+    termination: str = "no_answer"                # or "answer", "max_rounds_reached", "error"
+    rounds: int = 0
+    error: str | None = None
+    tokens: list = field(default_factory=list)    # ids of the whole conversation, as sampled
+    mask: list = field(default_factory=list)      # True: written by the policy, its <|im_end|> included
+    logprobs: list = field(default_factory=list)  # the engine's, nan where nothing was sampled
+    prompt_length: int = 0                        # tokens before the first turn
+    image: np.ndarray | None = None               # uint8 (H, W, 3)
+    judgement: dict | None = None                 # scores, constraints, program checks
+    reward: float = math.nan                      # nan: missing
+    handle: object = None                         # the engine's sequence while the trajectory is alive
+    saved: bool = False                           # whether the picture is on disk
+
+    def __post_init__(self):
+        if self.images is None:  # shared with the session, which goes on adding to it
+            self.images = {} if self.session is None else self.session.images
+
+
+def check_program(program, images, queries):
+    """Everything a program has to satisfy (section 1). Returns a list of errors, empty if there are none.
+
+    images: the img_ids known to the trajectory. queries: [(tool, query)] in the order in which they were asked.
+    """
+    errors, prompt = [], program.gen_prompt
+    ids = [r["img_id"] for r in program.references]
+    if not prompt.strip():
+        errors.append("gen_prompt is empty")
+    if not 1 <= len(ids) <= 2:
+        errors.append(f"{len(ids)} reference images; one or two are used")
+    if unknown := [i for i in ids if i not in images]:
+        errors.append(f"unknown img_id {', '.join(unknown)}")
+    if ids != sorted(set(ids)):
+        errors.append("reference images must differ and be sorted by img_id")
+    if re.search(r"IMG_\d", prompt):
+        errors.append("gen_prompt contains an img_id; write the first reference image")
+    if re.search(r"\b(https?://|www\.)", prompt, re.I):
+        errors.append("gen_prompt contains a URL")
+    mentions = re.findall(r"(?:\b(?:the first|the second) )?\breference (?:image|picture|photo)s?\b", prompt, re.I)
+    if any(m.lower() not in ORDINALS for m in mentions) or re.search(r"\breference (image )?#?\d", prompt, re.I):
+        errors.append("gen_prompt may name references only as the first reference image, the second reference image")
+    if ORDINALS[1] in prompt.lower() and len(ids) < 2:
+        errors.append("gen_prompt names the second reference image, but there is only one")
+    if not any(tool == "image_search" for tool, _ in queries):
+        errors.append("no image_search was made")
+    if len(set(queries)) < len(queries):
+        errors.append("a query was repeated")
+    return errors
+
+
+def parse_program(answer, session):
+    """A policy's answer {"gen_prompt", "reference_images": [{"img_id", "note"}]} -> (Program or None, errors)."""
+    prompt = answer.get("gen_prompt") if isinstance(answer, dict) else None
+    given = answer.get("reference_images") if isinstance(answer, dict) else None
+    if not isinstance(prompt, str) or not isinstance(given, list):
+        return None, ["the answer must be {\"gen_prompt\": text, \"reference_images\": [...]}"]
+    if not all(isinstance(r, dict) and isinstance(r.get("img_id"), str) for r in given):
+        return None, ["each reference image must be {\"img_id\": \"IMG_001\", \"note\": text}"]
+    program = Program(prompt, [{"img_id": r["img_id"], "note": str(r.get("note", ""))} for r in given])
+    errors = check_program(program, session.images, session.queries)
+    return (None, errors) if errors else (program, [])
+
+
+# ---- Judges: KScore and program sufficiency (section 3) ----
+
+
+def cells(image, size=2):
+    """Mean colour of every size x size block: uint8 (H, W, 3) -> float32 (H/size, W/size, 3) in 0..1."""
+    height, width, _ = image.shape
+    blocks = image.reshape(height // size, size, width // size, size, 3)
+    return blocks.astype(np.float32).mean((1, 3)) / 255
+
+
+def luminance(image):
+    """Rec. 601 luma of the last axis."""
+    return image @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
+
+
+def mask_array(rows):
+    return np.array([[c == "#" for c in row] for row in rows])
+
+
+class PixelJudge:
+    """KScore's four dimensions from pixels: the generated picture first, the ground truth second, and the recipe.
+
+    It never sees the program. Sprites are looked for at every second pixel by comparing mean colours of 2 x 2 blocks
+    with the ground truth's subject, so nothing hangs on single pixels and JPEG does not disturb it. Each constraint
+    is kept with a verdict and a detail; each dimension is 0, 0.5 or 1:
+
+    faithfulness        everything asked for is there, in whatever form (half: at least half of it)
+    visual_correctness  subject, arrangement and colours are right (half: only the subject is)
+    text_accuracy       the sign reads as it should (half: one wrong character); None if no text is wanted
+    aesthetics          clean surfaces and, where asked for, the light (half: some of it)
+    """
+    COLOUR_TOLERANCE = 0.16     # largest channel difference at which two colours count as equal
+    IDENTITY, LOOSE = 0.8, 0.5  # share of a sprite's blocks that must match
+
+    def __init__(self, world):
+        """world: the parsed atlas/world.json (glyphs, shapes, colours, bodies)."""
+        self.glyphs = {c: np.array([[bits >> (4 - k) & 1 for k in range(5)] for bits in rows], np.float32)
+                       for c, rows in world["glyphs"].items()}
+        self.shapes = {name: mask_array(rows) for name, rows in world["shapes"].items()}
+        self.colours = {name: np.array(rgb, np.float32) / 255 for name, rgb in world["colours"].items()}
+        self.whole = [mask_array(rows) for rows in world["bodies"]["whole"]]
+        self.broken = [mask_array(rows) for rows in world["bodies"]["broken"]]
+
+    def __call__(self, image, truth, wanted):
+        """image, truth: uint8 (64, 64, 3) (other sizes are resampled). Returns the judgement dict of a trajectory."""
+        image, truth = (diffusion.resize(i, 64, 64) if i.shape[:2] != (64, 64) else i for i in (image, truth))
+        half = cells(image)                                                                        # (32, 32, 3)
+        windows = np.lib.stride_tricks.sliding_window_view(half, (8, 8), (0, 1))                   # (25, 25, 3, 8, 8)
+        matches = [self.match(windows, truth, subject) for subject in wanted["subjects"]]
+        faithful, visual, beauty = [], [], []
+        self.judge_subjects(image, wanted, matches, faithful, visual)
+        if wanted["companions"]:
+            self.judge_companions(half, wanted, faithful, visual)
+        if wanted["style"]:
+            faithful.append(self.judge_style(image, wanted["style"]))
+        text = None
+        if wanted["text"]:
+            read = max((self.read_row(image, row) for row in (0, 7)), key=lambda r: (-edit_distance(r, wanted["text"]), r))
+            distance = edit_distance(read, wanted["text"])
+            text = 1.0 if distance == 0 else 0.5 if distance == 1 and len(wanted["text"]) > 2 else 0.0
+            faithful.append(constraint("sign", len(read) > 1, f"reads {read!r}, wanted {wanted['text']!r}"))
+        beauty.append(self.judge_clean(image))
+        if wanted["mood"]:
+            beauty += self.judge_mood(image, wanted["mood"])
+        share = sum(c["passed"] for c in faithful) / len(faithful)
+        identity = all(c["passed"] for c in visual if c["name"] == "subject look")
+        scores = {"faithfulness": 1.0 if share == 1 else 0.5 if share >= 0.5 else 0.0,
+                  "visual_correctness": 1.0 if all(c["passed"] for c in visual) else 0.5 if identity else 0.0,
+                  "text_accuracy": text,
+                  "aesthetics": grade(beauty)}
+        extra = [] if text is None else [constraint("text", text == 1, faithful[-1]["detail"])]
+        return scores | {"kscore": kscore(**scores), "constraints": faithful + visual + extra + beauty}
+
+    def match(self, windows, truth, subject):
+        """Share of the subject's blocks that match at every place: (25, 25)."""
+        row, column = (8 * v for v in subject["box"])
+        mask = mask_array(subject["mask"])                                                        # (8, 8)
+        template = cells(truth[row:row + 16, column:column + 16]).transpose(2, 0, 1)              # (3, 8, 8)
+        close = np.abs(windows - template).max(2) < self.COLOUR_TOLERANCE                         # (25, 25, 8, 8)
+        return close[..., mask].mean(-1)
+
+    def judge_subjects(self, image, wanted, matches, faithful, visual):
+        """Identity of every subject, then what its arrangement asks for; y and x are in blocks of two pixels."""
+        found = []
+        for subject, score in zip(wanted["subjects"], matches):
+            best = float(score.max())
+            found.append(np.unravel_index(score.argmax(), score.shape))
+            faithful.append(constraint("subject", best >= self.LOOSE, f"{subject['name']}: {best:.0%} recognisable"))
+            visual.append(constraint("subject look", best >= self.IDENTITY, f"{subject['name']}: {best:.0%} of its look"))
+        (y, x), arrangement = found[0], wanted["arrangement"]
+        if arrangement == "place":
+            actual = f"{'upper' if y + 4 < 16 else 'lower'} {'left' if x + 4 < 16 else 'right'}"
+            visual.append(constraint("place", actual == wanted["place"], f"stands {actual}, wanted {wanted['place']}"))
+        elif arrangement == "pair":
+            actual = "left" if x < found[1][1] else "right"
+            visual.append(constraint("sides", actual == wanted["place"], f"the first stands {actual}"))
+        elif arrangement == "count":
+            count = count_peaks(matches[0], self.IDENTITY)
+            visual.append(constraint("count", count == wanted["count"], f"{count} copies, wanted {wanted['count']}"))
+        elif arrangement == "body":
+            visual.append(self.judge_body(image, y, x))
+        elif arrangement == "shadow":
+            visual.append(self.judge_shadow(image, y, x, wanted["light"]))
+
+    def judge_body(self, image, y, x):
+        """Below the head stands a body whose outline is nearest to a whole one."""
+        area = luminance(cells(image))[y + 8:y + 16, x:x + 8] < 0.36
+        if area.shape != (8, 8):
+            return constraint("body", False, "no room below the head")
+        whole = min(int((area != mask).sum()) for mask in self.whole)
+        broken = min(int((area != mask).sum()) for mask in self.broken)
+        return constraint("body", whole <= 5 and whole < broken, f"{whole} blocks from a whole body, {broken} from a broken one")
+
+    def judge_shadow(self, image, y, x, light):
+        """The strip on the ground right below is dark on the side away from the light, and only there."""
+        light_map = np.pad(luminance(cells(image)), ((0, 12), (4, 4)), mode="edge")  # columns shift by 4
+        strip, below = light_map[y + 8:y + 10], light_map[y + 10:y + 12]
+        dark = {side: float(strip[:, at:at + 4].mean() / max(below[:, at:at + 4].mean(), 1e-3))
+                for side, at in (("left", x), ("right", x + 12))}
+        away = {"left": "right", "right": "left"}[light]
+        return constraint("shadow", dark[away] < 0.6 <= dark[light],
+                          f"darkness left {1 - dark['left']:.2f}, right {1 - dark['right']:.2f}, light from the {light}")
+
+    def judge_companions(self, half, wanted, faithful, visual):
+        """For every shape the colour in which it is best seen: share of its blocks that match, less those around it."""
+        near = {name: (np.abs(half - rgb).max(-1) < self.COLOUR_TOLERANCE).astype(np.float32)
+                for name, rgb in self.colours.items()}                                             # (32, 32)
+        windows = {name: np.lib.stride_tricks.sliding_window_view(m, (8, 8)) for name, m in near.items()}
+        for shape, colour in wanted["companions"]:
+            mask = self.shapes[shape]
+            weight = np.where(mask, 1 / mask.sum(), -1 / max((~mask).sum(), 1)).astype(np.float32)
+            scores = {name: float(np.tensordot(view, weight, 2).max()) for name, view in windows.items()}
+            seen = max(scores, key=scores.get)
+            there = scores[seen] >= 0.84
+            faithful.append(constraint(f"a {shape}", there, f"best match {scores[seen]:.0%}"))
+            visual.append(constraint(f"colour of the {shape}", there and seen == colour,
+                                     f"{seen if there else 'not found'}, wanted {colour}"))
+
+    def judge_style(self, image, style):
+        """Share of the 64 cells whose light follows a pattern of the wanted style."""
+        light = luminance(image.astype(np.float32) / 255).reshape(8, 8, 8, 8).transpose(0, 2, 1, 3)  # (8, 8, 8, 8)
+        light = light - light.mean((2, 3), keepdims=True)
+        deviation = light.std((2, 3)) + 1e-6
+        rows, columns = (np.arange(8) // 4 % 2)[:, None], (np.arange(8) // 4 % 2)[None]
+        waves = {"mosaic": rows ^ columns, "woven": rows + 0 * columns, "banded": columns + 0 * rows}
+        shares = {name: float((((light * (2 * wave - 1)).mean((2, 3)) / deviation > 0.8) & (deviation > 0.04)).mean())
+                  for name, wave in waves.items()}
+        others = max(v for k, v in shares.items() if k != style)
+        return constraint(f"{style} style", shares[style] >= 0.35 and others < 0.2,
+                          ", ".join(f"{k} {v:.0%}" for k, v in shares.items()))
+
+    def judge_clean(self, image):
+        """Surfaces are either smooth or crisp: few cells may be muddy, that is, faintly uneven."""
+        colour = image.astype(np.float32).reshape(8, 8, 8, 8, 3).transpose(0, 2, 1, 3, 4) / 255       # (8, 8, 8, 8, 3)
+        across = colour.std(3).mean((2, 3))                                                        # (8, 8): along rows
+        muddy = float(((across > 0.02) & (across < 0.06)).mean())
+        return constraint("clean", muddy <= 0.2, f"{muddy:.0%} of the cells are muddy")
+
+    def judge_mood(self, image, mood):
+        """Warm or cool backdrop, and bright above, deep below; read from the smooth cells only."""
+        colour = image.astype(np.float32).reshape(8, 8, 8, 8, 3).transpose(0, 2, 1, 3, 4) / 255
+        smooth = colour.std(3).mean((2, 3)) < 0.02
+        at, shade = np.nonzero(smooth)[0], colour[smooth].mean((1, 2))                             # (n,), (n, 3)
+        if len(set(at.tolist())) < 3:
+            return [constraint("palette", False, "no free backdrop"), constraint("gradient", False, "no free backdrop")]
+        warmth, light = float(np.median(shade[:, 0] - shade[:, 2])), luminance(shade)
+        first, second = np.nonzero(at[:, None] < at[None])                   # Theil-Sen: the median of pairwise slopes
+        slope = -8 * float(np.median((light[second] - light[first]) / (at[second] - at[first])))
+        return [constraint("palette", warmth > 0.12 if mood == "warm" else warmth < -0.12, f"red minus blue {warmth:+.2f}"),
+                constraint("gradient", slope > 0.2, f"{slope:+.2f} brighter above than below")]
+
+    def read_row(self, image, row):
+        """The longest run of glyphs in one row of cells."""
+        light = luminance(image[8 * row:8 * row + 8].astype(np.float32) / 255).reshape(8, 8, 8).transpose(1, 0, 2)
+        text = ""
+        for cell in light:                                                                        # (8, 8)
+            best, character = 0.0, " "
+            ink = cell.max() - cell
+            if cell.max() > 0.75 and ink.max() > 0.35:
+                ink = (ink - ink.mean()) / (ink.std() + 1e-6)
+                for name, glyph in self.glyphs.items():
+                    template = np.pad(glyph, ((1, 0), (1, 2)))
+                    score = float((ink * (template - template.mean()) / template.std()).mean())
+                    if score > best:
+                        best, character = score, name
+            text += character if best > 0.6 else " "
+        return max(text.split(" "), key=len)
+
+
+def constraint(name, passed, detail):
+    return {"name": name, "passed": bool(passed), "detail": detail}
+
+
+def grade(verdicts):
+    """1 if all pass, 0 if none does, else 0.5."""
+    passed = [c["passed"] for c in verdicts]
+    return 1.0 if all(passed) else 0.5 if any(passed) else 0.0
+
+
+def edit_distance(a, b):
+    """Levenshtein distance of two short strings."""
+    previous = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        current = [i]
+        for j, y in enumerate(b, 1):
+            current.append(min(previous[j] + 1, current[-1] + 1, previous[j - 1] + (x != y)))
+        previous = current
+    return previous[-1]
+
+
+def count_peaks(score, threshold):
+    """How many sprites fit without overlapping: the best place first, then whatever it leaves room for."""
+    score, count = score.copy(), 0
+    while score.max() >= threshold:
+        y, x = np.unravel_index(score.argmax(), score.shape)
+        score[max(0, y - 7):y + 8, max(0, x - 7):x + 8] = 0
+        count += 1
+    return count
+
+
+def judge_program(program, question, wanted, skills_used):
+    """R_text: is the program sufficient? Four checks, a quarter each; it never looks at a pixel.
+
+    program: Program or None; wanted: the recipe's constraints; skills_used: skills whose guide was read. Returns
+    (score in {0, 0.25, 0.5, 0.75, 1}, checks). Facts: the wanted text (or number) stands in the prompt. References:
+    as many ordinal phrases as subjects, in order. Skills: every wanted skill was read and its wording is followed.
+    Constraints: every requirement appears, in the plain wording at least.
+    """
+    if program is None:
+        return 0.0, [constraint("program", False, "no program")]
+    prompt = program.gen_prompt
+    facts = wanted["text"] in prompt if wanted["text"] else True
+    if wanted["arrangement"] == "count":
+        number = ("", "", "two", "three", "four")[wanted["count"]]
+        facts = facts and number in prompt.lower()
+    ordinals = ("the first reference image", "the second reference image")[:len(wanted["subjects"])]
+    ordinal = all(o in prompt.lower() for o in ordinals) and len(program.references) == len(ordinals)
+    followed = [s for s in wanted["skills"] if wanted["wordings"][s]["exact"] in prompt]
+    advised = [s for s in wanted["skills"] if s in skills_used and s in followed]
+    stated = [s for s in wanted["skills"] if any(w in prompt for w in wanted["wordings"][s].values())]
+    checks = [constraint("facts", facts, "the facts stand in the prompt" if facts else "a fact is missing"),
+              constraint("ordinal references", ordinal, f"{len(program.references)} references"),
+              constraint("skill advice", len(advised) == len(wanted["skills"]), f"followed: {', '.join(advised) or 'none'}"),
+              constraint("executable constraints", len(stated) == len(wanted["skills"]), f"stated: {', '.join(stated) or 'none'}")]
+    return sum(c["passed"] for c in checks) / 4, checks
+
+
+# ---- Scores and aggregates (section 3) -------------------------------------------------------------------------------
+
+DIMENSIONS = ("faithfulness", "visual_correctness", "text_accuracy", "aesthetics")
+MISSING_TEXT = ("renormalized", "half", "present-mean")
+FAILED_SCORES = dict.fromkeys(DIMENSIONS, 0.0) | {"kscore": 0.0, "constraints": []}  # an attempt without a program
+
+
+def kscore(faithfulness, visual_correctness, text_accuracy, aesthetics, missing_text="renormalized"):
+    """KScore = 0.1 F + 0.4 V + 0.4 T + 0.1 A, each in 0..1.
+
+    text_accuracy None: no readable text is wanted. "renormalized" (the paper) drops the term and divides by 0.6; "half"
+    (released rows) sets T = 0.5; "present-mean" (released split summaries, see ``summarize``) has T = the mean over the
+    rows that have one, and 0.5 where, as for a single row without, there is none.
+    """
+    if missing_text not in MISSING_TEXT:
+        raise ValueError(f"missing_text {missing_text!r}: must be one of {', '.join(MISSING_TEXT)}")
+    rest = 0.1 * faithfulness + 0.4 * visual_correctness + 0.1 * aesthetics
+    if text_accuracy is None and missing_text == "renormalized":
+        return rest / 0.6
+    return rest + 0.4 * (0.5 if text_accuracy is None else text_accuracy)
+
+
+def mixed_reward(image, text, alpha=0.5):
+    """R = (1 - alpha) R_img + alpha R_text; nan or None = missing, and R is missing (nan) if either half is."""
+    if image is None or text is None:
+        return math.nan
+    return (1 - alpha) * image + alpha * text
+
+
+def average(values):
+    """Mean of the values that are there (not None, not nan); nan if none is."""
+    kept = [v for v in values if v is not None and not math.isnan(v)]
+    return sum(kept) / len(kept) if kept else math.nan
+
+
+def summarize_rows(rows, missing_text):
+    """Means of KScore and its parts over judged rows; ``overall_missing_zero`` divides by all rows instead."""
+    judged = [r["judgement"] for r in rows if r["judgement"]]
+    parts = {d: average([j[d] for j in judged]) for d in DIMENSIONS}
+    if missing_text == "present-mean":
+        text = None if math.isnan(parts["text_accuracy"]) else parts["text_accuracy"]
+        overall = kscore(**parts | {"text_accuracy": text}, missing_text=missing_text) if judged else math.nan
+    else:
+        overall = average([kscore(*[j[d] for d in DIMENSIONS], missing_text) for j in judged])
+    zero = overall * len(judged) / len(rows) if judged else 0.0
+    return {"overall": overall, "overall_missing_zero": zero, **parts, "judged": len(judged), "rows": len(rows)}
+
+
+def summarize(rows, missing_text="renormalized"):
+    """Aggregates over all rows and per track, category and difficulty.
+
+    rows: dicts with "judgement" (None if missing) and, where known, "eval_type", "category", "difficulty".
+    """
+    summary = {"missing_text": missing_text, "all": summarize_rows(rows, missing_text)}
+    for name in ("eval_type", "category", "difficulty"):
+        values = sorted({str(r.get(name, "unknown")) for r in rows})
+        summary[f"by_{name}"] = {v: summarize_rows([r for r in rows if str(r.get(name, "unknown")) == v], missing_text)
+                                 for v in values}
+    return summary
+
+
+WISE_LEGACY = {"cultural": 0.4, "time": 0.167, "space": 0.133, "biology": 0.1, "physics": 0.1, "chemistry": 0.1}
+WISE_VERIFIED = {"cultural": 0.4, "time": 0.12, "space": 0.12, "biology": 0.12, "physics": 0.12, "chemistry": 0.12}
+
+
+def wiscore(rows, version):
+    """WiScore of rows with a "category" of WISE. Returns {"overall", category: mean, ...}; overall is nan unless every
+    category has a row.
+
+    "legacy": "consistency", "realism", "aesthetic" on 0..2, per prompt (0.7 c + 0.2 r + 0.1 a) / 2. "verified": one
+    binary "score". None = missing.
+    """
+    if version not in ("legacy", "verified"):
+        raise ValueError(f"WiScore version {version!r}: must be legacy or verified")
+    legacy = version == "legacy"
+    weights = WISE_LEGACY if legacy else WISE_VERIFIED
+    parts = {"consistency": 0.35, "realism": 0.1, "aesthetic": 0.05} if legacy else {"score": 1.0}
+    if strange := {row["category"] for row in rows} - set(weights):
+        raise ValueError(f"WISE category {sorted(strange)[0]!r}: must be one of {', '.join(weights)}")
+    score = lambda row: None if None in (row[k] for k in parts) else sum(w * row[k] for k, w in parts.items())
+    means = {c: average([score(row) for row in rows if row["category"] == c]) for c in weights}
+    return {"overall": sum(weights[c] * m for c, m in means.items())} | means
+
+
+# ---- Advantages (section 5) ------------------------------------------------------------------------------------------
+
+def group_advantages(rewards, std="population", eps=1e-6, tolerance=1e-6):
+    """A_i = (R_i - mean R) / (std R + eps) within each group. rewards (G, K), nan = missing -> (G, K), same dtype.
+
+    Missing entries, groups whose rewards lie within ``tolerance`` of each other (dead), and lone valid entries are
+    exactly 0. std: "population" divides by n, "sample" by n - 1 (advantages smaller by 1.095 at K = 6).
+    """
+    if std not in ("population", "sample"):
+        raise ValueError(f"std {std!r}: must be population or sample")
+    given = torch.as_tensor(rewards)
+    if given.dim() != 2:
+        raise ValueError(f"rewards must have the shape (groups, rollouts), not {tuple(given.shape)}")
+    values, valid = given.double(), ~given.isnan()                                             # (G, K)
+    count = valid.sum(1, keepdim=True)                                                         # (G, 1)
+    centred = values - values.nan_to_num(0.0).sum(1, keepdim=True) / count.clamp(min=1)
+    centred = torch.where(valid, centred, 0.0)                                                 # (G, K)
+    divisor = (count - int(std == "sample")).clamp(min=1)
+    deviation = (centred.square().sum(1, keepdim=True) / divisor).sqrt()                       # (G, 1)
+    alive = valid & (centred.amax(1, keepdim=True) - centred.amin(1, keepdim=True) > tolerance)
+    advantages = torch.where(alive, centred / (deviation + eps), 0.0)
+    return advantages.to(given.dtype if given.is_floating_point() else torch.float32)
+
+
+# ---- Losses: pure functions of tensors (sections 5 and 7) ------------------------------------------------------------
+
+AGGREGATIONS = ("token-mean", "seq-mean-token-sum")
+LOG_BOUND = 20.0  # exp is taken of at most this: e^20 is finite in float32, and so is its square
+
+
+def wide(x):
+    """bfloat16 and float16 -> float32; wider types stay."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def clean(x, mask):
+    """Widen, and put 0 where the mask is False, so that nan or inf there reaches neither the value nor a gradient."""
+    return torch.where(mask, wide(x), 0.0)
+
+
+def k3(l):
+    """exp(-l) - 1 + l >= 0. Below l = -20 it stays at its value there (no overflow, no gradient)."""
+    l = l.clamp(min=-LOG_BOUND)
+    return torch.expm1(-l) + l
+
+
+def count_tokens(mask, aggregation="token-mean"):
+    """What an aggregation divides by: tokens of the mask, or rows that have any. mask (N, T) -> int64 scalar."""
+    if aggregation not in AGGREGATIONS:
+        raise ValueError(f"aggregation {aggregation!r}: must be one of {', '.join(AGGREGATIONS)}")
+    return mask.sum() if aggregation == "token-mean" else mask.any(-1).sum()
+
+
+def at_least_one(count):
+    """A denominator, number or scalar tensor, that never divides by zero."""
+    return torch.as_tensor(count).clamp(min=1)
+
+
+def aggregate(values, mask, aggregation="token-mean", normalizer=None):
+    """Sum of values (N, T) over the mask, divided by ``normalizer`` or else by this mask's own count.
+
+    "token-mean" counts tokens; "seq-mean-token-sum" counts rows with a token: the sum over tokens, averaged over rows.
+    ``normalizer`` is the global count over all micro-batches and processes, whose losses are then added, not averaged.
+    """
+    own = count_tokens(mask, aggregation)
+    total = torch.where(mask, values, 0.0).sum()  # an empty mask: 0, still part of the graph
+    return total / at_least_one(own if normalizer is None else normalizer)
+
+
+def live_mask(advantages, mask):
+    """Tokens of the rows that have a policy gradient (advantage not 0): what L_GRPO's first term divides by."""
+    return mask & (advantages != 0)[:, None]
+
+
+def grpo_loss(logp, logp_old, logp_ref, advantages, mask, clip=(0.20, 0.28), beta=1e-3, aggregation="token-mean",
+              normalizer=None):
+    """L = -1/(sum m) sum m min(u A, clip(u, 1 - clip[0], 1 + clip[1]) A) + beta K_ref, u = exp(log p - sg log p_old).
+
+    logp (with gradient), logp_old, logp_ref: (N, T), log-probabilities of the sampled tokens; advantages (N,); mask
+    bool (N, T). K_ref = k3(log p - sg log p_ref). Rows with advantage 0 (dead groups, missing rewards) are not counted
+    by the first term's denominator, but the reference KL is taken over all rows. ``normalizer``: one global count for
+    both terms, or a pair (count of ``live_mask``, count of the mask). Returns a scalar, float32 or wider.
+    """
+    logp, old, ref = clean(logp, mask), clean(logp_old, mask).detach(), clean(logp_ref, mask).detach()     # (N, T)
+    first, second = normalizer if isinstance(normalizer, (tuple, list)) else (normalizer, normalizer)
+    advantages = wide(advantages)
+    ratio = (logp - old).clamp(-LOG_BOUND, LOG_BOUND).exp()
+    gain = torch.minimum(ratio * advantages[:, None], ratio.clamp(1 - clip[0], 1 + clip[1]) * advantages[:, None])
+    loss = -aggregate(gain, live_mask(advantages, mask), aggregation, first)
+    return loss + beta * aggregate(k3(logp - ref), mask, aggregation, second) if beta else loss
+
+
+SELECTIONS = ("sampled", "position", "all")
+
+
+@torch.no_grad()
+def select_tokens(gap, mask, selection="sampled", top_fraction=0.1, score=None, threshold=None):
+    """Which tokens are distilled: bool (N, T), a part of the mask.
+
+    gap = log q - log p (N, T). "sampled" (the paper's): in each row the top fraction by |gap| of the sampled token,
+    which biases the estimate. "position": in each row the top fraction by ``score`` (N, T), a property of the whole
+    position (entropy, ``position_kl``); with ``threshold`` instead all positions that reach it, so that no choice
+    depends on later tokens. "all": the mask. A fraction of n tokens is ceil(top_fraction n); of equals, the first.
+    """
+    if selection not in SELECTIONS:
+        raise ValueError(f"selection {selection!r}: must be one of {', '.join(SELECTIONS)}")
+    if selection == "position" and score is None:
+        raise ValueError("selection 'position' needs a score (N, T)")
+    if selection == "all":
+        return mask
+    if selection == "position" and threshold is not None:
+        return mask & (score >= threshold)
+    ranked = wide(score if selection == "position" else gap.abs()).nan_to_num(0.0)
+    order = torch.where(mask, ranked, -math.inf).argsort(dim=-1, descending=True, stable=True)       # (N, T)
+    keep = (top_fraction * mask.sum(-1, keepdim=True).double() - 1e-9).ceil()                        # (N, 1)
+    return mask & (order.argsort(-1) < keep)                                                         # rank in the row
+
+
+def live_ratio(logp, logp_old, cap):
+    """rho = min(p / sg p_old, cap), its gradient 0 above the cap. cap None: none but the numerical bound."""
+    bound = LOG_BOUND if cap is None else math.log(cap)
+    return (logp - logp_old).clamp(-LOG_BOUND, bound).exp()
+
+
+def is_saturated(l, k3_clamp):
+    """Where the clamp of k3 binds: for 10, where q/p > 13.6 or l > 11."""
+    return torch.zeros_like(l, dtype=torch.bool) if k3_clamp is None else k3(l.detach()) > k3_clamp
+
+
+def sdl_terms(logp, logp_old, logq, estimator, ratio_cap, k3_clamp, saturation, token_cap):
+    """Token losses (N, T) of ``sdl_loss``. The comments say c, the factor of grad log p on the sampled token."""
+    l = logp - logq
+    rho = live_ratio(logp, logp_old, ratio_cap)
+    if estimator == "surrogate":
+        return (rho * l).detach() * logp                                                       # c = min(rho, 2) l
+    if estimator == "k2":
+        terms = l.square() / 2                                                                 # c = l
+    else:
+        kept = k3(l) if k3_clamp is None else k3(l).clamp(max=k3_clamp)
+        terms = rho * kept if estimator == "k3_live" else rho.detach() * kept  # c = rho l, or rho (1 - exp(-l))
+        if saturation == "zero":  # else the live ratio's gradient is +10 rho there: the wanted token is pushed away
+            terms = torch.where(is_saturated(l, k3_clamp), 0.0, terms)
+    return terms if token_cap is None else terms.clamp(max=token_cap)
+
+
+SAMPLED_ESTIMATORS = ("k3_live", "k3_detached", "k2", "surrogate")
+
+
+def sdl_loss(logp, logp_old, logq, mask, estimator="k3_live", selection="sampled", top_fraction=0.1, score=None,
+             ratio_cap=2.0, k3_clamp=10.0, saturation="clamp", token_cap=None, aggregation="token-mean",
+             denominator="selected", normalizer=None, threshold=None):
+    """L_SDL = 1/(sum mE) sum mE min(rho k3(l), c_tok) and its relatives, from the sampled tokens' log-probabilities.
+
+    logp (with gradient), logp_old, logq: (N, T) under the student, the old policy, and the teacher with the guide in
+    its context. mask bool (N, T): assistant tokens of rows that got a bundle. Expected gradients, per position and for
+    tokens drawn from the untruncated old policy at the temperature of the log-probs (c multiplies grad log p):
+
+    estimator     token loss                      c                  gradient of
+    "k3_live"     rho k3(l), rho = p / sg p_old   rho l              reverse KL(p||q); above ratio_cap 2 (1 - exp(-l))
+    "k3_detached" sg(rho) k3(l)                   rho (1 - exp(-l))  forward KL(q||p); logp_old = logp: no ratio
+    "surrogate"   sg(min(rho, 2) l) log p         min(rho, 2) l      reverse KL below the cap; its value is no distance
+    "k2"          l^2 / 2                         l                  reverse KL on-policy only
+
+    saturation: where k3 > k3_clamp, "clamp" keeps the constant (literal), "zero" gives such tokens no loss; both leave
+    the denominator as it is. denominator: "selected" counts tokens after the selection, "all" the whole mask.
+    aggregation, normalizer: see ``aggregate``. No gradient reaches logp_old or logq. An empty mask gives exactly 0.
+    """
+    if estimator not in SAMPLED_ESTIMATORS:
+        raise ValueError(f"estimator {estimator!r}: must be one of {', '.join(SAMPLED_ESTIMATORS)} "
+                         f"(full_kl_loss has those over the vocabulary)")
+    if saturation not in ("clamp", "zero") or denominator not in ("selected", "all"):
+        raise ValueError(f"saturation {saturation!r}: clamp or zero; denominator {denominator!r}: selected or all")
+    if estimator == "surrogate" and token_cap is not None:
+        raise ValueError("token_cap needs a token loss that is a distance; the surrogate's is not")
+    logp, old, logq = clean(logp, mask), clean(logp_old, mask).detach(), clean(logq, mask).detach()      # (N, T)
+    chosen = select_tokens(logq - logp, mask, selection, top_fraction, score, threshold)                # (N, T)
+    terms = sdl_terms(logp, old, logq, estimator, ratio_cap, k3_clamp, saturation, token_cap)
+    count = count_tokens(mask if denominator == "all" else chosen, aggregation) if normalizer is None else normalizer
+    return aggregate(terms, chosen, aggregation, count)
+
+
+def with_tail(logits, index):
+    """log-probs of the tokens in ``index`` (..., k) and of all others together: (..., V) -> (..., k + 1)."""
+    logp = F.log_softmax(wide(logits), -1)
+    rest = logp.scatter(-1, index, -math.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([logp.gather(-1, index), rest], -1)
+
+
+def position_kl(student_logits, teacher_logits, direction, top_k=None):
+    """KL at every position, over the whole vocabulary: (..., V), (..., V) -> (...). No gradient into the teacher.
+
+    direction: "forward" KL(q||p) (teacher first) or "reverse" KL(p||q). top_k: the k most likely tokens of the first
+    distribution and one bucket for the rest, a lower bound that is exact at k >= V - 1.
+    """
+    if direction not in ("forward", "reverse"):
+        raise ValueError(f"direction {direction!r}: must be forward or reverse")
+    teacher_logits = teacher_logits.detach()
+    if top_k is not None and top_k < student_logits.shape[-1]:
+        leading = teacher_logits if direction == "forward" else student_logits.detach()
+        index = leading.topk(top_k, -1).indices                                               # (..., k)
+        logp, logq = with_tail(student_logits, index), with_tail(teacher_logits, index)       # (..., k + 1)
+    else:
+        logp, logq = (F.log_softmax(wide(x), -1) for x in (student_logits, teacher_logits))   # (..., V)
+    first, second = (logq, logp) if direction == "forward" else (logp, logq)
+    return (first.exp() * (first - second)).sum(-1)                                           # (...)
+
+
+def full_kl_loss(student_logits, teacher_logits, mask, direction, top_k=None, normalizer=None):
+    """Mean of ``position_kl`` over the mask. logits (N, T, V), mask bool (N, T) -> scalar; 0 for an empty mask."""
+    values = position_kl(student_logits[mask], teacher_logits[mask], direction, top_k)         # (M,)
+    return values.sum() / at_least_one(mask.sum() if normalizer is None else normalizer)
+
+
+def position_entropy(logits):
+    """Entropy in nats of every position: (..., V) -> (...)."""
+    logp = F.log_softmax(wide(logits), -1)
+    return -(logp.exp() * logp).sum(-1)
+
+
+@torch.no_grad()
+def token_statistics(logp, logp_old, logq, mask, selection="sampled", top_fraction=0.1, score=None, ratio_cap=2.0,
+                     k3_clamp=10.0, clip=(0.20, 0.28), threshold=None):
+    """What the log says of a step's tokens; shares are 0 for an empty mask. All inputs as in ``sdl_loss``.
+
+    selected: share of the mask that is distilled. saturated: share of the selected at which the clamp of k3 binds.
+    capped: share of the selected with rho above the cap. clipped: share of the mask with u outside GRPO's clip range.
+    gap: mean |log q - log p| over the mask; gap_selected: over the selected.
+    """
+    logp, old, logq = (clean(x, mask) for x in (logp, logp_old, logq))
+    chosen = select_tokens(logq - logp, mask, selection, top_fraction, score, threshold)
+    ratio = live_ratio(logp, old, None)
+    share = lambda what, of: float(aggregate(what.double(), of))
+    size = (logq - logp).abs()
+    return {"selected": share(chosen, mask), "saturated": share(is_saturated(logp - logq, k3_clamp), chosen),
+            "capped": share(ratio > (math.inf if ratio_cap is None else ratio_cap), chosen),
+            "clipped": share((ratio < 1 - clip[0]) | (ratio > 1 + clip[1]), mask),
+            "gap": float(aggregate(size, mask)), "gap_selected": float(aggregate(size, chosen))}
+
+
+def gradient_norm(gradients):
+    """Norm of a list of gradients, None counting as 0."""
+    return math.sqrt(sum(float(g.double().square().sum()) for g in gradients if g is not None))
+
+
+def gradient_cosine(first, second):
+    """Cosine of two lists of gradients over the same parameters, None counting as 0; nan if either vanishes."""
+    product = sum(float((a.double() * b.double()).sum()) for a, b in zip(first, second)
+                  if a is not None and b is not None)
+    length = gradient_norm(first) * gradient_norm(second)
+    return product / length if length else math.nan
+
+
+# ---- Comparison: where the best and the worst attempt parted (section 6) ---------------------------------------------
+
+FIELDS = {  # the fields of decision_guidance -> heading; five slots, the search slot in two fields
+    "focus": "Focus", "recommended_tool_plan": "Plan", "search_query_guidance": "Search",
+    "skill_routing_guidance": "Skills", "reference_selection_guidance": "References",
+    "prompt_program_guidance": "Prompt", "failure_guards": "Guards"}
+SLOTS = {
+    "search strategy": ("recommended_tool_plan", "search_query_guidance"),
+    "knowledge activation": ("skill_routing_guidance",),
+    "reference selection": ("reference_selection_guidance",),
+    "prompt construction": ("prompt_program_guidance",),
+    "failure avoidance": ("failure_guards",)}
+
+NAME = r"[A-ZÀ-ÖØ-Þ][\w’'-]*"
+RUN = re.compile(rf"\b{NAME}(?:\s+(?:(?:of|de|la|van|von|der)\s+)?{NAME})*")
+STOP = frozenset("a an the of in on at to and or for with from by is as its what when where who which".split())
+OPENERS = STOP | set("show draw paint make create picture image photo render design generate depict give put please it "
+                     "one two three four this these exactly light placed".split())
+
+
+def entity_names(text):
+    """Names found generically: runs of capitalised words ("Tower of Kel"), longest first. At a sentence's start a lone
+    capitalised word, or one that opens requests ("Show"), is no part of a name."""
+    names = set()
+    for match in RUN.finditer(text):
+        words = match.group().split()
+        opening = re.search(r"(^|[.!?:\n])[\s\"'(]*$", text[:match.start()])
+        if opening and (len(words) == 1 or words[0].lower() in OPENERS):
+            words = words[1:]
+        while words and words[0].islower():
+            words = words[1:]
+        names.add(" ".join(words))
+    return sorted(names - {""}, key=lambda n: (-len(n), n))
+
+
+def without_names(text, names=entity_names):
+    """The text with every name replaced by NAME. names: callable, text -> names in it."""
+    found = names(text)
+    if not found:
+        return text
+    return re.sub(r"(?<!\w)(?:" + "|".join(map(re.escape, found)) + r")(?!\w)", "NAME", text)
+
+
+def words_of(text):
+    """Lower-case words, numbers included."""
+    return re.findall(r"\w+", text.lower())
+
+
+@dataclass
+class Difference:
+    """One decision, as each of the two attempts took it."""
+    slot: str       # a field of decision_guidance
+    decision: str   # what was decided
+    about: str      # the skill or the constraint it concerns, else ""
+    best: object
+    worst: object
+
+    @property
+    def differs(self):
+        return self.best != self.worst
+
+
+def queries_of(step):
+    """The queries of a search or image_search step; malformed arguments have none."""
+    given = step.arguments.get("queries" if step.name == "search" else "query", [])
+    return [q for q in (given if isinstance(given, list) else [given]) if isinstance(q, str)]
+
+
+def name_words(text, names):
+    return {w for name in names(text) for w in words_of(name)}
+
+
+def search_decisions(trajectory, names):
+    """Number of searches, leads followed, and how much the queries say beyond names."""
+    seen, leads, details = set(), 0, []
+    known, named = set(words_of(trajectory.question)), name_words(trajectory.question, names)
+    for step in trajectory.steps:
+        for query in queries_of(step) if step.name == "search" else []:
+            capitals = {w.lower() for w in re.findall(NAME, query)}
+            leads += bool((capitals - known) & seen)  # a name that only an earlier observation held
+            details.append(bool(set(words_of(query)) - named - capitals - STOP))
+        seen |= set(words_of(step.observation))
+    style = "none" if not details else "fact" if all(details) else "mixed" if any(details) else "name"
+    pictures = sum(s.name == "image_search" for s in trajectory.steps)
+    return {("recommended_tool_plan", "text searches", ""): len(details),
+            ("recommended_tool_plan", "leads followed", ""): leads,
+            ("recommended_tool_plan", "image searches", ""): pictures,
+            ("search_query_guidance", "queries", ""): style}
+
+
+def reference_decisions(trajectory, names):
+    """Place of every chosen picture among its results, and the title words that tell it from the others."""
+    t, places, telling = trajectory, set(), set()
+    titles = {i: set(words_of(image.get("title") or "")) for i, image in t.images.items()}
+    results = [list(dict.fromkeys(i for i in re.findall(r"IMG_\d+", s.observation) if i in titles))
+               for s in t.steps if s.name == "image_search"]
+    for chosen in [r["img_id"] for r in t.program.references] if t.program else []:
+        for found in results:
+            if chosen in found:
+                places.add("first" if found[0] == chosen else "later")
+                others = [titles[i] for i in found if i != chosen]
+                shared = set.intersection(*others) if others else set()
+                telling |= titles[chosen] - shared - name_words(t.question, names) - STOP
+    return {("reference_selection_guidance", "place", ""): max(places, default="none"),
+            ("reference_selection_guidance", "title words", ""): tuple(sorted(telling))}
+
+
+def follows(guide, prompt, question):
+    """Whether some sentence of the prompt has two fifths of the words of a wording that the guide quotes, in order, and
+    two of them are new to the request."""
+    asked, sentences = set(words_of(question)), [words_of(s) for s in re.split(r"[.!?]\s", prompt)]
+    for quoted in re.findall(r"[\"“]([^\"”]+)[\"”]|(?<!\w)'(.+?)'(?!\w)", guide):
+        wording = words_of("".join(quoted))
+        for said in sentences:
+            blocks = difflib.SequenceMatcher(None, wording, said, autojunk=False).get_matching_blocks()
+            shared = [word for block in blocks for word in wording[block.a:block.a + block.size]]
+            if len(shared) >= max(3, 0.4 * len(wording)) and len(set(shared) - asked) >= 2:
+                return True
+    return False
+
+
+def program_decisions(trajectory, guides):
+    """Which guides' wording the prompt follows, whether text is quoted, how many references are named in order."""
+    prompt = trajectory.program.gen_prompt if trajectory.program else ""
+    features = {("prompt_program_guidance", "wording", skill): follows(guide, prompt, trajectory.question)
+                for skill, guide in guides.items()}
+    return features | {
+        ("prompt_program_guidance", "quoted text", ""): bool(re.search(r"[\"“][^\"”]+[\"”]", prompt)),
+        ("prompt_program_guidance", "ordinals", ""): sum(o in prompt.lower() for o in ORDINALS)}
+
+
+def failed_constraints(trajectory):
+    """Names of the constraints and program checks that a judgement says have failed."""
+    judged = trajectory.judgement or {}
+    return {c["name"] for key in ("constraints", "program_checks") for c in judged.get(key, []) if not c["passed"]}
+
+
+def skills_read(trajectory):
+    """{skill: its guide as the trajectory read it}."""
+    return {s.arguments["skill_name"]: s.observation for s in trajectory.steps
+            if s.name == "query_knowledge" and isinstance(s.arguments.get("skill_name"), str)}
+
+
+def compare(best, worst, names=entity_names):
+    """Align two trajectories of one request decision by decision: [Difference], slot after slot. A skill, its wording
+    and a constraint are a decision each (True: read, followed, passed), taken over what either of the two met."""
+    pair = best, worst
+    read, failed = [skills_read(t) for t in pair], [failed_constraints(t) for t in pair]
+    guides, decided = dict(sorted((read[1] | read[0]).items())), []
+    for i, t in enumerate(pair):
+        skills = {("skill_routing_guidance", "skill", s): s in read[i] for s in guides}
+        passed = {("failure_guards", "constraint", c): c not in failed[i] for c in sorted(failed[0] | failed[1])}
+        decided.append(search_decisions(t, names) | skills | reference_decisions(t, names)
+                       | program_decisions(t, guides) | passed)
+    return [Difference(*key, value, decided[1][key]) for key, value in decided[0].items()]
+
+
+def select_pair(trajectories, gap=0.20):
+    """(best, worst) of a group by reward, or None if no pair has R(best) - R(worst) >= gap (less 1e-9: rewards are sums
+    of tenths). Missing rewards, and attempts without program or reference, are no candidates. Of equals, the first."""
+    valid = [t for t in trajectories if not math.isnan(t.reward) and t.program is not None and t.program.references]
+    if not valid:
+        return None
+    best, worst = max(valid, key=lambda t: t.reward), min(valid, key=lambda t: t.reward)
+    return (best, worst) if best.reward - worst.reward >= gap - 1e-9 else None
+
+
+# ---- Bundles: what a comparison teaches (section 6) ------------------------------------------------------------------
+
+STANDARD = "Standard: "          # opens a bullet on which best and worst do not differ
+BULLET_WORDS = range(12, 23)
+
+
+@dataclass
+class Bundle:
+    """Visual experience: a retrieval key and the guidance for every decision."""
+    trigger: str                # the kind of request: its text without names
+    source_prompt_summary: str
+    guidance: dict              # field of FIELDS -> bullets
+
+    @classmethod
+    def from_bullets(cls, prompt, bullets, names=entity_names):
+        """A bundle for a source prompt. bullets: {field: [bullet, ...]}; fields may be left out."""
+        if unknown := set(bullets) - set(FIELDS):
+            raise ValueError(f"bundle has no field {sorted(unknown)[0]!r}; fields are {', '.join(FIELDS)}")
+        trigger = without_names(prompt, names)
+        return cls(trigger, trigger[:160], {f: list(bullets.get(f, [])) for f in FIELDS})
+
+    @classmethod
+    def from_dict(cls, value):
+        """The inverse of ``to_dict``. Raises ValueError if the schema is not met."""
+        value = value if isinstance(value, dict) else {}
+        key, guidance = value.get("retrieval_key"), value.get("decision_guidance")
+        if not isinstance(key, dict) or not isinstance(guidance, dict):
+            raise ValueError("a bundle is {\"retrieval_key\": {...}, \"decision_guidance\": {...}}")
+        if not all(isinstance(key.get(k), str) for k in ("trigger", "source_prompt_summary")):
+            raise ValueError("retrieval_key needs the texts trigger and source_prompt_summary")
+        for f in FIELDS:
+            if not isinstance(guidance.get(f), list) or not all(isinstance(b, str) for b in guidance[f]):
+                raise ValueError(f"decision_guidance.{f} must be a list of texts")
+        return cls(key["trigger"], key["source_prompt_summary"], {f: list(guidance[f]) for f in FIELDS})
+
+    def to_dict(self):
+        return {"retrieval_key": {"trigger": self.trigger, "source_prompt_summary": self.source_prompt_summary},
+                "decision_guidance": self.guidance}
+
+    @property
+    def empty(self):
+        return not any(self.guidance.values())
+
+    def markdown(self):
+        """The section of the teacher's system prompt, "" for an empty bundle; blank fields are left out."""
+        lines = [line for f, bullets in self.guidance.items() if bullets
+                 for line in [f"## {FIELDS[f]}"] + [f"- {b}" for b in bullets]]
+        return "\n".join(["# Guide"] + lines) + "\n" if lines else ""
+
+    def differing(self):
+        """The same bundle without its ``Standard:`` bullets."""
+        kept = {f: [b for b in bullets if not b.startswith(STANDARD)] for f, bullets in self.guidance.items()}
+        return Bundle(self.trigger, self.source_prompt_summary, kept)
+
+
+def check_bullet(bullet, names=()):
+    """A bullet's error, or None: 12 to 22 words after the prefix, none of the names."""
+    text = bullet.removeprefix(STANDARD)
+    if len(text.split()) not in BULLET_WORDS:
+        return f"{len(text.split())} words; a bullet has 12 to 22"
+    held = [n for n in names if re.search(rf"(?<!\w){re.escape(n)}(?!\w)", text)]
+    return f"names {held[0]!r}; a bullet names no entity" if held else None
+
+
+ADVICE = {  # decision -> how the best decided -> bullet
+    "text searches": {
+        0: "Skip the text search when the request already says everything, and spend the turns on pictures and guides.",
+        1: "Make one text search for the missing fact before looking for pictures, and read its answer to the end.",
+        2: "Make {best} text searches for the missing facts before looking for pictures, each asking something new."},
+    "leads followed": {
+        0: "Stop at the first page that answers the question, and do not follow leads to further pages.",
+        1: "Follow the lead that the first page names with another search, instead of stopping at what it says."},
+    "image searches": {
+        1: "Search for pictures once with the full name, and choose among the results instead of searching again.",
+        2: "Search for pictures of every subject in its own query, so that each one gets its own reference."},
+    "queries": {
+        "fact": "Ask every query for the exact fact or look that is missing, together with the full name.",
+        "mixed": "Open with the full name, and name the missing fact or look in the query that comes next.",
+        "name": "Ask every query by the full name alone, and let the results show which facts there are."},
+    "skill": {
+        0: "Leave {about} alone when the request gives no reason for it, and save the turn for something else.",
+        1: "Activate {about} with one query_knowledge call before composing, because the request needs what it says."},
+    "place": {
+        "first": "Take the first result among the pictures found when its title fits the request, and look no further.",
+        "later": "Look past the first result among the pictures found, and choose the one whose title fits best."},
+    "title words": {
+        1: "Choose the picture whose title says {words}, and pass over results whose titles only share the name."},
+    "wording": {
+        0: "Keep the plain words of the request where the {about} guide speaks, because its wording did not help.",
+        1: "Follow the wording of the {about} guide closely in the prompt, instead of the request's plain words."},
+    "quoted text": {
+        1: "Put every text that must be readable in quotation marks, and spell it exactly as it was found."},
+    "ordinals": {
+        1: "Name the picture only as the first reference image in the prompt, and say what it provides.",
+        2: "Name the pictures only as the first and the second reference image, and give each its own role."},
+    "constraint": {
+        1: "Guard against a failed check of the {about}: state that requirement plainly and verifiably in the prompt."}}
+
+
+def bullet_of(difference):
+    """The bullet that advises what the best decided; "" where there is nothing to advise, as in what neither did."""
+    best, about = difference.best, " ".join(difference.about.split()[:4])
+    if not best and not difference.worst:
+        return ""
+    words = " ".join(best[:4]) if isinstance(best, tuple) else ""
+    level = best if isinstance(best, str) else bool(best) if isinstance(best, tuple) else min(best, 2)
+    table = ADVICE[difference.decision]
+    return table.get(level, table.get(bool(best), "")).format(best=best, about=about, words=words)
+
+
+def focus_of(differences):
+    """One bullet on the slot in which most decisions differ."""
+    count = {slot: sum(d.differs for d in differences if d.slot in fields) for slot, fields in SLOTS.items()}
+    slot = max(count, key=count.get)
+    text = f"Decide the {slot} with the greatest care, because that is where better and weaker attempts parted."
+    return [text] if count[slot] else []
+
+
+def summarize_pair(request, best, worst, phrases=None, names=entity_names):
+    """The bundle of a best-worst pair, by rules.
+
+    phrases: {field: {decision phrase: bullet}}, the words in which a policy states its decisions. A field gets the
+    bullet of every phrase that the best attempt's thoughts contain, with ``Standard:`` if the worst's do too. None:
+    general bullets from ``compare``; those that would name an entity of the request are left out.
+    """
+    if phrases is not None:
+        said = [" ".join(s.think for s in t.steps) for t in (best, worst)]
+        says = lambda text, phrase: re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", text) is not None
+        bullets = {f: [(STANDARD if says(said[1], phrase) else "") + bullet
+                       for phrase, bullet in table.items() if says(said[0], phrase)] for f, table in phrases.items()}
+        return Bundle.from_bullets(request, bullets, names)
+    differences, found = compare(best, worst, names), names(request)
+    bullets = {f: [] for f in FIELDS} | {"focus": focus_of(differences)}
+    for difference in differences:
+        text = bullet_of(difference)
+        if text and check_bullet(text, found) is None:
+            bullets[difference.slot].append(("" if difference.differs else STANDARD) + text)
+    return Bundle.from_bullets(request, bullets, names)
+
+
+SUMMARY_PROMPT = """You compare two attempts of the same image-making agent at one request, a better one and a weaker \
+one, with what a judge said of their pictures. Write down what the agent should decide next time it meets a request of \
+this kind, as one JSON object and nothing else:
+
+{"retrieval_key": {"trigger": "which requests this is for", "source_prompt_summary": "the request in one sentence"},
+ "decision_guidance": {FIELDS}}
+
+Every field of decision_guidance is a list of bullets. A bullet is one imperative sentence of 12 to 22 words that \
+names no entity of the request, so that it holds for others. It comes from a decision on which the two attempts really \
+differ. Where they do not differ, repeat what the better one did and begin the bullet with "Standard: ". Leave a list \
+empty if there is nothing to say. Never mention scores, attempts or judges."""
+
+
+def describe(trajectory, limit=1200):
+    """A trajectory as plain text for a summariser."""
+    lines = [f"{s.name or s.kind} {json.dumps(s.arguments, ensure_ascii=False)[:limit]}\n  thought: {s.think[:limit]}\n"
+             f"  observed: {s.observation[:limit]}" for s in trajectory.steps]
+    failed = ", ".join(sorted(failed_constraints(trajectory))) or "nothing"
+    return "\n".join(lines) + f"\nreward: {trajectory.reward:.2f}; failed: {failed}"
+
+
+def summarize_pair_llm(chat, request, best, worst, names=entity_names):
+    """The bundle of a pair, written by a language model. chat: callable (messages, temperature=, max_tokens=) -> text.
+
+    Bullets of a wrong length or with a name of the request in them are left out. Raises ValueError if the reply is no
+    bundle or no bullet is left."""
+    decisions = "\n".join(f"{d.slot}, {d.decision} {d.about}: better {d.best}, weaker {d.worst}"
+                          for d in compare(best, worst, names))
+    fields = ", ".join(f'"{f}": [...]' for f in FIELDS)
+    text = (f"Request: {request}\n\nBetter attempt:\n{describe(best)}\n\nWeaker attempt:\n{describe(worst)}\n\n"
+            f"Decisions side by side:\n{decisions}")
+    reply = chat([{"role": "system", "content": SUMMARY_PROMPT.replace("FIELDS", fields)},
+                  {"role": "user", "content": text}], temperature=0.0, max_tokens=8192)
+    start, end = reply.find("{"), reply.rfind("}")
+    try:
+        value = json.loads(reply[start:end + 1])
+    except ValueError as error:
+        raise ValueError(f"the summary is not JSON ({error})")
+    bundle, found = Bundle.from_dict(value), names(request)
+    bundle.guidance = {f: [b for b in bullets if check_bullet(b, found) is None]
+                       for f, bullets in bundle.guidance.items()}
+    bundle.trigger, bundle.source_prompt_summary = (without_names(t, lambda _: found)
+                                                    for t in (bundle.trigger, bundle.source_prompt_summary))
+    if bundle.empty:
+        raise ValueError("the summary holds no usable bullet")
+    return bundle
+
+
+FILLER = ("remember that paper has two sides and that a river runs on when nobody looks at it while the evening comes "
+          "and the grass grows as it did before and the clock goes round with no one there to count the hours").split()
+
+
+def placebo(bundle, length=lambda text: len(text.split())):
+    """A length-matched bundle that advises nothing. length: callable, text -> words or tokens; each bullet takes as
+    many filler words as fit into the length of the one it replaces."""
+    def fill(bullet, start):
+        words = [FILLER[(start + i) % len(FILLER)] for i in range(60)]
+        sentences = [" ".join(words[:n]).capitalize() + "." for n in range(1, 61)]
+        return max((t for t in sentences if length(t) <= length(bullet)), key=length, default=sentences[0])
+    return Bundle(bundle.trigger, bundle.source_prompt_summary,
+                  {f: [fill(b, 7 * i) for i, b in enumerate(bullets)] for f, bullets in bundle.guidance.items()})
+
+
+def shuffled(bundles, pool, seed):
+    """The control with wrong guides: for every bundle (None stays None) one of the pool that says something else."""
+    rng = random.Random(seed)
+    others = lambda bundle: [b for b in pool if b.guidance != bundle.guidance]
+    return [rng.choice(o) if b is not None and (o := others(b)) else None for b in bundles]
+
+
+# ---- Memory: bundles by source prompt (section 6) --------------------------------------------------------------------
+
+@dataclass
+class Entry:
+    """One remembered bundle and what became of it."""
+    prompt: str               # the source prompt
+    bundle: Bundle
+    best: float               # reward of the pair's best
+    gap: float                # best minus worst
+    step: int                 # when it was made
+    retrieved: int = 0        # how often it was handed to a teacher
+    audits: int = 0           # how often its effect was measured
+    moved: float = 0.0        # sum over audits of: group's mean reward with the guide, less without it
+    moved_squares: float = 0.0
+    moved_placebo: float = 0.0  # the same sum for the length-matched placebo
+
+    def effect(self):
+        """Mean change of the reward and its standard error (inf below two audits)."""
+        mean = self.moved / max(self.audits, 1)
+        if self.audits < 2:
+            return mean, math.inf
+        variance = max(self.moved_squares - self.audits * mean ** 2, 0.0) / (self.audits - 1)
+        return mean, math.sqrt(variance / self.audits)
+
+
+class Memory:
+    """Visual experience by source prompt. A request gets the whole bundle of the nearest stored prompt, if its cosine
+    reaches the gate, or nothing.
+
+    embed: strings -> float tensor (N, D), rows of length 1. names: None, or a callable text -> names, which are taken
+    out of the keys. near_tie: among prompts whose cosine is within this of the nearest one's, the bundle with the
+    highest best reward is taken. Over capacity the entry with the smallest gap * 2^(-age / half_life) goes.
+    """
+
+    def __init__(self, embed, capacity=500, gate=0.84, names=None, near_tie=0.0, half_life=50):
+        self.embed, self.capacity, self.gate, self.names = embed, capacity, gate, names
+        self.near_tie, self.half_life = near_tie, half_life
+        self.entries, self.keys = [], None         # keys (len(entries), D)
+        self.counters = {"added": 0, "replaced": 0, "evicted": 0, "retired": 0, "asked": 0, "answered": 0}
+
+    def __len__(self):
+        return len(self.entries)
+
+    def embed_prompts(self, prompts):
+        """(N, D), unit rows, on the CPU in float32."""
+        texts = prompts if self.names is None else [without_names(p, self.names) for p in prompts]
+        keys = self.embed(texts).detach().float().cpu()                                              # (N, D)
+        if keys.dim() != 2 or len(keys) != len(prompts):
+            raise ValueError(f"the embedder gave the shape {tuple(keys.shape)} for {len(prompts)} prompts")
+        return keys
+
+    def add(self, prompt, bundle, best, worst, step):
+        """Remember a bundle with the rewards of its pair. Of two for one prompt the one with the higher best reward
+        stays, the newer of equals. An empty bundle is not kept."""
+        if bundle.empty:
+            return
+        entry = Entry(prompt, bundle, float(best), float(best - worst), step)
+        at = next((i for i, e in enumerate(self.entries) if e.prompt == prompt), None)
+        self.counters["added"] += 1
+        if at is not None:
+            if best >= self.entries[at].best - 1e-9:
+                self.entries[at] = entry
+                self.counters["replaced"] += 1
+            return
+        key = self.embed_prompts([prompt])
+        self.keys = key if self.keys is None else torch.cat([self.keys, key])
+        self.entries.append(entry)
+        if len(self.entries) > self.capacity:
+            worth = [e.gap * 0.5 ** ((step - e.step) / self.half_life) for e in self.entries]
+            self.drop({min(range(len(worth)), key=worth.__getitem__)})
+            self.counters["evicted"] += 1
+
+    def drop(self, gone):
+        """Forget the entries at these places."""
+        stay = [i for i in range(len(self.entries)) if i not in gone]
+        self.entries = [self.entries[i] for i in stay]
+        self.keys = self.keys[stay] if stay else None
+
+    def lookup(self, prompts, count=True):
+        """For every prompt the Entry that answers it, or None. count: whether this shows in the counters."""
+        if not self.entries or not prompts:
+            found = [None] * len(prompts)
+        else:
+            cosines = self.embed_prompts(prompts) @ self.keys.T                                      # (N, entries)
+            found = [self.choose(row) for row in cosines]
+        if count:
+            self.counters["asked"] += len(prompts)
+            self.counters["answered"] += sum(e is not None for e in found)
+            for entry in found:
+                if entry is not None:
+                    entry.retrieved += 1
+        return found
+
+    def choose(self, cosines):
+        """The entry for one row of cosines (entries,); comparisons forgive rounding of 1e-6."""
+        top = float(cosines.max())
+        if top < self.gate - 1e-6:
+            return None
+        floor = max(top - self.near_tie, self.gate) - 1e-6
+        near = [e for e, c in zip(self.entries, cosines.tolist()) if c >= floor]
+        return max(near, key=lambda e: (e.best, e.step))
+
+    @staticmethod
+    def record_audit(entry, with_guide, without, placebo):
+        """Note the mean rewards of a request's group sampled with the guide, without it, and with a placebo of its
+        length; a missing one (nan) voids the audit."""
+        moved = with_guide - without
+        if not math.isnan(moved + placebo):
+            entry.audits += 1
+            entry.moved += moved
+            entry.moved_squares += moved * moved
+            entry.moved_placebo += placebo - without
+
+    def retire(self, audits=3):
+        """Forget lessons that hurt: those whose mean effect, after enough audits, is negative by more than its standard
+        error. Returns them."""
+        hurt = {i for i, e in enumerate(self.entries) if e.audits >= audits and sum(e.effect()) < 0}
+        gone = [self.entries[i] for i in sorted(hurt)]
+        if gone:
+            self.drop(hurt)
+            self.counters["retired"] += len(gone)
+        return gone
+
+    def refresh(self):
+        """Embed all keys again, after the embedder has changed."""
+        self.keys = self.embed_prompts([e.prompt for e in self.entries]) if self.entries else None
+
+    def state_dict(self):
+        """(JSON-able dict, {"keys": float32 (entries, D)}): everything but the embedder and the settings."""
+        rows = [asdict(e) | {"bundle": e.bundle.to_dict()} for e in self.entries]
+        keys = torch.zeros(0, 0) if self.keys is None else self.keys.clone()
+        return {"entries": rows, "counters": dict(self.counters)}, {"keys": keys}
+
+    def load_state(self, state, tensors):
+        """The inverse of ``state_dict``. Raises ValueError if entries and keys do not belong together."""
+        if len(state["entries"]) != len(tensors["keys"]):
+            raise ValueError(f"memory has {len(state['entries'])} entries but {len(tensors['keys'])} keys")
+        self.entries = [Entry(**row | {"bundle": Bundle.from_dict(row["bundle"])}) for row in state["entries"]]
+        self.keys = tensors["keys"].clone() if self.entries else None
+        self.counters = dict(state["counters"])
+
+
+# ---- Teacher: the same policy with the guide in its context (sections 6 and 7) ---------------------------------------
+
+TOOLS_LINE = re.compile(r"^# Tools[ \t]*$", re.M)
+
+
+def teacher_messages(messages, bundle):
+    """The student's messages with the bundle's Markdown section in the system prompt, before the tool definitions (the
+    line "# Tools") where there are any, else at its end. None or an empty bundle: the same messages."""
+    if not messages or messages[0]["role"] != "system":
+        raise ValueError("there is no system message to put the guide into")
+    section, content = "" if bundle is None else bundle.markdown(), messages[0]["content"]
+    if not section:
+        return list(messages)
+    line = TOOLS_LINE.search(content)
+    at = line.start() if line else len(content)
+    content = content[:at] + ("" if line else "\n\n") + section + content[at:]
+    return [messages[0] | {"content": content}] + messages[1:]
+
+
+def teacher_tokens(tokens, mask, prompt_length, teacher_prompt):
+    """What the teacher scores: its own prompt, then exactly the student's tokens, nothing re-tokenised or cut.
+
+    tokens, mask: the student's whole conversation; prompt_length: tokens before its first turn; teacher_prompt: the
+    ids of the opening under ``teacher_messages``. Returns (tokens, mask), longer by exactly the guide."""
+    return (list(teacher_prompt) + list(tokens[prompt_length:]),
+            [False] * len(teacher_prompt) + list(mask[prompt_length:]))
+
+
+def check_same_actions(student, student_mask, teacher, teacher_mask):
+    """Raise ValueError unless the masked (action) tokens of both are identical, all shifted by one offset, the length
+    of the guide. Returns the offset."""
+    offset = len(teacher) - len(student)
+    own = [(i + offset, t) for i, (t, m) in enumerate(zip(student, student_mask)) if m]
+    other = [(i, t) for i, (t, m) in enumerate(zip(teacher, teacher_mask)) if m]
+    if own != other or offset < 0 or len(teacher) != len(teacher_mask) or len(student) != len(student_mask):
+        raise ValueError("teacher and student do not see the same action tokens")
+    return offset
+
+
+@torch.no_grad()
+def ema_update(teacher, student, decay):
+    """teacher <- decay teacher + (1 - decay) student, for every parameter; buffers are copied."""
+    for old, new in zip(teacher.parameters(), student.parameters(), strict=True):
+        old.lerp_(new.to(old.dtype), 1 - decay)
+    for old, new in zip(teacher.buffers(), student.buffers(), strict=True):
+        old.copy_(new)
+
+
+FULL_ESTIMATORS = ("forward_kl", "reverse_kl", "topk_tail")  # over the vocabulary: they need logits
+RECIPE_CHOICES = {"estimator": SAMPLED_ESTIMATORS + FULL_ESTIMATORS, "selection": SELECTIONS,
+                  "saturation": ("clamp", "zero"), "aggregation": AGGREGATIONS, "denominator": ("selected", "all"),
+                  "teacher": ("same", "ema", "frozen"), "std": ("population", "sample")}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How experience becomes a gradient. The defaults are the paper's, read literally."""
+    estimator: str = "k3_live"        # SAMPLED_ESTIMATORS or FULL_ESTIMATORS (topk_tail: reverse KL over top_k + rest)
+    selection: str = "sampled"        # which positions: "sampled", "position" (score: entropy), "all"
+    top_fraction: float = 0.1         # of a row's tokens, unless selection is "all"
+    ratio_cap: float = 2.0            # of rho
+    k3_clamp: float = 10.0            # of k3
+    saturation: str = "clamp"         # what the clamp does: "clamp" (literal) or "zero"
+    token_cap: float | None = None    # c_tok, open in the paper
+    top_k: int = 32                   # of topk_tail
+    aggregation: str = "token-mean"   # or "seq-mean-token-sum"
+    denominator: str = "selected"     # or "all" assistant tokens of guided rows
+    weight: float = 2.0               # of L_SDL beside L_GRPO
+    teacher: str = "same"             # weights: "same" (gradient stopped), "ema" or "frozen" at the start
+    ema_decay: float = 0.98           # of the "ema" teacher, per step
+    std: str = "population"           # in the advantage
+    clip: tuple = (0.20, 0.28)        # of GRPO's ratio
+    beta: float = 1e-3                # of the reference KL
+    gap: float = 0.20                 # least R(best) - R(worst) of a lesson
+    pairs: int = 8                    # lessons a step, at most
+    capacity: int = 500               # of the memory
+    gate: float = 0.84                # least cosine; belongs to Qwen3-Embedding, fit it for another embedder
+    near_tie: float = 0.0             # cosines this near count as equal: the better best reward decides
+    entity_free: bool = False         # keys without names
+    standard: bool = True             # keep the bullets on which best and worst agree
+
+    def __post_init__(self):
+        for name, choices in RECIPE_CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} {getattr(self, name)!r}: must be one of {', '.join(choices)}")
+
+
+RECIPES = {
+    "paper": Recipe(),
+    "stable": Recipe(
+        estimator="forward_kl",   # covers what the teacher wants; reverse KL locked the entropy in
+        selection="all",          # picking by the sampled token's |l| is biased
+        saturation="zero",        # should a k3 estimator be tried: no flipped gradients
+        denominator="all", weight=3.0,
+        teacher="frozen",         # a live teacher chases its own student and collapses
+        near_tie=0.02, entity_free=True)}  # the lesson is about the kind of request, not about its names
+
+
+def experience_loss(recipe, mask, logp=None, logp_old=None, logq=None, student_logits=None, teacher_logits=None,
+                    score=None, normalizer=None, threshold=None):
+    """L_SDL by a recipe's estimator. Sampled ones read logp, logp_old, logq (N, T); those over the vocabulary read both
+    logits (N, T, V), and the log-probs only for selection "sampled". mask, score and what follows: see ``sdl_loss``."""
+    r = recipe
+    if r.estimator in SAMPLED_ESTIMATORS:
+        return sdl_loss(logp, logp_old, logq, mask, r.estimator, r.selection, r.top_fraction, score, r.ratio_cap,
+                        r.k3_clamp, r.saturation, r.token_cap, r.aggregation, r.denominator, normalizer, threshold)
+    gap = clean(logq, mask) - clean(logp, mask) if r.selection == "sampled" else None
+    chosen = select_tokens(gap, mask, r.selection, r.top_fraction, score, threshold)                     # (N, T)
+    direction, top_k = ("forward" if r.estimator == "forward_kl" else "reverse",
+                        r.top_k if r.estimator == "topk_tail" else None)
+    kl = position_kl(student_logits[chosen], teacher_logits[chosen], direction, top_k)                   # (M,)
+    kl = kl if r.token_cap is None else kl.clamp(max=r.token_cap)
+    values = torch.zeros(mask.shape, dtype=kl.dtype, device=kl.device).masked_scatter(chosen, kl)        # (N, T)
+    if normalizer is None:
+        normalizer = count_tokens(mask if r.denominator == "all" else chosen, r.aggregation)
+    return aggregate(values, chosen, r.aggregation, normalizer)

@@ -1,0 +1,1273 @@
+"""The policy: a Qwen3 decoder, its tokenizer and checkpoints, the engine that samples, the log-probs that train.
+
+    net, tokenizer = model.load("weights/policy")
+    prompt = tokenizer.apply_chat([{"role": "user", "content": "Hello"}], add_generation_prompt=True)
+    done = model.generate(net, [prompt] * 6, max_new_tokens=64, stop_ids=[tokenizer.id("<|im_end|>")])
+    logps = model.token_logprobs(net, [prompt + d.tokens for d in done], temperature=0.7)
+
+One network, three ways to attend. The trunk runs over a flat stream of N tokens with no padding and leaves attention to
+a callable `attend(layer, q, k, v)`: rows of equal length (`Qwen3.forward`), a packed prefix tree (`Packed`, for training),
+or a cache (`Engine`, for sampling). Everything else - norms, projections, rotary phases - is written once.
+
+Departures from the usual: q, k, v (and gate, up) are stored as one matrix and cut apart only in files; nucleus sampling
+needs no sort (see `sample`); a random number is a function of (seed, position), so a neighbour cannot change it.
+
+    N tokens of a flat stream    B rows    T tokens of a row    L tokens attended to    C hidden size    V vocabulary
+    H query heads    J key/value heads    R = H / J    D head size    G groups (rows that share a prompt)    M rows of a group
+"""
+import json
+import math
+import mmap
+import os
+import shutil
+from collections import Counter, deque
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Regex, Tokenizer as FastTokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils.checkpoint import checkpoint
+
+
+# ---- Decoder ----------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Config:
+    vocab_size: int = 768
+    hidden_size: int = 256       # C
+    layers: int = 6
+    heads: int = 4               # H
+    kv_heads: int = 2            # J
+    head_dim: int = 64           # D
+    mlp_size: int = 768
+    rope_theta: float = 1e6      # base of the rotary wavelengths
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = True  # the output layer is the embedding
+    max_positions: int = 32768   # written to config.json; nothing here depends on it
+
+    def __post_init__(self):
+        sizes = (self.vocab_size, self.hidden_size, self.layers, self.heads, self.kv_heads, self.head_dim, self.mlp_size)
+        if not all(isinstance(n, int) and n > 0 for n in sizes) or self.heads % self.kv_heads or self.head_dim % 2:
+            raise ValueError(f"sizes must be positive integers, heads a multiple of kv_heads, head_dim even: {self}")
+
+
+class Linear(nn.Linear):
+    """One matrix that stacks several projections of the same input; `parts` = ((name in files, rows), ...).
+
+    A low-rank adapter (`add_lora`) belongs to a part: y_part += scale * B A x, A (r, in), B (rows, r).
+    """
+
+    def __init__(self, inputs, *parts):
+        super().__init__(inputs, sum(rows for _, rows in parts), bias=False)
+        self.parts, self.lora_scale = parts, 0.0
+        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()  # keyed by the last word of the part's name
+
+    def forward(self, x):
+        y = F.linear(x, self.weight)
+        if not self.lora_A:
+            return y
+        return y + torch.cat([self.delta(x, name, rows) for name, rows in self.parts], -1).to(y.dtype)
+
+    def delta(self, x, name, rows):
+        key = name.split(".")[-1]
+        if key not in self.lora_A:
+            return x.new_zeros(*x.shape[:-1], rows)
+        return F.linear(F.linear(x.to(self.lora_A[key].dtype), self.lora_A[key]), self.lora_B[key]) * self.lora_scale
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class Block(nn.Module):
+    def __init__(self, c, layer):
+        super().__init__()
+        self.layer, self.shape = layer, (c.heads, c.kv_heads, c.head_dim)
+        q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+        self.norm1 = RMSNorm(c.hidden_size, c.norm_eps)
+        self.qkv = Linear(c.hidden_size, ("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv))
+        self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.norm_eps), RMSNorm(c.head_dim, c.norm_eps)
+        self.out = Linear(q, ("self_attn.o_proj", c.hidden_size))
+        self.norm2 = RMSNorm(c.hidden_size, c.norm_eps)
+        self.gate_up = Linear(c.hidden_size, ("mlp.gate_proj", c.mlp_size), ("mlp.up_proj", c.mlp_size))
+        self.down = Linear(c.mlp_size, ("mlp.down_proj", c.hidden_size))
+
+    def forward(self, x, cos, sin, attend):
+        """x (N, C), cos and sin (N, 1, D) -> (N, C)."""
+        H, J, D = self.shape
+        q, k, v = self.qkv(self.norm1(x)).view(len(x), H + 2 * J, D).split((H, J, J), 1)  # (N, H | J | J, D)
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        x = x + self.out(attend(self.layer, q, k, v).reshape(len(x), H * D))              # (N, C)
+        gate, up = self.gate_up(self.norm2(x)).chunk(2, -1)
+        return x + self.down(F.silu(gate) * up)
+
+
+def rotate(x, cos, sin):
+    """Rotary positions: the pair (x_i, x_{i + D/2}) turns by angle i. `sin` carries the sign, so a roll is enough."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+class Qwen3(nn.Module):
+    """`net(ids (B, T) int64) -> logits (B, T, V) float32`. Parameters may be float32 or bfloat16."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        self.embed = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.layers))
+        self.norm = RMSNorm(c.hidden_size, c.norm_eps)
+        self.head = None if c.tie_embeddings else Linear(c.hidden_size, ("lm_head", c.vocab_size))
+        self.checkpointing = False  # recompute a block's activations in backward instead of keeping them
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:  # std 1 / sqrt(fan in); what is added to the residual stream starts smaller
+                depth = 2 * c.layers if name.endswith(("out.weight", "down.weight")) else 1
+                nn.init.normal_(parameter, std=(parameter.shape[1] * depth) ** -0.5)
+
+    @property
+    def output_weight(self):
+        """(V, C), the matrix that turns hidden states into logits."""
+        return self.embed.weight if self.head is None else self.head.weight
+
+    def logits(self, hidden):
+        """hidden (..., C) -> (..., V) float32."""
+        return F.linear(hidden, self.output_weight).float() if self.head is None else self.head(hidden).float()
+
+    def trunk(self, ids, positions, attend):
+        """ids, positions (N,) int64 -> normalised hidden states (N, C). `attend(layer, q (N, H, D), k, v (N, J, D))`."""
+        D = self.config.head_dim
+        frequency = self.config.rope_theta ** -(torch.arange(0, D, 2, device=ids.device).float() / D)  # (D / 2,)
+        angle = positions.float()[:, None, None] * frequency                              # (N, 1, D / 2)
+        x, sin = self.embed(ids), angle.sin()
+        cos, sin = torch.cat((angle.cos(),) * 2, -1).to(x.dtype), torch.cat((-sin, sin), -1).to(x.dtype)  # (N, 1, D)
+        for block in self.blocks:
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, attend, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, attend)
+        return self.norm(x)
+
+    def forward(self, ids):
+        B, T = ids.shape
+
+        def attend(layer, q, k, v):
+            q, k, v = (t.view(B, T, -1, t.shape[-1]).transpose(1, 2) for t in (q, k, v))  # (B, H | J, T, D)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+        positions = torch.arange(T, device=ids.device).repeat(B)
+        return self.logits(self.trunk(ids.reshape(-1), positions, attend)).view(B, T, -1)
+
+
+def attend_causal(q, k, v):
+    """The last t of L tokens look back: q (t, H, D), k and v (L, J, D) -> (t, H, D). Token i sees L - t + i and before."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))                                # (1, H | J, t | L, D)
+    t, L = q.shape[2], k.shape[2]
+    mask = None if t in (1, L) else torch.ones(t, L, dtype=torch.bool, device=q.device).tril(L - t)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=t == L, enable_gqa=True)
+    return out[0].transpose(0, 1)
+
+
+# ---- Tokenizer --------------------------------------------------------------------------------------------------------
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<answer>", "</answer>", "<tool_response>", "</tool_response>")
+SPLIT = r"\p{Lu}(?=[\p{Lu}\p{N}])|(?<=[\p{Lu}\p{N}])\p{Lu}| ?\p{L}\p{Ll}+| ?\p{Ll}|\p{Lu}|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
+CHAT_TEMPLATE = (
+    "{%- for message in messages %}{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}")
+
+
+class Tokenizer:
+    """ChatML over a `tokenizers.Tokenizer`. Text that spells a special token never becomes one: ids are put around it."""
+
+    def __init__(self, fast, config=None):
+        self.fast, self.config = fast, dict(config or {})
+        self.fast.encode_special_tokens = True  # "<|im_end|>" inside a text is ten ordinary characters
+
+    @property
+    def size(self):
+        return self.fast.get_vocab_size()
+
+    def id(self, token):
+        """Id of a special token or tag; ValueError if the vocabulary lacks it."""
+        index = self.fast.token_to_id(token)
+        if index is None:
+            raise ValueError(f"tokenizer: no token {token!r}")
+        return index
+
+    def encode(self, text, add_special_tokens=False):
+        return self.fast.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids):
+        """Ids that the vocabulary lacks (a padded embedding has some) are left out."""
+        return self.fast.decode([i for i in ids if self.fast.id_to_token(i) is not None], skip_special_tokens=False)
+
+    def apply_chat(self, messages, add_generation_prompt=False):
+        """[{"role", "content"}] -> ids of `<|im_start|>role\\ncontent<|im_end|>\\n`, contents verbatim."""
+        ids = self.apply_chat_with_mask(messages)[0]
+        return ids + self._opening() if add_generation_prompt else ids
+
+    def apply_chat_with_mask(self, messages):
+        """(ids, mask): mask is True on what an assistant writes, its content and the <|im_end|> that closes it."""
+        ids, mask = [], []
+        for message in messages:
+            role, content = message["role"], message["content"]
+            if role == "assistant":  # cut where sampling starts, so that demonstrations and rollouts have the same ids
+                head, body = self._opening(), self.encode(content)
+            else:
+                head, body = [self.id("<|im_start|>")] + self.encode(f"{role}\n{content}"), []
+            body.append(self.id("<|im_end|>"))
+            line = self.encode("\n")
+            ids += head + body + line
+            mask += [False] * len(head) + [role == "assistant"] * len(body) + [False] * len(line)
+        return ids, mask
+
+    def observation(self, text, role="user", closed=True):
+        """Ids to append after an assistant's turn: a message, and the opening of the next turn.
+
+        `closed` says whether the turn ended in <|im_end|>; a turn cut at its length gets the one it lacks."""
+        end = [] if closed else [self.id("<|im_end|>")]
+        return end + self.encode("\n") + self.apply_chat([{"role": role, "content": text}], add_generation_prompt=True)
+
+    def _opening(self):
+        return [self.id("<|im_start|>")] + self.encode("assistant\n")
+
+
+def train_tokenizer(texts, vocab_size):
+    """Byte-level BPE on `texts`. Words keep their leading space; digits, and capitals of codes such as KEL7, stay single."""
+    fast = FastTokenizer(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    fast.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(SPECIAL) - len(TAGS), show_progress=False,
+                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    fast.train_from_iterator((piece for text in texts for piece in split_tags(text)), trainer)
+    fast.add_tokens([AddedToken(t, special=t in SPECIAL, normalized=False) for t in SPECIAL + TAGS])
+    return Tokenizer(fast)
+
+
+def split_tags(text):
+    """The pieces of a text between the tags, which are tokens of their own."""
+    for tag in TAGS:
+        text = text.replace(tag, "\0")
+    return text.split("\0")
+
+
+# ---- Checkpoints ------------------------------------------------------------------------------------------------------
+
+def file_tensors(net):
+    """Yields (name in a Qwen3 file, parameter, first row, last row, Linear or None): what a checkpoint holds."""
+    yield "model.embed_tokens.weight", net.embed.weight, 0, net.config.vocab_size, None
+    for i, block in enumerate(net.blocks):
+        for name, norm in (("input_layernorm", block.norm1), ("post_attention_layernorm", block.norm2),
+                           ("self_attn.q_norm", block.q_norm), ("self_attn.k_norm", block.k_norm)):
+            yield f"model.layers.{i}.{name}.weight", norm.weight, 0, len(norm.weight), None
+        for linear in (block.qkv, block.out, block.gate_up, block.down):
+            start = 0
+            for name, rows in linear.parts:
+                yield f"model.layers.{i}.{name}.weight", linear.weight, start, start + rows, linear
+                start += rows
+    yield "model.norm.weight", net.norm.weight, 0, len(net.norm.weight), None
+    if net.head is not None:
+        yield "lm_head.weight", net.head.weight, 0, net.config.vocab_size, net.head
+
+
+def read_json(path):
+    try:
+        with open(path, encoding="utf-8") as file:
+            value = json.load(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object")
+    return value
+
+
+def read_config(path):
+    """config.json of qwen3, or the text part of qwen3_vl -> Config."""
+    raw = read_json(path)
+    kind = raw.get("model_type")
+    text = raw.get("text_config", {}) if kind == "qwen3_vl" else raw
+    if kind not in ("qwen3", "qwen3_vl", "qwen3_vl_text"):
+        raise ValueError(f"{path}: architecture {kind!r}, expected qwen3 or qwen3_vl")
+    rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
+    if rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"):
+        raise ValueError(f"{path}: rotary scaling {rope.get('rope_type')!r} is not supported")
+    if text.get("attention_bias") or text.get("use_sliding_window") or text.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"{path}: attention bias, sliding window and other activations than silu are not supported")
+    try:
+        return Config(
+            text["vocab_size"], text["hidden_size"], text["num_hidden_layers"], text["num_attention_heads"],
+            text["num_key_value_heads"], text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"],
+            text["intermediate_size"], float(rope.get("rope_theta") or text.get("rope_theta") or 1e6), text["rms_norm_eps"],
+            bool(raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
+            text.get("max_position_embeddings", 32768))
+    except KeyError as error:
+        raise ValueError(f"{path}: no field {error}") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def hf_config(c, dtype, tokenizer=None):
+    """Config -> the dictionary of config.json."""
+    end = {} if tokenizer is None else {"eos_token_id": tokenizer.id("<|im_end|>"), "pad_token_id": tokenizer.id("<|endoftext|>")}
+    return {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": c.vocab_size, "hidden_size": c.hidden_size,
+        "num_hidden_layers": c.layers, "num_attention_heads": c.heads, "num_key_value_heads": c.kv_heads,
+        "head_dim": c.head_dim, "intermediate_size": c.mlp_size, "rope_theta": c.rope_theta,
+        "rope_parameters": {"rope_theta": c.rope_theta, "rope_type": "default"}, "rms_norm_eps": c.norm_eps,
+        "tie_word_embeddings": c.tie_embeddings, "max_position_embeddings": c.max_positions, "hidden_act": "silu",
+        "attention_bias": False, "use_cache": True, "dtype": str(dtype).split(".")[-1],
+        "torch_dtype": str(dtype).split(".")[-1], **end}
+
+
+def tensor_files(path):
+    """{tensor name: file} of a checkpoint folder, single or sharded."""
+    index, single = os.path.join(path, "model.safetensors.index.json"), os.path.join(path, "model.safetensors")
+    if os.path.exists(index):
+        names = read_json(index).get("weight_map", {})
+        return {name: os.path.join(path, os.path.basename(file)) for name, file in names.items()}
+    with open_tensors(single) as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+def open_tensors(path):
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: missing or damaged ({error})") from None
+
+
+def load(path, device="cpu", dtype=torch.float32):
+    """Folder of a qwen3 or qwen3_vl checkpoint -> (net, tokenizer); the tokenizer is None if the folder has none.
+
+    Tensors go one by one from the mapped file to their place: nothing is held twice. ValueError names a file at fault.
+    """
+    config = read_config(os.path.join(path, "config.json"))
+    files = tensor_files(path)
+    prefix = text_prefix(files)
+    if not prefix:  # a bare trunk (an embedding model): it never makes logits, so it needs no output layer of its own
+        config.tie_embeddings = True
+    with torch.device("meta"):
+        net = Qwen3(config)
+    net = net.to(dtype).to_empty(device=device)
+    for name, parameter, start, stop, _ in file_tensors(net):
+        name = name.replace("model.", prefix, 1) if name.startswith("model.") else name
+        if name not in files:
+            raise ValueError(f"{path}: the checkpoint has no tensor {name}")
+        with open_tensors(files[name]) as file:  # opened for each tensor: closing it gives the mapped pages back
+            try:
+                tensor = file.get_tensor(name)
+            except SafetensorError as error:
+                raise ValueError(f"{files[name]}: {error}") from None
+            target = parameter.data[start:stop]
+            if tensor.shape != target.shape:
+                raise ValueError(f"{files[name]}: {name} has shape {tuple(tensor.shape)}, expected {tuple(target.shape)}")
+            target.copy_(tensor)
+            del tensor
+    return net, load_tokenizer(path)
+
+
+def load_tokenizer(path):
+    file, config = os.path.join(path, "tokenizer.json"), os.path.join(path, "tokenizer_config.json")
+    if not os.path.exists(file):
+        return None
+    try:
+        fast = FastTokenizer.from_file(file)
+    except Exception as error:  # the tokenizers package raises nothing narrower
+        raise ValueError(f"{file}: not a tokenizer ({error})") from None
+    return Tokenizer(fast, read_json(config) if os.path.exists(config) else None)
+
+
+def whole(name, parameter, start, stop, linear):
+    """A tensor as a file holds it, adapters merged (the arguments are an item of `file_tensors`)."""
+    tensor = parameter.data[start:stop]
+    return tensor + low_rank(linear, name) if linear is not None and linear.lora_A else tensor
+
+
+def replace_file(path, write):
+    """Call write(temporary path), then move the file into place: a reader sees the old one or the new one, whole."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def write_json(path, value):
+    def write(temporary):
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=2, ensure_ascii=False)
+    replace_file(path, write)
+
+
+def write_tensors(path, tensors):
+    replace_file(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
+
+
+@torch.no_grad()
+def save(path, net, tokenizer=None, shard_bytes=5 * 2**30):
+    """Write a Hugging Face folder of the plain qwen3 layout. Low-rank adapters are merged into what is written."""
+    os.makedirs(path, exist_ok=True)
+    shards, size = [{}], 0
+    for name, parameter, start, stop, linear in file_tensors(net):
+        tensor = parameter.data[start:stop]
+        if size + tensor.nbytes > shard_bytes and shards[-1]:
+            shards.append({})
+            size = 0
+        shards[-1][name] = whole(name, parameter, start, stop, linear)
+        size += tensor.nbytes
+    names = ["model.safetensors"] if len(shards) == 1 else [
+        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for name, tensors in zip(names, shards):
+        write_tensors(os.path.join(path, name), {k: t.contiguous() for k, t in tensors.items()})
+    index = os.path.join(path, "model.safetensors.index.json")
+    if len(shards) > 1:
+        weight_map = {key: name for name, tensors in zip(names, shards) for key in tensors}
+        write_json(index, {"metadata": {"total_size": sum(p.nbytes for p in net.parameters())}, "weight_map": weight_map})
+    elif os.path.exists(index):
+        os.remove(index)
+    write_json(os.path.join(path, "config.json"), hf_config(net.config, net.embed.weight.dtype, tokenizer))
+    if tokenizer is not None:
+        save_tokenizer(path, tokenizer)
+
+
+def save_tokenizer(path, tokenizer):
+    """tokenizer.json, tokenizer_config.json with the chat template, generation_config.json."""
+    replace_file(os.path.join(path, "tokenizer.json"), tokenizer.fast.save)
+    write_json(os.path.join(path, "tokenizer_config.json"), {
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
+        "clean_up_tokenization_spaces": False, **tokenizer.config, "chat_template": CHAT_TEMPLATE})
+    ends = [tokenizer.id("<|im_end|>"), tokenizer.id("<|endoftext|>")]
+    write_json(os.path.join(path, "generation_config.json"), {
+        "do_sample": True, "temperature": 0.7, "top_p": 0.95, "top_k": 0, "eos_token_id": ends, "pad_token_id": ends[1]})
+
+
+def text_prefix(files):
+    """What stands before "layers." in the files of a checkpoint: qwen3_vl, qwen3, or a bare trunk."""
+    return next((p for p in ("model.language_model.", "model.") if p + "embed_tokens.weight" in files), "")
+
+
+def export(net, base, path):
+    """Write the folder `base`, a qwen3_vl checkpoint, to `path` with net's weights as its text part; the rest is copied."""
+    files = tensor_files(base)
+    prefix, texts = text_prefix(files), {}
+    for name, parameter, start, stop, linear in file_tensors(net):
+        texts[name.replace("model.", prefix, 1) if name.startswith("model.") else name] = name, parameter, start, stop, linear
+    if missing := sorted(set(texts) - set(files)):
+        raise ValueError(f"{base}: the checkpoint has no tensor {missing[0]}")
+    os.makedirs(path, exist_ok=True)
+    for name in sorted(os.listdir(base)):
+        source, target = os.path.join(base, name), os.path.join(path, name)
+        if source in files.values():
+            with open_tensors(source) as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+            for key in tensors.keys() & texts.keys():
+                if tensors[key].shape[0] != texts[key][3] - texts[key][2]:
+                    raise ValueError(f"{source}: {key} has {tensors[key].shape[0]} rows, the policy {texts[key][3] - texts[key][2]}")
+                tensors[key] = whole(*texts[key]).to("cpu", tensors[key].dtype).contiguous()
+            write_tensors(target, tensors)
+        elif os.path.isfile(source):
+            replace_file(target, lambda temporary: shutil.copyfile(source, temporary))
+
+
+# ---- Low-rank adapters ------------------------------------------------------------------------------------------------
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def adapted(net):
+    """Yields (Linear, name in files, key of its adapter) for each adapter of the net."""
+    for i, block in enumerate(net.blocks):
+        for linear in (block.qkv, block.out, block.gate_up, block.down):
+            for name, _ in linear.parts:
+                if name.split(".")[-1] in linear.lora_A:
+                    yield linear, f"model.layers.{i}.{name}", name.split(".")[-1]
+
+
+def low_rank(linear, name):
+    """What the adapter adds to the rows of `name` (a weight's name in files): scale * B A, or 0."""
+    key = name.split(".")[-2]
+    if key not in linear.lora_A:
+        return 0.0
+    return (linear.lora_scale * linear.lora_B[key] @ linear.lora_A[key]).to(linear.weight.dtype)
+
+
+def add_lora(net, rank=16, alpha=32, targets=TARGETS):
+    """Freeze the net and give each target projection a trainable adapter, scale alpha / rank; it starts as no change."""
+    if rank < 1 or not targets or set(targets) - set(TARGETS):
+        raise ValueError(f"lora: rank {rank} and targets {list(targets)}; expected rank 1 or more, targets among {list(TARGETS)}")
+    net.requires_grad_(False)
+    for block in net.blocks:
+        for linear in (block.qkv, block.out, block.gate_up, block.down):
+            linear.lora_scale = alpha / rank
+            for key, rows in ((name.split(".")[-1], rows) for name, rows in linear.parts):
+                if key in targets:
+                    a = torch.empty(rank, linear.in_features, device=linear.weight.device)
+                    linear.lora_A[key] = nn.Parameter(nn.init.kaiming_uniform_(a, 5**0.5))
+                    linear.lora_B[key] = nn.Parameter(torch.zeros(rows, rank, device=linear.weight.device))
+
+
+@contextmanager
+def without_lora(net):
+    """Inside, the net is what it was before `add_lora` (the reference policy of a LoRA run)."""
+    scales = {linear: linear.lora_scale for linear, _, _ in adapted(net)}
+    try:
+        for linear in scales:
+            linear.lora_scale = 0.0
+        yield
+    finally:
+        for linear, scale in scales.items():
+            linear.lora_scale = scale
+
+
+@torch.no_grad()
+def merge_lora(net):
+    """Add the adapters to the weights, take them away, and let the whole net train again."""
+    for name, parameter, start, stop, linear in file_tensors(net):
+        if linear is not None and linear.lora_A:
+            parameter.data[start:stop] += low_rank(linear, name)
+    for linear in {linear for linear, _, _ in adapted(net)}:
+        linear.lora_A.clear(), linear.lora_B.clear()
+    net.requires_grad_(True)
+
+
+def save_adapter(path, net, base=""):
+    """adapter_config.json and adapter_model.safetensors, as PEFT writes them; `base` names the model they belong to."""
+    adapters = list(adapted(net))
+    if not adapters:
+        raise ValueError("save_adapter: the net has no adapters")
+    os.makedirs(path, exist_ok=True)
+    rank, scale = len(adapters[0][0].lora_A[adapters[0][2]]), adapters[0][0].lora_scale
+    write_tensors(os.path.join(path, "adapter_model.safetensors"), {
+        f"base_model.model.{name}.lora_{x}.weight": part[key].data.contiguous()
+        for linear, name, key in adapters for x, part in (("A", linear.lora_A), ("B", linear.lora_B))})
+    write_json(os.path.join(path, "adapter_config.json"), {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank, "lora_alpha": scale * rank,
+        "target_modules": sorted({key for _, _, key in adapters}), "lora_dropout": 0.0, "bias": "none", "inference_mode": True})
+
+
+@torch.no_grad()
+def load_adapter(path, net):
+    """Give `net` the adapters of a PEFT folder (plain LoRA on the text projections)."""
+    file, config = os.path.join(path, "adapter_model.safetensors"), read_json(os.path.join(path, "adapter_config.json"))
+    odd = [k for k in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(k)]
+    if config.get("peft_type") != "LORA" or odd or config.get("bias", "none") != "none":
+        raise ValueError(f"{path}/adapter_config.json: only plain LoRA is supported {odd or ''}")
+    targets = config["target_modules"]
+    add_lora(net, config["r"], config["lora_alpha"], (targets,) if isinstance(targets, str) else targets)
+    with open_tensors(file) as tensors:
+        for linear, name, key in adapted(net):
+            for x, part in (("A", linear.lora_A), ("B", linear.lora_B)):
+                suffix = f"{name.removeprefix('model.')}.lora_{x}.weight"
+                found = [k for k in tensors.keys() if k.endswith("." + suffix)]
+                if not found or tensors.get_slice(found[0]).get_shape() != list(part[key].shape):
+                    raise ValueError(f"{file}: no tensor {suffix} of shape {tuple(part[key].shape)}")
+                part[key].copy_(tensors.get_tensor(found[0]))
+
+
+# ---- Log-probs for training -------------------------------------------------------------------------------------------
+
+SHORTEST_SHARED = 16  # tokens: a shorter common prefix is not worth a branch
+
+
+def common_prefix(a, b):
+    """Length of the longest common prefix of two token lists."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low
+
+
+def branch_points(shared, start):
+    """Where the sequences to come leave this one: running minima of the neighbours' common prefixes, at useful distances."""
+    points, low = [], math.inf
+    for length in shared:
+        low = min(low, length)
+        if low <= start:
+            break
+        points.append(low)
+    kept = []
+    for point in sorted(set(points)):
+        if point - start >= SHORTEST_SHARED:
+            kept.append(point)
+            start = point
+    return kept
+
+
+class Packed:
+    """Sequences as one flat stream in which a prefix that neighbours share stands once.
+
+    The stream is cut into segments; a segment attends to its ancestors (`chains`) and, causally, to itself. So a group's
+    prompt is computed once for its branches, and backward adds up what the branches send to it.
+    `rows[s]` (T_s,) is where the tokens of sequence s stand in the stream.
+    """
+
+    def __init__(self, sequences, device):
+        ids, positions, self.sizes, self.chains, self.rows = [], [], [], [], []
+        shared = [0] + [common_prefix(a, b) for a, b in zip(sequences, sequences[1:])] + [0]
+        chain, bounds, rows = [], [], []  # of the sequence at hand: its segments, where in it they end, its stream rows
+        for s, sequence in enumerate(sequences):
+            while bounds and bounds[-1] > shared[s]:
+                bounds.pop(), chain.pop()
+            start = bounds[-1] if bounds else 0
+            rows = rows[:start]
+            for stop in branch_points(shared[s + 1:], start) + [len(sequence)]:
+                if stop > start:
+                    chain.append(len(self.sizes))
+                    bounds.append(stop)
+                    self.sizes.append(stop - start)
+                    self.chains.append(tuple(chain))
+                    rows += range(len(ids), len(ids) + stop - start)
+                    ids += sequence[start:stop]
+                    positions += range(start, stop)
+                    start = stop
+            self.rows.append(torch.tensor(rows, device=device))
+        self.ids = torch.tensor(ids, device=device)                                       # (N,)
+        self.positions = torch.tensor(positions, device=device)                           # (N,)
+
+    def attend(self, layer, q, k, v):
+        """q (N, H, D), k and v (N, J, D) -> (N, H, D). `split` rather than slices: its backward is one copy."""
+        q, k, v = q.split(self.sizes), k.split(self.sizes), v.split(self.sizes)
+        join = lambda parts, chain: parts[chain[0]] if len(chain) == 1 else torch.cat([parts[i] for i in chain])
+        return torch.cat([attend_causal(q[c[-1]], join(k, c), join(v, c)) for c in self.chains])
+
+
+def hidden_states(net, sequences):
+    """Token lists -> (hidden (N, C) of the packed stream, rows): hidden[rows[s]] (T_s, C) belongs to sequence s.
+
+    Row t predicts token t + 1. Neighbouring sequences with a common prefix share its rows.
+    """
+    packed = Packed(sequences, net.embed.weight.device)
+    return net.trunk(packed.ids, packed.positions, packed.attend), packed.rows
+
+
+def embed(net, sequences):
+    """(S, C) float32: the last token's hidden state, L2-normalised (Qwen3-Embedding)."""
+    hidden, rows = hidden_states(net, sequences)
+    return F.normalize(hidden[torch.stack([r[-1] for r in rows])].float(), dim=-1)
+
+
+class ChunkedLogprobs(torch.autograd.Function):
+    """log softmax(h W^T / temperature)[target] and the entropy, without the (N, V) matrix, forward or backward.
+
+    Both passes walk over tiles of at most `tile` tokens x `tile` words; forward keeps a running log-sum-exp, backward
+    rebuilds a tile's probabilities p from it: d logp / d z_j = 1[j = target] - p_j, d entropy / d z_j = -p_j (log p_j + entropy).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, tile, dtype):
+        N, V = len(hidden), len(weight)
+        logp, entropy, lse = (torch.empty(N, device=hidden.device) for _ in range(3))
+        for rows in torch.arange(N, device=hidden.device).split(tile):
+            a, b = rows[0].item(), rows[-1].item() + 1
+            h = hidden[a:b].to(dtype)
+            top, total, weighted, chosen = (torch.full((b - a,), f, device=h.device) for f in (-math.inf, 0.0, 0.0, 0.0))
+            for c in range(0, V, tile):
+                z = F.linear(h, weight[c:c + tile].to(dtype)).float().div_(temperature)   # (n, v)
+                inside = (targets[a:b] >= c) & (targets[a:b] < c + tile)
+                picked = z.gather(1, (targets[a:b, None] - c).clamp(0, z.shape[1] - 1)).squeeze(1)
+                chosen = torch.where(inside, picked, chosen)
+                high = torch.maximum(top, z.amax(1))
+                fade = (top - high).exp()
+                e = (z - high[:, None]).exp_()
+                total, weighted, top = total * fade + e.sum(1), weighted * fade + e.mul_(z).sum(1), high
+            lse[a:b] = top + total.log()
+            logp[a:b] = chosen - lse[a:b]
+            entropy[a:b] = lse[a:b] - weighted / total                                    # H = log Z - E[z]
+        ctx.save_for_backward(hidden, weight, targets, lse, entropy)
+        ctx.settings = temperature, tile, dtype
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, g_logp, g_entropy):
+        hidden, weight, targets, lse, entropy = ctx.saved_tensors
+        temperature, tile, dtype = ctx.settings
+        g_hidden, g_weight = torch.zeros(hidden.shape, device=hidden.device), torch.zeros(weight.shape, device=hidden.device)
+        with_entropy = bool(g_entropy.any())
+        for c in range(0, len(weight), tile):
+            w = weight[c:c + tile].to(dtype)
+            for a in range(0, len(hidden), tile):
+                s, h = slice(a, a + tile), hidden[a:a + tile].to(dtype)
+                g = F.linear(h, w).float().div_(temperature).sub_(lse[s, None])           # log p (n, v)
+                if with_entropy:
+                    logs = g.clone()
+                    g.exp_().mul_(-g_logp[s, None] - g_entropy[s, None] * (logs + entropy[s, None]))
+                else:
+                    g.exp_().mul_(-g_logp[s, None])
+                local = targets[s] - c
+                inside = (local >= 0) & (local < g.shape[1])
+                g.scatter_add_(1, local.clamp(0, g.shape[1] - 1)[:, None], (g_logp[s] * inside)[:, None])
+                g = g.div_(temperature).to(dtype)
+                g_hidden[s] += g @ w
+                g_weight[c:c + tile] += g.T @ h
+        return g_hidden.to(hidden.dtype), g_weight.to(weight.dtype), None, None, None, None
+
+
+def chunked_logprobs(hidden, weight, targets, temperature=1.0, tile=1024):
+    """hidden (N, C), weight (V, C), targets (N,) -> (logp (N,), entropy (N,)) float32, differentiable in hidden and weight.
+
+    Equals log_softmax(hidden @ weight.T / temperature) and its gather; memory grows with tile^2, not with N x V.
+    """
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    with torch.autocast(kind, enabled=False):
+        return ChunkedLogprobs.apply(hidden, weight, targets, temperature, tile, dtype)
+
+
+def token_logprobs(net, sequences, temperature=1.0):
+    """List of (T - 1,) float32: log p of tokens 1..T-1 of each sequence, differentiable."""
+    return token_logprobs_and_entropy(net, sequences, temperature)[0]
+
+
+def token_logprobs_and_entropy(net, sequences, temperature=1.0, masks=None):
+    """([logp], [entropy]), a vector (T - 1,) for each sequence, computed only where masks[s][t] (t = 1..T-1); 0 elsewhere.
+
+    A shared token's prediction is scored once, however many sequences contain it.
+    """
+    hidden, rows = hidden_states(net, sequences)
+    V, device = net.config.vocab_size, hidden.device
+    lengths = [len(s) - 1 for s in sequences]
+    row = torch.cat([r[:-1] for r in rows])                                               # (S,) over all sequences
+    target = torch.cat([torch.tensor(s[1:], dtype=torch.long, device=device) for s in sequences])
+    pairs, place = torch.unique(row * V + target, return_inverse=True)
+    if masks is not None:
+        wanted = torch.cat([torch.tensor(m[1:], dtype=torch.bool, device=device) for m in masks])
+        pairs, place_wanted = torch.unique((row * V + target)[wanted], return_inverse=True)
+        place = torch.full((len(row),), len(pairs), device=device).masked_scatter_(wanted, place_wanted)
+    values = chunked_logprobs(hidden[pairs // V], net.output_weight, pairs % V, temperature)
+    return tuple(F.pad(v, (0, 1))[place].split(lengths) for v in values)
+
+
+# ---- Sampling ---------------------------------------------------------------------------------------------------------
+
+MASK64 = 2**64 - 1
+GOLDEN, MIX1, MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # splitmix64
+ROUNDS = 64  # draws per token, at most
+
+
+def signed(x):
+    """The int64 with the bits of x mod 2^64."""
+    x &= MASK64
+    return x - 2**64 if x >> 63 else x
+
+
+def stream(seed):
+    """A well-mixed 64-bit state from any integer seed, the start of a sequence's random numbers."""
+    z = (seed * GOLDEN + MIX1) & MASK64
+    z = ((z ^ (z >> 30)) * MIX1) & MASK64
+    return signed(z ^ (z >> 27))
+
+
+def uniform(streams, counters):
+    """int64 (B,) and (B,) -> float32 (B,) in [0, 1): splitmix64 of (stream, counter), the same on every machine."""
+    z = streams + counters * signed(GOLDEN)
+    z = (z ^ ((z >> 30) & (2**34 - 1))) * signed(MIX1)  # the masks make the shifts logical
+    z = (z ^ ((z >> 27) & (2**37 - 1))) * signed(MIX2)
+    z = z ^ ((z >> 31) & (2**33 - 1))
+    return ((z >> 40) & (2**24 - 1)).float() * 2.0**-24
+
+
+def sample(logits, temperature, top_p, streams, positions):
+    """One token per row: logits (B, V) float32, the others (B,) -> (tokens (B,), logp (B,)).
+
+    logp is log softmax(logits / temperature), before top-p; at temperature 0 the token is the argmax, logp that of the logits.
+
+    Nucleus sampling without a sort: a token is in the nucleus if what is likelier than it weighs less than top_p. Draw
+    from the whole distribution and test that one token; if it falls outside, nothing that unlikely is drawn again. What is
+    accepted follows the truncated distribution exactly.
+    """
+    host = logits.device.type == "cpu"  # where looking at a result is free
+    greedy = temperature <= 0
+    logp = (logits / torch.where(greedy, 1.0, temperature)[:, None]).log_softmax(-1)      # (B, V)
+    tokens = logits.argmax(-1) if not host or greedy.any() else torch.zeros_like(streams)
+    p, floor = logp.exp(), torch.where(greedy, math.inf, 0.0)                             # only p > floor may be drawn
+    limit = torch.where(top_p >= 1, math.inf, top_p.clamp(min=1e-6))
+    rows = torch.arange(len(p), device=p.device)
+    for attempt in range(ROUNDS if host else 8):                                          # after 8, the argmax stands
+        mass = (p if attempt == 0 else torch.where(p > floor[:, None], p, 0.0)).cumsum(-1)
+        u = uniform(streams[rows], positions[rows] * ROUNDS + attempt) * mass[:, -1]
+        drawn = torch.searchsorted(mass, u[:, None], right=True).clamp_(max=p.shape[1] - 1)  # (b, 1)
+        weight = p.gather(1, drawn)                                                       # (b, 1)
+        likelier = torch.where(p > weight, p, 0.0).sum(-1)
+        weight = weight.squeeze(1)
+        accepted = (likelier < limit[rows]) & (weight > floor)
+        tokens[rows] = torch.where(accepted, drawn.squeeze(1), tokens[rows])
+        floor = torch.where(accepted, math.inf, torch.maximum(floor, weight))
+        if host:  # go on with the rows that were refused
+            again = (floor < math.inf).nonzero().squeeze(1)
+            if not len(again):
+                break
+            rows, p, floor = rows[again], p[again], floor[again]
+    return tokens, logp.gather(1, tokens[:, None]).squeeze(1)
+
+
+# ---- Engine -----------------------------------------------------------------------------------------------------------
+
+@dataclass(eq=False)
+class Prefix:
+    """A prompt that several sequences share; its keys and values stand once in the cache."""
+    tokens: list
+    users: int = 0
+    row: int = -1              # row of the cache
+    cached: int = 0            # tokens whose keys and values stand in the row
+    logits: torch.Tensor = None  # (V,) after the last token
+    prefix, start = None, 0
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One conversation. `tokens` holds all of it, `logprobs` one number for each sampled token."""
+    tokens: list
+    seed: int = 0
+    logprobs: list = field(default_factory=list)
+    finish: str = ""           # of the last turn: "stop" or "length"; "" while it runs
+    prompt: tuple = ()
+    prefix: Prefix = None
+    row: int = -1
+    cached: int = 0            # own tokens (after the prefix) whose keys and values stand in the row
+    stash: tuple = None        # keys and values, while the row is lent to another sequence
+    ticket: float = math.inf   # place in the queue; inf: not in it
+    until: int = 0             # the turn ends when len(tokens) reaches this
+    temperature: float = 0.7
+    top_p: float = 0.95
+    stop_ids: frozenset = frozenset()
+    stream: int = 0
+
+    @property
+    def start(self):
+        """Number of tokens that the shared prefix holds."""
+        return len(self.prefix.tokens) if self.prefix else 0
+
+
+class Engine:
+    """Samples many conversations at once, and keeps each one's cache across its turns.
+
+        sequence = engine.open(prompt_ids, seed)
+        engine.submit(sequence, max_new_tokens, temperature, top_p, stop_ids)     # queue one turn
+        for sequence in engine.poll(): ...                                        # decode until a turn ends
+        engine.extend(sequence, ids)                                              # an observation, computed with the next turn
+        engine.close(sequence)
+
+    The cache has `slots` rows for sequences and half as many for prompts that several open sequences share. Rows that
+    decode stand first: whoever ends a turn moves behind them, so that a step works on views, never on copies. A sequence
+    that waits for a tool keeps its row until another one needs it (then its part is set aside, not computed again).
+    Weights are read live: after an update, sequences that are still open hold the old weights' keys and values.
+    """
+
+    def __init__(self, net, slots=64, capacity=1024):
+        c, weight = net.config, net.embed.weight
+        self.net, self.slots, self.capacity = net, slots, capacity
+        self.device, self.shape = weight.device, (c.heads, c.kv_heads, c.head_dim)
+        rows = slots + (slots + 1) // 2
+        self.keys, self.values = (zeros((c.layers, rows, c.kv_heads, capacity, c.head_dim), weight) for _ in range(2))
+        self.owners = [None] * rows           # Sequence or Prefix of each row
+        self.queue, self.active = deque(), []
+        self.prefixes, self.unstarted, self.tickets = {}, Counter(), 0
+        self.row_state = torch.zeros(4, slots, dtype=torch.int64, device=self.device)     # ids, positions, lengths, streams
+        self.row_settings = torch.zeros(2, slots, device=self.device)                     # temperature, top-p
+        self.dirty, self.layout, self.graphs = False, None, {}
+        self.wave_tokens = 1024 if self.device.type == "cpu" else 8192                   # of one prefill pass: fits the caches
+        self.stats = Counter()                # tokens prefilled, decoded; steps
+
+    # -- what callers use
+
+    def open(self, prompt, seed=0):
+        """A new conversation. Its random numbers depend on `seed` and the position alone."""
+        sequence = Sequence(list(prompt), seed, prompt=tuple(prompt), stream=stream(seed))
+        if not prompt or min(prompt) < 0 or max(prompt) >= self.net.config.vocab_size:
+            raise ValueError(f"prompt must hold 1 or more token ids below {self.net.config.vocab_size}")
+        self.unstarted[sequence.prompt] += 1
+        return sequence
+
+    def extend(self, sequence, ids):
+        sequence.tokens += ids
+
+    def submit(self, sequence, max_new_tokens, temperature=0.7, top_p=0.95, stop_ids=()):
+        """Queue one turn. It ends with a stop id (kept), after max_new_tokens, or where the capacity ends."""
+        sequence.until = min(len(sequence.tokens) + max_new_tokens, self.capacity)
+        sequence.temperature, sequence.top_p, sequence.stop_ids = temperature, top_p, frozenset(stop_ids)
+        sequence.finish, sequence.ticket = "", self.tickets
+        self.tickets += 1
+        self.queue.append(sequence)
+
+    def close(self, sequence):
+        """Give the row back. Closing twice, or while the turn runs, is allowed."""
+        if sequence in self.active:
+            self.active.remove(sequence)
+            self.dirty = True
+        if sequence in self.queue:
+            self.queue.remove(sequence)
+        if sequence.prompt is not None:
+            self._started(sequence)
+        if sequence.row >= 0:
+            self.owners[sequence.row] = None
+        if sequence.prefix:
+            sequence.prefix.users -= 1
+            self._drop_unused(sequence.prefix)
+        sequence.row, sequence.prefix, sequence.stash, sequence.cached = -1, None, None, 0
+
+    @torch.inference_mode()
+    def poll(self):
+        """Admit what fits, decode until at least one turn ends, return the sequences whose turn ended ([] if none runs)."""
+        done = []
+        while not done and (self.queue or self.active):
+            done = self._admit()
+            if self.active and not done:
+                done = self._record(self.active, *self._decode())
+        return done
+
+    # -- rows of the cache
+
+    def _started(self, sequence):
+        """The sequence no longer counts among those who will want its prompt."""
+        prompt, sequence.prompt = sequence.prompt, None
+        self.unstarted[prompt] -= 1
+        if not self.unstarted[prompt]:
+            del self.unstarted[prompt]
+            if prompt in self.prefixes:
+                self._drop_unused(self.prefixes[prompt])
+
+    def _drop_unused(self, prefix):
+        key = tuple(prefix.tokens)
+        if prefix.users == 0 and key not in self.unstarted and self.prefixes.pop(key, None):
+            self.owners[prefix.row] = None
+
+    def _free_row(self, sequence):
+        """A row for `sequence`: a free one, or that of whoever will need it last; None if all belong to earlier tickets."""
+        if None in self.owners[:self.slots]:
+            return self.owners.index(None)
+        idle = [s for s in self.owners[:self.slots] if s not in self.active and s.ticket > sequence.ticket]
+        if not idle:
+            return None
+        other = max(idle, key=lambda s: s.ticket)
+        row, n = other.row, other.cached
+        other.stash, other.row = tuple(c[:, row, :, :n].clone() for c in (self.keys, self.values)), -1
+        return row
+
+    def _swap(self, a, b):
+        """Exchange two rows of the cache with all they hold."""
+        n = max(owner.cached if owner else 0 for owner in (self.owners[a], self.owners[b]))
+        for c in (self.keys, self.values):
+            c[:, [a, b], :, :n] = c[:, [b, a], :, :n]
+        self.owners[a], self.owners[b] = self.owners[b], self.owners[a]
+        for row in (a, b):
+            if self.owners[row]:
+                self.owners[row].row = row
+
+    def _gather(self, owners, base):
+        """Move owners' rows so that they are base, base + 1, ...; in what order does not matter."""
+        stop = base + len(owners)
+        holes = sorted(set(range(base, stop)) - {o.row for o in owners})
+        for owner in owners:
+            if owner.row >= stop:
+                self._swap(owner.row, holes.pop(0))
+
+    # -- admission and prefill
+
+    def _admit(self):
+        """Start queued turns in order of submission while rows last; returns turns that end at once."""
+        fresh, done = [], []
+        while self.queue:
+            s = self.queue[0]
+            if len(s.tokens) >= s.until:
+                s.finish, s.ticket = "length", math.inf
+                done.append(self.queue.popleft())
+                continue
+            if s.row < 0:
+                row = self._free_row(s)
+                if row is None:
+                    break
+                self.owners[row], s.row = s, row
+                if s.stash:
+                    for cache, part in zip((self.keys, self.values), s.stash):
+                        cache[:, row, :, :s.cached] = part
+                    s.stash = None
+            if s.prompt is not None:
+                self._share(s)
+            fresh.append(self.queue.popleft())
+            self.active.append(s)
+        if fresh:
+            self._prefill(fresh)
+            self.dirty = True
+            done += self._record(fresh, *self._first_tokens(fresh))
+        return done
+
+    def _share(self, sequence):
+        """Attach a first turn to the shared prompt, if others have the same one."""
+        prompt = sequence.prompt
+        if prompt not in self.prefixes and self.unstarted[prompt] > 1 and len(prompt) >= SHORTEST_SHARED:
+            if None in self.owners[self.slots:]:
+                row = self.owners.index(None, self.slots)
+                self.prefixes[prompt] = self.owners[row] = Prefix(list(prompt), row=row)
+        if prompt in self.prefixes:
+            sequence.prefix = self.prefixes[prompt]
+            sequence.prefix.users += 1
+        self._started(sequence)
+
+    def _prefill(self, fresh):
+        """Compute keys and values of all pending tokens, many sequences in one packed pass; the last hidden states are kept."""
+        jobs = list(dict.fromkeys([s.prefix for s in fresh if s.prefix and not s.prefix.cached] + fresh))
+        self.last = {}
+        while jobs:
+            wave, budget = [], self.wave_tokens
+            for job in jobs:
+                if job.prefix and job.prefix.cached < job.start:
+                    continue                   # its prompt comes first
+                if not job.cached and not job.prefix and self._copy_from_neighbour(job, [w for w, _, _ in wave]):
+                    continue                   # shares its beginning with a job of this wave: copy it in the next
+                begin = job.start + job.cached
+                ids = job.tokens[begin:begin + self.wave_tokens]
+                if ids and (len(ids) <= budget or not wave):
+                    wave.append((job, begin, ids))
+                    budget -= len(ids)
+            if wave:
+                self._prefill_wave(wave)
+            jobs = [job for job in jobs if job.start + job.cached < len(job.tokens)]
+
+    def _copy_from_neighbour(self, job, wave):
+        """Take over the keys and values of a common beginning (a system prompt) from another row.
+
+        True if a job of the wave at hand, not computed yet, has more in common than any row: better wait for it."""
+        common = lambda other: min(common_prefix(other.tokens, job.tokens), len(job.tokens) - 1)
+        rows = [(min(common(o), o.cached), o.row) for o in self.owners if o and o.cached and not o.prefix]
+        n, row = max(rows, default=(0, -1))
+        if max((common(w) for w in wave if not w.prefix), default=0) >= n + SHORTEST_SHARED:
+            return True
+        if n >= SHORTEST_SHARED:
+            for cache in (self.keys, self.values):
+                cache[:, job.row, :, :n] = cache[:, row, :, :n]
+            job.cached = n
+        return False
+
+    def _prefill_wave(self, wave):
+        """wave: [(Sequence or Prefix, position of the first id, ids)], computed as one flat stream."""
+        sizes = [len(ids) for _, _, ids in wave]
+        flat = torch.tensor([i for _, _, ids in wave for i in ids], device=self.device)
+        positions = torch.tensor([p for _, start, ids in wave for p in range(start, start + len(ids))], device=self.device)
+
+        def attend(layer, q, k, v):
+            outs = []
+            for (job, _, ids), q_, k_, v_ in zip(wave, q.split(sizes), k.split(sizes), v.split(sizes)):
+                stop, past = job.cached + len(ids), []
+                for cache, new in ((self.keys, k_), (self.values, v_)):
+                    row = cache[layer, job.row]                                           # (J, capacity, D)
+                    row[:, job.cached:stop] = new.transpose(0, 1)
+                    own = row[:, :stop]
+                    if job.prefix:
+                        own = torch.cat((cache[layer, job.prefix.row, :, :len(job.prefix.tokens)], own), 1)
+                    past.append(own.transpose(0, 1))                                      # (L, J, D)
+                outs.append(attend_causal(q_, *past))
+            return torch.cat(outs)
+
+        hidden = self.net.trunk(flat, positions, attend)
+        ends = torch.tensor(sizes, device=self.device).cumsum(0) - 1
+        logits = self.net.logits(hidden[ends])                                            # (wave, V)
+        for (job, _, ids), row in zip(wave, logits):
+            job.cached += len(ids)
+            if isinstance(job, Prefix):
+                job.logits = row
+            else:
+                self.last[job] = row
+        self.stats["prefilled"] += sum(sizes)
+
+    def _first_tokens(self, fresh):
+        """Sample the token after each prefilled context."""
+        logits = torch.stack([self.last.get(s, s.prefix.logits if s.prefix else None) for s in fresh])
+        self.last = {}
+        column = lambda values, dtype: torch.tensor(values, dtype=dtype, device=self.device)
+        tokens, logp = sample(logits, column([s.temperature for s in fresh], torch.float32),
+                              column([s.top_p for s in fresh], torch.float32), column([s.stream for s in fresh], torch.int64),
+                              column([len(s.tokens) for s in fresh], torch.int64))
+        return tokens.tolist(), logp.tolist()
+
+    # -- decoding
+
+    def _record(self, sequences, tokens, logps):
+        """Append one token to each sequence; take those whose turn ends out of the batch."""
+        done = []
+        for s, token, logp in zip(sequences, tokens, logps):
+            s.tokens.append(token)
+            s.logprobs.append(logp)
+            if token in s.stop_ids or len(s.tokens) >= s.until:
+                s.finish, s.ticket = "stop" if token in s.stop_ids else "length", math.inf
+                done.append(s)
+        if done:
+            self.active = [s for s in self.active if not s.finish]
+            self.dirty = True
+        return done
+
+    def _arrange(self):
+        """After the batch has changed: rows that decode first, then write the step's inputs anew."""
+        self._gather(self.active, 0)
+        self.active.sort(key=lambda s: s.row)
+        groups = {}
+        for i, s in enumerate(self.active):
+            if s.prefix:
+                groups.setdefault(s.prefix, []).append(i)
+        self._gather(list(groups), self.slots)
+        groups = dict(sorted(groups.items(), key=lambda item: item[0].row))
+        n, to = len(self.active), dict(device=self.device)
+        self.row_state[:, :n] = torch.tensor([[s.tokens[-1] for s in self.active], [len(s.tokens) - 1 for s in self.active],
+                                              [s.cached for s in self.active], [s.stream for s in self.active]], **to)
+        self.row_state[2, n:] = torch.tensor([s.cached if s else 0 for s in self.owners[n:self.slots]], **to)
+        self.row_settings[:, :n] = torch.tensor([[s.temperature for s in self.active], [s.top_p for s in self.active]], **to)
+        self.layout = Layout.build(self.slots, groups, self.device, self.keys.dtype) if groups else None
+        self.dirty = False
+
+    def _decode(self):
+        """One token for every active row; returns (tokens, logps) as lists: the step's only copy to the host."""
+        if self.dirty:
+            self._arrange()
+        n, longest = len(self.active), max(s.cached for s in self.active) + 1
+        tokens, logp = (self._replay if self.device.type == "cuda" else self._step)(n, longest, self.layout)
+        for s in self.active:
+            s.cached += 1
+        self.stats["decoded"] += n
+        self.stats["steps"] += 1
+        return tokens.tolist(), logp.tolist()
+
+    def _step(self, n, longest, layout):
+        """Tensors only, fixed shapes, no word to the host: sample n tokens and write the next step's inputs in place."""
+        H, J, D = self.shape
+        ids, positions, lengths, streams = self.row_state[:, :n]
+        slots = torch.arange(longest, device=self.device)
+        bias = torch.where(slots <= lengths[:, None], 0.0, -math.inf)[:, None, None].to(self.keys.dtype)  # (B, 1, 1, L)
+        heads = torch.arange(n * J, device=self.device).view(n, J)
+        free = lengths.clamp(max=self.capacity - 1)[:, None]                              # a padding row writes here, too
+        place = (heads * self.capacity + free).view(-1)                                   # (B J,) where the new token goes
+
+        def attend(layer, q, k, v):
+            keys, values = self.keys[layer], self.values[layer]
+            keys.view(-1, D).index_copy_(0, place, k.reshape(n * J, D))
+            values.view(-1, D).index_copy_(0, place, v.reshape(n * J, D))
+            q = q.view(n, J, H // J, D)                                                   # query heads of one kv head: rows
+            out, lse = attend_with_lse(q, keys[:n, :, :longest], values[:n, :, :longest], bias)
+            if layout is not None:
+                shared, shared_lse = layout.attend(q, keys[self.slots:], values[self.slots:])
+                out = torch.lerp(out, shared, torch.sigmoid(shared_lse - lse).unsqueeze(-1).to(out.dtype))
+            return out
+
+        hidden = self.net.trunk(ids, positions, attend)
+        temperature, top_p = self.row_settings[:, :n]
+        tokens, logp = sample(self.net.logits(hidden), temperature, top_p, streams, positions + 1)
+        ids.copy_(tokens)
+        self.row_state[1:3, :n] += 1
+        return tokens, logp
+
+    def _replay(self, n, longest, layout):
+        """`_step` as a CUDA graph, captured once for each rounded shape. Rows beyond the active ones compute padding."""
+        n, longest = min(round_up(n, 8), self.slots), min(round_up(longest, 256), self.capacity)
+        key = n, longest, layout and (layout.members.shape, layout.bias.shape)
+        if key not in self.graphs:
+            static, saved = layout and Layout(*(t.clone() for t in layout.tensors())), self.row_state.clone()
+            side, graph = torch.cuda.Stream(self.device), torch.cuda.CUDAGraph()
+            side.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(side):      # warm up; what this writes to the cache lies behind every row's end
+                self._step(n, longest, static)
+            torch.cuda.current_stream(self.device).wait_stream(side)
+            with torch.cuda.graph(graph):
+                outputs = self._step(n, longest, static)
+            self.row_state.copy_(saved)
+            self.graphs[key] = graph, static, outputs
+        graph, static, outputs = self.graphs[key]
+        for target, source in zip(static.tensors() if static else (), layout.tensors() if layout else ()):
+            target.copy_(source)
+        graph.replay()
+        return outputs
+
+
+def round_up(n, step):
+    return -(-n // step) * step
+
+
+def zeros(shape, like):
+    """Zeros that take memory only where they are written (on a CPU)."""
+    if like.device.type == "cpu":
+        return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * like.itemsize), dtype=like.dtype).view(shape)
+    return torch.zeros(shape, dtype=like.dtype, device=like.device)
+
+
+def attend_with_lse(q, k, v, bias):
+    """q (B, J, R, D), k and v (B, J, L, D), bias (B, 1, 1, L) -> (out (B, J, R, D), log-sum-exp of the scores (B, J, R)).
+
+    Two parts of one softmax merge exactly: out = out_1 + sigmoid(lse_2 - lse_1) (out_2 - out_1).
+    """
+    if q.device.type == "cpu":  # the fused kernel of scaled_dot_product_attention, which also knows the log-sum-exp
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
+    scores = (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).float() + bias                 # (B, J, R, L)
+    lse = scores.logsumexp(-1)
+    return (scores - lse[..., None]).exp().to(v.dtype) @ v, lse
+
+
+@dataclass
+class Layout:
+    """Which rows share which prompt, as a table: a group's queries meet their prefix in one product."""
+    members: torch.Tensor   # (G M,) batch rows, group after group, each group padded with row 0
+    place: torch.Tensor     # (slots,) where in the flattened table a batch row stands
+    bias: torch.Tensor      # (G, 1, 1, L) 0 inside the prefix, -inf behind it
+    alone: torch.Tensor     # (slots, 1, 1) 0, or -inf for a row without prefix
+
+    def tensors(self):
+        return self.members, self.place, self.bias, self.alone
+
+    @staticmethod
+    def build(slots, groups, device, dtype):
+        """groups: {Prefix: batch rows}, in the order of the prefixes' rows in the cache."""
+        G, M, L = len(groups), max(map(len, groups.values())), max(len(prefix.tokens) for prefix in groups)
+        if device.type == "cuda":  # few shapes, few graphs
+            G, M, L = 1 << (G - 1).bit_length(), 1 << (M - 1).bit_length(), round_up(L, 256)
+        members, place = np.zeros(G * M, np.int64), np.zeros(slots, np.int64)
+        bias, alone = np.full((G, 1, 1, L), -np.inf, np.float32), np.full((slots, 1, 1), -np.inf, np.float32)
+        for g, (prefix, rows) in enumerate(groups.items()):
+            place[rows] = g * M + np.arange(len(rows))
+            members[place[rows]] = rows
+            bias[g, ..., :len(prefix.tokens)] = alone[rows] = 0
+        members, place, bias, alone = (torch.from_numpy(x).to(device) for x in (members, place, bias, alone))
+        return Layout(members, place, bias.to(dtype), alone)
+
+    def attend(self, q, keys, values):
+        """q (B, J, R, D), prefix keys and values (rows, J, capacity, D) -> (out (B, J, R, D), lse (B, J, R))."""
+        G, L, (B, J, R, D) = len(self.bias), self.bias.shape[-1], q.shape
+        M = len(self.members) // G
+        grouped = q.index_select(0, self.members).view(G, M, J, R, D).transpose(1, 2).reshape(G, J, M * R, D)
+        out, lse = attend_with_lse(grouped, keys[:G, :, :L], values[:G, :, :L], self.bias)
+        out = out.view(G, J, M, R, D).transpose(1, 2).reshape(G * M, J, R, D).index_select(0, self.place[:B])
+        lse = lse.view(G, J, M, R).transpose(1, 2).reshape(G * M, J, R).index_select(0, self.place[:B])
+        return out, lse + self.alone[:B]
+
+
+@dataclass
+class Completion:
+    tokens: list    # what was sampled, a stop id included
+    logprobs: list  # log softmax(logits / temperature) of each, before top-p
+    finish: str     # "stop" or "length"
+
+
+def generate(net, prompts, max_new_tokens, temperature=0.7, top_p=0.95, stop_ids=(), seed=0, slots=64):
+    """One Completion for each prompt (token lists), prompt i from the random stream of seed + i. Temperature 0 is greedy.
+
+    Equal prompts are computed and attended once, equal beginnings computed once; at most `slots` rows are live.
+    """
+    if not prompts:
+        return []
+    engine = Engine(net, min(slots, len(prompts)), max(map(len, prompts)) + max_new_tokens)
+    sequences = [engine.open(prompt, seed + i) for i, prompt in enumerate(prompts)]
+    for s in sequences:
+        engine.submit(s, max_new_tokens, temperature, top_p, stop_ids)
+    while ended := engine.poll():
+        for s in ended:
+            engine.close(s)
+    return [Completion(s.tokens[len(p):], s.logprobs, s.finish) for s, p in zip(sequences, prompts)]
