@@ -15,12 +15,10 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 import diffusion
 import distill
 import genevolve
-import model
 import tools
 from genevolve import HERE, Common, flag
 

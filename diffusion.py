@@ -12,7 +12,7 @@ Where this departs from the large renderers it stands for, and why:
 
 1. The network predicts x_0, not v (v follows from it): at this size it learns faster, and x_0 needs no large outputs.
 2. Words are known words; a string in capitals or digits is read character by character, each with its place in the
-   string, because drawing "KEL7" takes copying, not vocabulary. The name of a subject is [UNK]: looks come from pictures.
+   string, because drawing "KEL7" takes copying, not vocabulary. A subject's name is [UNK]: looks come from pictures.
 3. The condition is encoded once per picture; its keys and values are reused at every step. It never sees t.
 4. A middle layer also learns to say what each cell will show. That loss only speeds up learning.
 
@@ -75,7 +75,7 @@ def write_png(path, image):
 
 
 def read_png(path):
-    """PNG file -> uint8 (H, W, 3), transparency over white. ValueError in one line if it is missing or not a sound PNG."""
+    """PNG file -> uint8 (H, W, 3), transparency over white. ValueError, one line, if it is missing or unsound."""
     try:
         with open(path, "rb") as file:
             return decode_png(file.read())
@@ -88,7 +88,7 @@ def read_png(path):
 def decode_png(data):
     """Bytes of a PNG file, any colour type and depth -> uint8 (H, W, 3), transparency over white.
 
-    The size is checked before anything is allocated, and no more is inflated than the size allows. ValueError if unsound.
+    The size is checked before anything is allocated, and no more is inflated than it allows. ValueError if unsound.
     """
     header, palette, transparency, body = png_chunks(data)
     width, height, depth, colour, _, _, interlace = header
@@ -293,7 +293,7 @@ def to_pixels(images):
 
 
 def vae_loss(vae, images, generator, kl_weight=1e-3):
-    """Half L1, half L2 reconstruction + kl_weight * KL(q(z|x) || N(0, 1)) per latent number. Returns (loss, psnr in dB)."""
+    """Half L1, half L2 reconstruction + kl_weight * KL(q(z|x) || N(0, 1)) per latent number -> (loss, psnr in dB)."""
     pixels = to_pixels(images)
     mean, log_variance = vae.encode(pixels)
     noise = torch.randn(mean.shape, generator=generator).to(mean.device)
@@ -307,7 +307,7 @@ def vae_loss(vae, images, generator, kl_weight=1e-3):
 
 PIECE = re.compile(r"""(?<![^\W_])(?P<spelled>[^\W_](?:-[^\W_])+(?![\w-])      # K-E-L-7
                        |[A-Z0-9]{2,}(?![^\W_])|[0-9](?![^\W_]))               # KEL7, 1748, 4
-                       |[^\W_]+|[^\w\s]|_                                     # a word, or a mark by itself""", re.VERBOSE)
+                       |[^\W_]+|[^\w\s]|_                                     # a word, or a mark""", re.VERBOSE)
 MAX_PLACE = 15
 
 
@@ -428,10 +428,12 @@ class SwiGLU(nn.Module):
 
 
 def attend(q, k, v, mask):
-    """softmax(q k' / sqrt(d)) v written out: on a CPU, at this size, faster to train than the fused kernel.
+    """softmax(q k' / sqrt(d)) v; q (B, K, N, d), k and v (B, K, T, d), mask (B, 1, 1, T) bool -> (B, K, N, d).
 
-    q (B, K, N, d), k and v (B, K, T, d), mask (B, 1, 1, T) bool -> (B, K, N, d).
+    Written out where a CPU needs gradients: there, at this size, the fused kernel is slow in its backward pass.
     """
+    if q.device.type != "cpu" or not torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q * q.shape[-1]**-0.5) @ k.transpose(-1, -2)  # (B, K, N, T)
     return scores.masked_fill(~mask, -1e4).softmax(-1).to(v.dtype) @ v
 
@@ -564,26 +566,32 @@ def schedule(steps, shift=3.0):
     return (shift * s / (1 + (shift - 1) * s)).tolist()
 
 
-def integrate(velocity, x, times, sampler="euler"):
-    """Follow dx/dt = velocity(x, t) along ``times``. "euler" is of first order; "midpoint" of second, two calls a step.
+def integrate(velocity, x, times, sampler="euler", fresh=None, churn=0.6):
+    """Follow dx/dt = velocity(x, t) from times[0] to times[-1].
 
-    Midpoint, unlike Heun, never asks for the velocity at t = 0, where (x_t - x_0) / t has no value.
+    "euler": first order. "midpoint": second order, two calls a step; unlike Heun it never asks for the velocity at
+    t = 0, where (x_t - x_0) / t has no value. "ancestral": v tells x_0 and e; a part of e (a share churn^2 of its
+    variance) is replaced by ``fresh()`` before x is put together again, so later steps can mend earlier ones' errors.
     """
-    if sampler not in ("euler", "midpoint"):
-        raise ValueError(f"unknown sampler {sampler!r}: choose euler or midpoint")
+    if sampler not in ("euler", "midpoint", "ancestral"):
+        raise ValueError(f"unknown sampler {sampler!r}: choose euler, midpoint or ancestral")
     for t, after in zip(times, times[1:]):
         v = velocity(x, t)
         if sampler == "midpoint":
             middle = (t + after) / 2
             v = velocity(x + (middle - t) * v, middle)
-        x = x + (after - t) * v
+        if sampler == "ancestral" and after > 0:
+            x0, e = x - t * v, x + (1 - t) * v
+            x = (1 - after) * x0 + after * ((1 - churn**2)**0.5 * e + churn * fresh())
+        else:
+            x = x + (after - t) * v
     return x
 
 
 def guided_velocity(net, condition, guidance):
     """The velocity under classifier-free guidance, x_0 = x_0(nothing) + guidance (x_0(prompt) - x_0(nothing)).
 
-    With guidance 1 the condition holds B prompts; otherwise 2 B rows, B prompts and then B empty ones: one pass for both.
+    With guidance 1 the condition holds B prompts; otherwise B prompts and then B empty ones, and one pass is for both.
     """
     def velocity(x, t):
         rows = torch.full((len(condition.mask),), t, device=x.device)
@@ -616,18 +624,21 @@ class Renderer:
         return cls(vae, net, load_caption_tokenizer(renderer_dir, net.config))
 
     @torch.inference_mode()
-    def render(self, prompts, references, seeds, steps=20, guidance=2.0, sampler="euler", max_batch=32):
-        """prompts: [str]; references: per prompt a list of at most two uint8 (H, W, 3), resized to 32 x 32; seeds: [int].
+    def render(self, prompts, references, seeds, steps=20, guidance=2.0, sampler="euler", max_batch=0):
+        """Prompts, per prompt a list of at most two uint8 (H, W, 3) references (resized to 32 x 32), and seeds, int.
 
-        Returns uint8 (64, 64, 3) pictures. The noise of a picture comes from its seed alone, whatever its batch.
+        Returns uint8 (64, 64, 3) pictures. The noise of a picture comes from its seed alone, whatever its batch. At
+        most ``max_batch`` go at once; 0 means 8 on a CPU, whose caches hold no more, else 64.
         """
         if not len(prompts) == len(references) == len(seeds):
             raise ValueError(f"{len(prompts)} prompts, {len(references)} lists of references, {len(seeds)} seeds")
         if steps < 1:
             raise ValueError(f"steps must be at least 1, not {steps}")
+        max_batch = max_batch or (8 if self.vae.mean.device.type == "cpu" else 64)
         rows, images = self.conditions(prompts, references), []
         for start in range(0, len(rows), max_batch):
-            images += self.paint(rows[start:start + max_batch], seeds[start:start + max_batch], steps, guidance, sampler)
+            part = slice(start, start + max_batch)
+            images += self.paint(rows[part], seeds[part], steps, guidance, sampler)
         return images
 
     def conditions(self, prompts, references):
@@ -649,19 +660,21 @@ class Renderer:
     def paint(self, rows, seeds, steps, guidance, sampler):
         """Rows of conditions -> uint8 (64, 64, 3) arrays, all in one batch."""
         c, device = self.net.config, self.vae.mean.device
-        noise = [torch.randn(c.tokens, 4 * c.channels, generator=torch.Generator().manual_seed(int(seed) % 2**63))
-                 for seed in seeds]
+        generators = [torch.Generator().manual_seed(int(seed) % 2**63) for seed in seeds]  # one a picture
+
+        def noise():
+            return torch.stack([torch.randn(c.tokens, 4 * c.channels, generator=g) for g in generators]).to(device)
         nothing = [] if guidance == 1 else [(row[0][:0], row[1][:0], row[2][:0]) for row in rows]
         condition = self.net.encode(pack(rows + nothing, device))
         velocity = guided_velocity(self.net, condition, guidance)
-        x = integrate(velocity, torch.stack(noise).to(device), schedule(steps), sampler)  # (B, N, 4C)
+        x = integrate(velocity, noise(), schedule(steps), sampler, noise)  # (B, N, 4C)
         return list(self.vae.to_images(unpatchify(x)).cpu().numpy())
 
 
 # ---- Checkpoint folders ---------------------------------------------------------------------------------------------
 
 def save_folder(path, net, training, tensors=None, dtype=torch.float32):
-    """Write config.json, model.safetensors and training.json. ``tensors`` (default: the net's own) are stored as dtype."""
+    """Write config.json, model.safetensors and training.json; ``tensors`` (default: the net's) are stored as dtype."""
     os.makedirs(path, exist_ok=True)
     tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in (tensors or net.state_dict()).items()}
     model.write_tensors(os.path.join(path, "model.safetensors"), tensors)
@@ -673,19 +686,22 @@ def load_folder(path, kind, config_type, device):
     """Folder -> net of class ``kind`` in float32, ready to use. ValueError names the file at fault."""
     config_file, file = os.path.join(path, "config.json"), os.path.join(path, "model.safetensors")
     values, expected = model.read_json(config_file), config_type()
-    if values.get("model_type") != expected.model_type or set(values) != set(asdict(expected)):
+    sizes = [v for k, v in values.items() if k != "model_type"]
+    if (values.get("model_type") != expected.model_type or set(values) != set(asdict(expected))
+            or not all(isinstance(v, int) and v > 0 for v in sizes) or values["width"] % values.get("heads", 1)):
         raise ValueError(f"{config_file}: not a {expected.model_type} configuration")
-    net = kind(config_type(**values))
+    with torch.device("meta"):  # shapes only: nothing is allocated before they are known to fit
+        net = kind(config_type(**values))
     try:
         with model.open_tensors(file) as handle:
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}
-    except (OSError, SafetensorError) as error:
+            tensors = {name: handle.get_tensor(name).float() for name in handle.keys()}
+    except SafetensorError as error:
         raise ValueError(f"{file}: {error}") from None
     wanted = {name: tensor.shape for name, tensor in net.state_dict().items()}
     wrong = [n for n in sorted(wanted | tensors) if n not in tensors or wanted.get(n) != tensors[n].shape]
     if wrong:
         raise ValueError(f"{file}: tensor {wrong[0]} does not fit the architecture in config.json")
-    net.load_state_dict(tensors)
+    net.load_state_dict(tensors, assign=True)
     return net.to(device).eval()
 
 
@@ -733,7 +749,7 @@ class Scenes:
         self.train = len(self.image) - max(1, len(self.image) // 50)  # rows before this one are for training
 
 
-def draw(seed, step):
+def step_generator(seed, step):
     """The generator of one training step: a run that stops and resumes draws the same numbers."""
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
@@ -745,7 +761,7 @@ def train_vae(data, out, settings=VAETraining(), device="cpu"):
     vae = VAE(VAEConfig()).to(device)
     optimizer = torch.optim.AdamW(vae.parameters(), s.lr, betas=(0.9, 0.99))
     for step in range(s.steps):
-        generator = draw(s.seed, step)
+        generator = step_generator(s.seed, step)
         rate = s.lr * min(1, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / s.steps)))
         optimizer.param_groups[0]["lr"] = rate
         images = data.image[torch.randint(data.train, (s.batch,), generator=generator)].to(device)
@@ -760,19 +776,23 @@ def train_vae(data, out, settings=VAETraining(), device="cpu"):
             print(f"vae {step + 1}/{s.steps}  loss {loss.item():.4f}  psnr {psnr.item():.1f} dB  {seconds:.0f} s  "
                   f"{seconds / (step + 1) * (s.steps - step - 1):.0f} s left", flush=True)
     with torch.no_grad():
-        mean = torch.cat([vae.encode(to_pixels(data.image[i:i + 250].to(device)))[0] for i in range(0, 2000, 250)])
+        samples = data.image[:min(2000, data.train)].split(250)
+        mean = torch.cat([vae.encode(to_pixels(images.to(device)))[0] for images in samples])
         vae.mean.copy_(mean.mean((0, 1, 2)))
         vae.std.copy_(mean.std((0, 1, 2)))
         held = data.image[data.train:data.train + 200].to(device)
         square = (vae.to_images(vae.to_latents(held)).float() - held.float()).square().mean()
-    save_folder(out, vae, {"command": command_line(), "settings": asdict(s), "held_out_psnr": 10 * math.log10(255**2 / square.item()),
-                           "final_loss": loss.item(), "seconds": time.time() - started})
+    save_folder(out, vae, {"command": command_line(), "settings": asdict(s), "seconds": round(time.time() - started),
+                           "final_loss": loss.item(), "held_out_psnr": 10 * math.log10(255**2 / square.item())})
     return vae.eval()
 
 
 @dataclass
 class RendererTraining:
     """Settings of train_renderer."""
+    width: int = 192
+    layers: int = 6
+    heads: int = 3
     steps: int = 4000             # optimizer steps
     batch: int = 32               # pictures a step
     levels: int = 2               # noise levels for each of them
@@ -801,7 +821,7 @@ LEVELS = (0.25, 0.5, 0.75, 1.0)  # the loss is logged for t below each of these,
 class MuonAdamW:
     """Muon for the matrices of the layers, AdamW for everything else.
 
-    Muon (Jordan, 2024) replaces the momentum of a matrix by the nearest matrix with all singular values about 1, found by
+    Muon (Jordan, 2024) replaces the momentum of a matrix by the nearest one with all singular values about 1, found by
     five Newton-Schulz steps X <- aX + b(XX')X + c(XX')^2 X, and scales it by sqrt(rows / columns) where that exceeds 1.
     """
 
@@ -853,17 +873,18 @@ def orthogonal(matrix):
 
 
 def flow_loss(net, prompts, x0, labels, generator, s, denoise=None):
-    """Rectified flow in x_0-prediction, ``s.levels`` noise levels a picture, + class_weight * cross-entropy of the cells.
+    """Rectified flow in x_0-prediction, ``s.levels`` noise levels a picture, + class_weight * cells' cross-entropy.
 
     (x_0' - x_0)^2 has weight 1 / max(t, 1/4): between that of x_0 (1) and that of v (1 / t^2).
-    x0 (B, N, 4C), labels (B, N) int64; ``denoise`` is a compiled net. Returns loss, class loss, t (B * levels,), squared errors (B * levels,).
+    x0 (B, N, 4C), labels (B, N) int64; ``denoise`` is a compiled net.
+    Returns loss, class loss, t (B * levels,), squared errors (B * levels,).
     """
     condition = net.encode(prompts).repeat(s.levels)
     x0, labels = x0.repeat_interleave(s.levels, 0), labels.repeat_interleave(s.levels, 0)
     noise = torch.randn(x0.shape, generator=generator).to(x0.device)
     t, pure = torch.rand(2, len(x0), generator=generator)
     t = torch.where(pure < s.pure_noise, 1.0, s.shift * t / (1 + (s.shift - 1) * t)).to(x0.device)
-    predicted, logits = (denoise or net)(noised(x0, noise, t), t, condition, with_classes=True)
+    predicted, logits = (net if denoise is None else denoise)(noised(x0, noise, t), t, condition, with_classes=True)
     square = (predicted.float() - x0).square().mean((1, 2))  # (B * levels,)
     class_loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
     return (square / t.clamp(min=0.25)).mean() + s.class_weight * class_loss, class_loss, t, square.detach()
@@ -878,7 +899,7 @@ def training_rows(data, tokens, vae, index, generator, s):
     dice = torch.rand(3, len(index), generator=generator)
     no_text, no_references = (dice[:2] < torch.tensor([[s.drop_text], [s.drop_references]])) | (dice[2] < s.drop_both)
     rows = []
-    for i, part, a, b in zip(index.tolist(), references.split(count.tolist()), no_text.tolist(), no_references.tolist()):
+    for i, part, a, b in zip(index.tolist(), references.split(count.tolist()), no_text, no_references):
         ids, places = tokens[i]
         rows.append((ids[:0] if a else ids, places[:0] if a else places, part[:0] if b else part))
     return rows, x0
@@ -892,7 +913,8 @@ class RendererRun:
         torch.manual_seed(settings.seed)
         self.tokenizer = train_caption_tokenizer(data.captions[:data.train], settings.min_frequency)
         config = RendererConfig(vocabulary=self.tokenizer.get_vocab_size(), classes=data.classes,
-                                channels=vae.config.channels)
+                                channels=vae.config.channels, width=settings.width, layers=settings.layers,
+                                heads=settings.heads)
         self.net = Transformer(config).to(device)
         self.average = {k: v.detach().clone() for k, v in self.net.named_parameters()}
         self.optimizer = MuonAdamW(self.net, settings.lr, settings.muon_lr)
@@ -920,8 +942,9 @@ class RendererRun:
         """The averaged weights as a renderer folder, and beside them what it takes to go on."""
         os.makedirs(self.out, exist_ok=True)
         self.tokenizer.save(os.path.join(self.out, "tokenizer.json"))
-        save_folder(self.out, self.net, {"command": command_line(), "settings": asdict(self.settings), "step": self.step,
-                                         "seconds": round(self.seconds), **self.figures}, self.average)
+        training = {"command": command_line(), "settings": asdict(self.settings), "step": self.step,
+                    "seconds": round(self.seconds), **self.figures}
+        save_folder(self.out, self.net, training, self.average)
         tensors = {f"net.{k}": v.detach() for k, v in self.net.named_parameters()}
         tensors |= {f"average.{k}": v for k, v in self.average.items()} | self.optimizer.tensors()
         tensors |= {"step": torch.tensor(self.step), "seconds": torch.tensor(self.seconds, dtype=torch.float64)}
@@ -929,7 +952,7 @@ class RendererRun:
 
     def update(self):
         """One optimizer step. Returns (loss, class loss, t, squared errors, gradient norm)."""
-        s, generator = self.settings, draw(self.settings.seed, self.step)
+        s, generator = self.settings, step_generator(self.settings.seed, self.step)
         index = torch.randint(self.data.train, (s.batch,), generator=generator)
         labels = self.data.labels[index].flatten(1).long().to(self.device)  # (B, N)
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=s.bf16):
@@ -950,9 +973,9 @@ class RendererRun:
 
 
 def train_renderer(data, vae, out, settings=RendererTraining(), device="cpu"):
-    """Train the transformer on frozen latents; writes the folder ``out`` as it goes and resumes from it."""
+    """Train the transformer on frozen latents; writes the folder ``out`` as it goes, and goes on where it stopped."""
     run, s = RendererRun(data, vae, out, settings, device), settings
-    window, begun, first = [], time.time() - run.seconds, run.step
+    window, begun = [], time.time() - run.seconds
     while run.step < s.steps:
         window.append(run.update())
         run.seconds = time.time() - begun
@@ -960,22 +983,24 @@ def train_renderer(data, vae, out, settings=RendererTraining(), device="cpu"):
             losses, class_losses, t, square, norms = zip(*window)
             t, square, window = torch.cat(t), torch.cat(square), []
             bins = torch.bucketize(t, torch.tensor(LEVELS, device=t.device), right=True)
-            levels = [round(square[bins == i].mean().item(), 4) for i in range(len(LEVELS) + 1)]
-            run.figures = {"loss": float(np.mean(losses)), "class_loss": float(np.mean(class_losses)),
-                           "loss_by_level": levels}
-            rate = run.seconds / run.step
-            print(f"renderer {run.step}/{s.steps}  loss {run.figures['loss']:.4f}  class {run.figures['class_loss']:.4f}  "
-                  f"x0 error by t {levels}  grad {np.mean(norms):.2f}  {s.batch / rate:.0f} images/s  "
-                  f"{run.seconds:.0f} s  {rate * (s.steps - run.step):.0f} s left", flush=True)
+            levels = [round(part.mean().item(), 4) if len(part) else None
+                      for part in (square[bins == i] for i in range(len(LEVELS) + 1))]
+            loss, class_loss, rate = float(np.mean(losses)), float(np.mean(class_losses)), run.seconds / run.step
+            run.figures = {"loss": loss, "class_loss": class_loss, "x0_error_by_level": levels}
+            print(f"renderer {run.step}/{s.steps}  loss {loss:.4f}  class {class_loss:.4f}  x0 error by t {levels}  "
+                  f"grad {np.mean(norms):.2f}  {s.batch / rate:.0f} images/s  {run.seconds:.0f} s  "
+                  f"{rate * (s.steps - run.step):.0f} s left", flush=True)
         if run.step % s.export_every == 0 or run.step == s.steps:
             run.save()
+    if os.path.exists(run.file):  # done: what it took to go on is of no more use
+        os.remove(run.file)
     return run
 
 
 def train(data, out, seed=0, device="cpu", vae_steps=0, steps=0, **settings):
     """Train both networks from the folder ``data`` into out/vae and out/renderer; 0 steps means the default.
 
-    The VAE is kept as it is where the transformer's run is to be resumed.
+    ``settings``: other fields of RendererTraining. The VAE stays as it is where the transformer's run goes on.
     """
     scenes, renderer = Scenes(data), os.path.join(out, "renderer")
     if os.path.exists(os.path.join(renderer, "resume.safetensors")):
@@ -983,7 +1008,8 @@ def train(data, out, seed=0, device="cpu", vae_steps=0, steps=0, **settings):
     else:
         vae = train_vae(scenes, os.path.join(out, "vae"),
                         VAETraining(seed=seed, steps=vae_steps or VAETraining.steps), device)
-    train_renderer(scenes, vae, renderer, RendererTraining(seed=seed, steps=steps or RendererTraining.steps, **settings), device)
+    settings = RendererTraining(seed=seed, steps=steps or RendererTraining.steps, **settings)
+    train_renderer(scenes, vae, renderer, settings, device)
 
 
 def command_line():

@@ -22,15 +22,17 @@ import html
 import json
 import math
 import os
-import shutil
 import sys
+import threading
 import time
 import zlib
+from collections import Counter
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import diffusion
 import distill
@@ -124,6 +126,24 @@ class LocalPolicy:
         trajectory.mask += [False] * len(ids)
         trajectory.logprobs += [math.nan] * len(ids)
         self.submit(trajectory)
+
+    def reply(self, request):
+        """One turn for a conversation from outside (the chat endpoint). Returns tools.ChatReply."""
+        messages = [m | {"role": "system" if m["role"] == "developer" else m["role"]} for m in request["messages"]]
+        if self.compact:  # the embedded policy knows one system prompt
+            messages = [{"role": "system", "content": COMPACT_SYSTEM}] + [m for m in messages if m["role"] != "system"]
+        ids = self.tokenizer.apply_chat(messages, add_generation_prompt=True)
+        sequence = self.engine.open(ids, request["seed"])
+        self.engine.submit(sequence, min(request["max_tokens"], self.sampling.max_new_tokens), request["temperature"],
+                           request["top_p"], self.stop_ids)
+        while not any(s is sequence for s in self.engine.poll()):
+            pass
+        new = sequence.tokens[len(ids):]
+        self.engine.close(sequence)
+        text = self.tokenizer.decode([t for t in new if t not in self.stop_ids])
+        for stop in request["stop"]:
+            text = text.split(stop)[0]
+        return tools.ChatReply(text, sequence.finish, len(ids), len(new))
 
     def end(self, trajectory):
         trajectory.tokens = list(trajectory.handle.tokens)
@@ -255,19 +275,24 @@ class Studio:
 
     def __init__(self, renderer, judge=None, steps=20, alpha=0.5):
         self.renderer, self.judge, self.steps, self.alpha, self.memo = renderer, judge, steps, alpha, {}
+        local = isinstance(renderer, diffusion.Renderer)
+        self.open = tools.read_image if local else lambda path: path  # a remote renderer gets the files untouched
 
     def finish(self, trajectories):
         """Set image, judgement and reward of every trajectory; renders what is new in one batch."""
         ready = [t for t in trajectories if t.program is not None]
         todo = {self.key(t): t for t in ready if self.key(t) not in self.memo}
-        references = [[tools.read_image(t.images[r["img_id"]]["local_path"]) for r in t.program.references[:2]]
+        references = [[self.open(t.images[r["img_id"]]["local_path"]) for r in t.program.references[:2]]
                       for t in todo.values()]
         images = self.renderer.render([t.program.gen_prompt for t in todo.values()], references,
                                       [image_seed(t.row) for t in todo.values()], steps=self.steps) if todo else []
         for (key, trajectory), image in zip(todo.items(), images):
-            self.memo[key] = (image, self.look(image, trajectory.row))
+            if isinstance(image, tools.ToolError):  # this picture failed: missing, and asked for again next time
+                trajectory.error = str(image)
+            else:
+                self.memo[key] = (image, self.look(image, trajectory.row))
         for t in trajectories:
-            t.image, scores = self.memo[self.key(t)] if t.program is not None else (None, None)
+            t.image, scores = self.memo.get(self.key(t), (None, None)) if t.program is not None else (None, None)
             wanted = t.row.get("recipe", {}).get("wanted")
             t.judgement, t.reward = None, math.nan
             if wanted and self.judge and (t.program is None or scores):
@@ -522,9 +547,9 @@ class Sft(Common):
     vocabulary: str = flag(os.path.join(HERE, "atlas", "vocabulary.txt"), "text that a new tokenizer is trained on")
     init: str = flag("", "policy folder to start from (default: a new network and tokenizer)")
     vocab_size: int = flag(1152, "tokenizer size of a new policy")
-    hidden: int = flag(192, "width of a new policy")
-    layers: int = flag(5, "depth of a new policy")
-    heads: int = flag(6, "query heads of a new policy (two key-value heads)")
+    hidden: int = flag(160, "width of a new policy")
+    layers: int = flag(4, "depth of a new policy")
+    heads: int = flag(4, "query heads of a new policy (two key-value heads)")
     copy_steps: int = flag(250, "warm-up steps on repeated random segments, which teach copying")
     steps: int = flag(900, "optimizer steps on demonstrations")
     batch_tokens: int = flag(8192, "tokens a step")
@@ -574,6 +599,8 @@ class Embedded:
             return ChatPolicy(client, sampling)
         path = s.policy or os.path.join(HERE, "weights", "policy")
         net, tokenizer = model.load(path, self.device)
+        if tokenizer is None:
+            raise ValueError(f"{path}: no tokenizer.json")
         return LocalPolicy(net, tokenizer, sampling, compact=is_compact(path))
 
     def open_renderer(self):
@@ -704,14 +731,22 @@ def read_demonstrations(path):
             raise ValueError(f"{path}: not a file of demonstrations ({error})")
 
 
-def copy_rows(rng, vocab_size, count, length):
-    """Random segments, repeated: rows (ids, mask) in which the second half can only be copied from the first."""
-    rows = []
-    for _ in range(count):
-        segment = rng.integers(16, vocab_size, rng.integers(4, length // 2)).tolist()
-        gap = rng.integers(16, vocab_size, rng.integers(0, 12)).tolist()
-        rows.append((segment + gap + segment, [False] * (len(segment) + len(gap) + 1) + [True] * (len(segment) - 1)))
-    return rows
+def rare_tokens(tokenizer, conversations):
+    """Tokens that few requests contain (syllables of names, digits, letters): what a policy has to copy."""
+    requests = [tokenizer.encode(c[1]["content"]) for c in conversations[:3000]]
+    counts = Counter(t for ids in requests for t in set(ids))
+    return np.array(sorted(t for t, n in counts.items() if n < 0.2 * len(requests)))
+
+
+def copy_loss(net, pool, rng, count, device):
+    """Cross-entropy on the second of two equal random segments with a gap between them: it can only be copied.
+
+    Segments are short, three to sixteen tokens, or nothing in the context is likely enough to start from."""
+    length, gap = int(rng.integers(3, 17)), int(rng.integers(0, 9))
+    segment, between = (torch.tensor(rng.choice(pool, (count, n)), device=device) for n in (length, gap))
+    ids = torch.cat([segment, between, segment], 1)                                   # (count, 2 length + gap)
+    logits = net(ids[:, :-1])[:, length + gap:]                                       # (count, length - 1, V)
+    return F.cross_entropy(logits.flatten(0, 1), segment[:, 1:].flatten())
 
 
 def sft_loss(net, rows):
@@ -751,24 +786,23 @@ def sft(s):
         with open(s.vocabulary, encoding="utf-8") as file:
             tokenizer = model.train_tokenizer(file.readlines(), s.vocab_size)
         net = model.Qwen3(model.Config(vocab_size=tokenizer.size, hidden_size=s.hidden, layers=s.layers, heads=s.heads,
-                                       kv_heads=2, head_dim=32, mlp_size=s.hidden * 8 // 3, rope_theta=100.0,
+                                       kv_heads=2, head_dim=32, mlp_size=s.hidden * 3, rope_theta=100.0,
                                        tie_embeddings=True)).to(device)
     rows = [tokenizer.apply_chat_with_mask(c) for c in conversations]
+    pool = rare_tokens(tokenizer, conversations)
     optimizer = torch.optim.AdamW(net.parameters(), lr=s.lr, betas=(0.9, 0.98), weight_decay=s.weight_decay)
     make_folder(s.out)
     stream, copies = batches(rows, s.batch_tokens, rng), 0 if s.init else s.copy_steps
     total, start, log = copies + s.steps, time.perf_counter(), {}
     for step in range(total):
         warm = step < copies
-        rate = cosine(step, copies, s.lr, 0.1) if warm else cosine(step - copies, s.steps, s.lr, s.warmup)
+        rate = s.lr * min(1.0, (step + 1) / 20) if warm else cosine(step - copies, s.steps, s.lr, s.warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        count = max(1, s.batch_tokens // 128)
-        batch = copy_rows(rng, tokenizer.size, count, 192) if warm else next(stream)
-        if not warm and not s.init and step - copies < s.steps // 5:  # keep copying alive while language is learned
-            batch = batch + copy_rows(rng, tokenizer.size, count // 4, 192)
         with torch.autocast(device, torch.bfloat16, enabled=s.bf16):
-            loss = sft_loss(net, batch)
+            loss = copy_loss(net, pool, rng, s.batch_tokens // 32, device) if warm else sft_loss(net, next(stream))
+            if not warm and not s.init and step - copies < s.steps // 4:  # keep it alive while language is learned
+                loss = loss + 0.3 * copy_loss(net, pool, rng, s.batch_tokens // 128, device)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -792,18 +826,57 @@ def train_renderer(s):
     diffusion.train(s.data, s.out, seed=s.seed, device=pick_device(s.device), vae_steps=s.vae_steps, steps=s.steps)
 
 
+def serve(s):
+    """python genevolve.py serve"""
+    out = make_folder(s.out)
+    with Embedded(s, out) as parts:
+        lock, known = threading.Lock(), known_requests()
+
+        def policy(request):
+            if not isinstance(parts.policy, LocalPolicy):
+                return parts.policy.client.complete(**{k: v for k, v in request.items() if k != "stream"})
+            with lock:  # one engine, one caller at a time
+                return parts.policy.reply(request)
+
+        def renderer(prompt, references, seed, steps, width, height):
+            with lock:
+                image = parts.studio.renderer.render([prompt], [references], [seed], steps=min(steps, 40))[0]
+            return diffusion.resize(image, min(height, 256), min(width, 256))
+
+        def judge(text, images):
+            row = next((r for question, r in known.items() if question in text), None)
+            if row is None or len(images) != 2:
+                raise ValueError("the pixel judge needs two pictures and the text of an Atlas request")
+            scores = parts.studio.judge(images[0], images[1], row["recipe"]["wanted"])
+            failed = [c["detail"] for c in scores["constraints"] if not c["passed"]]
+            return {"rationale": "; ".join(failed) or "all constraints hold", **{k: scores[k] or 0.0 for k in distill.DIMENSIONS},
+                    "text_accuracy_na": scores["text_accuracy"] is None}
+
+        server = tools.Server(tools.Corpus(s.corpus), s.host, s.port, policy=policy, renderer=renderer, judge=judge)
+        print(f"serving on {server.url}: /search /images /v1/chat/completions /v1/models /generate /health (Ctrl-C ends)",
+              flush=True)
+        server.forever()
+
+
 # ---- Command line ---------------------------------------------------------------------------------------------------------------
 
-COMMANDS = {"run": (Run, run), "sft": (Sft, sft), "train-renderer": (TrainRenderer, train_renderer), "serve": (Serve, None)}
+COMMANDS = {"run": (Run, run), "sft": (Sft, sft), "train-renderer": (TrainRenderer, train_renderer), "serve": (Serve, serve)}
 
 
-def build_parser():
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong as a ValueError, in one line, instead of printing the usage."""
+
+    def error(self, message):
+        raise ValueError(message)
+
+
+def build_parser(commands):
     """One sub-command per settings class; every flag is one of its fields."""
-    parser = argparse.ArgumentParser(prog="genevolve.py", description=__doc__, add_help=True, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", metavar="command")
-    for name, (settings, _) in COMMANDS.items():
-        sub = commands.add_parser(name, help=settings.__doc__, description=settings.__doc__, allow_abbrev=False)
+    parser = Parser(description=sys.modules["__main__"].__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    chosen = parser.add_subparsers(dest="command", metavar="command")
+    for name, (settings, _) in commands.items():
+        sub = chosen.add_parser(name, help=settings.__doc__, description=settings.__doc__, allow_abbrev=False)
         for f in fields(settings):
             if f.metadata.get("positional"):
                 sub.add_argument(f.name, nargs="?", default=None, help=f.metadata["help"])
@@ -816,21 +889,17 @@ def build_parser():
     return parser
 
 
-def parse(arguments):
+def parse(arguments, commands):
     """Settings of the command on the command line. Raises ValueError with one line, with a suggestion for a typo."""
-    parser = build_parser()
+    parser = build_parser(commands)
     if not arguments or arguments[0] in ("-h", "--help"):
         parser.print_help()
         raise SystemExit(0)
     name = arguments[0]
-    if name not in COMMANDS:
-        raise ValueError(f"unknown command {name!r}{suggest(name, COMMANDS)}")
-    try:
-        parser.exit_on_error = False
-        known, unknown = parser.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise ValueError(str(error))
-    settings = COMMANDS[name][0]
+    if name not in commands:
+        raise ValueError(f"unknown command {name!r}{suggest(name, commands)}")
+    known, unknown = parser.parse_known_args(arguments)
+    settings = commands[name][0]
     if unknown:
         flags = [f"--{f.name.replace('_', '-')}" for f in fields(settings)]
         raise ValueError(f"unknown flag {unknown[0]}{suggest(unknown[0], flags)}")
@@ -843,13 +912,14 @@ def suggest(word, choices):
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def main(arguments=None):
+def main(arguments=None, commands=None):
     """Exit codes: 0 done, 2 unusable input (one line on stderr), 130 interrupted."""
+    commands = commands or COMMANDS
     try:
-        name, settings = parse(sys.argv[1:] if arguments is None else arguments)
-        COMMANDS[name][1](settings)
+        name, settings = parse(sys.argv[1:] if arguments is None else arguments, commands)
+        commands[name][1](settings)
     except (ValueError, OSError, tools.ToolError) as error:
-        print(f"genevolve: {error}", file=sys.stderr)
+        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; everything finished so far is on disk", file=sys.stderr)

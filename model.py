@@ -6,14 +6,14 @@
     logps = model.token_logprobs(net, [prompt + d.tokens for d in done], temperature=0.7)
 
 One network, three ways to attend. The trunk runs over a flat stream of N tokens with no padding and leaves attention to
-a callable `attend(layer, q, k, v)`: rows of equal length (`Qwen3.forward`), a packed prefix tree (`Packed`, for training),
-or a cache (`Engine`, for sampling). Everything else - norms, projections, rotary phases - is written once.
+a callable `attend(layer, q, k, v)`: rows of equal length (`Qwen3.forward`), a packed prefix tree (`Packed`, to train),
+or a cache (`Engine`, to sample). Everything else - norms, projections, rotary phases - is written once.
 
 Departures from the usual: q, k, v (and gate, up) are stored as one matrix and cut apart only in files; nucleus sampling
 needs no sort (see `sample`); a random number is a function of (seed, position), so a neighbour cannot change it.
 
     N tokens of a flat stream    B rows    T tokens of a row    L tokens attended to    C hidden size    V vocabulary
-    H query heads    J key/value heads    R = H / J    D head size    G groups (rows that share a prompt)    M rows of a group
+    H query heads    J key/value heads    R = H / J    D head size    G groups that share a prompt    M rows of a group
 """
 import json
 import math
@@ -34,7 +34,7 @@ from tokenizers import AddedToken, Regex, Tokenizer as FastTokenizer, decoders, 
 from torch.utils.checkpoint import checkpoint
 
 
-# ---- Decoder ----------------------------------------------------------------------------------------------------------
+# ---- Decoder ---------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Config:
@@ -51,7 +51,7 @@ class Config:
     max_positions: int = 32768   # written to config.json; nothing here depends on it
 
     def __post_init__(self):
-        sizes = (self.vocab_size, self.hidden_size, self.layers, self.heads, self.kv_heads, self.head_dim, self.mlp_size)
+        sizes = self.vocab_size, self.hidden_size, self.layers, self.heads, self.kv_heads, self.head_dim, self.mlp_size
         if not all(isinstance(n, int) and n > 0 for n in sizes) or self.heads % self.kv_heads or self.head_dim % 2:
             raise ValueError(f"sizes must be positive integers, heads a multiple of kv_heads, head_dim even: {self}")
 
@@ -105,8 +105,10 @@ class Block(nn.Module):
     def forward(self, x, cos, sin, attend):
         """x (N, C), cos and sin (N, 1, D) -> (N, C)."""
         H, J, D = self.shape
-        q, k, v = self.qkv(self.norm1(x)).view(len(x), H + 2 * J, D).split((H, J, J), 1)  # (N, H | J | J, D)
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        qk, v = self.qkv(self.norm1(x)).view(len(x), H + 2 * J, D).split((H + J, J), 1)   # (N, H + J | J, D)
+        scale = torch.cat((self.q_norm.weight.expand(H, D), self.k_norm.weight.expand(J, D)))
+        qk = F.rms_norm(qk, (D,), None, self.q_norm.eps) * scale
+        q, k = rotate(qk, cos, sin).split((H, J), 1)                                      # (N, H | J, D)
         x = x + self.out(attend(self.layer, q, k, v).reshape(len(x), H * D))              # (N, C)
         gate, up = self.gate_up(self.norm2(x)).chunk(2, -1)
         return x + self.down(F.silu(gate) * up)
@@ -143,7 +145,7 @@ class Qwen3(nn.Module):
         return F.linear(hidden, self.output_weight).float() if self.head is None else self.head(hidden).float()
 
     def trunk(self, ids, positions, attend):
-        """ids, positions (N,) int64 -> normalised hidden states (N, C). `attend(layer, q (N, H, D), k, v (N, J, D))`."""
+        """ids, positions (N,) int64 -> normalised hidden states (N, C). attend(layer, q (N, H, D), k, v (N, J, D))."""
         D = self.config.head_dim
         frequency = self.config.rope_theta ** -(torch.arange(0, D, 2, device=ids.device).float() / D)  # (D / 2,)
         angle = positions.float()[:, None, None] * frequency                              # (N, 1, D / 2)
@@ -168,26 +170,26 @@ class Qwen3(nn.Module):
 
 
 def attend_causal(q, k, v):
-    """The last t of L tokens look back: q (t, H, D), k and v (L, J, D) -> (t, H, D). Token i sees L - t + i and before."""
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))                                # (1, H | J, t | L, D)
+    """The last t of L tokens look back: q (t, H, D), k and v (L, J, D) -> (t, H, D). Token i sees up to L - t + i."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v.to(q.dtype)))                    # (1, H | J, t | L, D)
     t, L = q.shape[2], k.shape[2]
     mask = None if t in (1, L) else torch.ones(t, L, dtype=torch.bool, device=q.device).tril(L - t)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=t == L, enable_gqa=True)
-    return out[0].transpose(0, 1)
+    with torch.autocast("cpu", enabled=False):  # this kernel's backward is twice as fast in float32 as in bfloat16
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=t == L, enable_gqa=True)[0].transpose(0, 1)
 
 
-# ---- Tokenizer --------------------------------------------------------------------------------------------------------
+# ---- Tokenizer -------------------------------------------------------------------------------------------------------
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<answer>", "</answer>", "<tool_response>", "</tool_response>")
+TAGS = tuple(f"<{slash}{name}>" for name in ("think", "tool_call", "answer", "tool_response") for slash in ("", "/"))
 SPLIT = r"\p{Lu}(?=[\p{Lu}\p{N}])|(?<=[\p{Lu}\p{N}])\p{Lu}| ?\p{L}\p{Ll}+| ?\p{Ll}|\p{Lu}|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
 CHAT_TEMPLATE = (
-    "{%- for message in messages %}{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}")
+    "{%- for m in messages %}{{- '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}")
 
 
 class Tokenizer:
-    """ChatML over a `tokenizers.Tokenizer`. Text that spells a special token never becomes one: ids are put around it."""
+    """ChatML over a `tokenizers.Tokenizer`. Text that spells a special token never becomes one: ids go around it."""
 
     def __init__(self, fast, config=None):
         self.fast, self.config = fast, dict(config or {})
@@ -243,10 +245,11 @@ class Tokenizer:
 
 
 def train_tokenizer(texts, vocab_size):
-    """Byte-level BPE on `texts`. Words keep their leading space; digits, and capitals of codes such as KEL7, stay single."""
+    """Byte-level BPE on `texts`. Words keep their leading space; digits and capitals of codes (KEL7) stay single."""
     fast = FastTokenizer(models.BPE())
     fast.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     fast.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(SPECIAL) - len(TAGS), show_progress=False,
                                   initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
@@ -262,7 +265,7 @@ def split_tags(text):
     return text.split("\0")
 
 
-# ---- Checkpoints ------------------------------------------------------------------------------------------------------
+# ---- Checkpoints -----------------------------------------------------------------------------------------------------
 
 def file_tensors(net):
     """Yields (name in a Qwen3 file, parameter, first row, last row, Linear or None): what a checkpoint holds."""
@@ -308,7 +311,8 @@ def read_config(path):
         return Config(
             text["vocab_size"], text["hidden_size"], text["num_hidden_layers"], text["num_attention_heads"],
             text["num_key_value_heads"], text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"],
-            text["intermediate_size"], float(rope.get("rope_theta") or text.get("rope_theta") or 1e6), text["rms_norm_eps"],
+            text["intermediate_size"], float(rope.get("rope_theta") or text.get("rope_theta") or 1e6),
+            text["rms_norm_eps"],
             bool(raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
             text.get("max_position_embeddings", 32768))
     except KeyError as error:
@@ -319,15 +323,17 @@ def read_config(path):
 
 def hf_config(c, dtype, tokenizer=None):
     """Config -> the dictionary of config.json."""
-    end = {} if tokenizer is None else {"eos_token_id": tokenizer.id("<|im_end|>"), "pad_token_id": tokenizer.id("<|endoftext|>")}
+    dtype, end = str(dtype).split(".")[-1], {}
+    if tokenizer is not None:
+        end = {"eos_token_id": tokenizer.id("<|im_end|>"), "pad_token_id": tokenizer.id("<|endoftext|>")}
     return {
-        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": c.vocab_size, "hidden_size": c.hidden_size,
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3",
+        "vocab_size": c.vocab_size, "hidden_size": c.hidden_size,
         "num_hidden_layers": c.layers, "num_attention_heads": c.heads, "num_key_value_heads": c.kv_heads,
         "head_dim": c.head_dim, "intermediate_size": c.mlp_size, "rope_theta": c.rope_theta,
         "rope_parameters": {"rope_theta": c.rope_theta, "rope_type": "default"}, "rms_norm_eps": c.norm_eps,
         "tie_word_embeddings": c.tie_embeddings, "max_position_embeddings": c.max_positions, "hidden_act": "silu",
-        "attention_bias": False, "use_cache": True, "dtype": str(dtype).split(".")[-1],
-        "torch_dtype": str(dtype).split(".")[-1], **end}
+        "attention_bias": False, "use_cache": True, "dtype": dtype, "torch_dtype": dtype, **end}
 
 
 def tensor_files(path):
@@ -338,6 +344,15 @@ def tensor_files(path):
         return {name: os.path.join(path, os.path.basename(file)) for name, file in names.items()}
     with open_tensors(single) as file:
         return dict.fromkeys(file.keys(), single)
+
+
+def in_file(name, files):
+    """A tensor's name in this checkpoint: as in qwen3, below "model.language_model." (qwen3_vl), or bare."""
+    if name.startswith("model."):
+        for prefix in ("model.language_model.", ""):
+            if prefix + "embed_tokens.weight" in files:
+                return prefix + name.removeprefix("model.")
+    return name
 
 
 def open_tensors(path):
@@ -354,27 +369,31 @@ def load(path, device="cpu", dtype=torch.float32):
     """
     config = read_config(os.path.join(path, "config.json"))
     files = tensor_files(path)
-    prefix = text_prefix(files)
-    if not prefix:  # a bare trunk (an embedding model): it never makes logits, so it needs no output layer of its own
+    if "embed_tokens.weight" in files:  # a bare trunk (an embedding model) has no output layer
         config.tie_embeddings = True
     with torch.device("meta"):
         net = Qwen3(config)
     net = net.to(dtype).to_empty(device=device)
     for name, parameter, start, stop, _ in file_tensors(net):
-        name = name.replace("model.", prefix, 1) if name.startswith("model.") else name
+        name = in_file(name, files)
         if name not in files:
             raise ValueError(f"{path}: the checkpoint has no tensor {name}")
-        with open_tensors(files[name]) as file:  # opened for each tensor: closing it gives the mapped pages back
-            try:
-                tensor = file.get_tensor(name)
-            except SafetensorError as error:
-                raise ValueError(f"{files[name]}: {error}") from None
-            target = parameter.data[start:stop]
-            if tensor.shape != target.shape:
-                raise ValueError(f"{files[name]}: {name} has shape {tuple(tensor.shape)}, expected {tuple(target.shape)}")
-            target.copy_(tensor)
-            del tensor
+        read_tensor(files[name], name, parameter.data[start:stop])
     return net, load_tokenizer(path)
+
+
+def read_tensor(path, name, target, piece=2**21):
+    """Copy a tensor of a file into `target`, some rows at a time: closing the file gives the mapped pages back."""
+    rows = max(1, piece * len(target) // target.numel())
+    for start in range(0, len(target), rows):
+        with open_tensors(path) as file:
+            try:
+                tensor = file.get_slice(name)
+                if tensor.get_shape() != list(target.shape):
+                    raise ValueError(f"{path}: {name} is {tuple(tensor.get_shape())}, expected {tuple(target.shape)}")
+                target[start:start + rows].copy_(tensor[start:start + rows])
+            except SafetensorError as error:
+                raise ValueError(f"{path}: {error}") from None
 
 
 def load_tokenizer(path):
@@ -435,7 +454,8 @@ def save(path, net, tokenizer=None, shard_bytes=5 * 2**30):
     index = os.path.join(path, "model.safetensors.index.json")
     if len(shards) > 1:
         weight_map = {key: name for name, tensors in zip(names, shards) for key in tensors}
-        write_json(index, {"metadata": {"total_size": sum(p.nbytes for p in net.parameters())}, "weight_map": weight_map})
+        total = sum(t.nbytes for tensors in shards for t in tensors.values())
+        write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
     elif os.path.exists(index):
         os.remove(index)
     write_json(os.path.join(path, "config.json"), hf_config(net.config, net.embed.weight.dtype, tokenizer))
@@ -451,20 +471,14 @@ def save_tokenizer(path, tokenizer):
         "clean_up_tokenization_spaces": False, **tokenizer.config, "chat_template": CHAT_TEMPLATE})
     ends = [tokenizer.id("<|im_end|>"), tokenizer.id("<|endoftext|>")]
     write_json(os.path.join(path, "generation_config.json"), {
-        "do_sample": True, "temperature": 0.7, "top_p": 0.95, "top_k": 0, "eos_token_id": ends, "pad_token_id": ends[1]})
-
-
-def text_prefix(files):
-    """What stands before "layers." in the files of a checkpoint: qwen3_vl, qwen3, or a bare trunk."""
-    return next((p for p in ("model.language_model.", "model.") if p + "embed_tokens.weight" in files), "")
+        "do_sample": True, "temperature": 0.7, "top_p": 0.95, "top_k": 0,
+        "eos_token_id": ends, "pad_token_id": ends[1]})
 
 
 def export(net, base, path):
-    """Write the folder `base`, a qwen3_vl checkpoint, to `path` with net's weights as its text part; the rest is copied."""
+    """Write the folder `base`, a qwen3_vl checkpoint, to `path`, net's weights as its text part; the rest is copied."""
     files = tensor_files(base)
-    prefix, texts = text_prefix(files), {}
-    for name, parameter, start, stop, linear in file_tensors(net):
-        texts[name.replace("model.", prefix, 1) if name.startswith("model.") else name] = name, parameter, start, stop, linear
+    texts = {in_file(item[0], files): item for item in file_tensors(net)}
     if missing := sorted(set(texts) - set(files)):
         raise ValueError(f"{base}: the checkpoint has no tensor {missing[0]}")
     os.makedirs(path, exist_ok=True)
@@ -474,15 +488,16 @@ def export(net, base, path):
             with open_tensors(source) as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
             for key in tensors.keys() & texts.keys():
-                if tensors[key].shape[0] != texts[key][3] - texts[key][2]:
-                    raise ValueError(f"{source}: {key} has {tensors[key].shape[0]} rows, the policy {texts[key][3] - texts[key][2]}")
-                tensors[key] = whole(*texts[key]).to("cpu", tensors[key].dtype).contiguous()
+                ours = whole(*texts[key])
+                if ours.shape != tensors[key].shape:
+                    raise ValueError(f"{source}: {key} is {tuple(tensors[key].shape)}, ours is {tuple(ours.shape)}")
+                tensors[key] = ours.to("cpu", tensors[key].dtype).contiguous()
             write_tensors(target, tensors)
         elif os.path.isfile(source):
             replace_file(target, lambda temporary: shutil.copyfile(source, temporary))
 
 
-# ---- Low-rank adapters ------------------------------------------------------------------------------------------------
+# ---- Low-rank adapters -----------------------------------------------------------------------------------------------
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -505,9 +520,9 @@ def low_rank(linear, name):
 
 
 def add_lora(net, rank=16, alpha=32, targets=TARGETS):
-    """Freeze the net and give each target projection a trainable adapter, scale alpha / rank; it starts as no change."""
+    """Freeze the net and give each target projection a trainable adapter, scale alpha / rank; at first it adds 0."""
     if rank < 1 or not targets or set(targets) - set(TARGETS):
-        raise ValueError(f"lora: rank {rank} and targets {list(targets)}; expected rank 1 or more, targets among {list(TARGETS)}")
+        raise ValueError(f"lora: rank {rank}, targets {list(targets)}: expected rank > 0, targets of {list(TARGETS)}")
     net.requires_grad_(False)
     for block in net.blocks:
         for linear in (block.qkv, block.out, block.gate_up, block.down):
@@ -554,8 +569,9 @@ def save_adapter(path, net, base=""):
         f"base_model.model.{name}.lora_{x}.weight": part[key].data.contiguous()
         for linear, name, key in adapters for x, part in (("A", linear.lora_A), ("B", linear.lora_B))})
     write_json(os.path.join(path, "adapter_config.json"), {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank, "lora_alpha": scale * rank,
-        "target_modules": sorted({key for _, _, key in adapters}), "lora_dropout": 0.0, "bias": "none", "inference_mode": True})
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
+        "r": rank, "lora_alpha": scale * rank, "target_modules": sorted({key for _, _, key in adapters}),
+        "lora_dropout": 0.0, "bias": "none"})
 
 
 @torch.no_grad()
@@ -577,7 +593,7 @@ def load_adapter(path, net):
                 part[key].copy_(tensors.get_tensor(found[0]))
 
 
-# ---- Log-probs for training -------------------------------------------------------------------------------------------
+# ---- Log-probs for training ------------------------------------------------------------------------------------------
 
 SHORTEST_SHARED = 16  # tokens: a shorter common prefix is not worth a branch
 
@@ -592,7 +608,7 @@ def common_prefix(a, b):
 
 
 def branch_points(shared, start):
-    """Where the sequences to come leave this one: running minima of the neighbours' common prefixes, at useful distances."""
+    """Where later sequences leave this one: running minima of the neighbours' common prefixes, at useful distances."""
     points, low = [], math.inf
     for length in shared:
         low = min(low, length)
@@ -610,8 +626,8 @@ def branch_points(shared, start):
 class Packed:
     """Sequences as one flat stream in which a prefix that neighbours share stands once.
 
-    The stream is cut into segments; a segment attends to its ancestors (`chains`) and, causally, to itself. So a group's
-    prompt is computed once for its branches, and backward adds up what the branches send to it.
+    The stream is cut into segments; a segment attends to its ancestors (`chains`) and, causally, to itself. So a prompt
+    is computed once for all its branches, and backward adds up what the branches send to it.
     `rows[s]` (T_s,) is where the tokens of sequence s stand in the stream.
     """
 
@@ -664,7 +680,8 @@ class ChunkedLogprobs(torch.autograd.Function):
     """log softmax(h W^T / temperature)[target] and the entropy, without the (N, V) matrix, forward or backward.
 
     Both passes walk over tiles of at most `tile` tokens x `tile` words; forward keeps a running log-sum-exp, backward
-    rebuilds a tile's probabilities p from it: d logp / d z_j = 1[j = target] - p_j, d entropy / d z_j = -p_j (log p_j + entropy).
+    rebuilds a tile's p from it: d logp / d z_j = 1[j = target] - p_j, d entropy / d z_j = -p_j (log p_j + entropy).
+    Price: the products with W are four, not three, because the tile is computed again.
     """
 
     @staticmethod
@@ -674,7 +691,8 @@ class ChunkedLogprobs(torch.autograd.Function):
         for rows in torch.arange(N, device=hidden.device).split(tile):
             a, b = rows[0].item(), rows[-1].item() + 1
             h = hidden[a:b].to(dtype)
-            top, total, weighted, chosen = (torch.full((b - a,), f, device=h.device) for f in (-math.inf, 0.0, 0.0, 0.0))
+            total, weighted, chosen = torch.zeros(3, b - a, device=h.device)
+            top = torch.full_like(total, -math.inf)
             for c in range(0, V, tile):
                 z = F.linear(h, weight[c:c + tile].to(dtype)).float().div_(temperature)   # (n, v)
                 inside = (targets[a:b] >= c) & (targets[a:b] < c + tile)
@@ -695,7 +713,7 @@ class ChunkedLogprobs(torch.autograd.Function):
     def backward(ctx, g_logp, g_entropy):
         hidden, weight, targets, lse, entropy = ctx.saved_tensors
         temperature, tile, dtype = ctx.settings
-        g_hidden, g_weight = torch.zeros(hidden.shape, device=hidden.device), torch.zeros(weight.shape, device=hidden.device)
+        g_hidden, g_weight = (torch.zeros(x.shape, device=x.device) for x in (hidden, weight))  # float32 sums
         with_entropy = bool(g_entropy.any())
         for c in range(0, len(weight), tile):
             w = weight[c:c + tile].to(dtype)
@@ -716,12 +734,13 @@ class ChunkedLogprobs(torch.autograd.Function):
         return g_hidden.to(hidden.dtype), g_weight.to(weight.dtype), None, None, None, None
 
 
-def chunked_logprobs(hidden, weight, targets, temperature=1.0, tile=1024):
-    """hidden (N, C), weight (V, C), targets (N,) -> (logp (N,), entropy (N,)) float32, differentiable in hidden and weight.
+def chunked_logprobs(hidden, weight, targets, temperature=1.0, tile=None):
+    """hidden (N, C), weight (V, C), targets (N,) -> (logp (N,), entropy (N,)) float32, differentiable in the first two.
 
     Equals log_softmax(hidden @ weight.T / temperature) and its gather; memory grows with tile^2, not with N x V.
     """
     kind = hidden.device.type
+    tile = tile or (1024 if kind == "cpu" else 8192)  # a tile that stays in a core's cache; one that fills a GPU
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     with torch.autocast(kind, enabled=False):
         return ChunkedLogprobs.apply(hidden, weight, targets, temperature, tile, dtype)
@@ -733,7 +752,7 @@ def token_logprobs(net, sequences, temperature=1.0):
 
 
 def token_logprobs_and_entropy(net, sequences, temperature=1.0, masks=None):
-    """([logp], [entropy]), a vector (T - 1,) for each sequence, computed only where masks[s][t] (t = 1..T-1); 0 elsewhere.
+    """([logp], [entropy]): a vector (T - 1,) for each sequence, computed where masks[s][t] (t = 1..T-1), 0 elsewhere.
 
     A shared token's prediction is scored once, however many sequences contain it.
     """
@@ -751,7 +770,7 @@ def token_logprobs_and_entropy(net, sequences, temperature=1.0, masks=None):
     return tuple(F.pad(v, (0, 1))[place].split(lengths) for v in values)
 
 
-# ---- Sampling ---------------------------------------------------------------------------------------------------------
+# ---- Sampling --------------------------------------------------------------------------------------------------------
 
 MASK64 = 2**64 - 1
 GOLDEN, MIX1, MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # splitmix64
@@ -783,11 +802,11 @@ def uniform(streams, counters):
 def sample(logits, temperature, top_p, streams, positions):
     """One token per row: logits (B, V) float32, the others (B,) -> (tokens (B,), logp (B,)).
 
-    logp is log softmax(logits / temperature), before top-p; at temperature 0 the token is the argmax, logp that of the logits.
+    logp is log softmax(logits / temperature), before top-p; at temperature 0 the token is the argmax, logp untempered.
 
     Nucleus sampling without a sort: a token is in the nucleus if what is likelier than it weighs less than top_p. Draw
-    from the whole distribution and test that one token; if it falls outside, nothing that unlikely is drawn again. What is
-    accepted follows the truncated distribution exactly.
+    from the whole distribution and test that one token; if it falls outside, draw again from what is likelier than it.
+    The nucleus lies within that, so what is accepted follows the truncated distribution exactly.
     """
     host = logits.device.type == "cpu"  # where looking at a result is free
     greedy = temperature <= 0
@@ -814,7 +833,7 @@ def sample(logits, temperature, top_p, streams, positions):
     return tokens, logp.gather(1, tokens[:, None]).squeeze(1)
 
 
-# ---- Engine -----------------------------------------------------------------------------------------------------------
+# ---- Engine ----------------------------------------------------------------------------------------------------------
 
 @dataclass(eq=False)
 class Prefix:
@@ -858,11 +877,11 @@ class Engine:
         sequence = engine.open(prompt_ids, seed)
         engine.submit(sequence, max_new_tokens, temperature, top_p, stop_ids)     # queue one turn
         for sequence in engine.poll(): ...                                        # decode until a turn ends
-        engine.extend(sequence, ids)                                              # an observation, computed with the next turn
+        engine.extend(sequence, ids)                                              # an observation, for the next turn
         engine.close(sequence)
 
     The cache has `slots` rows for sequences and half as many for prompts that several open sequences share. Rows that
-    decode stand first: whoever ends a turn moves behind them, so that a step works on views, never on copies. A sequence
+    decode stand first: whoever ends a turn moves behind them, so a step works on views, never on copies. A sequence
     that waits for a tool keeps its row until another one needs it (then its part is set aside, not computed again).
     Weights are read live: after an update, sequences that are still open hold the old weights' keys and values.
     """
@@ -876,10 +895,10 @@ class Engine:
         self.owners = [None] * rows           # Sequence or Prefix of each row
         self.queue, self.active = deque(), []
         self.prefixes, self.unstarted, self.tickets = {}, Counter(), 0
-        self.row_state = torch.zeros(4, slots, dtype=torch.int64, device=self.device)     # ids, positions, lengths, streams
-        self.row_settings = torch.zeros(2, slots, device=self.device)                     # temperature, top-p
+        self.row_state = torch.zeros(4, slots, dtype=torch.int64, device=self.device)  # id, position, length, stream
+        self.row_settings = torch.zeros(2, slots, device=self.device)  # temperature, top-p
         self.dirty, self.layout, self.graphs = False, None, {}
-        self.wave_tokens = 1024 if self.device.type == "cpu" else 8192                   # of one prefill pass: fits the caches
+        self.wave_tokens = 1024 if self.device.type == "cpu" else 8192  # of one prefill pass; small ones stay in cache
         self.stats = Counter()                # tokens prefilled, decoded; steps
 
     # -- what callers use
@@ -921,7 +940,7 @@ class Engine:
 
     @torch.inference_mode()
     def poll(self):
-        """Admit what fits, decode until at least one turn ends, return the sequences whose turn ended ([] if none runs)."""
+        """Admit what fits, decode until a turn ends, return the sequences whose turn ended ([]: nothing submitted)."""
         done = []
         while not done and (self.queue or self.active):
             done = self._admit()
@@ -946,7 +965,7 @@ class Engine:
             self.owners[prefix.row] = None
 
     def _free_row(self, sequence):
-        """A row for `sequence`: a free one, or that of whoever will need it last; None if all belong to earlier tickets."""
+        """A row for `sequence`: a free one, or that of whoever needs it last; None if all belong to earlier tickets."""
         if None in self.owners[:self.slots]:
             return self.owners.index(None)
         idle = [s for s in self.owners[:self.slots] if s not in self.active and s.ticket > sequence.ticket]
@@ -1018,7 +1037,7 @@ class Engine:
         self._started(sequence)
 
     def _prefill(self, fresh):
-        """Compute keys and values of all pending tokens, many sequences in one packed pass; the last hidden states are kept."""
+        """Compute keys and values of all pending tokens, many sequences in one packed pass; keep the last logits."""
         jobs = list(dict.fromkeys([s.prefix for s in fresh if s.prefix and not s.prefix.cached] + fresh))
         self.last = {}
         while jobs:
@@ -1056,7 +1075,7 @@ class Engine:
         """wave: [(Sequence or Prefix, position of the first id, ids)], computed as one flat stream."""
         sizes = [len(ids) for _, _, ids in wave]
         flat = torch.tensor([i for _, _, ids in wave for i in ids], device=self.device)
-        positions = torch.tensor([p for _, start, ids in wave for p in range(start, start + len(ids))], device=self.device)
+        positions = [p for _, begin, ids in wave for p in range(begin, begin + len(ids))]
 
         def attend(layer, q, k, v):
             outs = []
@@ -1072,7 +1091,7 @@ class Engine:
                 outs.append(attend_causal(q_, *past))
             return torch.cat(outs)
 
-        hidden = self.net.trunk(flat, positions, attend)
+        hidden = self.net.trunk(flat, torch.tensor(positions, device=self.device), attend)
         ends = torch.tensor(sizes, device=self.device).cumsum(0) - 1
         logits = self.net.logits(hidden[ends])                                            # (wave, V)
         for (job, _, ids), row in zip(wave, logits):
@@ -1087,10 +1106,9 @@ class Engine:
         """Sample the token after each prefilled context."""
         logits = torch.stack([self.last.get(s, s.prefix.logits if s.prefix else None) for s in fresh])
         self.last = {}
-        column = lambda values, dtype: torch.tensor(values, dtype=dtype, device=self.device)
-        tokens, logp = sample(logits, column([s.temperature for s in fresh], torch.float32),
-                              column([s.top_p for s in fresh], torch.float32), column([s.stream for s in fresh], torch.int64),
-                              column([len(s.tokens) for s in fresh], torch.int64))
+        settings = torch.tensor([[s.temperature, s.top_p] for s in fresh], device=self.device).T
+        places = torch.tensor([[s.stream, len(s.tokens)] for s in fresh], device=self.device).T
+        tokens, logp = sample(logits, *settings, *places)
         return tokens.tolist(), logp.tolist()
 
     # -- decoding
@@ -1119,12 +1137,12 @@ class Engine:
                 groups.setdefault(s.prefix, []).append(i)
         self._gather(list(groups), self.slots)
         groups = dict(sorted(groups.items(), key=lambda item: item[0].row))
-        n, to = len(self.active), dict(device=self.device)
-        self.row_state[:, :n] = torch.tensor([[s.tokens[-1] for s in self.active], [len(s.tokens) - 1 for s in self.active],
-                                              [s.cached for s in self.active], [s.stream for s in self.active]], **to)
-        self.row_state[2, n:] = torch.tensor([s.cached if s else 0 for s in self.owners[n:self.slots]], **to)
-        self.row_settings[:, :n] = torch.tensor([[s.temperature for s in self.active], [s.top_p for s in self.active]], **to)
-        self.layout = Layout.build(self.slots, groups, self.device, self.keys.dtype) if groups else None
+        n = len(self.active)
+        state = [[s.tokens[-1], len(s.tokens) - 1, s.cached, s.stream] for s in self.active]
+        state += [[0, 0, s.cached if s else 0, 0] for s in self.owners[n:self.slots]]
+        self.row_state.copy_(torch.tensor(state).T)
+        self.row_settings[:, :n] = torch.tensor([[s.temperature, s.top_p] for s in self.active], device=self.device).T
+        self.layout = Layout.build(self.slots, self.shape[1], groups, self.device, self.keys.dtype) if groups else None
         self.dirty = False
 
     def _decode(self):
@@ -1140,20 +1158,20 @@ class Engine:
         return tokens.tolist(), logp.tolist()
 
     def _step(self, n, longest, layout):
-        """Tensors only, fixed shapes, no word to the host: sample n tokens and write the next step's inputs in place."""
+        """Tensors only, fixed shapes, no word to the host: sample n tokens, write the next step's inputs in place."""
         H, J, D = self.shape
         ids, positions, lengths, streams = self.row_state[:, :n]
         slots = torch.arange(longest, device=self.device)
         bias = torch.where(slots <= lengths[:, None], 0.0, -math.inf)[:, None, None].to(self.keys.dtype)  # (B, 1, 1, L)
         heads = torch.arange(n * J, device=self.device).view(n, J)
-        free = lengths.clamp(max=self.capacity - 1)[:, None]                              # a padding row writes here, too
-        place = (heads * self.capacity + free).view(-1)                                   # (B J,) where the new token goes
+        end = lengths.clamp(max=self.capacity - 1)[:, None]                               # padding rows write, too
+        place = (heads * self.capacity + end).view(-1)                                    # (B J,) for the new token
 
         def attend(layer, q, k, v):
             keys, values = self.keys[layer], self.values[layer]
             keys.view(-1, D).index_copy_(0, place, k.reshape(n * J, D))
             values.view(-1, D).index_copy_(0, place, v.reshape(n * J, D))
-            q = q.view(n, J, H // J, D)                                                   # query heads of one kv head: rows
+            q = q.view(n, J, H // J, D)                                                   # (B, J, R, D)
             out, lse = attend_with_lse(q, keys[:n, :, :longest], values[:n, :, :longest], bias)
             if layout is not None:
                 shared, shared_lse = layout.attend(q, keys[self.slots:], values[self.slots:])
@@ -1168,7 +1186,7 @@ class Engine:
         return tokens, logp
 
     def _replay(self, n, longest, layout):
-        """`_step` as a CUDA graph, captured once for each rounded shape. Rows beyond the active ones compute padding."""
+        """`_step` as a CUDA graph, captured once for each rounded shape. Rows beyond the active ones are padding."""
         n, longest = min(round_up(n, 8), self.slots), min(round_up(longest, 256), self.capacity)
         key = n, longest, layout and (layout.members.shape, layout.bias.shape)
         if key not in self.graphs:
@@ -1201,7 +1219,7 @@ def zeros(shape, like):
 
 
 def attend_with_lse(q, k, v, bias):
-    """q (B, J, R, D), k and v (B, J, L, D), bias (B, 1, 1, L) -> (out (B, J, R, D), log-sum-exp of the scores (B, J, R)).
+    """q (B, J, R, D), k and v (B, J, L, D), bias (B, 1, 1, L) -> (out (B, J, R, D), log-sum-exp of scores (B, J, R)).
 
     Two parts of one softmax merge exactly: out = out_1 + sigmoid(lse_2 - lse_1) (out_2 - out_1).
     """
@@ -1215,8 +1233,8 @@ def attend_with_lse(q, k, v, bias):
 @dataclass
 class Layout:
     """Which rows share which prompt, as a table: a group's queries meet their prefix in one product."""
-    members: torch.Tensor   # (G M,) batch rows, group after group, each group padded with row 0
-    place: torch.Tensor     # (slots,) where in the flattened table a batch row stands
+    members: torch.Tensor   # (G J M,) where in (B J,) a group's queries stand; a short group is filled with place 0
+    place: torch.Tensor     # (slots J,) the inverse: where in (G J M,) a row's queries stand
     bias: torch.Tensor      # (G, 1, 1, L) 0 inside the prefix, -inf behind it
     alone: torch.Tensor     # (slots, 1, 1) 0, or -inf for a row without prefix
 
@@ -1224,29 +1242,28 @@ class Layout:
         return self.members, self.place, self.bias, self.alone
 
     @staticmethod
-    def build(slots, groups, device, dtype):
+    def build(slots, J, groups, device, dtype):
         """groups: {Prefix: batch rows}, in the order of the prefixes' rows in the cache."""
         G, M, L = len(groups), max(map(len, groups.values())), max(len(prefix.tokens) for prefix in groups)
         if device.type == "cuda":  # few shapes, few graphs
             G, M, L = 1 << (G - 1).bit_length(), 1 << (M - 1).bit_length(), round_up(L, 256)
-        members, place = np.zeros(G * M, np.int64), np.zeros(slots, np.int64)
+        members, place, heads = np.zeros((G, J, M), np.int64), np.zeros((slots, J), np.int64), np.arange(J)
         bias, alone = np.full((G, 1, 1, L), -np.inf, np.float32), np.full((slots, 1, 1), -np.inf, np.float32)
         for g, (prefix, rows) in enumerate(groups.items()):
-            place[rows] = g * M + np.arange(len(rows))
-            members[place[rows]] = rows
+            members[g, :, :len(rows)] = np.array(rows) * J + heads[:, None]
+            place[rows] = np.arange(len(rows))[:, None] + (g * J + heads) * M
             bias[g, ..., :len(prefix.tokens)] = alone[rows] = 0
         members, place, bias, alone = (torch.from_numpy(x).to(device) for x in (members, place, bias, alone))
-        return Layout(members, place, bias.to(dtype), alone)
+        return Layout(members.view(-1), place.view(-1), bias.to(dtype), alone)
 
     def attend(self, q, keys, values):
         """q (B, J, R, D), prefix keys and values (rows, J, capacity, D) -> (out (B, J, R, D), lse (B, J, R))."""
         G, L, (B, J, R, D) = len(self.bias), self.bias.shape[-1], q.shape
-        M = len(self.members) // G
-        grouped = q.index_select(0, self.members).view(G, M, J, R, D).transpose(1, 2).reshape(G, J, M * R, D)
+        grouped = q.reshape(B * J, R * D).index_select(0, self.members).view(G, J, -1, D)  # (G, J, M R, D)
         out, lse = attend_with_lse(grouped, keys[:G, :, :L], values[:G, :, :L], self.bias)
-        out = out.view(G, J, M, R, D).transpose(1, 2).reshape(G * M, J, R, D).index_select(0, self.place[:B])
-        lse = lse.view(G, J, M, R).transpose(1, 2).reshape(G * M, J, R).index_select(0, self.place[:B])
-        return out, lse + self.alone[:B]
+        place = self.place[:B * J]
+        out = out.reshape(-1, R * D).index_select(0, place).view(B, J, R, D)
+        return out, lse.reshape(-1, R).index_select(0, place).view(B, J, R) + self.alone[:B]
 
 
 @dataclass
@@ -1257,7 +1274,7 @@ class Completion:
 
 
 def generate(net, prompts, max_new_tokens, temperature=0.7, top_p=0.95, stop_ids=(), seed=0, slots=64):
-    """One Completion for each prompt (token lists), prompt i from the random stream of seed + i. Temperature 0 is greedy.
+    """One Completion for each prompt (token list), prompt i from the random stream of seed + i. Temperature 0: greedy.
 
     Equal prompts are computed and attended once, equal beginnings computed once; at most `slots` rows are live.
     """

@@ -1,0 +1,1765 @@
+"""The outside world: everything that the agent reads, asks for or sends goes through this file, and over HTTP.
+
+    python genevolve.py serve --corpus DIR                 a key-free search backend over your own texts and images
+    curl -d '{"q": "founding year", "num": 3}' localhost:8765/search
+
+It reads from top to bottom: the turn format, images, the URL guard, record and replay, the HTTP client, the corpus with
+its BM25 index, the agent's three tools, clients of models and renderers, and the local server that answers all of them.
+
+Where this differs from a plain reading of the method, and why:
+
+1. A query that failed may be asked again; only a query that was answered counts as repeated. Networks do fail.
+2. There are two forms of an observation. The full form has titles, links and paths; the compact form, for the small
+   embedded policy, has one short line per result and nothing that changes from run to run (no port, no path).
+3. Text from outside is material: tags of the turn format and special tokens in it are defused before a policy reads it.
+4. Images are fetched without any proxy, because the guard has to see the address that is really connected to.
+
+Rules for every client here: a failure raises ToolError with one line that names no key; nothing outlives its deadline.
+"""
+import base64
+import hashlib
+import http.client
+import http.server
+import io
+import ipaddress
+import json
+import math
+import os
+import random
+import re
+import socket
+import socketserver
+import struct
+import sys
+import threading
+import time
+import unicodedata
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from http.cookiejar import DefaultCookiePolicy
+from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
+
+import numpy as np
+import requests
+import urllib3
+from urllib3.util.connection import create_connection
+
+import diffusion
+
+
+class ToolError(Exception):
+    """Something outside did not work, or may not be used. The message is one line and holds no key."""
+
+
+class BudgetExceeded(ToolError):
+    """The number of paid calls that was allowed is used up."""
+
+
+def load_json(text):
+    """Strict JSON: no NaN, no half surrogates, no bottomless nesting. Raises ValueError in one line.
+
+    text: str or bytes (UTF-8).
+    """
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+    try:
+        text = text.decode() if isinstance(text, bytes) else text
+        value = json.loads(text, parse_constant=refuse)
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # no 1e999, no half of a surrogate pair
+        return value
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except UnicodeError:
+        raise ValueError("not valid Unicode") from None
+
+
+# ---- The turn format ------------------------------------------------------------------------------------------------
+
+SKILLS = ("aesthetic_drawing", "anatomy_body_coherence", "attribute_binding", "creative_drawing",
+          "physical_material_consistency", "quantity_counting", "spatial_layout", "text_rendering")
+TOP_K = {"type": "integer", "minimum": 1, "maximum": 10, "description": "Number of results wanted (default 5)."}
+
+
+def tool_schema(name, description, required, **properties):
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": {
+        "type": "object", "properties": properties, "required": [required]}}}
+
+
+TOOL_SCHEMAS = (
+    tool_schema("search", "Look facts up in text pages. Several queries may be asked at once.", "queries",
+                queries={"type": "array", "items": {"type": "string"}, "description": "What to look up."}, top_k=TOP_K),
+    tool_schema("image_search", "Find pictures that can serve as references. Each gets an id IMG_###.", "query",
+                query={"type": "string", "description": "What the picture should show."}, top_k=TOP_K),
+    tool_schema("query_knowledge", "Read the guide of one drawing skill before writing the program.", "skill_name",
+                skill_name={"type": "string", "enum": list(SKILLS)}))
+TOOL_NAMES = tuple(schema["function"]["name"] for schema in TOOL_SCHEMAS)
+ACTION = re.compile(r"\s*<(tool_call|answer)>(.*)</\1>\s*", re.DOTALL)
+TAG = re.compile(r"</?(?:think|tool_call|answer)>")
+
+
+@dataclass
+class Turn:
+    """One turn of the policy, taken apart."""
+    think: str
+    kind: str         # "tool_call", "answer" or "format_error"
+    name: str         # the tool; "" for an answer
+    arguments: dict   # of the tool call, or the answer itself
+    error: str = ""   # one line, for a format error
+
+
+def parse_turn(text):
+    """`<think>...</think>` and then exactly one `<tool_call>{...}</tool_call>` or `<answer>{...}</answer>`.
+
+    The opening <think> may be missing (some chat templates write it into the prompt). Never raises.
+    """
+    think, closed, rest = text.partition("</think>")
+    think = think.strip().removeprefix("<think>").strip()
+    try:
+        if not closed:
+            raise ValueError("no </think>")
+        if "<think>" in think:
+            raise ValueError("a turn starts with <think>, once")
+        kind, name, arguments = parse_action(rest)
+    except ValueError as error:
+        return Turn(think, "format_error", "", {}, " ".join(str(error).split()))
+    return Turn(think, kind, name, arguments)
+
+
+def parse_action(rest):
+    """What follows </think> -> (kind, tool name, arguments). Raises ValueError with the reason."""
+    action = ACTION.fullmatch(rest)
+    if not action:
+        raise ValueError("one closed <tool_call> or <answer> must follow </think>, and nothing else")
+    kind, body = action.groups()
+    if TAG.search(body):
+        raise ValueError("more than one action in a turn")
+    try:
+        value = load_json(body)
+    except ValueError as error:
+        raise ValueError(f"<{kind}> does not hold valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"<{kind}> must hold a JSON object")
+    if kind == "answer":
+        return kind, "", value
+    if set(value) != {"name", "arguments"} or not isinstance(value["arguments"], dict):
+        raise ValueError('<tool_call> must hold {"name": ..., "arguments": {...}}')
+    if value["name"] not in TOOL_NAMES:
+        raise ValueError(f"unknown tool; the tools are {', '.join(TOOL_NAMES)}")
+    return kind, value["name"], value["arguments"]
+
+
+# ---- Images: content decides the type, the header decides whether it is decoded -------------------------------------
+
+MAX_PIXELS = 64 * 2**20
+MIME = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+EXTENSION = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
+EVERY_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG markers that state the size
+
+
+def image_header(data):
+    """Bytes of a PNG, JPEG or WebP file -> (type, width, height), from the header alone. ToolError if it is none."""
+    try:
+        if data[:8] == b"\x89PNG\r\n\x1a\n":
+            kind, (width, height) = "png", struct.unpack(">II", data[16:24])
+        elif data[:3] == b"\xff\xd8\xff":
+            kind, (width, height) = "jpeg", jpeg_size(data)
+        elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+            kind, (width, height) = "webp", webp_size(data)
+        else:
+            raise ToolError("not a PNG, JPEG or WebP picture")
+    except (struct.error, IndexError):
+        raise ToolError("a picture whose header is cut off") from None
+    if not width or not height or width * height > MAX_PIXELS:
+        raise ToolError(f"a picture of {width:,} x {height:,} pixels; at most {MAX_PIXELS >> 20} megapixels are read")
+    return kind, width, height
+
+
+def jpeg_size(data):
+    """Walk over the segments up to the frame header."""
+    at = 2
+    while True:
+        if data[at] != 0xFF:
+            raise ToolError("a JPEG picture with a broken header")
+        marker, length = data[at + 1], struct.unpack(">H", data[at + 2:at + 4])[0]
+        if marker in EVERY_FRAME:
+            return struct.unpack(">HH", data[at + 5:at + 9])[::-1]
+        at += 1 if marker == 0xFF else 2 + max(length, 2)  # 0xFF 0xFF is padding
+
+
+def webp_size(data):
+    """The three kinds of WebP: extended, lossless, lossy."""
+    kind, bits = data[12:16], data[20:30]
+    if kind == b"VP8X":
+        return 1 + int.from_bytes(bits[4:7], "little"), 1 + int.from_bytes(bits[7:10], "little")
+    if kind == b"VP8L":
+        packed = struct.unpack("<I", bits[1:5])[0]
+        return 1 + (packed & 0x3FFF), 1 + (packed >> 14 & 0x3FFF)
+    width, height = struct.unpack("<HH", bits[6:10])
+    return width & 0x3FFF, height & 0x3FFF
+
+
+def read_image(source):
+    """Path or bytes of a PNG, JPEG or WebP picture -> uint8 (H, W, 3). ToolError in one line if that is impossible.
+
+    PNG needs nothing; the other formats need Pillow, the only optional package of the project.
+    """
+    where, data = ("", source) if isinstance(source, bytes) else (f"{source}: ", b"")
+    try:
+        if where:
+            with open(source, "rb") as file:
+                data = file.read()
+        kind, _, _ = image_header(data)
+        return diffusion.decode_png(data) if kind == "png" else decode_with_pillow(data, kind)
+    except OSError as error:
+        raise ToolError(f"{where}cannot be read ({error.strerror or error})") from None
+    except (ValueError, ToolError) as error:
+        raise ToolError(f"{where}{error}") from None
+
+
+def decode_with_pillow(data, kind):
+    """JPEG or WebP -> uint8 (H, W, 3), transparency over white."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise ToolError(f"a {kind.upper()} picture: reading it takes Pillow (pip install pillow)") from None
+    try:
+        with Image.open(io.BytesIO(data), formats=[kind.upper()]) as image:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            return np.array(Image.alpha_composite(white, image).convert("RGB"))
+    except (SyntaxError, struct.error) as error:  # what Pillow raises on damage, next to OSError and ValueError
+        raise ToolError(f"a damaged {kind.upper()} picture ({error})") from None
+
+
+def image_bytes(source):
+    """Path, bytes or uint8 (H, W, 3) -> (bytes of an image file, its type). A file's own bytes pass untouched."""
+    if isinstance(source, np.ndarray):
+        return diffusion.encode_png(source), "png"
+    try:
+        data = source if isinstance(source, bytes) else open_bytes(source)
+        return data, image_header(data)[0]
+    except OSError as error:
+        raise ToolError(f"{source}: cannot be read ({error.strerror or error})") from None
+
+
+def open_bytes(path):
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def data_uri(source):
+    """Path, bytes or uint8 (H, W, 3) -> "data:image/...;base64,...", labelled with the type that it really has."""
+    data, kind = image_bytes(source)
+    return f"data:{MIME[kind]};base64,{base64.b64encode(data).decode()}"
+
+
+def from_data_uri(uri):
+    """The image in a data URI -> uint8 (H, W, 3). The label is ignored, the bytes decide."""
+    if not isinstance(uri, str) or not uri.startswith("data:") or ";base64," not in uri[:200]:
+        raise ToolError("an image must be a data URI (data:image/png;base64,...); no URL is fetched here")
+    return read_image(from_base64(uri.split(";base64,", 1)[1]))
+
+
+def from_base64(text):
+    """Base64 -> bytes. ToolError if it is anything else."""
+    try:
+        return base64.b64decode(text, validate=True)
+    except (ValueError, TypeError):
+        raise ToolError("an image that is not valid base64") from None
+
+
+def image_part(source):
+    """The part of a chat message that shows an image to a vision model."""
+    return {"type": "image_url", "image_url": {"url": data_uri(source)}}
+
+
+# ---- The guard: which addresses may be fetched ----------------------------------------------------------------------
+
+PRIVATE_V4 = [ipaddress.ip_network(n) for n in (  # IANA's special-purpose registry; whatever is not global unicast
+    "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24",
+    "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24",
+    "224.0.0.0/4", "240.0.0.0/4")]
+GLOBAL_V6 = ipaddress.ip_network("2000::/3")
+PRIVATE_V6 = [ipaddress.ip_network(n) for n in ("2001::/23", "2001:db8::/32", "3fff::/20")]
+EMBEDDED_V4 = [  # IPv6 networks that carry an IPv4 address: (network, where its first byte is)
+    (ipaddress.ip_network("::/96"), 12),           # compatible
+    (ipaddress.ip_network("::ffff:0:0/96"), 12),   # mapped
+    (ipaddress.ip_network("::ffff:0:0:0/96"), 12),  # translated
+    (ipaddress.ip_network("64:ff9b::/96"), 12),    # NAT64
+    (ipaddress.ip_network("2002::/16"), 2),        # 6to4
+    (ipaddress.ip_network("2001::/32"), 4)]        # Teredo: the server's address; the client's is found below
+REACHED_THROUGH_V4 = [EMBEDDED_V4[i][0] for i in (1, 3, 4)]  # usable if the embedded address is public
+LOCAL_NAMES = re.compile(r"(?:.*\.)?(?:localhost|localdomain|local|internal|intranet|private|corp|home|lan|home\.arpa)")
+HOST_NAME = re.compile(r"(?=.{1,253}$)(?:[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?\.)+[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?")
+MAX_URL = 8000
+MAX_REDIRECTS = 5
+
+
+def is_public(address):
+    """Whether an address ("8.8.8.8", "2606:4700::1") is globally routable unicast, and so is every IPv4 in it."""
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    if ip.version == 4:
+        return not any(ip in network for network in PRIVATE_V4)
+    if ip.scope_id is not None:
+        return False
+    packed = ip.packed
+    inner = [packed[at:at + 4] for network, at in EMBEDDED_V4 if ip in network]
+    if ip in EMBEDDED_V4[-1][0]:
+        inner.append(bytes(255 - b for b in packed[12:]))  # Teredo stores the client's address inverted
+    if packed[8:12] in (b"\0\0\x5e\xfe", b"\x02\0\x5e\xfe"):
+        inner.append(packed[12:])  # ISATAP
+    if not all(is_public(str(ipaddress.IPv4Address(i))) for i in inner):
+        return False
+    if any(ip in network for network in REACHED_THROUGH_V4):
+        return True
+    return ip in GLOBAL_V6 and not any(ip in network for network in PRIVATE_V6)
+
+
+def public_addresses(host, port):
+    """Resolve a host; every answer must be public. Returns the addresses in order."""
+    if is_literal(host):
+        found = [host]
+    else:
+        try:
+            found = [answer[4][0] for answer in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+        except (OSError, UnicodeError):
+            raise ToolError("refused: the host name does not resolve") from None
+    if not found or not all(is_public(address) for address in found):
+        raise ToolError("refused: the address is not public")
+    return list(dict.fromkeys(found))
+
+
+def is_literal(host):
+    try:
+        return bool(ipaddress.ip_address(host))
+    except ValueError:
+        return False
+
+
+def canonical_host(host):
+    """A host as written in a URL -> lower-case ASCII, or ToolError. Only the plain spelling of an address passes:
+    decimal, octal, hexadecimal and shortened forms mean different hosts to different programs."""
+    if host.startswith("["):
+        try:
+            return str(ipaddress.IPv6Address(host[1:-1])) if host.endswith("]") and "%" not in host else host_error()
+        except ValueError:
+            host_error()
+    if not host.isascii():
+        odd = [c for c in host if not c.isascii() and (c.isnumeric() or c in "。．｡")]
+        if odd or unicodedata.normalize("NFKC", host) != host:
+            host_error()
+        try:
+            host = host.encode("idna").decode()
+        except UnicodeError:
+            host_error()
+    host = host.lower().removesuffix(".")
+    if re.fullmatch(r"\d{1,3}(\.\d{1,3}){3}", host):
+        return host if is_literal(host) else host_error()  # ipaddress refuses leading zeros
+    if not HOST_NAME.fullmatch(host) or re.fullmatch(r"0x[0-9a-f]*", host.rsplit(".", 1)[-1]):
+        host_error()
+    if LOCAL_NAMES.fullmatch(host):
+        raise ToolError("refused: the name belongs to a private network")
+    return host
+
+
+def host_error():
+    raise ToolError("refused: the host is neither a plain name nor a plainly written address")
+
+
+def origin_of(url):
+    """(scheme, host, port) of a URL that was already checked or comes from the command line."""
+    parts = urlsplit(url)
+    return parts.scheme, (parts.hostname or "").strip("[]"), parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+
+
+def check_url(url, own=None):
+    """Whether a URL from a search result or a model may be fetched: returns it in canonical form or raises ToolError.
+
+    http and https only, no credentials, a public host in its plain spelling, every DNS answer public. ``own``: URL of
+    the local server; what lies on its origin (same scheme, host and port) passes, and nothing else that is private.
+    """
+    if not isinstance(url, str) or not url or len(url) > MAX_URL:
+        raise ToolError(f"refused: a URL is text of 1 to {MAX_URL} characters")
+    if re.search(r"[\s\\\x00-\x20\x7f-\xa0]", url) or any(unicodedata.category(c) in ("Cf", "Cs") for c in url):
+        raise ToolError("refused: blanks, control characters or backslashes in the URL")
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        raise ToolError("refused: not a URL") from None
+    if parts.scheme not in ("http", "https"):
+        raise ToolError("refused: only http and https are fetched")
+    if "@" in parts.netloc or "%" in parts.netloc:
+        raise ToolError("refused: credentials or escapes in front of the path")
+    if port == 0 or parts.netloc.endswith(":"):
+        raise ToolError("refused: not a port")
+    if own and origin_of(url) == origin_of(own):
+        return url
+    written = parts.netloc if port is None else parts.netloc.rpartition(":")[0]
+    host = canonical_host(written)
+    public_addresses(host, port or 80)
+    shown = f"[{host}]" if ":" in host else host
+    return urlunsplit((parts.scheme, shown + (f":{port}" if port else ""), parts.path, parts.query, ""))
+
+
+# ---- Record and replay ----------------------------------------------------------------------------------------------
+
+@dataclass
+class Reply:
+    """What an outside call gave: a response, or the one-line reason why there is none."""
+    status: int = 0
+    content_type: str = ""
+    body: bytes = b""
+    error: str = ""
+
+
+class Tape:
+    """Outside calls, kept by the hash of what was asked: JSON lines, no keys.
+
+    record: every call goes out once, and its first outcome answers all equal calls (so that a replay, in whatever
+    order its threads run, sees what the recording saw). replay: no call goes out; one that was not recorded raises.
+    """
+
+    def __init__(self, record=None, replay=None):
+        if record and replay:
+            raise ToolError("--record and --replay exclude each other")
+        self.lock, self.replies, self.replaying, self.file = threading.Lock(), {}, bool(replay), None
+        try:
+            if replay:
+                with open(replay, encoding="utf-8") as file:
+                    for number, line in enumerate(file, 1):
+                        self.read_line(line, f"{replay}, line {number}")
+            if record:
+                self.file = open(record, "w", encoding="utf-8")
+        except OSError as error:
+            raise ToolError(f"{record or replay}: {error.strerror}") from None
+
+    def read_line(self, line, where):
+        try:
+            row = load_json(line)
+            self.replies[str(row["key"])] = Reply(int(row["status"]), str(row["content_type"]),
+                                                  base64.b64decode(row["body"]), str(row["error"]))
+        except (ValueError, KeyError, TypeError):
+            raise ToolError(f"{where}: not a line of a recording") from None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        if self.file:
+            self.file.close()
+            self.file = None
+
+    def find(self, key, call):
+        """The reply that is kept for a call, or None if it has to go out."""
+        with self.lock:
+            reply = self.replies.get(key)
+        if reply is None and self.replaying:
+            raise ToolError(f"replay: this call was not recorded: {call}")
+        return reply
+
+    def keep(self, key, call, reply):
+        """Keep an outcome; returns the one that stands (another thread may have been first)."""
+        if not self.file:
+            return reply
+        with self.lock:
+            if key not in self.replies:
+                self.replies[key] = reply
+                row = {"key": key, "call": call, "status": reply.status, "content_type": reply.content_type,
+                       "body": base64.b64encode(reply.body).decode(), "error": reply.error}
+                self.file.write(json.dumps(row) + "\n")
+                self.file.flush()
+            return self.replies[key]
+
+
+# ---- HTTP: deadlines, retries, limits, budget -----------------------------------------------------------------------
+
+class Limiter:
+    """At most so many calls a minute, evenly spaced, over all threads that share it."""
+
+    def __init__(self, per_minute):
+        self.gap, self.next, self.lock = 60.0 / per_minute, 0.0, threading.Lock()
+
+    def wait(self, until):
+        """Sleep until it is this call's turn; ToolError if that would be after ``until`` (time.monotonic)."""
+        with self.lock:
+            turn = max(self.next, time.monotonic())
+            if turn > until:
+                raise ToolError("the limit of calls a minute leaves no time for this one")
+            self.next = turn + self.gap
+        time.sleep(max(0.0, turn - time.monotonic()))
+
+
+class Budget:
+    """Counts calls that are sent, retries included; stops at ``max_calls``."""
+
+    def __init__(self, max_calls):
+        self.max_calls, self.spent, self.lock = max_calls, 0, threading.Lock()
+
+    def spend(self):
+        with self.lock:
+            if self.spent >= self.max_calls:
+                raise BudgetExceeded(f"the budget of {self.max_calls} calls is used up")
+            self.spent += 1
+
+
+class Refused(ToolError):
+    """A failure that trying again will not mend."""
+
+
+class Transient(ToolError):
+    """A failure that may be gone in a moment. ``wait``: seconds that the other side asked for."""
+
+    def __init__(self, message, wait=0.0):
+        super().__init__(message)
+        self.wait = wait
+
+
+class Deadline:
+    """Ends every transfer of a call when its time is over, whatever it is waiting for (a slow header, a slow body)."""
+
+    def __init__(self, seconds):
+        self.seconds, self.sockets, self.expired = max(0.0, seconds), [], threading.Event()
+        self.timer = threading.Timer(self.seconds, self.cut)
+        self.timer.daemon = True
+
+    def __enter__(self):
+        self.timer.start()
+        return self
+
+    def __exit__(self, *_):
+        self.timer.cancel()
+
+    def add(self, sock):
+        """A socket that the call uses."""
+        self.sockets.append(sock)
+        if self.expired.is_set():
+            self.cut()
+
+    def cut(self):
+        self.expired.set()
+        for sock in self.sockets:
+            try:
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+            except OSError:
+                continue  # closed already
+
+
+class Transport(requests.adapters.HTTPAdapter):
+    """Connections that end at a deadline and, if ``guarded``, go to checked addresses only.
+
+    The host is resolved once more when a connection is opened, every answer is checked, one of exactly these addresses
+    is connected to, and the peer's address is checked again: a DNS server that changes its answer gains nothing.
+    """
+
+    def __init__(self, guarded, own=None):
+        self.guarded, self.own = guarded, own and origin_of(own)[1:]
+        self.current = threading.local()  # .deadline: of the call that the current thread is making
+        self.pools = {"http": self.pool(urllib3.HTTPConnectionPool), "https": self.pool(urllib3.HTTPSConnectionPool)}
+        super().__init__(pool_connections=16, pool_maxsize=64)
+
+    def init_poolmanager(self, *arguments, **options):
+        super().init_poolmanager(*arguments, **options)
+        self.poolmanager.pool_classes_by_scheme = self.pools
+
+    def proxy_manager_for(self, *arguments, **options):
+        manager = super().proxy_manager_for(*arguments, **options)
+        manager.pool_classes_by_scheme = self.pools
+        return manager
+
+    def pool(self, base):
+        """A connection pool class whose connections belong to this transport."""
+        transport = self
+
+        class Connection(base.ConnectionCls):
+            def _new_conn(self):  # the one place where urllib3 opens a socket
+                sock = transport.open(self) if transport.guarded else super()._new_conn()
+                transport.current.deadline.add(sock)
+                return sock
+
+            def connect(self):
+                super().connect()
+                transport.current.deadline.add(self.sock)  # with TLS it is another object now
+
+            def request(self, *arguments, **options):
+                if self.sock is not None:  # kept alive from an earlier call
+                    transport.current.deadline.add(self.sock)
+                return super().request(*arguments, **options)
+        return type("Pool", (base,), {"ConnectionCls": Connection})
+
+    def open(self, connection):
+        """Connect to one of the host's addresses, all of which are public; they share the time there is."""
+        host, port, end = connection.host.strip("[]"), connection.port, time.monotonic() + connection.timeout
+        trusted, failure = (host, port) == self.own, "no time left"
+        for address in [host] if trusted else public_addresses(host, port):
+            if time.monotonic() >= end:
+                break
+            try:
+                sock = create_connection((address, port), end - time.monotonic(),
+                                         socket_options=connection.socket_options)
+            except OSError as error:
+                failure = error
+                continue
+            if trusted or is_public(sock.getpeername()[0]):
+                sock.settimeout(connection.timeout)
+                return sock
+            sock.close()
+            raise Refused("refused: the address is not public")
+        raise urllib3.exceptions.NewConnectionError(connection, str(failure))
+
+
+def redact(text, secrets):
+    """Remove every key from a text (str or bytes), plain or percent-encoded. Under six characters it is no key."""
+    for secret in secrets:
+        for form in (secret, quote(secret, safe="")) if len(secret) >= 6 else ():
+            text = text.replace(form, "***") if isinstance(text, str) else text.replace(form.encode(), b"***")
+    return text
+
+
+def is_loopback(url):
+    try:
+        host = origin_of(url)[1]
+    except ValueError:
+        return False
+    return host == "localhost" or is_literal(host) and ipaddress.ip_address(host).is_loopback
+
+
+@dataclass
+class HttpClient:
+    """One service: its deadlines, retries and limits. Shared by all threads.
+
+    ``request`` gives what ``parse`` makes of the response, or raises ToolError after the last attempt. Redirects are
+    followed only where ``guarded`` (downloads), each one checked; a service that holds a key must answer for itself.
+    """
+    name: str                       # how errors call the service
+    secrets: tuple = ()             # keys that must not appear anywhere
+    guarded: bool = False           # URLs come from outside: check_url, no proxy, redirects followed
+    own: str | None = None          # the local server, which the guard lets through
+    timeout: float = 30.0           # seconds for one attempt, from connecting to the last byte
+    deadline: float = 90.0          # seconds for a call with all its attempts
+    retries: int = 3                # attempts after the first
+    max_bytes: int = 32 * 2**20     # of a response
+    limiter: Limiter | None = None
+    budget: Budget | None = None
+    tape: Tape | None = None
+    backoff: float = 0.5            # seconds before the second attempt, doubled each time
+    session: requests.Session = field(init=False, repr=False)
+
+    def __post_init__(self):
+        self.transport = Transport(self.guarded, self.own)
+        self.session = requests.Session()
+        self.session.mount("http://", self.transport)
+        self.session.mount("https://", self.transport)
+        self.session.trust_env = not self.guarded     # proxies and CA bundle of the environment
+        self.session.auth = lambda request: request   # but never a password from ~/.netrc
+        self.session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+        self.session.headers.update({"User-Agent": "genevolve", "Accept-Encoding": "identity"})
+
+    def request(self, method, url, payload=None, headers=None, parse=None, until=math.inf, again=0):
+        """payload: JSON object for the body. parse: Reply -> value, ValueError if the response makes no sense.
+        until: time.monotonic at which the call is over, if earlier than its own deadline. again: how often the caller
+        has met a failure of this very call before (a recording keeps each)."""
+        until = min(until, time.monotonic() + self.deadline)
+        parse = parse or (lambda reply: reply)
+        call = redact(f"{method} {url}", self.secrets)
+        key = self.key(method, url, payload, again)
+        reply = self.tape.find(key, f"{self.name}: {call[:300]}") if self.tape else None
+        if reply is None:
+            reply, value = self.outcome(method, url, payload, headers, parse, until)
+            kept = self.tape.keep(key, call, reply) if self.tape else reply
+            if kept is reply and not reply.error:
+                return value
+            reply = kept
+        if reply.error:
+            raise ToolError(reply.error)
+        try:
+            return parse(reply)
+        except ValueError as error:
+            raise ToolError(f"{self.name}: unusable answer ({error})") from None
+
+    def key(self, method, url, payload, again):
+        """Hash of what is asked. Keys and the local server's port are left out: neither matters to the answer."""
+        parts = urlsplit(url) if is_loopback(url) else None
+        place = urlunsplit(("http", "local", parts.path, parts.query, "")) if parts else url
+        asked = json.dumps([method, place, payload, again], sort_keys=True)
+        return hashlib.sha256(redact(asked, self.secrets).encode()).hexdigest()
+
+    def outcome(self, method, url, payload, headers, parse, until):
+        """Send until it works, is refused, or time or attempts run out. Returns (Reply, parsed value or None); raises
+        only BudgetExceeded."""
+        for attempt in range(self.retries + 1):
+            try:
+                if self.limiter:
+                    self.limiter.wait(until)
+                if self.budget:
+                    self.budget.spend()
+                reply = self.attempt(method, url, payload, headers, until)
+                reply.body = redact(reply.body, self.secrets)
+                return reply, parse(reply)
+            except BudgetExceeded:
+                raise
+            except (Transient, ValueError) as error:
+                reason = str(error) if isinstance(error, Transient) else f"unusable answer ({error})"
+                pause = max(getattr(error, "wait", 0.0), self.backoff * 2 ** attempt * random.uniform(0.5, 1.5))
+                if attempt == self.retries or time.monotonic() + pause > until:
+                    break
+                time.sleep(pause)
+            except ToolError as error:
+                reason = str(error)
+                break
+        return Reply(error=redact(" ".join(f"{self.name}: {reason}".split())[:400], self.secrets)), None
+
+    def attempt(self, method, url, payload, headers, until):
+        """One attempt, redirects included, cut at its time limit. Returns a Reply."""
+        with Deadline(min(self.timeout, until - time.monotonic())) as deadline:
+            self.transport.current.deadline = deadline
+            try:
+                for _ in range(MAX_REDIRECTS + 1):
+                    url = check_url(url, self.own) if self.guarded else url
+                    reply = self.exchange(method, url, payload, headers, deadline)
+                    if deadline.expired.is_set():
+                        raise Transient("timed out")
+                    if isinstance(reply, Reply):
+                        return reply
+                    url = reply
+                raise Refused(f"more than {MAX_REDIRECTS} redirects")
+            except (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, OSError,
+                    ValueError, AttributeError) as error:  # the last two: a TLS socket that was cut in mid-read
+                late = deadline.expired.is_set() or isinstance(error, (requests.Timeout, TimeoutError))
+                raise Transient("timed out" if late else "the connection failed") from None
+
+    def exchange(self, method, url, payload, headers, deadline):
+        """Send and read one response. Returns a Reply, or the URL that it redirects to."""
+        proxies = {"no_proxy": "localhost,127.0.0.1,::1"} if is_loopback(url) else None
+        with self.session.request(method, url, json=payload, headers=headers, stream=True, allow_redirects=False,
+                                  timeout=deadline.seconds + 0.1, proxies=proxies) as response:
+            status = response.status_code
+            if status in (301, 302, 303, 307, 308):
+                if not self.guarded:
+                    raise Refused(f"HTTP {status}: redirects are not followed here")
+                return urljoin(url, response.headers.get("Location", ""))
+            if status in (408, 425, 429) or status >= 500:
+                raise Transient(f"HTTP {status}", retry_after(response.headers.get("Retry-After")))
+            good, body = 200 <= status < 300, bytearray()
+            for chunk in response.iter_content(2**16):
+                body += chunk
+                if len(body) > (self.max_bytes if good else 1000):
+                    break
+            if not good:
+                detail = " ".join(re.findall(r"[\w .,:;()'/-]+", body[:300].decode("utf-8", "replace")))
+                raise Refused(f"HTTP {status} {detail}".strip())
+            if len(body) > self.max_bytes:
+                raise Refused(f"an answer of more than {self.max_bytes >> 20} MB")
+            return Reply(status, response.headers.get("Content-Type", ""), bytes(body))
+
+    def post_json(self, url, payload, headers=None, parse=None, **options):
+        """POST a JSON object; parse: JSON object -> value."""
+        parse = parse or (lambda value: value)
+        return self.request("POST", url, payload, headers, lambda reply: parse(json_object(reply.body)), **options)
+
+
+def json_object(body):
+    value = load_json(body)
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
+
+
+def retry_after(value):
+    """Seconds in a Retry-After header: a number or an HTTP date; 0 where there is none."""
+    try:
+        return max(0.0, float(value)) if re.fullmatch(r"\d{1,9}", value or "") else \
+            max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except (TypeError, ValueError):
+        return 0.0
+
+
+# ---- The corpus: any folder of texts and images, with BM25 ----------------------------------------------------------
+
+TEXTS = (".md", ".txt")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+SHORT = 200            # characters of a snippet
+MAX_TEXT = 2**20       # characters read of one file
+
+
+def words(text):
+    return re.findall(r"\w+", text.lower())
+
+
+class Index:
+    """Plain inverted index, ranked by BM25:
+
+        score(q, d) = sum over words w of q: idf(w) * f (k1 + 1) / (f + k1 (1 - b + b |d| / mean |d|))
+
+    with f the count of w in d and idf(w) = log(1 + (N - n + 1/2) / (n + 1/2)), n of N documents holding w.
+    """
+
+    def __init__(self, texts, k1=1.2, b=0.75):
+        self.k1, self.b, self.postings, self.lengths = k1, b, defaultdict(list), []
+        for number, text in enumerate(texts):
+            found = words(text)
+            self.lengths.append(len(found))
+            for word, count in Counter(found).items():
+                self.postings[word].append((number, count))
+        self.mean = sum(self.lengths) / len(self.lengths) if self.lengths else 0.0
+
+    def idf(self, word):
+        n = len(self.postings.get(word, ()))
+        return math.log(1 + (len(self.lengths) - n + 0.5) / (n + 0.5))
+
+    def search(self, query, top_k):
+        """Numbers of the best documents, best first; equal scores keep the order of the documents."""
+        scores = defaultdict(float)
+        for word in dict.fromkeys(words(query)):
+            idf = self.idf(word)
+            for number, count in self.postings.get(word, ()):
+                norm = self.k1 * (1 - self.b + self.b * self.lengths[number] / self.mean)
+                scores[number] += idf * count * (self.k1 + 1) / (count + norm)
+        return sorted(scores, key=lambda number: (-round(scores[number], 9), number))[:top_k]
+
+
+@dataclass(frozen=True)
+class Page:
+    """What one search result shows: a page, or one section of it."""
+    title: str
+    section: str
+    text: str
+    path: str  # relative to the corpus folder, with "/"
+
+
+@dataclass(frozen=True)
+class Picture:
+    title: str
+    path: str
+
+
+class Corpus:
+    """Texts and pictures of a folder. A text's title is its first line (# heading or short line), else its file name,
+    and each of its `## sections` is a result of its own. A picture's title comes from titles.json beside it
+    ({file name: title}), else from a .txt file of the same name, else from the words of its file name."""
+
+    def __init__(self, folder):
+        if not os.path.isdir(folder):
+            raise ToolError(f"{folder}: no such folder")
+        self.root = os.path.realpath(folder)
+        pages, pictures = [], []
+        for place, folders, names in os.walk(self.root):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            names = sorted(name for name in names if self.belongs(os.path.join(place, name)))
+            titles = self.read_titles(place) if "titles.json" in names else {}
+            stems = {os.path.splitext(n)[0] for n in names if n.lower().endswith(PICTURES)}
+            for name in names:
+                full, stem = os.path.join(place, name), os.path.splitext(name)[0]
+                path = os.path.relpath(full, self.root).replace(os.sep, "/")
+                if name.lower().endswith(PICTURES):
+                    title = titles.get(name) or self.sidecar(place, stem, names) or spaced(stem)
+                    pictures.append(Picture(title, path))
+                elif name.lower().endswith(TEXTS) and not (name.endswith(".txt") and stem in stems):
+                    pages += sections(self.read_text(full), path)
+        self.index(pages, pictures)
+
+    @classmethod
+    def from_texts(cls, pages, titles):
+        """A corpus without files. pages: [(title, section, text)]; titles: {picture file name: title}."""
+        corpus = cls.__new__(cls)
+        corpus.root = ""
+        corpus.index([Page(title, section, text, "") for title, section, text in pages],
+                     [Picture(title, name) for name, title in titles.items()])
+        return corpus
+
+    def index(self, pages, pictures):
+        self.pages, self.pictures = pages, pictures
+        self.paths = {p.path for p in pages} | {p.path for p in pictures}  # all that is ever served
+        self.page_index = Index(f"{p.title} {p.section} {p.text}" for p in pages)
+        self.picture_index = Index(p.title for p in pictures)
+
+    def belongs(self, path):
+        """Whether a file lies in the folder, links resolved, and is not hidden."""
+        inside = os.path.realpath(path).startswith(os.path.join(self.root, ""))
+        return inside and not os.path.basename(path).startswith(".") and os.path.isfile(path)
+
+    @staticmethod
+    def read_text(path):
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read(MAX_TEXT)
+
+    def read_titles(self, place):
+        path = os.path.join(place, "titles.json")
+        try:
+            titles = json_object(open_bytes(path))
+        except ValueError as error:
+            raise ToolError(f"{path}: {error}") from None
+        return {name: title for name, title in titles.items() if isinstance(title, str)}
+
+    def sidecar(self, place, stem, names):
+        if stem + ".txt" not in names:
+            return ""
+        return " ".join(self.read_text(os.path.join(place, stem + ".txt")).split())[:SHORT]
+
+    def search(self, query, top_k):
+        """The best pages for a query: [(Page, snippet)]."""
+        found = [self.pages[number] for number in self.page_index.search(query, top_k)]
+        return [(page, self.snippet(page.text, query)) for page in found]
+
+    def search_images(self, query, top_k):
+        """The best pictures for a query: [Picture]."""
+        return [self.pictures[number] for number in self.picture_index.search(query, top_k)]
+
+    def snippet(self, text, query):
+        """The whole text if it is short, else the sentence that holds most of the query, and what fits after it."""
+        text = " ".join(text.split())
+        if len(text) <= SHORT:
+            return text
+        asked, sentences = set(words(query)), re.split(r"(?<=[.!?])\s+", text)
+        gains = [sum(self.page_index.idf(word) for word in asked & set(words(s))) for s in sentences]
+        start = gains.index(max(gains))
+        best = sentences[start]
+        for sentence in sentences[start + 1:]:
+            if len(best) + 1 + len(sentence) > SHORT:
+                break
+            best += " " + sentence
+        return best if len(best) <= SHORT else best[:SHORT - 1] + "…"
+
+    def read(self, path):
+        """Bytes of a file of the corpus, by the relative path that a search gave. ToolError for anything else."""
+        full = os.path.join(self.root, *path.split("/"))
+        if path not in self.paths or not self.root or not self.belongs(full):
+            raise ToolError("no such file in the corpus")
+        return open_bytes(full)
+
+
+def spaced(stem):
+    """A file name as a title."""
+    return " ".join(re.split(r"[\s_-]+", stem))
+
+
+def sections(text, path):
+    """A text file -> its Pages: one per `## section` that says something."""
+    lines = text.strip().splitlines() or [""]
+    first = lines[0].lstrip("#").strip()
+    if lines[0].startswith("# ") or (first and len(first) <= 120 and len(lines) > 1 and not first.endswith(".")):
+        title, lines = first, lines[1:]
+    else:
+        title = spaced(os.path.splitext(os.path.basename(path))[0])
+    parts = re.split(r"^##[ \t]+(.*)$", "\n".join(lines), flags=re.MULTILINE)
+    pairs = [("", parts[0])] + list(zip(parts[1::2], parts[2::2]))
+    pages = [Page(title, section.strip(), " ".join(body.split()), path) for section, body in pairs if body.strip()]
+    return pages or [Page(title, "", title, path)]
+
+
+# ---- The agent's three tools ----------------------------------------------------------------------------------------
+
+MAX_QUERIES, MAX_QUERY = 8, 400                       # in one call; characters of each
+MAX_TITLE, MAX_LINK, MAX_SNIPPET = 160, 300, 500      # characters that an observation shows
+ONE_LINE = "## In one line"
+COMPACT_TOP_K = {"search": 2, "image_search": 3}
+TOP_K_DEFAULT = 5
+
+
+def read_skills(folder):
+    """{skill name: its guide} from the Markdown files of a folder. ToolError if it is not there."""
+    try:
+        names = sorted(name for name in os.listdir(folder) if name.endswith(".md"))
+        return {name[:-3]: open_bytes(os.path.join(folder, name)).decode() for name in names}
+    except (OSError, UnicodeError) as error:
+        raise ToolError(f"{folder}: the skill guides cannot be read ({error})") from None
+
+
+def clean(text, limit=MAX_SNIPPET):
+    """Text from outside as one line of data: no control characters, no tags of the turn format, no special tokens."""
+    text = " ".join(text.split()) if isinstance(text, str) else ""
+    text = "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
+    text = re.sub(r"<(?=\s*(?:\||/?\s*(?:think|tool_call|tool_response|answer)\b))", "‹", text, flags=re.IGNORECASE)
+    return text if len(text) <= limit else text[:limit - 1] + "…"
+
+
+class ToolSession:
+    """The tools as one trajectory sees them: its image ids and the queries that it has asked.
+
+    images: img_id -> {"local_path", "url", "title", "page_url"}. queries: [(tool, query)] that were answered.
+    box: does the finding; see ToolBox and CorpusBox.
+    """
+
+    def __init__(self, box):
+        self.box, self.images, self.queries, self.failures = box, {}, [], Counter()
+
+    def call(self, name, arguments):
+        """The observation that answers a tool call. Never raises for anything a policy or a service may do: a failure
+        is an observation that starts with "Error:"."""
+        try:
+            if not isinstance(arguments, dict) or name not in TOOL_NAMES:
+                raise ToolError(f"unknown tool; the tools are {', '.join(TOOL_NAMES)}")
+            return {"search": self.search, "image_search": self.image_search,
+                    "query_knowledge": self.query_knowledge}[name](arguments)
+        except (ToolError, OSError) as error:
+            return f"Error: {clean(str(error))}"
+
+    def search(self, arguments):
+        """Titles, links and snippets for each query, numbered."""
+        top_k = self.check("search", arguments, "queries")
+        queries = arguments["queries"]
+        if not isinstance(queries, list) or not 1 <= len(queries) <= MAX_QUERIES:
+            raise ToolError(f"queries must be a list of 1 to {MAX_QUERIES} texts")
+        queries = self.new_queries("search", queries)
+        blocks, again = [], [self.failures["search", query] for query in queries]
+        for query, found in zip(queries, self.box.find_pages(queries, top_k, again)):
+            if isinstance(found, ToolError):
+                self.failures["search", query] += 1
+                blocks.append(f"Error: {clean(str(found))}")
+            else:
+                self.queries.append(("search", query))
+                blocks.append(self.page_lines(query, found))
+        return "\n".join(blocks)
+
+    def page_lines(self, query, found):
+        found = [(clean(h["title"], MAX_TITLE), clean(h["link"], MAX_LINK), clean(h["snippet"])) for h in found]
+        if not found:
+            return "Nothing found." if self.box.compact else f'Nothing found for "{clean(query)}".'
+        if self.box.compact:  # a title that the snippet repeats is left out
+            return "\n".join(f"{i}. {snippet}" if title in snippet else f"{i}. {title}: {snippet}"
+                             for i, (title, _, snippet) in enumerate(found, 1))
+        return "\n".join([f'Results for "{clean(query)}":'] + [
+            f"{i}. title: {title}\n   url: {link}\n   snippet: {snippet}"
+            for i, (title, link, snippet) in enumerate(found, 1)])
+
+    def image_search(self, arguments):
+        """Pictures with their ids. A picture that this trajectory has met before keeps its id."""
+        top_k = self.check("image_search", arguments, "query")
+        query, = self.new_queries("image_search", [arguments["query"]])
+        try:
+            found = self.box.find_images(query, top_k, self.failures["image_search", query])
+        except ToolError:
+            self.failures["image_search", query] += 1
+            raise
+        self.queries.append(("image_search", query))
+        lines = [] if self.box.compact else [f'Images for "{clean(query)}":']
+        known = {image["local_path"]: img_id for img_id, image in self.images.items()}
+        for image in found:
+            image = image | {"title": clean(image["title"], MAX_TITLE) or "untitled"}
+            img_id = known.setdefault(image["local_path"], f"IMG_{len(self.images) + 1:03d}")
+            shown = self.images.setdefault(img_id, image)
+            lines.append(f"{img_id} {shown['title']}" if self.box.compact else
+                         f"{img_id} title: {shown['title']}\n  url: {clean(shown['url'], MAX_LINK)}\n"
+                         f"  local path: {os.path.basename(shown['local_path'])}\n"
+                         f"  page url: {clean(shown['page_url'], MAX_LINK)}")
+        return "\n".join(lines) if found else "Nothing found."
+
+    def query_knowledge(self, arguments):
+        """A skill's guide; in the compact form only its one line."""
+        name = arguments.get("skill_name")
+        if set(arguments) != {"skill_name"} or not isinstance(name, str) or name not in self.box.skills:
+            raise ToolError(f"skill_name must be one of {', '.join(self.box.skills)}")
+        guide = self.box.skills[name]
+        return guide.rpartition(ONE_LINE)[2].strip() if self.box.compact else guide.strip()
+
+    def check(self, tool, arguments, required):
+        """Check the names of a call's arguments and top_k; returns the latter."""
+        if required not in arguments or set(arguments) - {required, "top_k"}:
+            raise ToolError(f"{tool} takes {required} and top_k")
+        top_k = arguments.get("top_k", COMPACT_TOP_K[tool] if self.box.compact else TOP_K_DEFAULT)
+        if type(top_k) is not int or not 1 <= top_k <= 10:
+            raise ToolError("top_k must be a whole number from 1 to 10")
+        return top_k
+
+    def new_queries(self, tool, queries):
+        """The queries with blanks collapsed, if each is a text that was not asked before."""
+        asked = {(name, query.casefold()) for name, query in self.queries}
+        cleaned = []
+        for query in queries:
+            if not isinstance(query, str) or not query.strip():
+                raise ToolError("a query must be a text that is not empty")
+            query = " ".join(query.split())
+            if len(query) > MAX_QUERY:
+                raise ToolError(f"a query has at most {MAX_QUERY} characters")
+            if (tool, query.casefold()) in asked:
+                raise ToolError(f'repeated query "{query}"; ask something new')
+            asked.add((tool, query.casefold()))
+            cleaned.append(query)
+        return cleaned
+
+
+class CorpusBox:
+    """Finds in a corpus in memory, without HTTP and without files: for making demonstrations."""
+    compact = True
+
+    def __init__(self, corpus, skills):
+        self.corpus, self.skills = corpus, skills
+
+    def find_pages(self, queries, top_k, _):
+        return [[{"title": page.title, "link": "", "snippet": snippet}
+                 for page, snippet in self.corpus.search(query, top_k)] for query in queries]
+
+    def find_images(self, query, top_k, _):
+        return [{"local_path": picture.path, "url": "", "title": picture.title, "page_url": ""}
+                for picture in self.corpus.search_images(query, top_k)]
+
+
+class CompactSession(ToolSession):
+    """A session on a corpus in memory that answers in exactly the compact form."""
+
+    def __init__(self, corpus, skills):
+        super().__init__(CorpusBox(corpus, skills))
+
+
+class ToolBox:
+    """The tools as HTTP clients of a Serper-compatible service, shared by all trajectories and threads.
+
+    allow_private: the search service is the local server; images on its origin may be fetched, nothing else private.
+    """
+
+    def __init__(self, search_url, skills_dir, image_dir, api_key="", compact=False, allow_private=False, tape=None,
+                 max_calls=None, per_minute=None, timeout=15.0, deadline=60.0, retries=3, backoff=0.5,
+                 max_bytes=20 * 2**20):
+        self.search_url, self.compact, self.image_dir = service_url(search_url, "search"), compact, image_dir
+        self.skills, self.headers, self.deadline = read_skills(skills_dir), {"X-API-KEY": api_key}, deadline
+        self.budget = Budget(max_calls) if max_calls else None
+        shared = {"timeout": timeout, "deadline": deadline, "retries": retries, "backoff": backoff, "tape": tape}
+        self.client = HttpClient("search", (api_key,), budget=self.budget,
+                                 limiter=Limiter(per_minute) if per_minute else None, **shared)
+        self.loader = HttpClient("download", guarded=True, own=self.search_url if allow_private else None,
+                                 max_bytes=max_bytes, **shared)
+        self.pool, self.lock, self.fetched = ThreadPoolExecutor(16, "tools"), threading.Lock(), {}
+        os.makedirs(image_dir, exist_ok=True)
+
+    def session(self):
+        return ToolSession(self)
+
+    def ask(self, path, kind, query, top_k, again, until):
+        """One query to the service -> the list under ``kind`` of its reply, cut to top_k dicts."""
+        def parse(value):
+            found = value.get(kind, [])
+            if not isinstance(found, list) or not all(isinstance(hit, dict) for hit in found):
+                raise ValueError(f"no list of {kind}")
+            return found[:top_k]
+        return self.client.post_json(f"{self.search_url}/{path}", {"q": query, "num": top_k}, self.headers, parse,
+                                     until=until, again=again)
+
+    def find_pages(self, queries, top_k, again):
+        """Per query a list of {"title", "link", "snippet"}, or the ToolError that there was."""
+        until = time.monotonic() + self.deadline
+
+        def one(query, count):
+            try:
+                hits = self.ask("search", "organic", query, top_k, count, until)
+                return [{name: hit.get(name, "") for name in ("title", "link", "snippet")} for hit in hits]
+            except ToolError as error:
+                return error
+        return [one(queries[0], again[0])] if len(queries) == 1 else list(self.pool.map(one, queries, again))
+
+    def find_images(self, query, top_k, again):
+        """Pictures that could be fetched: [{"local_path", "url", "title", "page_url"}]. ToolError if there were
+        results, but none could be."""
+        until = time.monotonic() + self.deadline
+        hits = self.ask("images", "images", query, top_k, again, until)
+        urls = [hit.get("imageUrl") for hit in hits]
+        paths = list(self.pool.map(lambda url: self.fetch(url, again, until), urls))
+        found = [{"local_path": path, "url": url, "title": hit.get("title", ""), "page_url": hit.get("link", "")}
+                 for hit, url, path in zip(hits, urls, paths) if isinstance(path, str)]
+        if hits and not found:
+            raise ToolError(f"none of {len(hits)} pictures could be fetched ({paths[0]})")
+        return found
+
+    def fetch(self, url, again, until):
+        """Download a picture into the cache -> its path, or the ToolError that there was. The name is a hash of the
+        content, so that equal pictures are one file; what is not a picture is not kept."""
+        with self.lock:
+            path = self.fetched.get(url) if isinstance(url, str) else None
+        if path and os.path.isfile(path):
+            return path
+        try:
+            if not isinstance(url, str):
+                raise ToolError("download: a result without a picture URL")
+            data = self.loader.request("GET", url, until=until, again=again).body
+            path = self.store(data)
+        except ToolError as error:
+            return error
+        with self.lock:
+            self.fetched[url] = path
+        return path
+
+    def store(self, data):
+        """Write the bytes of a picture under a name made of their hash. A small PNG must be sound to the last byte."""
+        kind, width, height = image_header(data)
+        if kind == "png" and width * height <= 2**20:
+            read_image(data)
+        path = os.path.join(self.image_dir, hashlib.sha256(data).hexdigest()[:40] + EXTENSION[kind])
+        if not os.path.isfile(path):
+            temporary = f"{path}.{threading.get_ident()}.part"
+            with open(temporary, "wb") as file:
+                file.write(data)
+            os.replace(temporary, path)
+        return path
+
+
+# ---- Clients of models ----------------------------------------------------------------------------------------------
+
+def bearer(api_key):
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+
+def service_url(url, name):
+    """A URL from the command line, without a closing slash. ToolError if it is none."""
+    try:
+        scheme, host, _ = origin_of(url)
+    except ValueError:  # the port
+        scheme, host = "", ""
+    if scheme not in ("http", "https") or not host:
+        raise ToolError(f"{name}: {url!r} is not an http or https URL")
+    return url.strip().rstrip("/")
+
+
+class ChatClient:
+    """Any OpenAI-compatible chat endpoint: a policy, a judge or a summariser. ``base_url`` with or without /v1.
+
+    http: fields of HttpClient (timeout, deadline, retries, limiter, budget, tape), here as in the clients below.
+    """
+
+    def __init__(self, base_url, api_key="", model="", name="chat model", **http):
+        base = service_url(base_url, name)
+        self.url = (base if urlsplit(base).path else base + "/v1") + "/chat/completions"
+        self.model, self.headers = model, bearer(api_key)
+        self.client = HttpClient(name, (api_key,), **{"timeout": 300.0, "deadline": 900.0} | http)
+
+    def complete(self, messages, **options):
+        """messages -> the text of the reply. options: max_tokens, temperature, top_p, stop, seed; None is left out."""
+        payload = {"model": self.model, "messages": messages} | {k: v for k, v in options.items() if v is not None}
+        return self.client.post_json(self.url, payload, self.headers, reply_text)
+
+
+def reply_text(value):
+    """The text in an OpenAI chat completion. ValueError if there is none."""
+    try:
+        content = value["choices"][0]["message"]["content"]
+        return content if isinstance(content, str) else "".join(part["text"] for part in content or ())
+    except (KeyError, IndexError, TypeError):
+        raise ValueError("no choices[0].message.content") from None
+
+
+class RemoteRenderer:
+    """A Qwen-Image-Edit HTTP service on one or more machines, asked in turn; what fails on one goes to the next."""
+
+    def __init__(self, urls, side=1024, **http):
+        self.urls, self.side = [service_url(url, "renderer") for url in urls or [""]], side
+        defaults = {"timeout": 600.0, "deadline": 1800.0, "retries": 1, "max_bytes": 2**27}
+        self.client = HttpClient("renderer", **defaults | http)
+
+    def render(self, prompts, references, seeds, steps=40):
+        """prompts: [str]; references: per prompt a list of paths, bytes or uint8 (H, W, 3); seeds: [int].
+
+        Returns per prompt a picture uint8 (H, W, 3), or the ToolError that there was: one failure costs one picture.
+        """
+        with ThreadPoolExecutor(2 * len(self.urls)) as pool:
+            return list(pool.map(self.one, range(len(prompts)), prompts, references, seeds, [steps] * len(prompts)))
+
+    def one(self, number, prompt, references, seed, steps):
+        try:
+            width, height = self.size(references)
+            payload = {"image_urls": [data_uri(r) for r in references], "prompt": prompt, "seed": seed,
+                       "true_cfg_scale": 4.0, "negative_prompt": " ", "num_inference_steps": steps,
+                       "guidance_scale": 1.0, "num_images_per_prompt": 1, "width": width, "height": height}
+        except ToolError as error:
+            return error
+        for turn in range(len(self.urls)):
+            url = self.urls[(number + turn) % len(self.urls)]
+            try:
+                return self.client.post_json(f"{url}/generate", payload, parse=service_image)
+            except BudgetExceeded as error:
+                return error
+            except ToolError as error:
+                failure = error
+        return failure
+
+    def size(self, references):
+        """(width, height): the first reference's shape with the long side as set, in multiples of 16."""
+        if not references:
+            return self.side, self.side
+        _, width, height = image_header(image_bytes(references[0])[0])
+        scale = self.side / max(width, height)
+        return tuple(max(16, round(length * scale / 16) * 16) for length in (width, height))
+
+
+def service_image(value):
+    """{"success": true, "image": base64} -> uint8 (H, W, 3)."""
+    if value.get("success") is not True or not isinstance(value.get("image"), str):
+        raise ValueError(f"no picture: {str(value.get('error') or value.get('detail') or '')[:200]}")
+    return read_image(from_base64(value["image"]))
+
+
+class GoogleRenderer:
+    """Google's image endpoint (generateContent)."""
+    BASE_URL, MODEL = "https://generativelanguage.googleapis.com", "gemini-3-pro-image-preview"
+
+    def __init__(self, api_key, model=MODEL, base_url=BASE_URL, workers=4, **http):
+        self.url = f"{service_url(base_url, 'renderer')}/v1beta/models/{model}:generateContent"
+        self.headers, self.workers = {"x-goog-api-key": api_key}, workers
+        defaults = {"timeout": 300.0, "deadline": 900.0, "max_bytes": 2**27}
+        self.client = HttpClient("renderer", (api_key,), **defaults | http)
+        if not api_key and not (self.client.tape and self.client.tape.replaying):
+            raise ToolError("the Google renderer needs a key: set GOOGLE_API_KEY or GEMINI_API_KEY")
+
+    def render(self, prompts, references, seeds, steps=None):
+        """As RemoteRenderer.render. The service takes no seed and no steps; equal prompts are told apart by their
+        place among the equal ones, so that a recording keeps each."""
+        places, seen = [], Counter()
+        for prompt in prompts:
+            places.append(seen[prompt])
+            seen[prompt] += 1
+        with ThreadPoolExecutor(self.workers) as pool:
+            return list(pool.map(self.one, prompts, references, places))
+
+    def one(self, prompt, references, place):
+        try:
+            parts = [{"text": prompt}]
+            for data, kind in map(image_bytes, references):
+                parts.append({"inline_data": {"mime_type": MIME[kind], "data": base64.b64encode(data).decode()}})
+            payload = {"contents": [{"parts": parts}]}
+            return self.client.post_json(self.url, payload, self.headers, google_image, again=place)
+        except ToolError as error:
+            return error
+
+
+def google_image(value):
+    """candidates[].content.parts[].inlineData.data -> uint8 (H, W, 3), the first there is."""
+    try:
+        parts = [part for candidate in value["candidates"] for part in candidate["content"]["parts"]]
+        inline = [part.get("inlineData") or part.get("inline_data") for part in parts]
+        return read_image(from_base64(next(i["data"] for i in inline if i)))
+    except (KeyError, TypeError, AttributeError, StopIteration):
+        raise ValueError("no picture in it") from None
+
+
+@dataclass
+class Rollout:
+    """What a serving engine generated: token ids in, token ids out, nothing re-tokenised."""
+    tokens: list
+    logprobs: list   # of the sampled tokens, as the engine computed them
+    finish: str      # "stop" or "length"
+
+
+class SGLangClient:
+    """A running SGLang server as rollout engine."""
+
+    def __init__(self, base_url, api_key="", **http):
+        self.base, self.headers = service_url(base_url, "rollout engine").removesuffix("/v1"), bearer(api_key)
+        self.version = 0  # of the weights: the same question to new weights is another call
+        self.client = HttpClient("rollout engine", (api_key,),
+                                 **{"timeout": 600.0, "deadline": 1800.0, "max_bytes": 2**28} | http)
+
+    def generate(self, input_ids, max_new_tokens, temperature=1.0, top_p=1.0, stop_ids=(), seed=None):
+        """One prompt as token ids -> Rollout. ``seed`` is sent as ``sampling_seed`` (honoured by servers that run with
+        deterministic inference; others ignore it)."""
+        sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
+                    "stop_token_ids": list(stop_ids)} | ({} if seed is None else {"sampling_seed": seed})
+        payload = {"input_ids": list(input_ids), "sampling_params": sampling, "return_logprob": True}
+        return self.client.post_json(f"{self.base}/generate", payload, self.headers, rollout, again=self.version)
+
+    def health(self):
+        """Raises ToolError unless the server is up."""
+        self.client.request("GET", f"{self.base}/health", headers=self.headers)
+
+    def update_weights(self, path):
+        """Load a checkpoint folder that the server can see. ToolError if it refuses, or still names another one."""
+        self.version += 1
+        answer = self.client.post_json(f"{self.base}/update_weights_from_disk", {"model_path": path}, self.headers,
+                                       again=self.version)
+        if answer.get("success") is not True:
+            raise ToolError(f"rollout engine: the new weights were not loaded ({clean(answer.get('message', ''))})")
+        served = self.client.request("GET", f"{self.base}/get_model_info", headers=self.headers, again=self.version,
+                                     parse=lambda reply: json_object(reply.body).get("model_path"))
+        if served != path:
+            raise ToolError("rollout engine: the server still answers with the old weights")
+
+
+def rollout(value):
+    """SGLang's reply -> Rollout. ValueError unless every token has its log-probability."""
+    try:
+        meta = value["meta_info"]
+        pairs = [(float(entry[0]), int(entry[1])) for entry in meta["output_token_logprobs"]]
+        tokens = [int(token) for token in value.get("output_ids", [token for _, token in pairs])]
+        finish = meta["finish_reason"]["type"]
+    except (KeyError, IndexError, TypeError):
+        raise ValueError("no output_ids with their log-probabilities") from None
+    if [token for _, token in pairs] != tokens:
+        raise ValueError("output_ids and output_token_logprobs do not agree")
+    return Rollout(tokens, [logprob for logprob, _ in pairs], "length" if finish == "length" else "stop")
+
+
+# ---- The local server -----------------------------------------------------------------------------------------------
+
+MAX_STEPS, MAX_SIDE, MAX_NEW_TOKENS, MAX_REFERENCES = 50, 2048, 4096, 2  # what a request may ask for; more is clipped
+
+
+class HttpError(Exception):
+    """A request that is answered with an error status."""
+
+    def __init__(self, status, message):
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass
+class ChatReply:
+    """What a policy callable returns. ``text``: str, or an iterable of pieces, sent on as they come if streaming."""
+    text: object
+    finish: str = "stop"
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+def number(request, name, default, low, high, whole=False):
+    """A number of a request, clipped to [low, high]; None counts as absent."""
+    value = request.get(name)
+    value = default if value is None else value
+    if type(value) not in ((int,) if whole else (int, float)):
+        raise HttpError(400, f"{name} must be a {'whole ' * whole}number")
+    return min(max(value, low), high)
+
+
+def text_field(request, name):
+    value = request.get(name)
+    if not isinstance(value, str) or not value.strip():
+        raise HttpError(400, f"{name} must be a text that is not empty")
+    return value
+
+
+class Server:
+    """Search, pictures, chat, renderer, judge and rollouts over HTTP, each answered by what is handed in (else 404).
+
+        with Server(Corpus(folder)) as server: requests.post(server.url + "/search", json={"q": "lamps"})
+
+    The callables are called from many threads at once:
+    policy(request) -> str or ChatReply; request: messages (contents are plain text), max_tokens, temperature, top_p,
+        stop (list), seed, stream.
+    judge(text, images) -> dict or str; a chat request with pictures goes here: its text, and uint8 (H, W, 3) each.
+    renderer(prompt, references, seed, steps, width, height) -> uint8 (H, W, 3); references: at most two, likewise.
+    rollout(input_ids, sampling_params) -> Rollout. load_weights(path) loads a checkpoint folder.
+    ValueError and ToolError from a callable become status 400, anything else 500.
+    """
+
+    def __init__(self, corpus=None, host="127.0.0.1", port=0, policy=None, judge=None, renderer=None, rollout=None,
+                 load_weights=None, model="genevolve", max_body=64 * 2**20, max_requests=64, idle_seconds=30):
+        self.corpus, self.policy, self.judge, self.renderer = corpus, policy, judge, renderer
+        self.rollout, self.load_weights, self.model, self.max_body = rollout, load_weights, model, max_body
+        self.busy, self.thread, self.served = threading.BoundedSemaphore(max_requests), None, model
+        handler = type("Handler", (Handler,), {"owner": self, "timeout": idle_seconds})
+        try:
+            self.http = Listener((host, port), handler, 4 * max_requests)
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", "") or str(error)
+            raise ToolError(f"cannot listen on {host}, port {port}: {reason}; choose another port") from None
+        shown = f"[{host}]" if ":" in host else "127.0.0.1" if host in ("", "0.0.0.0") else host
+        self.url = f"http://{shown}:{self.http.server_port}"
+
+    def start(self):
+        """Serve in the background; returns the server."""
+        self.thread = threading.Thread(target=self.http.serve_forever, args=(0.05,), name="server", daemon=True)
+        self.thread.start()
+        return self
+
+    def forever(self):
+        """Serve in the foreground until interrupted."""
+        try:
+            self.http.serve_forever()
+        finally:
+            self.http.server_close()
+
+    def stop(self):
+        if self.thread:
+            self.http.shutdown()
+            self.thread.join()
+            self.thread = None
+        self.http.server_close()
+
+    def __enter__(self):
+        return self.start()
+
+    def __exit__(self, *_):
+        self.stop()
+
+    def need(self, part, what):
+        if part is None:
+            raise HttpError(404, f"no {what} is served here")
+        return part
+
+    # Each answer: request (dict), base (URL of this server as the client wrote it) -> dict
+
+    def search(self, request, base):
+        """Serper's text search."""
+        query, top_k = text_field(request, "q")[:2000], number(request, "num", 10, 1, 100, whole=True)
+        found = self.need(self.corpus, "corpus").search(query, top_k)
+        return {"searchParameters": {"q": query, "num": top_k, "type": "search"}, "organic": [
+            {"title": page.title, "link": f"{base}/page/{quote(page.path)}", "snippet": snippet, "position": i}
+            for i, (page, snippet) in enumerate(found, 1)]}
+
+    def images(self, request, base):
+        """Serper's image search. A picture's page is the text that fits its title best."""
+        query, top_k = text_field(request, "q")[:2000], number(request, "num", 10, 1, 100, whole=True)
+        corpus, rows = self.need(self.corpus, "corpus"), []
+        for i, picture in enumerate(corpus.search_images(query, top_k), 1):
+            url, pages = f"{base}/image/{quote(picture.path)}", corpus.search(picture.title, 1)
+            link = f"{base}/page/{quote(pages[0][0].path)}" if pages else url
+            rows.append({"title": picture.title, "imageUrl": url, "link": link, "position": i})
+        return {"searchParameters": {"q": query, "num": top_k, "type": "images"}, "images": rows}
+
+    def chat(self, request, _):
+        """OpenAI's chat completions -> ChatReply. Requests with pictures go to the judge, others to the policy."""
+        given = request.get("messages")
+        if not isinstance(given, list) or not given or not all(isinstance(m, dict) for m in given):
+            raise HttpError(400, "messages must be a list of objects that is not empty")
+        messages, uris = [], []
+        for message in given:
+            if message.get("role") not in ("system", "developer", "user", "assistant", "tool"):
+                raise HttpError(400, "a message needs a role: system, user or assistant")
+            text, pictures = flatten(message.get("content"))
+            messages.append({"role": message["role"], "content": text})
+            uris += pictures
+        if uris:
+            judge = self.need(self.judge, "judge")
+            images = [from_data_uri(uri) for uri in uris[:8]]
+            answer = judge("\n".join(m["content"] for m in messages if m["role"] == "user"), images)
+            return ChatReply(answer if isinstance(answer, str) else json.dumps(answer))
+        stop = request.get("stop") or []
+        stop = [stop] if isinstance(stop, str) else stop
+        if not isinstance(stop, list) or not all(isinstance(s, str) for s in stop):
+            raise HttpError(400, "stop must be a text or a list of texts")
+        length = "max_completion_tokens" if "max_completion_tokens" in request else "max_tokens"
+        asked = {"messages": messages, "stop": stop, "stream": request.get("stream") is True,
+                 "max_tokens": number(request, length, MAX_NEW_TOKENS, 1, MAX_NEW_TOKENS, whole=True),
+                 "temperature": number(request, "temperature", 0.7, 0.0, 2.0),
+                 "top_p": number(request, "top_p", 0.95, 0.01, 1.0),
+                 "seed": number(request, "seed", 0, 0, 2**63 - 1, whole=True)}
+        reply = self.need(self.policy, "policy")(asked)
+        return ChatReply(reply) if isinstance(reply, str) else reply
+
+    def generate(self, request, _):
+        """The renderer's endpoint, or with ``input_ids`` the rollout engine's."""
+        if "input_ids" in request:
+            return self.roll_out(request)
+        renderer = self.need(self.renderer, "renderer")
+        uris = request.get("image_urls") or []
+        if not isinstance(uris, list):
+            raise HttpError(400, "image_urls must be a list of data URIs")
+        image = renderer(
+            prompt=text_field(request, "prompt"), references=[from_data_uri(uri) for uri in uris[:MAX_REFERENCES]],
+            seed=number(request, "seed", 0, 0, 2**63 - 1, whole=True),
+            steps=number(request, "num_inference_steps", 20, 1, MAX_STEPS, whole=True),
+            width=number(request, "width", 1024, 16, MAX_SIDE, whole=True),
+            height=number(request, "height", 1024, 16, MAX_SIDE, whole=True))
+        return {"success": True, "image": base64.b64encode(diffusion.encode_png(image)).decode()}
+
+    def roll_out(self, request):
+        ids, sampling = request["input_ids"], request.get("sampling_params") or {}
+        if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
+            raise HttpError(400, "input_ids must be a list of token ids that is not empty")
+        if not isinstance(sampling, dict):
+            raise HttpError(400, "sampling_params must be an object")
+        done = self.need(self.rollout, "rollout engine")(ids, sampling)
+        pairs = [[logprob, token, None] for logprob, token in zip(done.logprobs, done.tokens)]
+        return {"output_ids": done.tokens, "meta_info": {
+            "finish_reason": {"type": done.finish}, "prompt_tokens": len(ids), "completion_tokens": len(done.tokens),
+            "output_token_logprobs": pairs}}
+
+    def update_weights(self, request, _):
+        path = text_field(request, "model_path")
+        self.need(self.load_weights, "rollout engine")(path)
+        self.served = path
+        return {"success": True, "message": f"loaded {path}"}
+
+    def file(self, path):
+        """GET: (content type, bytes)."""
+        described = {
+            "/health": lambda: {"status": "ok"},
+            "/v1/models": lambda: {"object": "list", "data": [{"id": self.model, "object": "model"}]},
+            "/get_model_info": lambda: {"model_path": self.served, "is_generation": True}}
+        if path in described:
+            return "application/json", json.dumps(described[path]()).encode()
+        kind, _, name = unquote(path).removeprefix("/").partition("/")
+        if kind not in ("page", "image") or not self.corpus:
+            raise HttpError(404, "no such path")
+        try:
+            data = self.corpus.read(name)
+            return (MIME[image_header(data)[0]] if kind == "image" else "text/plain; charset=utf-8"), data
+        except (ToolError, OSError, ValueError):  # ValueError: a null byte in the path
+            raise HttpError(404, "no such file") from None
+
+
+POST_PATHS = {"/search": Server.search, "/images": Server.images, "/v1/chat/completions": Server.chat,
+              "/chat/completions": Server.chat, "/generate": Server.generate,
+              "/update_weights_from_disk": Server.update_weights}
+
+
+def flatten(content):
+    """The content of a chat message, text or parts -> (text, [image URLs])."""
+    if content is None or isinstance(content, str):
+        return content or "", []
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        raise HttpError(400, "a message's content must be a text or a list of parts")
+    texts = [part["text"] for part in content if isinstance(part.get("text"), str)]
+    links = [part.get("image_url") for part in content if part.get("type") == "image_url"]
+    return "\n".join(texts), [link.get("url") if isinstance(link, dict) else link for link in links]
+
+
+class Listener(http.server.ThreadingHTTPServer):
+    """A thread for each connection, and not more than so many connections."""
+    daemon_threads, request_queue_size = True, 256
+
+    def __init__(self, address, handler, max_connections):
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        self.connections = threading.BoundedSemaphore(max_connections)
+        super().__init__(address, handler)
+
+    def server_bind(self):
+        """Without the reverse DNS look-up of HTTPServer, which can take seconds."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]
+
+    def process_request(self, request, client_address):
+        if self.connections.acquire(blocking=False):
+            return super().process_request(request, client_address)
+        request.settimeout(1)
+        try:
+            request.sendall(b"HTTP/1.1 503 Busy\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        except OSError:
+            pass  # gone already
+        self.shutdown_request(request)
+
+    def process_request_thread(self, request, client_address):
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.connections.release()
+
+    def handle_error(self, request, client_address):
+        """A client that went away is no news; anything else is one line."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            print(f"server: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """HTTP to Server. A subclass for each server holds ``owner`` and the time after which an idle client is dropped."""
+    protocol_version, server_version, sys_version = "HTTP/1.1", "genevolve", ""
+    disable_nagle_algorithm = True
+    owner, body_read = None, False
+
+    def log_message(self, *_):
+        """Quiet: requests hold what people ask for."""
+
+    def do_GET(self):
+        self.answer(lambda: self.owner.file(urlsplit(self.path).path))
+
+    def do_POST(self):
+        self.answer(self.posted)
+
+    def answer(self, action):
+        """Run an action that gives (content type, bytes) or has answered by itself (None); errors become JSON."""
+        path, self.body_read = urlsplit(self.path).path, False
+        if path != "/health" and not self.owner.busy.acquire(blocking=False):
+            return self.fail(503, "too many requests at once")
+        try:
+            result = action()
+            if result:
+                self.reply(200, *result)
+        except (HttpError, ToolError, ValueError) as error:
+            self.fail(getattr(error, "status", 400), str(error))
+        except OSError:
+            self.close_connection = True  # the client went away
+        except Exception as error:  # a callable's own fault must not end the server, nor leave the client waiting
+            print(f"server: {path}: {type(error).__name__}: {error}", file=sys.stderr)
+            self.fail(500, f"internal error ({type(error).__name__})")
+        finally:
+            if path != "/health":
+                self.owner.busy.release()
+
+    def fail(self, status, message):
+        """Answer with an error. A body that was not read is read away, or the client might never see the answer."""
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        body = json.dumps({"success": False, "error": {"message": " ".join(message.split())[:500], "type": kind}})
+        try:
+            if self.command == "POST" and not self.body_read:
+                self.close_connection = True
+                left = self.headers.get("Content-Length", "")
+                left = min(int(left), self.owner.max_body) if re.fullmatch(r"\d{1,12}", left) else 0
+                while left > 0 and (chunk := self.rfile.read(min(left, 2**16))):
+                    left -= len(chunk)
+            self.reply(status, "application/json", body.encode())
+        except OSError:
+            self.close_connection = True  # the client went away
+
+    def reply(self, status, content_type, body):
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("X-Content-Type-Options", "nosniff")
+        if status == 503:
+            self.send_header("Retry-After", "1")
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def posted(self):
+        """Read a POST request and answer it."""
+        length = self.headers.get("Content-Length", "")
+        if not re.fullmatch(r"\d{1,12}", length) or "Transfer-Encoding" in self.headers:
+            raise HttpError(411, "a Content-Length is needed")
+        if int(length) > self.owner.max_body:
+            raise HttpError(413, f"a body of more than {self.owner.max_body} bytes")
+        action = POST_PATHS.get(urlsplit(self.path).path)
+        if not action:
+            raise HttpError(404, "no such path")
+        body = self.rfile.read(int(length))
+        self.body_read = True
+        try:
+            request = json_object(body)
+        except ValueError as error:
+            raise HttpError(400, f"the body is not a JSON object ({error})") from None
+        value = action(self.owner, request, self.base())
+        if not isinstance(value, ChatReply):
+            return "application/json", json.dumps(value).encode()
+        name = request.get("model") if isinstance(request.get("model"), str) else self.owner.model
+        head = {"id": f"chatcmpl-{hashlib.sha256(body).hexdigest()[:24]}", "created": int(time.time()), "model": name}
+        if request.get("stream") is True:
+            return self.stream(head, value)
+        text = value.text if isinstance(value.text, str) else "".join(value.text)
+        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": value.finish}
+        usage = {"prompt_tokens": value.prompt_tokens, "completion_tokens": value.completion_tokens,
+                 "total_tokens": value.prompt_tokens + value.completion_tokens}
+        whole = head | {"object": "chat.completion", "choices": [choice], "usage": usage}
+        return "application/json", json.dumps(whole).encode()
+
+    def stream(self, head, reply):
+        """Server-sent events; the end of the connection is the end of the body."""
+        self.close_connection = True
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Cache-Control", "no-cache")
+        self.send_header("Connection", "close")
+        self.end_headers()
+
+        def send(delta, finish=None):
+            chunk = head | {"object": "chat.completion.chunk",
+                            "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
+            self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
+        send({"role": "assistant", "content": ""})
+        try:
+            for piece in re.findall(r"\S+\s*|\s+", reply.text) if isinstance(reply.text, str) else reply.text:
+                send({"content": piece})
+            send({}, reply.finish)
+        except (ToolError, ValueError) as error:
+            self.wfile.write(f"data: {json.dumps({'error': {'message': str(error)}})}\n\n".encode())
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def base(self):
+        """This server's URL as the client wrote it, so that links work through tunnels and other names."""
+        host = self.headers.get("Host", "")
+        sound = re.fullmatch(r"([\w.-]+|\[[0-9a-fA-F:]+\])(:\d{1,5})?", host)
+        return f"http://{host}" if sound else self.owner.url
