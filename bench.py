@@ -125,7 +125,7 @@ def policy_figures(suite, settings):
     """Raw requests, the fixed workflow's floor; the cold-started policy without and with a perfect guide."""
     raw = means(suite.score([(n, r["question"], []) for n, r in enumerate(suite.rows)]))
     figures = {"raw request to the renderer": raw}
-    settings = genevolve.Run(policy=settings.policy, out=settings.out, steps=settings.steps, seed=settings.seed)
+    settings = genevolve.Run(policy=settings.policy, out=settings.out, sampling_steps=settings.steps, seed=settings.seed)
     guides = [distill.Bundle.from_bullets(r["question"], o["guide"]) for r, o in zip(suite.rows, suite.oracle)]
     with genevolve.Embedded(settings, settings.out) as parts:
         for label, given in (("policy", None), ("policy with a perfect guide", guides)):

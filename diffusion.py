@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.trainers import WordLevelTrainer
@@ -911,7 +911,9 @@ class RendererRun:
     def __init__(self, data, vae, out, settings, device="cpu"):
         self.data, self.vae, self.out, self.settings, self.device = data, vae, out, settings, device
         torch.manual_seed(settings.seed)
-        self.tokenizer = train_caption_tokenizer(data.captions[:data.train], settings.min_frequency)
+        self.file, known = os.path.join(out, "resume.safetensors"), os.path.join(out, "tokenizer.json")
+        self.tokenizer = (Tokenizer.from_file(known) if os.path.exists(self.file) else
+                          train_caption_tokenizer(data.captions[:data.train], settings.min_frequency))
         config = RendererConfig(vocabulary=self.tokenizer.get_vocab_size(), classes=data.classes,
                                 channels=vae.config.channels, width=settings.width, layers=settings.layers,
                                 heads=settings.heads)
@@ -922,7 +924,6 @@ class RendererRun:
         self.columns = 1 + max(len(ids) for ids, _ in self.tokens) + config.references * config.reference_tokens
         self.denoise = torch.compile(self.net) if settings.compile else self.net
         self.step, self.seconds, self.figures = 0, 0.0, {}
-        self.file = os.path.join(out, "resume.safetensors")
         if os.path.exists(self.file):
             self.resume()
 

@@ -21,11 +21,13 @@ Departures from the paper, each with its reason:
 Letters: N trajectories (rows), T tokens of a row, V vocabulary, G groups, K rollouts a group, D embedding width,
 M masked tokens. p, q: the student's and the teacher's probability of a token; l = log p - log q.
 """
+import base64
 import difflib
 import json
 import math
 import random
 import re
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -33,6 +35,8 @@ import torch
 import torch.nn.functional as F
 
 import diffusion
+import model
+import tools
 
 # ---- Types: program, step, trajectory (section 1) --------------------------------------------------------------------
 
@@ -202,6 +206,17 @@ class PixelJudge:
                   "aesthetics": grade(beauty)}
         extra = [] if text is None else [constraint("text", text == 1, faithful[-1]["detail"])]
         return scores | {"kscore": kscore(**scores), "constraints": faithful + visual + extra + beauty}
+
+    def score(self, image, truth, row):
+        """The judgement of a request's row, or None if it is not one of the Atlas."""
+        wanted = row.get("recipe", {}).get("wanted")
+        return self(image, truth, wanted) if wanted else None
+
+    def score_program(self, trajectory):
+        """(R_text, checks) of the program, or (None, []) if the request is not one of the Atlas."""
+        t, wanted = trajectory, trajectory.row.get("recipe", {}).get("wanted")
+        used = {s.arguments.get("skill_name") for s in t.steps if s.name == "query_knowledge"}
+        return judge_program(t.program, t.question, wanted, used) if wanted else (None, [])
 
     def match(self, windows, truth, subject):
         """Share of the subject's blocks that match at every place: (25, 25)."""
@@ -375,6 +390,72 @@ def judge_program(program, question, wanted, skills_used):
               constraint("skill advice", len(advised) == len(wanted["skills"]), f"followed: {', '.join(advised) or 'none'}"),
               constraint("executable constraints", len(stated) == len(wanted["skills"]), f"stated: {', '.join(stated) or 'none'}")]
     return sum(c["passed"] for c in checks) / 4, checks
+
+
+PICTURE_RUBRIC = """You compare two pictures made for one request. The first is generated, the second shows what was meant. \
+Judge the generated picture alone, by the request and by the second picture, with four scores, each 0, 0.5 or 1:
+
+faithfulness: is everything that the request asks for there, in the scene and style it asks for?
+visual_correctness: are the subjects recognisably those of the second picture, and are number, place, bodies, colours, \
+shadows and materials right?
+text_accuracy: is all writing that the request asks for there, readable and spelt as in the second picture? If the request \
+asks for none, set text_accuracy_na to true and the score to 0.
+aesthetics: is the picture clean, composed and lit with care, without artefacts?
+
+1 is right in every respect that matters, 0.5 has one clear flaw, 0 is wrong or missing. Answer with one JSON object:
+{"rationale": "...", "faithfulness": 0, "visual_correctness": 0, "text_accuracy": 0, "aesthetics": 0, "text_accuracy_na": false}"""
+PROGRAM_RUBRIC = """You judge a program for an image generator before it is drawn: a prompt, and notes on one or two reference \
+pictures. You see the request, what the agent found out, and the program. Give 0.25 for each of these that holds: the facts \
+found are in the prompt, exactly; the prompt calls its references the first and the second reference image and says what each \
+provides; it follows the advice of the guides that were read; every requirement of the request stands in it as something that \
+can be carried out and checked. Answer with one JSON object: {"rationale": "...", "sufficiency": 0}"""
+
+
+class ModelJudge:
+    """A vision model behind a chat endpoint, generated picture first. What fails raises tools.ToolError: the score is
+    missing, never 0. chat: callable (messages, temperature=, max_tokens=) -> text."""
+
+    def __init__(self, chat):
+        self.chat = chat
+
+    def ask(self, rubric, parts):
+        """The JSON object that the model answers. Raises tools.ToolError if there is none."""
+        messages = [{"role": "system", "content": rubric}, {"role": "user", "content": parts}]
+        reply = self.chat(messages, temperature=0.0, max_tokens=2048)
+        try:
+            answer = json.loads(reply[reply.index("{"):reply.rindex("}") + 1])
+        except ValueError:
+            raise tools.ToolError(f"the judge's answer is not JSON: {reply[:80]!r}")
+        if not isinstance(answer, dict):
+            raise tools.ToolError("the judge's answer is not a JSON object")
+        return answer
+
+    def level(self, answer, name, levels):
+        value = answer.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value not in levels:
+            raise tools.ToolError(f"the judge gave {value!r} for {name}")
+        return float(value)
+
+    def score(self, image, truth, row):
+        """The judgement of a picture, uint8 (H, W, 3), against its ground truth."""
+        uri = lambda i: "data:image/png;base64," + base64.b64encode(diffusion.encode_png(i)).decode()
+        answer = self.ask(PICTURE_RUBRIC, [{"type": "text", "text": f"Request: {row['question']}"}] + [
+            {"type": "image_url", "image_url": {"url": uri(i)}} for i in (image, truth)])
+        scores = {k: None if k == "text_accuracy" and answer.get("text_accuracy_na") is True
+                  else self.level(answer, k, (0, 0.5, 1)) for k in DIMENSIONS}
+        failed = [constraint(k, v == 1, str(answer.get("rationale", ""))[:300]) for k, v in scores.items() if v is not None]
+        return {"kscore": kscore(*scores.values())} | scores | {"constraints": failed}
+
+    def score_program(self, trajectory):
+        """(R_text, checks) of a trajectory's program."""
+        t = trajectory
+        if t.program is None:
+            return 0.0, []
+        found = "\n".join(f"{s.name} {json.dumps(s.arguments, ensure_ascii=False)}\n{s.observation[:1200]}" for s in t.steps)
+        answer = self.ask(PROGRAM_RUBRIC, f"Request: {t.question}\n\nFound:\n{found}\n\nProgram:\n{t.program.gen_prompt}\n"
+                          + "\n".join(f"{r['img_id']}: {r['note']}" for r in t.program.references))
+        value = self.level(answer, "sufficiency", (0, 0.25, 0.5, 0.75, 1))
+        return value, [constraint("program", value == 1, str(answer.get("rationale", ""))[:300])]
 
 
 # ---- Scores and aggregates (section 3) -------------------------------------------------------------------------------
@@ -1348,3 +1429,161 @@ def experience_loss(recipe, mask, logp=None, logp_old=None, logq=None, student_l
     if normalizer is None:
         normalizer = count_tokens(mask if r.denominator == "all" else chosen, r.aggregation)
     return aggregate(values, chosen, r.aggregation, normalizer)
+
+
+# ---- One update step: from trajectories to a gradient ----------------------------------------------------------------
+
+@dataclass
+class Row:
+    """What an update needs of one trajectory. The teacher's opening is longer by the guide; None: it got no guide."""
+    tokens: list                  # ids of the whole conversation
+    mask: list                    # True: written by the policy
+    advantage: float = 0.0        # 0: no policy gradient
+    teacher: list | None = None   # the same conversation under the teacher's opening
+    teacher_mask: list | None = None
+
+
+@dataclass
+class Scores:
+    """One network's view of the action tokens of N rows, in order, padded to the longest row."""
+    mask: torch.Tensor            # (N, T) bool
+    logp: torch.Tensor            # (N, T) log-probabilities of the tokens
+    entropy: torch.Tensor         # (N, T) of the positions, nats
+    logits: torch.Tensor | None   # (N, T, V) divided by the temperature
+
+
+def pad_rows(rows):
+    """Tensors (T_i, ...) -> one tensor (N, max T, ...), zeros behind."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+
+
+def score_actions(net, sequences, masks, temperature=1.0, with_logits=False):
+    """Scores of the masked tokens. The same code for student, old, reference and teacher, so that equal weights and
+    contexts give equal numbers. with_logits keeps the (N, T, V) logits; without, they never exist as a whole."""
+    places = [[i for i, m in enumerate(mask) if m] for mask in masks]
+    shape = pad_rows([torch.ones(len(p), dtype=torch.bool) for p in places]).to(net.embed.weight.device)   # (N, T)
+    if not with_logits:
+        logp, entropy = model.token_logprobs_and_entropy(net, sequences, temperature, masks)
+        pick = lambda rows: pad_rows([r[torch.tensor(p, device=r.device) - 1] for r, p in zip(rows, places)])
+        return Scores(shape, pick(logp), pick(entropy), None)
+    hidden, rows = model.hidden_states(net, sequences)
+    before = torch.cat([r[torch.tensor(p, device=r.device) - 1] for r, p in zip(rows, places)])  # row t - 1 predicts t
+    logits = net.logits(hidden[before]) / temperature                                                     # (M, V)
+    wanted = torch.tensor([s[i] for s, p in zip(sequences, places) for i in p], device=logits.device)
+    logs = F.log_softmax(logits, -1)
+    logp, entropy = logs.gather(1, wanted[:, None]).squeeze(1), -(logs.exp() * logs).sum(-1)
+    back = lambda flat: pad_rows(flat.split([len(p) for p in places]))
+    return Scores(shape, back(logp), back(entropy), back(logits))
+
+
+def distilled_count(rows, recipe):
+    """The denominator of L_SDL over all rows, before any forward pass: micro-batches and processes share it."""
+    lengths = [sum(r.mask) for r in rows if r.teacher is not None]
+    if recipe.aggregation == "seq-mean-token-sum":
+        return len(lengths)
+    if recipe.denominator == "all" or recipe.selection == "all":
+        return sum(lengths)
+    return sum(math.ceil(recipe.top_fraction * n - 1e-9) for n in lengths)
+
+
+def micro_batches(rows, limit):
+    """Neighbouring rows in pieces of at most ``limit`` tokens (at least one row each); neighbours share prompts."""
+    pieces, size = [[]], 0
+    for row in rows:
+        if pieces[-1] and size + len(row.tokens) > limit:
+            pieces.append([])
+            size = 0
+        pieces[-1].append(row)
+        size += len(row.tokens)
+    return pieces
+
+
+def add_gradients(total, loss, parameters, keep=False):
+    """total += d loss / d parameters, in place. keep: the graph is needed once more."""
+    if loss.requires_grad:
+        for t, g in zip(total, torch.autograd.grad(loss, parameters, retain_graph=keep, allow_unused=True)):
+            if g is not None:
+                t.add_(g)
+
+
+def update_gradients(net, reference, teacher, rows, recipe, temperature=1.0, policy=True, olds=None, limit=65536,
+                     counts=None, imitated=()):
+    """Gradients of L_GRPO and of what stands beside it, over one batch of trajectories, micro-batch by micro-batch.
+
+    rows: [Row]. reference and teacher are networks (teacher may be ``net``: the paper's). olds: Scores of the old policy
+    for the rows, one tensor (T_i,) each; None: the policy that is being trained wrote them, u = 1. policy: whether
+    L_GRPO is wanted. imitated: [(tokens, mask)]; if given, cross-entropy on them takes the place of L_SDL. counts:
+    denominators (live, all, distilled) over all processes; None: these rows are all. Returns (gradients of L_GRPO,
+    gradients of L_SDL, statistics); L = L_GRPO + weight L_SDL is put together by the caller, who knows both norms.
+    """
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    first, second = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
+    live, every, distilled = counts or step_counts(rows, recipe)
+    full, sums = recipe.estimator in FULL_ESTIMATORS, Counter()
+    start = 0
+    for piece in micro_batches(rows, limit):
+        guided = [i for i, r in enumerate(piece) if r.teacher is not None] if recipe.weight and not imitated else []
+        student = score_actions(net, [r.tokens for r in piece], [r.mask for r in piece], temperature, full and bool(guided))
+        mask, now = student.mask, student.logp.detach()
+        old = now if olds is None else pad_rows(olds[start:start + len(piece)])
+        start += len(piece)
+        loss, advantages = None, torch.tensor([r.advantage for r in piece], device=mask.device)
+        if policy:
+            with torch.no_grad():
+                ref = score_actions(reference, [r.tokens for r in piece], [r.mask for r in piece], temperature)
+            loss = grpo_loss(student.logp, old, ref.logp, advantages, mask, recipe.clip, recipe.beta, recipe.aggregation,
+                             (live, every))
+            sums["grpo_loss"] += float(loss.detach())
+            sums["reference_kl"] += float(aggregate(k3(now - ref.logp), mask, normalizer=1))
+        if guided:
+            for r in piece:
+                if r.teacher is not None:
+                    check_same_actions(r.tokens, r.mask, r.teacher, r.teacher_mask)
+            told = [piece[i] for i in guided]
+            with torch.no_grad():
+                wise = score_actions(teacher, [r.teacher for r in told], [r.teacher_mask for r in told], temperature, full)
+            part, width = mask[guided], wise.mask.shape[1]
+            cut = lambda x: None if x is None else x[guided][:, :width]
+            part, logp = cut(mask), cut(student.logp)
+            distance = experience_loss(recipe, part, logp, cut(old), wise.logp, cut(student.logits), wise.logits,
+                                       score=cut(student.entropy).detach(), normalizer=distilled)
+            sums["sdl_loss"] += float(distance.detach())
+            said = token_statistics(logp.detach(), cut(old), wise.logp, part, recipe.selection, recipe.top_fraction,
+                                    cut(student.entropy).detach(), recipe.ratio_cap, recipe.k3_clamp, recipe.clip)
+            weigh = int(part.sum())
+            sums.update({k: v * weigh for k, v in said.items()})
+            sums["guided_tokens"] += weigh
+        if loss is not None:
+            add_gradients(first, loss, parameters, keep=bool(guided))
+        if guided:
+            add_gradients(second, distance, parameters)
+        sums["entropy"] += float(aggregate(student.entropy.detach(), mask, normalizer=1))
+        sums["tokens"] += int(mask.sum())
+    if imitated:
+        total = sum(sum(mask) for _, mask in imitated)
+        told = score_actions(net, [t for t, _ in imitated], [m for _, m in imitated], temperature)
+        add_gradients(second, -aggregate(told.logp, told.mask, normalizer=total), parameters)
+    return first, second, dict(sums)
+
+
+def step_counts(rows, recipe):
+    """Denominators of an update (live tokens, all tokens, distilled tokens) or rows, as the aggregation says."""
+    size = (lambda r: sum(r.mask)) if recipe.aggregation == "token-mean" else (lambda r: int(any(r.mask)))
+    return sum(size(r) for r in rows if r.advantage), sum(map(size, rows)), distilled_count(rows, recipe)
+
+
+def reverse_kl_cosine(net, teacher, rows, recipe, temperature=1.0):
+    """Cosine between the gradient of L_SDL as the recipe estimates it and that of the reverse KL over the vocabulary
+    (what the paper's loss estimates), on the same rows. nan without guided rows."""
+    rows = [r for r in rows if r.teacher is not None]
+    if not rows:
+        return math.nan
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    student = score_actions(net, [r.tokens for r in rows], [r.mask for r in rows], temperature, True)
+    with torch.no_grad():
+        wise = score_actions(teacher, [r.teacher for r in rows], [r.teacher_mask for r in rows], temperature, True)
+    used = experience_loss(recipe, student.mask, student.logp, student.logp.detach(), wise.logp, student.logits,
+                           wise.logits, score=student.entropy.detach())
+    exact = full_kl_loss(student.logits, wise.logits, student.mask, "reverse")
+    gradients = [torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) for loss in (used, exact)]
+    return gradient_cosine(*gradients)

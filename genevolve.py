@@ -2,6 +2,7 @@
 
     python genevolve.py run ["a request"]           think, call tools, compose a program, render it
     python genevolve.py run --input FILE            a batch (.json or .jsonl, field "question" or "prompt")
+    python genevolve.py evolve                      learn from its own best and worst attempts; promote DIR: use the result
     python genevolve.py sft                         cold start on demonstrations (python -m atlas.build --demos 30000)
     python genevolve.py train-renderer              VAE and diffusion transformer (python -m atlas.build --scenes 60000)
     python genevolve.py serve                       search, images, chat, renderer and judge over HTTP
@@ -17,11 +18,15 @@ genevolve.json.
 """
 import argparse
 import base64
+import copy
+import dataclasses
 import difflib
+import hashlib
 import html
 import json
 import math
 import os
+import shutil
 import sys
 import threading
 import time
@@ -269,19 +274,22 @@ class Agent:
 class Studio:
     """Renders programs and judges the pictures; what was rendered and judged once is remembered.
 
-    renderer: has ``render(prompts, references, seeds) -> images``. judge: ``(image, truth, wanted) -> scores`` or None.
+    renderer: has ``render(prompts, references, seeds) -> images``. judge: has ``score(image, truth, row) -> scores or None``.
     A row without ground truth is rendered and left unjudged: its reward is missing (nan), not zero.
     """
 
     def __init__(self, renderer, judge=None, steps=20, alpha=0.5):
-        self.renderer, self.judge, self.steps, self.alpha, self.memo = renderer, judge, steps, alpha, {}
+        self.renderer, self.judge, self.steps, self.alpha = renderer, judge, steps, alpha
+        self.scores, self.images = {}, {}  # by ``key``; scores may come from a file, so they need no picture
         local = isinstance(renderer, diffusion.Renderer)
         self.open = tools.read_image if local else lambda path: path  # a remote renderer gets the files untouched
 
-    def finish(self, trajectories):
-        """Set image, judgement and reward of every trajectory; renders what is new in one batch."""
-        ready = [t for t in trajectories if t.program is not None]
-        todo = {self.key(t): t for t in ready if self.key(t) not in self.memo}
+    def finish(self, trajectories, pictures=True):
+        """Set image (where pictures are wanted), judgement and reward of every trajectory; what is new is rendered in
+        one batch."""
+        keys = [self.key(t) if t.program is not None else None for t in trajectories]
+        known = self.images if pictures else self.scores
+        todo = {key: t for key, t in zip(keys, trajectories) if key and key not in known}
         references = [[self.open(t.images[r["img_id"]]["local_path"]) for r in t.program.references[:2]]
                       for t in todo.values()]
         images = self.renderer.render([t.program.gen_prompt for t in todo.values()], references,
@@ -289,29 +297,50 @@ class Studio:
         for (key, trajectory), image in zip(todo.items(), images):
             if isinstance(image, tools.ToolError):  # this picture failed: missing, and asked for again next time
                 trajectory.error = str(image)
-            else:
-                self.memo[key] = (image, self.look(image, trajectory.row))
-        for t in trajectories:
-            t.image, scores = self.memo.get(self.key(t), (None, None)) if t.program is not None else (None, None)
-            wanted = t.row.get("recipe", {}).get("wanted")
+                continue
+            if pictures:
+                self.images[key] = image
+            if key not in self.scores:
+                try:
+                    self.scores[key] = self.look(image, trajectory.row)
+                except tools.ToolError as error:  # this judgement failed: missing too
+                    trajectory.error = str(error)
+        for key, t in zip(keys, trajectories):
+            t.image, scores = self.images.get(key), self.scores.get(key)
+            if t.program is None and self.judge and t.row.get("gt_image"):
+                scores = distill.FAILED_SCORES
             t.judgement, t.reward = None, math.nan
-            if wanted and self.judge and (t.program is None or scores):
-                used = {s.arguments.get("skill_name") for s in t.steps if s.name == "query_knowledge"}
-                text, checks = distill.judge_program(t.program, t.question, wanted, used)
-                scores = scores or distill.FAILED_SCORES
+            if scores:
+                text, checks = self.judge_text(t)
                 t.judgement = scores | {"text_reward": text, "program_checks": checks}
                 t.reward = distill.mixed_reward(scores["kscore"], text, self.alpha)
 
+    def judge_text(self, trajectory):
+        """(R_text, checks); None if nobody can say, or the judge failed."""
+        try:
+            return self.judge.score_program(trajectory)
+        except tools.ToolError as error:
+            trajectory.error = str(error)
+            return None, []
+
     def look(self, image, row):
         """The picture's scores, or None where there is nothing to judge it against."""
-        if not self.judge or "wanted" not in row.get("recipe", {}):
-            return None
-        return self.judge(image, truth_of(row), row["recipe"]["wanted"])
+        return self.judge.score(image, truth_of(row), row) if self.judge and row.get("gt_image") else None
+
+    def name(self):
+        """What a file of judgements belongs to: renderer, steps, judge."""
+        weights = self.renderer.net.state_dict().values() if isinstance(self.renderer, diffusion.Renderer) else []
+        crc = 0
+        for tensor in weights:
+            crc = zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy(), crc)
+        return [type(self.renderer).__name__, crc, self.steps, type(self.judge).__name__]
 
     @staticmethod
     def key(trajectory):
-        paths = tuple(trajectory.images[r["img_id"]]["local_path"] for r in trajectory.program.references)
-        return trajectory.id, trajectory.program.gen_prompt, paths
+        """Identifies request, prompt and references; a picture's file is named by its content."""
+        files = [os.path.basename(trajectory.images[r["img_id"]]["local_path"]) for r in trajectory.program.references]
+        told = [trajectory.id, trajectory.question, trajectory.program.gen_prompt, *files]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
 
 
 def image_seed(row):
@@ -483,11 +512,16 @@ def report_section(trajectory):
 
 
 def write_report(path, trajectories, title="GenEvolve"):
-    """report.html: one self-contained file."""
-    body = "\n".join(report_section(t) for t in trajectories)
-    with open(path, "w", encoding="utf-8") as file:
+    """report.html of a run."""
+    write_page(path, title, "\n".join(report_section(t) for t in trajectories))
+
+
+def write_page(path, title, body):
+    """One self-contained file."""
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
         file.write(f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
                    f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>{body}</html>")
+    os.replace(path + ".tmp", path)
 
 
 # ---- Settings and commands: every flag is a field, every default stands once -----------------------------------------
@@ -515,7 +549,7 @@ class World(Common):
     judge: str = flag("", "URL of an OpenAI-compatible vision model (default: the pixel judge, Atlas requests only)")
     judge_model: str = flag("judge", "model name sent to a judge URL")
     corpus: str = flag(os.path.join(HERE, "atlas", "corpus"), "folder of texts and images that the local search reads")
-    steps: int = flag(20, "sampling steps of the renderer")
+    sampling_steps: int = flag(20, "sampling steps of the renderer")
     temperature: float = flag(0.7, "temperature of the policy")
     top_p: float = flag(0.95, "nucleus of the policy")
     max_calls: int = flag(0, "stop cleanly after so many paid calls (0: no limit)")
@@ -581,7 +615,7 @@ class Embedded:
                                      os.environ.get("IMAGE_DOWNLOAD_DIR") or os.path.join(out, "cache"),
                                      api_key=os.environ.get("SERPER_API_KEY", ""), compact=self.policy.compact,
                                      tape=self.tape, allow_private=not s.search, max_calls=s.max_calls or None)
-        self.studio = Studio(self.open_renderer(), self.open_judge(), s.steps)
+        self.studio = Studio(self.open_renderer(), self.open_judge(), s.sampling_steps)
 
     def __enter__(self):
         return self
@@ -617,7 +651,7 @@ class Embedded:
         if self.settings.judge:
             client = tools.ChatClient(self.settings.judge, os.environ.get("OPENAI_API_KEY", ""), self.settings.judge_model,
                                       tape=self.tape)
-            return distill.ModelJudge(client)
+            return distill.ModelJudge(client.complete)
         return distill.PixelJudge(read_world())
 
     def agent(self, listen=None):
@@ -650,9 +684,9 @@ def pick_device(name):
 # ---- run --------------------------------------------------------------------------------------------------------------------
 
 def default_request():
-    """A validation request that needs everything: two hops, the right look, and writing."""
-    rows = atlas_rows("validation")
-    return next(r for r in rows if r["recipe"]["factual_gap"] == "founding year" and len(r["recipe"]["wanted"]["skills"]) == 3)
+    """The validation request that asks most: a fact two pages away, the right look, and as many skills as any such."""
+    rows = [r for r in atlas_rows("validation") if r["recipe"]["factual_gap"] == "founding year"]
+    return max(rows, key=lambda r: len(r["recipe"]["wanted"]["skills"]))
 
 
 def known_requests():
@@ -670,7 +704,8 @@ def run(s):
     else:
         rows = [{"id": "image", "question": check_request(s.request)}]
     known = known_requests()
-    rows = [known.get(r["question"], {}) | r for r in rows]
+    judged = ("recipe", "gt_image", "_folder")  # what the judge needs to know of an Atlas request
+    rows = [r | {k: known[r["question"]][k] for k in judged} if r["question"] in known else r for r in rows]
     quiet = s.json or s.input
     with Embedded(s, out) as parts:
         if not quiet:
@@ -819,6 +854,670 @@ def sft(s):
                        {"command": "python genevolve.py " + " ".join(sys.argv[1:]), "settings": asdict(s), **log})
 
 
+# ---- evolve: from its own attempts to a better policy ---------------------------------------------------------------------------
+
+@dataclass
+class Evolve(World):
+    """Self-evolution: roll out, render, judge, compare, remember, teach, update. Resumes by itself."""
+    out: str = flag(os.path.join("runs", "evolve"), "folder of the run; the same command goes on where it stopped")
+    data: str = flag(os.path.join(HERE, "atlas", "evolve.jsonl"), "requests to learn from")
+    validation: str = flag(os.path.join(HERE, "atlas", "validation.jsonl"), "requests that decide about promotion")
+    steps: int = flag(100, "updates")
+    prompts_per_step: int = flag(8, "requests a step")
+    rollouts: int = flag(6, "trajectories a request (K)")
+    recipe: str = flag("stable", "stable or paper: how experience becomes a gradient")
+    set: str = flag("", "changes to the recipe, for instance weight=1,teacher=ema")
+    lr: float = flag(3e-4, "learning rate of AdamW (1e-6 for a pretrained policy)")
+    grpo: bool = flag(True, "the group-relative policy gradient")
+    imitate: str = flag("", "in place of experience: cross-entropy on each group's 'best' or on the 'memory' of the nearest request")
+    guides: str = flag("own", "what the teacher sees: own bundles, or the controls 'shuffled' and 'placebo'")
+    match_ratio: float = flag(0.0, "norm of the experience gradient over GRPO's (0: as the recipe's weight makes it)")
+    minibatches: int = flag(1, "updates a batch of trajectories is split into")
+    micro_tokens: int = flag(65536, "tokens a forward pass")
+    bf16: bool = flag(False, "matrix products of the update in bfloat16")
+    sampling_steps: int = flag(12, "sampling steps of the renderer")
+    eval_every: int = flag(20, "steps between evaluations on validation requests (0: never)")
+    audit_every: int = flag(10, "steps between lesson audits, which cost rollouts of their own (0: never)")
+    memo: str = flag("", "file of judgements that runs share (default: one in --out)")
+
+
+COLLAPSE = {"validity": 0.7, "entropy": 0.1, "reward": 0.6}  # of its own first (validity, entropy) or best (reward) window
+WINDOW = 5  # steps
+
+
+class Evolution:
+    """A run: everything that a checkpoint has to hold, and the step that changes it.
+
+    Whatever is random derives from the seed and the step's number, so a checkpoint holds no generator.
+    """
+
+    def __init__(self, settings):
+        self.settings = s = settings
+        if s.imitate not in ("", "best", "memory") or s.guides not in ("own", "shuffled", "placebo"):
+            raise ValueError("--imitate takes best or memory, --guides takes own, shuffled or placebo")
+        self.out, self.recipe = make_folder(s.out), read_recipe(s.recipe, s.set)
+        s.policy = s.policy or os.path.join(HERE, "weights", "sft")
+        self.rows, self.validation = read_requests(s.data), read_requests(s.validation)
+        self.parts = Embedded(s, self.out)
+        if not isinstance(self.parts.policy, LocalPolicy):
+            raise ValueError("evolve trains a policy folder; --policy URL is only for run")
+        self.studio, self.agent, self.tokenizer = self.parts.studio, self.parts.agent(), self.parts.policy.tokenizer
+        self.net = self.parts.policy.engine.net
+        self.frozen = copy.deepcopy(self.net).eval().requires_grad_(False)  # reference, and embedder of the memory
+        self.teacher = {"same": self.net, "frozen": self.frozen}.get(self.recipe.teacher) or copy.deepcopy(self.frozen)
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=s.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        r = self.recipe
+        self.memory = distill.Memory(self.embed, r.capacity, r.gate, distill.entity_names if r.entity_free else None, r.near_tie)
+        self.phrases = read_world()["guide"] if self.parts.policy.compact else None
+        self.advice = read_oracle()
+        self.done, self.lr_scale, self.good, self.calm = 0, 1.0, None, 0
+        self.log, self.examples, self.promoted, self.specimen = [], {}, None, None  # rows; prompt -> best (tokens, mask); validation rewards
+        self.memo_file, self.memo_kept = s.memo or os.path.join(self.out, "memo.jsonl"), 0
+        self.resume()
+
+    @torch.no_grad()
+    def embed(self, texts):
+        """Requests -> unit rows, from the policy as it was at the start, so that keys never age."""
+        return model.embed(self.frozen, [self.tokenizer.encode(t) for t in texts])
+
+    # -- one step --
+
+    def requests(self, step):
+        """The step's requests: every epoch goes through all of them in an order of its own."""
+        n, size = self.settings.prompts_per_step, len(self.rows)
+        places = range(step * n, (step + 1) * n)
+        order = {e: np.random.default_rng([self.settings.seed, e]).permutation(size) for e in {p // size for p in places}}
+        return [self.rows[order[p // size][p % size]] for p in places]
+
+    def roll_out(self, rows, stream, guides=None):
+        """Judged trajectories, one a row. stream: int that tells apart the uses of randomness within a step."""
+        base = zlib.crc32(f"{self.settings.seed} {self.done} {stream}".encode()) << 16
+        attempts = self.agent.run(rows, [base + i for i in range(len(rows))], guides)
+        written = time.perf_counter()
+        self.studio.finish(attempts, pictures=False)
+        return attempts, time.perf_counter() - written
+
+    def step(self):
+        """Rollouts -> pictures -> rewards -> lessons -> gradient -> new weights. Returns the log's row."""
+        s, r, begun = self.settings, self.recipe, time.perf_counter()
+        rows = self.requests(self.done)
+        attempts, render_seconds = self.roll_out([row for row in rows for _ in range(s.rollouts)], 0)
+        rolled = time.perf_counter()
+        groups = [attempts[i:i + s.rollouts] for i in range(0, len(attempts), s.rollouts)]
+        rewards = torch.tensor([[t.reward for t in g] for g in groups], dtype=torch.float64)
+        advantages = distill.group_advantages(rewards, r.std).float()
+        pairs = self.remember(rows, groups)
+        entries = self.memory.lookup([row["question"] for row in rows])
+        guides = self.chosen_guides(entries)
+        batch = [self.learning_row(t, a.item(), guide) for g, line, guide in zip(groups, advantages, guides)
+                 for t, a in zip(g, line) if t.tokens]
+        learned = self.learn(batch, self.imitated(groups, entries))
+        valid = rewards[~rewards.isnan()]
+        row = {"step": self.done + 1, "reward": mean(valid.tolist()), "spread": mean((spread := spreads(rewards)).tolist()),
+               "dead_groups": float((spread <= 1e-6).double().mean()), "missing": int(rewards.isnan().sum()),
+               "kscore": mean([t.judgement["kscore"] for t in attempts if t.judgement]),
+               "validity": mean([float(t.program is not None) for t in attempts]),
+               "tool_calls": mean([float(sum(x.kind == "tool_call" for x in t.steps)) for t in attempts]),
+               "response_tokens": mean([float(sum(t.mask)) for t in attempts]), "rollouts": len(attempts), "pairs": pairs,
+               "memory": len(self.memory), "hit_rate": mean([float(e is not None) for e in entries]),
+               "right_advice": self.right_advice(rows, guides)} | learned
+        if s.audit_every and (self.done + 1) % s.audit_every == 0:
+            row["lesson_audit"] = self.audit(rows, entries, rewards)
+        self.done += 1
+        row |= {"rollout_seconds": rolled - begun - render_seconds, "render_seconds": render_seconds,
+                "update_seconds": time.perf_counter() - rolled}
+        if s.eval_every and self.done % s.eval_every == 0:
+            row["validation"] = self.evaluate()
+        self.log.append(row)
+        if reason := self.collapse():
+            row["rolled_back"] = reason
+            self.roll_back()
+        row["seconds"] = time.perf_counter() - begun
+        return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
+
+    def remember(self, rows, groups):
+        """Compare best and worst of every group, keep what the widest gaps teach. Returns how many there were."""
+        pairs = [(row, g, pair) for row, g in zip(rows, groups) if (pair := distill.select_pair(g, self.recipe.gap))]
+        pairs.sort(key=lambda x: x[2][1].reward - x[2][0].reward)  # stable: of equals, the first
+        for row, _, (best, worst) in pairs[:self.recipe.pairs]:
+            bundle = distill.summarize_pair(row["question"], best, worst, self.phrases)
+            bundle = bundle if self.recipe.standard else bundle.differing()
+            self.memory.add(row["question"], bundle, best.reward, worst.reward, self.done)
+            self.examples[row["question"]] = [best.tokens, best.mask]
+        kept = {e.prompt for e in self.memory.entries}
+        self.examples = {k: v for k, v in self.examples.items() if k in kept}
+        return len(pairs)
+
+    def chosen_guides(self, entries):
+        """Bundles for the teacher, one a request (None: no guide), or their controls."""
+        guides = [e.bundle if e else None for e in entries]
+        if self.settings.guides == "shuffled":
+            return distill.shuffled(guides, [e.bundle for e in self.memory.entries], f"{self.settings.seed} {self.done}")
+        if self.settings.guides == "placebo":
+            return [distill.placebo(g, lambda t: len(self.tokenizer.encode(t))) if g else None for g in guides]
+        return guides
+
+    def learning_row(self, t, advantage, guide):
+        """What the update needs of a trajectory; with a guide, also the teacher's view of it."""
+        row = distill.Row(t.tokens, t.mask, advantage)
+        if guide is not None and not self.settings.imitate and self.recipe.weight:
+            opening = self.tokenizer.apply_chat(distill.teacher_messages(t.messages[:2], guide), add_generation_prompt=True)
+            row.teacher, row.teacher_mask = distill.teacher_tokens(t.tokens, t.mask, t.prompt_length, opening)
+        return row
+
+    def imitated(self, groups, entries):
+        """(tokens, mask) that an imitating arm copies: its groups' best, or the memory's nearest request's best."""
+        if self.settings.imitate == "best":
+            best = [max((t for t in g if t.program and t.reward == t.reward), key=lambda t: t.reward, default=None) for g in groups]
+            return [(t.tokens, t.mask) for t in best if t is not None]
+        if self.settings.imitate == "memory":
+            return [tuple(self.examples[e.prompt]) for e in entries if e is not None]
+        return []
+
+    def learn(self, batch, imitated):
+        """One update, or one a minibatch. Returns what the log says about it."""
+        s, r = self.settings, self.recipe
+        size = -(-len(batch) // s.minibatches)
+        pieces = [batch[i:i + size] for i in range(0, len(batch), size)]
+        autocast = lambda: torch.autocast(self.parts.device, torch.bfloat16, enabled=s.bf16)
+        olds = [None] * len(pieces)
+        if len(pieces) > 1:  # the first update changes what wrote the others
+            with torch.no_grad(), autocast():
+                olds = [[x[m] for x, m in zip(scores.logp, scores.mask)] for piece in pieces for scores in
+                        [distill.score_actions(self.net, [b.tokens for b in piece], [b.mask for b in piece], s.temperature)]]
+        with autocast():
+            cosine = distill.reverse_kl_cosine(self.net, self.teacher, [b for b in batch if b.teacher][::12][:4], r, s.temperature)
+        sums, ratios, norms, parameters = Counter(), [], [], list(self.net.parameters())
+        for piece, old in zip(pieces, olds):
+            with autocast():
+                first, second, said = distill.update_gradients(
+                    self.net, self.frozen, self.teacher, piece, r, s.temperature, s.grpo, old, s.micro_tokens, imitated=imitated)
+            lengths = distill.gradient_norm(first), distill.gradient_norm(second)
+            weight = s.match_ratio * lengths[0] / lengths[1] if s.match_ratio and lengths[1] else r.weight
+            ratios.append(weight * lengths[1] / lengths[0] if lengths[0] else math.nan)
+            for p, a, b in zip(parameters, first, second):
+                p.grad = a.add_(b, alpha=weight)
+            norms.append(torch.nn.utils.clip_grad_norm_(parameters, 1.0).item())
+            for group in self.optimizer.param_groups:
+                group["lr"] = s.lr * self.lr_scale
+            self.optimizer.step()
+            sums.update(said)
+            if r.teacher == "ema":
+                distill.ema_update(self.teacher, self.net, r.ema_decay)
+        self.optimizer.zero_grad(set_to_none=True)
+        told = sums["guided_tokens"] or math.nan
+        return {"entropy": sums["entropy"] / sums["tokens"], "reference_kl": sums["reference_kl"] / sums["tokens"],
+                "grpo_loss": sums["grpo_loss"] / len(pieces), "sdl_loss": sums["sdl_loss"] / len(pieces) if sums["guided_tokens"] else math.nan,
+                **{k: sums[k] / told for k in ("selected", "saturated", "capped", "clipped", "gap")},
+                "gradient_norm": mean(norms), "gradient_ratio": mean(ratios), "reverse_kl_cosine": cosine,
+                "lr": s.lr * self.lr_scale}
+
+    def right_advice(self, rows, guides):
+        """Share of a guide's bullets that the world knows to be right for the request; nan where it knows nothing."""
+        shares = []
+        for row, guide in zip(rows, guides):
+            right = self.advice.get(row["id"], {}).get("guide")
+            bullets = [(f, b.removeprefix(distill.STANDARD)) for f, bs in guide.guidance.items() for b in bs] if guide else []
+            if right and bullets:
+                shares.append(sum(b in right.get(f, []) for f, b in bullets) / len(bullets))
+        return mean(shares)
+
+    def audit(self, rows, entries, rewards):
+        """How a group's reward moves with its guide and with a placebo of the same length; lessons that hurt go."""
+        K, told = self.settings.rollouts, [(row, e, line) for row, e, line in zip(rows, entries, rewards.tolist()) if e]
+        if not told:
+            return None
+        means = []
+        for stream, change in enumerate((lambda b: b, lambda b: distill.placebo(b, lambda t: len(self.tokenizer.encode(t)))), 1):
+            guides = [g for _, e, _ in told for g in [change(e.bundle)] * K]
+            attempts, _ = self.roll_out([row for row, _, _ in told for _ in range(K)], stream, guides)
+            means.append([mean([t.reward for t in attempts[i:i + K]]) for i in range(0, len(attempts), K)])
+        without = [mean(line) for _, _, line in told]
+        for (_, entry, _), a, b, c in zip(told, means[0], without, means[1]):
+            distill.Memory.record_audit(entry, a, b, c)
+        return {"lessons": len(told), "with_guide": mean(means[0]), "without": mean(without), "placebo": mean(means[1]),
+                "retired": len(self.memory.retire()), "rollouts": 2 * K * len(told)}
+
+    # -- promotion and collapse --
+
+    def evaluate(self):
+        """Rewards on validation requests, paired with those of the promoted policy; promotes what is not worse."""
+        attempts = self.agent.run(self.validation, [7919 * i + 1 for i in range(len(self.validation))])  # always the same seeds
+        self.studio.finish(attempts, pictures=False)
+        rewards = [t.reward for t in attempts]
+        self.studio.finish(attempts[:6])
+        show(self.out, "after" if self.done else "before", attempts[:6])
+        entries = self.memory.lookup([t.question for t in attempts], count=False)
+        self.specimen = next(((t, e.bundle) for t, e in zip(attempts, entries) if e and t.program), None)
+        figures = {"reward": mean(rewards), "kscore": mean([t.judgement["kscore"] for t in attempts if t.judgement]),
+                   "validity": mean([float(t.program is not None) for t in attempts])}
+        if self.promoted is not None:
+            change = np.array(rewards) - np.array(self.promoted)
+            change = change[~np.isnan(change)]
+            figures |= {"change": mean(change.tolist()), "standard_error": float(change.std() / max(len(change), 1) ** 0.5)}
+        if self.promoted is None or figures["change"] >= 0:  # not worse on the same requests with the same seeds
+            self.promoted, figures["promoted"] = rewards, True
+            self.keep_good()
+            self.write_policy("policy", figures)
+        else:
+            figures["promoted"] = False
+        return figures
+
+    def keep_good(self):
+        """Remember the weights that a collapse goes back to."""
+        self.good = f"good-{self.done:06d}.safetensors"
+        model.write_tensors(os.path.join(self.out, self.good), self.weights())
+
+    def write_policy(self, name, figures=None):
+        """The policy as a folder of the run."""
+        save_policy(os.path.join(self.out, name), self.net, self.tokenizer, self.parts.policy.compact,
+                    {"command": "python genevolve.py " + " ".join(sys.argv[1:]), "step": self.done, "validation": figures})
+
+    def collapse(self):
+        """What fell past its bound within the last steps, or ""."""
+        rows = self.log[self.calm:]
+        if len(rows) < 2 * WINDOW:
+            return ""
+        def window(key, end):
+            return mean([row[key] for row in rows[end - WINDOW:end]])
+        for key in ("validity", "entropy"):
+            if window(key, len(rows)) < COLLAPSE[key] * window(key, WINDOW):
+                return f"{key} fell to {window(key, len(rows)):.3f} from {window(key, WINDOW):.3f}"
+        best = max(window("reward", end) for end in range(WINDOW, len(rows) + 1))
+        if window("reward", len(rows)) < COLLAPSE["reward"] * best:
+            return f"reward fell to {window('reward', len(rows)):.3f} from {best:.3f}"
+        return ""
+
+    def roll_back(self):
+        """Back to the promoted weights and their optimizer, with half the learning rate. Memory and data go on."""
+        with model.open_tensors(os.path.join(self.out, self.good)) as file:
+            self.load_weights({k: file.get_tensor(k) for k in file.keys()})
+        self.lr_scale, self.calm = self.lr_scale / 2, len(self.log)
+
+    # -- checkpoints --
+
+    def weights(self):
+        """Network, optimizer and teacher by name."""
+        tensors = {f"net.{k}": p.detach() for k, p in self.net.named_parameters()}
+        for name, p in self.net.named_parameters():
+            tensors |= {f"adam.{name}.{k}": torch.as_tensor(v) for k, v in self.optimizer.state[p].items()}
+        if self.recipe.teacher == "ema":
+            tensors |= {f"teacher.{k}": p for k, p in self.teacher.named_parameters()}
+        return {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+
+    @torch.no_grad()
+    def load_weights(self, tensors):
+        for name, p in self.net.named_parameters():
+            p.copy_(tensors[f"net.{name}"])
+            state = {k: tensors.get(f"adam.{name}.{k}") for k in ("step", "exp_avg", "exp_avg_sq")}
+            self.optimizer.state[p] = {k: v.clone() for k, v in state.items() if v is not None}
+        if self.recipe.teacher == "ema":
+            for name, p in self.teacher.named_parameters():
+                p.copy_(tensors[f"teacher.{name}"])
+
+    def save(self, row):
+        """A checkpoint of the finished step, whole or not at all; then the log's line; the last two stay."""
+        memory, keys = self.memory.state_dict()
+        fresh = list(self.studio.scores.items())[self.memo_kept:]
+        with open(self.memo_file, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps([k, v]) + "\n" for k, v in fresh)
+        self.memo_kept += len(fresh)
+        folder = os.path.join(self.out, "checkpoints")
+        temporary, final = os.path.join(folder, "unfinished"), os.path.join(folder, f"{self.done:06d}")
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.makedirs(temporary)
+        path = os.path.join(temporary, "state.safetensors")
+        model.write_tensors(path, self.weights() | {f"memory.{k}": v.contiguous() for k, v in keys.items()})
+        write_json(os.path.join(temporary, "state.json"), {
+            "settings": self.identity(), "row": row, "checksum": checksum(path), "step": self.done, "lr_scale": self.lr_scale,
+            "good": self.good, "calm": self.calm, "promoted": self.promoted, "memory": memory, "examples": self.examples,
+            "memo": self.memo_kept})
+        for name in os.listdir(temporary):
+            with open(os.path.join(temporary, name), "rb") as file:
+                os.fsync(file.fileno())
+        os.rename(temporary, final)
+        with open(os.path.join(self.out, "log.jsonl"), "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        for old in sorted(os.listdir(folder))[:-2]:
+            shutil.rmtree(os.path.join(folder, old))
+        kept = {self.good} | {state["good"] for state in self.states()}
+        for name in os.listdir(self.out):
+            if name.startswith("good-") and name not in kept:
+                os.remove(os.path.join(self.out, name))
+
+    def identity(self):
+        """The settings that make it this run; how long it goes on and where it runs may change."""
+        return {k: v for k, v in asdict(self.settings).items() if k not in ("steps", "out", "device", "memo", "record", "replay")}
+
+    def states(self):
+        """state.json of every readable checkpoint, newest first, each with its folder."""
+        folder = os.path.join(self.out, "checkpoints")
+        for name in sorted(os.listdir(folder), reverse=True) if os.path.isdir(folder) else []:
+            path = os.path.join(folder, name)
+            try:
+                with open(os.path.join(path, "state.json"), encoding="utf-8") as file:
+                    state = json.load(file)
+                if state["checksum"] != checksum(os.path.join(path, "state.safetensors")):
+                    raise ValueError("the checksum does not match")
+                yield state | {"path": path}
+            except (OSError, ValueError, KeyError) as error:
+                if name != "unfinished":
+                    print(f"{path}: damaged, skipped ({error})", file=sys.stderr)
+
+    def resume(self):
+        """Go on from the newest whole checkpoint, if there is one."""
+        state = next(self.states(), None)
+        count = state["memo"] if state else None if self.settings.memo else 0
+        scores = read_memo(self.memo_file, self.parts.studio, count)
+        self.studio.scores.update(scores)
+        self.memo_kept = len(scores)
+        log = os.path.join(self.out, "log.jsonl")
+        if state is None:
+            if os.path.exists(log):
+                os.remove(log)
+            return
+        changed = [k for k, v in self.identity().items() if state["settings"].get(k) != v]
+        if changed:
+            raise ValueError(f"{self.out} holds a run with another --{changed[0].replace('_', '-')} "
+                             f"({state['settings'].get(changed[0])!r}); choose another --out")
+        with model.open_tensors(os.path.join(state["path"], "state.safetensors")) as file:
+            tensors = {k: file.get_tensor(k) for k in file.keys()}
+        self.load_weights(tensors)
+        self.memory.load_state(state["memory"], {"keys": tensors["memory.keys"]})
+        self.done, self.lr_scale, self.good, self.calm = (state[k] for k in ("step", "lr_scale", "good", "calm"))
+        self.promoted, self.examples = state["promoted"], state["examples"]
+        with open(log, encoding="utf-8") as file:
+            lines = [json.loads(line) for line in file if line.endswith("\n")]
+        self.log = [line for line in lines if line["step"] < self.done] + [state["row"]]
+        write_lines(log, self.log)
+        print(f"resuming after step {self.done}", flush=True)
+
+
+def evolve(s):
+    """python genevolve.py evolve"""
+    run, begun = Evolution(s), time.perf_counter()
+    with run.parts:
+        if run.done == 0 and s.eval_every:
+            first = run.evaluate()
+            print(f"before: validation reward {first['reward']:.3f}, KScore {first['kscore']:.3f}", flush=True)
+        elif run.done == 0:
+            run.keep_good()
+        start = run.done
+        while run.done < s.steps:
+            row = run.step()
+            try:
+                run.save(row)
+            except OSError as error:
+                raise ValueError(f"step {run.done} could not be kept ({error.strerror}); everything before it is on disk")
+            left = (time.perf_counter() - begun) / (run.done - start) * (s.steps - run.done)
+            print(step_line(row) + f"  {left:.0f} s left", flush=True)
+            if "validation" in row or run.done == s.steps:
+                write_evolution_report(run)
+        run.write_policy("last")
+    print(f"wrote {os.path.join(s.out, 'log.jsonl')}, {os.path.join(s.out, 'report.html')}, {os.path.join(s.out, 'last')} and what was promoted, {os.path.join(s.out, 'policy')} "
+          f"({time.perf_counter() - begun:.0f} s)")
+    return run
+
+
+def step_line(row):
+    """A step in one line."""
+    text = (f"step {row['step']}  reward {number(row['reward'])}  KScore {number(row['kscore'])}  valid {number(row['validity'])}  "
+            f"entropy {number(row['entropy'])}  hits {number(row['hit_rate'])}  sdl {number(row['sdl_loss'])}  "
+            f"ratio {number(row['gradient_ratio'])}  {row['seconds']:.1f} s")
+    if "validation" in row:
+        v = row["validation"]
+        text += f"\n  validation reward {v['reward']:.3f}, KScore {v['kscore']:.3f}" + (", promoted" if v["promoted"] else "")
+    return text + (f"\n  rolled back: {row['rolled_back']}" if "rolled_back" in row else "")
+
+
+def number(value):
+    return "-" if value is None else f"{value:.3f}"
+
+
+def mean(values):
+    """Mean without missing values (nan), nan if none is left."""
+    kept = [v for v in values if v is not None and v == v]
+    return sum(kept) / len(kept) if kept else math.nan
+
+
+def spreads(rewards):
+    """Greatest minus smallest reward of every group, missing ones left out (0 for fewer than two). (G, K) -> (G,)"""
+    low, high = rewards.nan_to_num(math.inf).amin(1), rewards.nan_to_num(-math.inf).amax(1)
+    return (high - low).clamp(min=0)
+
+
+def read_recipe(name, changes):
+    """A named recipe with changes "field=value,...". Raises ValueError."""
+    if name not in distill.RECIPES:
+        raise ValueError(f"--recipe {name}: must be one of {', '.join(distill.RECIPES)}")
+    values, known = {}, asdict(distill.RECIPES[name])
+    for part in filter(None, changes.split(",")):
+        key, _, value = part.partition("=")
+        if key not in known:
+            raise ValueError(f"--set {part}: no such field{suggest(key, known)}")
+        kind = type(known[key])
+        try:
+            values[key] = value == "true" if kind is bool else value if kind is str else \
+                None if value == "none" else kind(value) if kind in (int, float) else float(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"--set {part}: not a {kind.__name__}")
+    return dataclasses.replace(distill.RECIPES[name], **values)
+
+
+def read_oracle():
+    """What the world knows of its requests: id -> oracle program, right advice."""
+    with open(os.path.join(HERE, "atlas", "oracle.jsonl"), encoding="utf-8") as file:
+        return {row["id"]: row for row in map(json.loads, file)}
+
+
+def checksum(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_lines(path, rows):
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    os.replace(path + ".tmp", path)
+
+
+def read_memo(path, studio, count):
+    """Judgements that runs share: key -> scores. The first line names renderer and steps; another one's file is refused.
+    count: lines that the checkpoint knew (None: all); what a killed step wrote after them is cut off."""
+    if not os.path.exists(path):
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        write_lines(path, [studio.name()])
+    with open(path, encoding="utf-8") as file:
+        head, *lines = [json.loads(line) for line in file if line.endswith("\n")]
+    if head != studio.name():
+        raise ValueError(f"{path}: judgements of another renderer; remove it or name another --memo")
+    lines = lines[:count]
+    write_lines(path, [head, *lines])
+    return dict(lines)
+
+
+def save_policy(path, net, tokenizer, compact, training):
+    """A policy folder, replaced as a whole."""
+    temporary = path + ".new"
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save(temporary, net, tokenizer)
+    write_json(os.path.join(temporary, "genevolve.json"), {"protocol": "compact" if compact else "full"})
+    write_json(os.path.join(temporary, "training.json"), training)
+    swap_folder(temporary, path)
+
+
+def swap_folder(source, path):
+    """Put ``source`` where ``path`` is; what was there is gone only after the new one stands."""
+    old = path + ".old"
+    shutil.rmtree(old, ignore_errors=True)
+    if os.path.exists(path):
+        os.rename(path, old)
+    os.rename(source, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# ---- promote, export ---------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Promote(Common):
+    """Make the policy of an evolution run the one that run uses."""
+    run: str = flag("", "folder of the run, or a policy folder", positional=True)
+    undo: bool = flag(False, "take the last promotion back")
+    weights: str = flag(os.path.join(HERE, "weights"), "folder that holds policy/")
+
+
+def promote(s):
+    """python genevolve.py promote DIR | --undo"""
+    here, before = os.path.join(s.weights, "policy"), os.path.join(s.weights, "policy.before")
+    if s.undo:
+        if not os.path.isdir(before):
+            raise ValueError(f"{before}: nothing to take back")
+        swap_folder(before, here)
+        print(f"{here} is what it was before the last promotion")
+        return
+    if not s.run:
+        raise ValueError("promote needs the folder of a run")
+    source = next((p for p in (os.path.join(s.run, "policy"), s.run) if os.path.isfile(os.path.join(p, "config.json"))), None)
+    if source is None:
+        raise ValueError(f"{s.run}: no policy in it")
+    model.load(source)  # raises if it is not whole
+    fresh = here + ".new"
+    shutil.rmtree(fresh, ignore_errors=True)
+    shutil.copytree(source, fresh)
+    shutil.rmtree(before, ignore_errors=True)
+    if os.path.exists(here):
+        os.rename(here, before)
+    os.rename(fresh, here)
+    print(f"{here} is now {source} (python genevolve.py promote --undo takes it back)")
+
+
+@dataclass
+class Export(Common):
+    """Write trained text weights back into a full qwen3_vl folder."""
+    policy: str = flag("", "policy folder that was trained")
+    base: str = flag("", "the qwen3_vl folder it came from")
+
+
+def export(s):
+    """python genevolve.py export --policy DIR --base DIR --out DIR"""
+    if not s.policy or not s.base:
+        raise ValueError("export needs --policy and --base")
+    net, _ = model.load(s.policy)
+    model.export(net, s.base, s.out)
+    print(f"wrote {s.out}")
+
+
+# ---- The report of an evolution -----------------------------------------------------------------------------------------
+
+CURVES = (("reward", "reward and spread", ("reward", "spread")), ("kscore", "KScore", ("kscore",)),
+          ("validity", "valid programs, dead groups", ("validity", "dead_groups")), ("entropy", "entropy, nats a token", ("entropy",)),
+          ("memory", "memory hit rate, right advice", ("hit_rate", "right_advice")), ("sdl", "SDL loss", ("sdl_loss",)),
+          ("gradient", "SDL to GRPO gradient norm, cosine with the reverse KL", ("gradient_ratio", "reverse_kl_cosine")),
+          ("tokens", "share of tokens distilled, saturated, clipped", ("selected", "saturated", "clipped")))
+INKS = ("#b33", "#36a", "#386")
+TURN_SLOTS = {"search": ("search strategy",), "image_search": ("search strategy",), "query_knowledge": ("knowledge activation",),
+              "": ("reference selection", "prompt construction", "failure avoidance")}
+
+
+def curve(title, series, width=420, height=130):
+    """Inline SVG of {label: [(x, y)]}, missing values (None) left out; the axis labels are the extremes."""
+    points = [p for line in series.values() for p in line if p[1] is not None]
+    if not points:
+        return ""
+    (left, right), (low, high) = ((min(v), max(v)) for v in zip(*points))
+    place = lambda x, y: (f"{40 + (x - left) / max(right - left, 1e-9) * (width - 50):.1f},"
+                          f"{height - 18 - (y - low) / max(high - low, 1e-9) * (height - 30):.1f}")
+    lines = "".join(f'<polyline fill="none" stroke="{ink}" stroke-width="1.5" points="'
+                    + " ".join(place(x, y) for x, y in line if y is not None) + '"/>' for ink, line in zip(INKS, series.values()))
+    keys = " ".join(f'<tspan fill="{ink}">{html.escape(label.replace("_", " "))}</tspan>' for ink, label in zip(INKS, series))
+    return (f'<figure><svg width="{width}" height="{height}" font-size="10"><text x="40" y="9">{keys}</text>{lines}'
+            f'<text x="0" y="20">{high:.3g}</text><text x="0" y="{height - 18}">{low:.3g}</text><text x="40" y="{height - 4}">{left:g}'
+            f'</text><text x="{width - 30}" y="{height - 4}">{right:g}</text></svg><figcaption>{html.escape(title)}</figcaption></figure>')
+
+
+def show(out, when, trajectories):
+    """Keep validation pictures for the gallery. when: "before" or "after"."""
+    folder = make_folder(os.path.join(out, "gallery"))
+    for t in trajectories:
+        if t.image is not None:
+            diffusion.write_png(os.path.join(folder, f"{when}-{t.id}.png"), t.image)
+    write_json(os.path.join(folder, f"{when}.json"), [
+        {"id": t.id, "question": t.question, "prompt": t.program.gen_prompt if t.program else "no program", "picture": t.image is not None,
+         "kscore": t.judgement and t.judgement["kscore"]} for t in trajectories])
+
+
+def gallery(out):
+    """The same validation requests before and after."""
+    parts = ["<h2>Before and after</h2>"]
+    both = []
+    for when in ("before", "after"):
+        path = os.path.join(out, "gallery", f"{when}.json")
+        both.append(json.load(open(path, encoding="utf-8")) if os.path.exists(path) else [])
+    for rows in zip(*both):
+        parts.append(f"<h3>{html.escape(rows[0]['question'])}</h3>")
+        for when, row in zip(("before", "after"), rows):
+            score = "not judged" if row["kscore"] is None else f"KScore {row['kscore']:.2f}"
+            path = os.path.join(out, "gallery", f"{when}-{row['id']}.png")
+            if row["picture"] and os.path.exists(path):
+                parts.append(figure(diffusion.read_png(path), f"{when}, {score}: {row['prompt']}"))
+            else:
+                parts.append(f"<p>{when}: no picture</p>")
+    return "\n".join(parts)
+
+
+@torch.no_grad()
+def microscope(run, t, bundle):
+    """A trajectory's tokens, coloured by log q - log p: what the teacher, who read the guide, likes more or less."""
+    opening = run.tokenizer.apply_chat(distill.teacher_messages(t.messages[:2], bundle), add_generation_prompt=True)
+    tokens, mask = distill.teacher_tokens(t.tokens, t.mask, t.prompt_length, opening)
+    student = distill.score_actions(run.net, [t.tokens], [t.mask], run.settings.temperature, True)
+    teacher = distill.score_actions(run.teacher, [tokens], [mask], run.settings.temperature, True)
+    gap = teacher.logp - student.logp
+    chosen = distill.select_tokens(gap, student.mask, run.recipe.selection, run.recipe.top_fraction, student.entropy)[0].tolist()
+    liked, gap = teacher.logits[0].argmax(-1).tolist(), gap[0].tolist()
+    p, q = student.logp[0].exp().tolist(), teacher.logp[0].exp().tolist()
+    parts = ["<h2>Token microscope</h2><p>Green: the teacher, with the guide in its context, finds the student's token more likely than "
+             "the student does; red: less. Underlined: distilled. Small: the token that the teacher prefers.</p>",
+             f"<p>{html.escape(t.question)}</p><pre>{html.escape(bundle.markdown())}</pre>"]
+    places, number, word = [i for i, m in enumerate(t.mask) if m], -1, run.tokenizer.decode
+    for n, i in enumerate(places):
+        if n == 0 or i != places[n - 1] + 1:  # a new turn
+            number += 1
+            step = t.steps[number] if number < len(t.steps) else None
+            slots = TURN_SLOTS.get(step.name if step and step.kind == "tool_call" else "", ())
+            said = [b for slot in slots for f in distill.SLOTS[slot] for b in bundle.guidance[f]]
+            parts.append(f"<h3>Turn {number + 1}: {html.escape(', '.join(slots))}</h3>"
+                         + "".join(f'<p class="think">{html.escape(b)}</p>' for b in said) + '<p style="line-height:2.4">')
+        shade = f"rgba({'40,140,80' if gap[n] > 0 else '190,50,50'},{min(abs(gap[n]) / 3, 0.85):.2f})"
+        other = f'<sub>{html.escape(word([liked[n]]))}</sub>' if liked[n] != t.tokens[i] else ""
+        text = html.escape(word([t.tokens[i]])).replace("\n", "⏎")
+        parts.append(f'<span style="background:{shade}{";border-bottom:2px solid #222" if chosen[n] else ""}" '
+                     f'title="student {p[n]:.3f}, teacher {q[n]:.3f}">{text}</span>{other}')
+        if n + 1 == len(places) or places[n + 1] != i + 1:
+            parts.append("</p>")
+    return "".join(parts)
+
+
+def write_evolution_report(run):
+    """report.html of an evolution: curves, gallery, microscope, lessons."""
+    parts = ["<h2>Curves</h2>"]
+    for _, title, keys in CURVES:
+        parts.append(curve(title, {k: [(row["step"], row.get(k)) for row in run.log] for k in keys}))
+    checks = [(row["step"], row["validation"]) for row in run.log if row.get("validation")]
+    parts.append(curve("validation", {k: [(step, v[k]) for step, v in checks] for k in ("reward", "kscore")}))
+    parts.append(gallery(run.out))
+    if run.specimen:
+        parts.append(microscope(run, *run.specimen))
+    parts.append("<h2>Lessons</h2><table><tr><th>kind of request</th><th>best</th><th>gap</th><th>step</th><th>retrieved</th><th>audits</th>"
+                 "<th>effect</th><th>placebo</th></tr>")
+    for e in sorted(run.memory.entries, key=lambda e: -e.retrieved)[:60]:
+        effect = f"{e.moved / e.audits:+.3f}</td><td>{e.moved_placebo / e.audits:+.3f}" if e.audits else "</td><td>"
+        parts.append(f"<tr><td>{html.escape(e.bundle.trigger[:90])}</td><td>{e.best:.2f}</td><td>{e.gap:.2f}</td><td>{e.step}</td>"
+                     f"<td>{e.retrieved}</td><td>{e.audits}</td><td>{effect}</td></tr>")
+    parts.append("</table>")
+    write_page(os.path.join(run.out, "report.html"), "GenEvolve: an evolution", "\n".join(parts))
+
+
 # ---- train-renderer, serve ----------------------------------------------------------------------------------------------------
 
 def train_renderer(s):
@@ -860,7 +1559,8 @@ def serve(s):
 
 # ---- Command line ---------------------------------------------------------------------------------------------------------------
 
-COMMANDS = {"run": (Run, run), "sft": (Sft, sft), "train-renderer": (TrainRenderer, train_renderer), "serve": (Serve, serve)}
+COMMANDS = {"run": (Run, run), "sft": (Sft, sft), "train-renderer": (TrainRenderer, train_renderer), "serve": (Serve, serve),
+            "evolve": (Evolve, evolve), "promote": (Promote, promote), "export": (Export, export)}
 
 
 class Parser(argparse.ArgumentParser):

@@ -2867,7 +2867,8 @@ def test_a_planted_violation_of_each_skill_lowers_its_dimension():
 def test_another_look_of_the_subject_is_not_mistaken_for_it():
     judge = pixel_judge()
     for rng, row, truth, wanted in atlas_cases(40):
-        other = dataclasses.replace(row["_scene"], sprites=[e.sprites["replica"] for e in row["_entities"]])
+        look = next(l for l in ("replica", "present") if l != row["_look"])
+        other = dataclasses.replace(row["_scene"], sprites=[e.sprites[look] for e in row["_entities"]])
         assert judge(build.draw(other, rng)[0], truth, wanted)["visual_correctness"] == 0
 
 
@@ -3025,7 +3026,7 @@ def test_sft_scores_assistant_tokens_only():
 
 
 def test_run_leaves_an_image_a_record_and_a_report(tmp_path, capsys):
-    code, out, _ = agent_main(capsys, "run", "--out", tmp_path, "--steps", 2)
+    code, out, _ = agent_main(capsys, "run", "--out", tmp_path, "--sampling-steps", 2)
     row, = json.loads((tmp_path / "results.json").read_text())
     assert code == 0 and str(tmp_path / "results.json") in out
     assert {"id", "prompt", "gen_prompt", "reference_images", "messages", "termination", "rounds", "error"} <= set(row)
@@ -3039,25 +3040,25 @@ def test_a_batch_repeats_bit_for_bit(tmp_path, capsys):
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
     seen = []
     for name in "ab":
-        assert agent_main(capsys, "run", "--input", tmp_path / "in.jsonl", "--out", tmp_path / name, "--steps", 2)[0] == 0
+        assert agent_main(capsys, "run", "--input", tmp_path / "in.jsonl", "--out", tmp_path / name, "--sampling-steps", 2)[0] == 0
         records = json.loads((tmp_path / name / "results.json").read_text())
         seen.append([(r["id"], r["messages"], r["gen_prompt"], r["reward"]) for r in records])
     assert seen[0] == seen[1] and [r[0] for r in seen[0]] == ["r0", "r1", "r2", "r3", "r4"]
 
 
 def test_json_output_is_one_object_and_nothing_else(tmp_path, capsys):
-    code, out, _ = agent_main(capsys, "run", "--out", tmp_path, "--steps", 2, "--json")
+    code, out, _ = agent_main(capsys, "run", "--out", tmp_path, "--sampling-steps", 2, "--json")
     assert code == 0 and json.loads(out)["records"][0]["id"]
 
 
 def test_a_request_outside_the_atlas_completes_and_names_the_way_out(tmp_path, capsys):
-    code, _, err = agent_main(capsys, "run", "A lighthouse at dawn", "--out", tmp_path, "--steps", 2)
+    code, _, err = agent_main(capsys, "run", "A lighthouse at dawn", "--out", tmp_path, "--sampling-steps", 2)
     assert code == 0 and "--policy" in err and len(json.loads((tmp_path / "results.json").read_text())) == 1
 
 
 @pytest.mark.parametrize("arguments, hint", [
     (["run", ""], "empty"), (["run", "x" * 20000], "20000"), (["run", "--input", "missing.json"], "missing.json"),
-    (["run", "--stpes", "3"], "--steps"), (["rum"], "run"), (["run", "--steps", "many"], "steps"),
+    (["run", "--smapling-steps", "3"], "--sampling-steps"), (["rum"], "run"), (["run", "--sampling-steps", "many"], "sampling-steps"),
     (["run", "--device", "abacus"], "abacus"), (["run", "--policy", "nowhere"], "nowhere"),
     (["run", "--renderer", "nowhere"], "nowhere"), (["sft", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
     (["run", "--out", "/dev/null/out"], "/dev/null/out")])

@@ -38,7 +38,7 @@ import tools
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SIZE, CELL, GRID = 64, 8, 8  # a picture is 64 x 64 pixels = 8 x 8 cells of 8 pixels
-ROWS, COLUMNS = (1, 3, 5), (0, 2, 4, 6)  # cells where things of 16 x 16 pixels may stand; signs take row 0 or 7
+ROWS, COLUMNS = (1, 3, 5), (0, 2, 4, 6)  # cells where things of 16 x 16 pixels may stand; signs take row 7
 
 # ---- Vocabulary of the world ----------------------------------------------------------------------------------------
 
@@ -236,12 +236,8 @@ class Canvas:
     def __init__(self, image):
         self.image, self.labels = image, np.zeros((GRID, GRID), np.uint8)
         self.free = np.ones((GRID, GRID), bool)
-        self.free[0] = self.free[-1] = False  # the outer rows belong to signs
+        self.free[0] = self.free[-1] = False  # the last row belongs to signs, the first stays empty
         self.boxes = []  # (row, column) in cells of every subject sprite drawn
-
-    def fits(self, row, column, height=2, width=2):
-        inside = 0 <= row and row + height <= GRID and 0 <= column and column + width <= GRID
-        return inside and self.free[row:row + height, column:column + width].all()
 
     def stamp(self, row, column, mask, colours, labels):
         """Draw an 8x8 mask at double size at a cell; colours (3,) or (8, 8, 3); labels for its 2 x 2 cells."""
@@ -260,11 +256,11 @@ class Canvas:
 
 def draw(scene, rng, known=True):
     """Render a scene exactly (or with its faults). Returns image uint8 (64, 64, 3), labels uint8 (8, 8), boxes."""
-    while True:
-        canvas = Canvas(backdrop(rng, scene))
-        if place_subjects(canvas, scene, rng, known) and place_companions(canvas, scene, rng):
-            place_text(canvas, scene, rng)
-            return (canvas.image.clip(0, 1) * 255).round().astype(np.uint8), canvas.labels, canvas.boxes
+    canvas = Canvas(backdrop(rng, scene))
+    place_subjects(canvas, scene, rng, known)
+    place_companions(canvas, scene, rng)
+    place_text(canvas, scene, rng)
+    return (canvas.image.clip(0, 1) * 255).round().astype(np.uint8), canvas.labels, canvas.boxes
 
 
 def place_subjects(canvas, scene, rng, known):
@@ -273,27 +269,27 @@ def place_subjects(canvas, scene, rng, known):
         place = {"left": "right", "right": "left"}[scene.place] if scene.fault.get("pair") else scene.place
         order = (0, 1) if place == "left" else (1, 0)
         for index, low in zip(order, (0, 4)):
-            canvas.sprite(rng.choice(ROWS), low + rng.choice((0, 2)), scene.sprites[index], kinds[index])
+            canvas.sprite(ROWS[1], low + rng.choice((0, 2)), scene.sprites[index], kinds[index])
         canvas.boxes = [canvas.boxes[i] for i in order]  # back into the order of the subjects
-        return True
+        return
     sprite, count = scene.sprites[0], scene.fault.get("count", scene.count)
     if scene.arrangement == "count":
-        row, start = rng.choice(ROWS), rng.choice(COLUMNS[:5 - count])
+        row, start = ROWS[1], rng.choice(COLUMNS[:5 - count])
         for i in range(count):
             canvas.sprite(row, start + 2 * i, sprite, kinds[0])
-        return True
+        return
     if scene.arrangement == "place":
         quarter = scene.fault.get("place", scene.place)
         row = ROWS[0] if "upper" in quarter else ROWS[-1]
         column = (0 if "left" in quarter else 4) + rng.choice((0, 2))
     elif scene.arrangement == "body":
-        row, column, pose = rng.choice(ROWS[:2]), rng.choice(COLUMNS), rng.choice(sorted(BODY))
+        row, column, pose = ROWS[1], rng.choice(COLUMNS[1:3]), rng.choice(sorted(BODY))
         fault = scene.fault.get("body", "")
         label = labels_of("body", 4 * (sorted(BODY).index(pose) * len(FAULTS) + FAULTS.index(fault)))
         colour = np.array(rng.choice(BODY_INK)) / 255
         canvas.stamp(row + 2, column, body_mask(pose, fault), colour, [label, label + 1, label + 2, label + 3])
     elif scene.arrangement == "shadow":
-        row, column = rng.choice(ROWS[:2]), rng.choice(COLUMNS[1:3])
+        row, column = ROWS[1], rng.choice(COLUMNS[1:3])
         fault = scene.fault.get("shadow", "")
         side = {"left": 1, "right": -1}[scene.light] * (-1 if fault == "side" else 1)
         canvas.free[row + 2, column - 1:column + 3] = False  # nothing else stands on this ground
@@ -303,9 +299,8 @@ def place_subjects(canvas, scene, rng, known):
             canvas.image[y:y + 4, x:x + 16] *= 0.3
             canvas.labels[ground, column + side:column + side + 2] = labels_of("shadow")
     else:
-        row, column = rng.choice(ROWS), rng.choice(COLUMNS)
+        row, column = ROWS[1], rng.choice(COLUMNS)
     canvas.sprite(row, column, sprite, kinds[0])
-    return True
 
 
 def place_companions(canvas, scene, rng):
@@ -314,19 +309,16 @@ def place_companions(canvas, scene, rng):
         pairs = ((pairs[0][0], pairs[1][1]), (pairs[1][0], pairs[0][1]))
     elif pairs and scene.fault.get("companions") == "leaked":
         pairs = ((pairs[0][0], pairs[0][1]), (pairs[1][0], pairs[0][1]))
-    for shape, colour in pairs:
-        spots = [(r, c) for r in ROWS for c in COLUMNS if canvas.fits(r, c)]
-        if not spots:
-            return False
+    row = ROWS[-1] if canvas.free[ROWS[-1]:-1].all() else ROWS[0]
+    for (shape, colour), half in zip(pairs, (COLUMNS[:2], COLUMNS[2:])):  # the first named stands left of the other
         label = labels_of("shape", 4 * (sorted(SHAPES).index(shape) * len(COLOURS) + sorted(COLOURS).index(colour)))
-        canvas.stamp(*rng.choice(spots), bitmap(SHAPES[shape]), np.array(COLOURS[colour]) / 255,
+        canvas.stamp(row, rng.choice(half), bitmap(SHAPES[shape]), np.array(COLOURS[colour]) / 255,
                      [label, label + 1, label + 2, label + 3])
-    return True
 
 
 def place_text(canvas, scene, rng):
     text = scene.fault.get("text", scene.text)
-    row, start = rng.choice((0, GRID - 1)), rng.choice((0, GRID // 2))
+    row, start = GRID - 1, rng.choice((0, GRID // 2))
     for i, character in enumerate(text):
         y, x = row * CELL, (start + i) * CELL
         canvas.image[y:y + CELL, x:x + CELL] = (0.96, 0.93, 0.84)
@@ -628,7 +620,8 @@ def make_request(rng, entities, level, number, split, novel_allowed):
     text = entity.facts[fact] if fact and fact != "number" else None
     count = {v: k for k, v in NUMBER.items()}[entity.facts["number"]] if fact == "number" else None
     scene = make_scene(rng, aspects, [e.sprites[look] for e in chosen], text, count)
-    clauses = [clause(a, scene, fact if a in ("text", "count") else "") for a in scene.aspects()]
+    asked = {"": "", "number": "count"}.get(fact, "text")  # the requirement that needs the fact
+    clauses = [clause(a, scene, fact if a == asked else "") for a in scene.aspects()]
     head = " together with ".join(e.name for e in chosen)
     verb = rng.choice(("Show", "Draw", "Paint", "Make a picture of"))
     period = LOOKS[look] if len(chosen) == 1 else PLURAL[look]
