@@ -8,19 +8,25 @@ Every command prints a table and writes the same numbers as JSON under --out. KS
 dropped and the rest renormalised where no text is wanted, unless a table says otherwise. Nothing here is ever used
 for training or for choosing a setting.
 """
+import copy
+import gc
+import importlib
 import json
 import os
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 import diffusion
 import distill
 import genevolve
+import model
 import tools
-from genevolve import HERE, Common, flag
+from genevolve import HERE, Common, flag, mean
 
 
 @dataclass
@@ -60,12 +66,6 @@ class Suite:
         images = self.renderer.render([p for _, p, _ in jobs], [r for _, _, r in jobs], seeds, steps=steps or self.steps)
         return [self.judge(image, genevolve.truth_of(self.rows[n]), self.rows[n]["recipe"]["wanted"])
                 for image, (n, _, _) in zip(images, jobs)]
-
-
-def mean(values):
-    """Mean without missing values, nan if none is left."""
-    kept = [v for v in values if v is not None]
-    return float(np.mean(kept)) if kept else float("nan")
 
 
 def means(scores):
@@ -165,7 +165,494 @@ def world(settings):
     genevolve.write_json(os.path.join(settings.out, "world.json"), results)
 
 
-COMMANDS = {"world": (Bench, world)}
+# ---- quality: what each part of the training is worth -----------------------------------------------------------------------
+
+@dataclass
+class Quality(Bench):
+    """Ablations of the training on the held-out bench, with intervals; resumes run by run."""
+    runs: str = flag(os.path.join("runs", "quality"), "folder for the training runs")
+    arms: str = flag("", "comma-separated arms (default: all, in order)")
+    seeds: int = flag(0, "training seeds of every arm (0: five for the main ones, three for the controls)")
+    train_steps: int = flag(60, "updates of a run")
+    tune_steps: int = flag(30, "updates of a tuning run; every arm tries as many settings (0: take the first)")
+    memo: str = flag("", "file of judgements that the runs share (default: one in --runs)")
+
+
+CHOICES = ("lr=2e-4", "lr=4e-4", "lr=8e-4")  # what arms without a second loss try
+WEIGHED = ("lr=4e-4,weight={0}", "lr=4e-4,weight={1}", "lr=8e-4,weight={0}")  # what arms with one try: as many
+LABELS = {"grpo": "SFT + GRPO", "stable": "SFT + GRPO + SDL, stable", "memory-imitation": "SFT + GRPO + imitation of the memory's best",
+          "paper": "SFT + GRPO + SDL, paper", "best-imitation": "SFT + imitation of the group's best", "sdl-alone": "SFT + SDL alone, stable",
+          "shuffled": "stable, shuffled bundles", "placebo": "stable, placebo bundles"}
+ARMS = {  # arm -> (flags of evolve, settings tried on validation requests, seeds)
+    "grpo": ({"set": "weight=0"}, CHOICES, 5),
+    "stable": ({}, tuple(c.format(1, 3) for c in WEIGHED), 5),
+    "memory-imitation": ({"imitate": "memory"}, tuple(c.format(0.1, 0.3) for c in WEIGHED), 5),
+    "paper": ({"recipe": "paper"}, tuple(c.format(0.01, 2) for c in WEIGHED), 5),
+    "best-imitation": ({"imitate": "best", "grpo": False}, CHOICES, 3),
+    "sdl-alone": ({"grpo": False}, tuple(c.format(1, 3) for c in WEIGHED), 3),
+    "shuffled": ({"guides": "shuffled"}, (), 3),  # the settings of stable, at its gradient-norm ratio
+    "placebo": ({"guides": "placebo"}, (), 3)}
+CONTROLS = ("shuffled", "placebo")
+TUNING_SEED = 1000
+
+
+def slug(text):
+    return "-".join("".join(c if c.isalnum() or c in ".=" else " " for c in text.lower()).split())
+
+
+def evolution(settings, arm, choice, seed, steps):
+    """Train one run (or go on with it). Returns the finished genevolve.Evolution."""
+    flags, changes = dict(ARMS[arm][0]), flags_of(choice)
+    lr = float(changes.pop("lr", 4e-4))
+    if "match_ratio" in changes:
+        flags["match_ratio"] = float(changes.pop("match_ratio"))
+    flags["set"] = ",".join(filter(None, [flags.get("set", "")] + [f"{k}={v}" for k, v in changes.items()]))
+    out = os.path.join(settings.runs, f"{arm}-{slug(choice)}-{seed}")
+    memo = settings.memo or os.path.join(settings.runs, "memo.jsonl")
+    return genevolve.evolve(genevolve.Evolve(out=out, policy=settings.policy, steps=steps, seed=seed, lr=lr, eval_every=10,
+                                             audit_every=0, memo=memo, device=settings.device, **flags))
+
+
+def flags_of(choice):
+    return dict(part.split("=") for part in filter(None, choice.split(",")))
+
+
+def validation_curve(log):
+    """[[rollouts, seconds, KScore, reward]] of a run's evaluations, seconds of evaluation not counted."""
+    points, rollouts, seconds = [], 0, 0.0
+    for row in log:
+        rollouts += row["rollouts"]
+        seconds += row["rollout_seconds"] + row["render_seconds"] + row["update_seconds"]
+        if row.get("validation"):
+            points.append([rollouts, round(seconds, 1), row["validation"]["kscore"], row["validation"]["reward"]])
+    return points
+
+
+def tuned(settings, arm, folder):
+    """The arm's best setting on validation requests, all tried ones with what they reached."""
+    if arm in CONTROLS:
+        best = tuned(settings, "stable", folder)["best"]
+        ratio = read(os.path.join(folder, "stable-0.json"))
+        if ratio is None:
+            raise ValueError(f"{arm}: needs a finished run of 'stable', whose gradient-norm ratio it takes")
+        return {"best": f"{best},match_ratio={ratio['gradient_ratio']:.3g}", "tried": {}}
+    path = os.path.join(folder, f"{arm}-tuning.json")
+    if found := read(path):
+        return found
+    tried, choices = {}, ARMS[arm][1] if settings.tune_steps else ARMS[arm][1][:1]
+    for choice in choices if settings.tune_steps else ():
+        run = evolution(settings, arm, choice, TUNING_SEED, settings.tune_steps)
+        tried[choice] = mean([row["validation"]["kscore"] for row in run.log if row.get("validation")][-2:])  # the last two
+    found = {"best": max(tried, key=tried.get) if tried else choices[0], "tried": tried}
+    genevolve.write_json(path, found)
+    return found
+
+
+def read(path):
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def bench_rows(attempts, rows):
+    """What the tables need of every attempt, one dict a request."""
+    return [{"id": r["id"], "novel": r["novel"], "eval_type": r["eval_type"], "valid": t.program is not None,
+             "tool_calls": sum(s.kind == "tool_call" for s in t.steps), "reward": t.reward,
+             **{k: t.judgement[k] for k in ("kscore",) + distill.DIMENSIONS}} for t, r in zip(attempts, rows)]
+
+
+def on_bench(policy, settings, rows):
+    """One attempt at every bench request, with a policy folder."""
+    chosen = genevolve.Run(policy=policy, out=settings.runs, sampling_steps=settings.steps, device=settings.device)
+    with genevolve.Embedded(chosen, settings.runs) as parts:
+        attempts = parts.agent().run(rows, [7919 * n for n in range(len(rows))])
+        parts.studio.finish(attempts)
+    return bench_rows(attempts, rows)
+
+
+def fixed_rows(settings, folder, rows):
+    """The rows that no training made: raw request, fixed workflow, SFT, oracle."""
+    path = os.path.join(folder, "fixed.json")
+    if found := read(path):
+        return found
+    suite = Suite(settings)
+    corpus = tools.Corpus(os.path.join(HERE, "atlas", "corpus"))
+    first = [[tools.read_image(hit.path) for hit in corpus.search_images(r["question"], 1)] for r in suite.rows]
+
+    def judged(jobs, calls):
+        return [{"id": r["id"], "novel": r["novel"], "eval_type": r["eval_type"], "valid": True, "tool_calls": calls, "reward": None,
+                 **{k: s[k] for k in ("kscore",) + distill.DIMENSIONS}} for r, s in zip(suite.rows, suite.score(jobs))]
+    found = {"raw request": judged([(n, r["question"], []) for n, r in enumerate(suite.rows)], 0),
+             "fixed workflow": judged([(n, r["question"], first[n]) for n, r in enumerate(suite.rows)], 1),
+             "SFT": on_bench(settings.policy, settings, rows),
+             "oracle": judged([(n, o["gen_prompt"], suite.references(n)) for n, o in enumerate(suite.oracle)], 0)}
+    genevolve.write_json(path, found)
+    return found
+
+
+def table_row(runs):
+    """Columns of the table from the bench rows of one or more seeds."""
+    flat = [r for rows in runs for r in rows]
+    part = lambda keep: mean([r["kscore"] for r in flat if keep(r)])
+    return {k: mean([r[k] for r in flat]) for k in ("kscore",) + distill.DIMENSIONS} | {
+        "knowledge": part(lambda r: r["eval_type"] == "knowledge"), "quality": part(lambda r: r["eval_type"] == "quality"),
+        "novel": part(lambda r: r["novel"]), "valid": mean([float(r["valid"]) for r in flat]),
+        "tool calls": mean([float(r["tool_calls"]) for r in flat])}
+
+
+def bootstrap(first, second, draws=4000):
+    """Mean of first - second and its 95 % interval, resampling seeds and prompts, both paired. (seeds, prompts) arrays;
+    an arm without seeds (1, prompts) is compared with every seed."""
+    seeds = min(len(x) for x in (first, second) if len(x) > 1) if max(len(first), len(second)) > 1 else 1
+    take = lambda x: x[:seeds] if len(x) > 1 else np.repeat(x, seeds, 0)
+    change, rng = take(first) - take(second), np.random.default_rng(0)                             # (seeds, prompts)
+    means = [change[rng.integers(0, seeds, seeds)][:, rng.integers(0, change.shape[1], change.shape[1])].mean() for _ in range(draws)]
+    return [float(change.mean()), *(float(q) for q in np.quantile(means, (0.025, 0.975)))]
+
+
+COMPARED = (("grpo", "SFT"), ("stable", "SFT"), ("stable", "grpo"),
+            ("stable", "memory-imitation"), ("paper", "grpo"), ("shuffled", "grpo"),
+            ("placebo", "grpo"), ("sdl-alone", "SFT"), ("best-imitation", "SFT"))
+
+
+def summarize_quality(folder, fixed):
+    """quality.json from everything that is finished, and the table on the terminal."""
+    rows, scores, details = {}, {}, {}
+    for name, bench in fixed.items():
+        rows[name], scores[name] = table_row([bench]), np.array([[r["kscore"] for r in bench]])
+    for arm in ARMS:
+        runs = [r for n in range(10) if (r := read(os.path.join(folder, f"{arm}-{n}.json")))]
+        if runs:
+            rows[arm] = table_row([r["bench"] for r in runs]) | {
+                "seeds": len(runs), "rollouts": runs[0]["rollouts"], "seconds": mean([r["seconds"] for r in runs])}
+            scores[arm] = np.array([[row["kscore"] for row in r["bench"]] for r in runs])
+            details[arm] = {"setting": runs[0]["setting"], "tried": (read(os.path.join(folder, f"{arm}-tuning.json")) or {}).get("tried"),
+                            "kscore by seed": [float(s.mean()) for s in scores[arm]], "curves": [r["curve"] for r in runs],
+                            "gradient ratio": [r["gradient_ratio"] for r in runs], "hit rate": [r["hit_rate"] for r in runs],
+                            "rolled back": [r["rolled_back"] for r in runs]}
+    pairs = {f"{a} - {b}": bootstrap(scores[a], scores[b]) for a, b in COMPARED if a in scores and b in scores}
+    for name, row in rows.items():
+        print_row(LABELS.get(name, name), row)
+    for name, (change, low, high) in pairs.items():
+        print(f"{name:<60} {change:+.3f}  [{low:+.3f}, {high:+.3f}]")
+    genevolve.write_json(os.path.join(os.path.dirname(folder), "quality.json"), {"rows": rows, "differences": pairs, "arms": details})
+
+
+def quality(settings):
+    """python bench.py quality"""
+    if settings.quick:
+        settings.train_steps, settings.tune_steps, settings.seeds = 2, 0, 1
+        settings.arms = settings.arms or "grpo,stable"
+    names = [a.strip() for a in settings.arms.split(",")] if settings.arms else list(ARMS)
+    if unknown := [a for a in names if a not in ARMS]:
+        raise ValueError(f"unknown arm {unknown[0]!r}: must be of {', '.join(ARMS)}")
+    folder = genevolve.make_folder(os.path.join(settings.out, "quality"))
+    rows = genevolve.atlas_rows("bench")[:24 if settings.quick else None]
+    fixed = fixed_rows(settings, folder, rows)
+    for arm in names:
+        setting = tuned(settings, arm, folder)["best"]
+        for seed in range(settings.seeds or ARMS[arm][2]):
+            path = os.path.join(folder, f"{arm}-{seed}.json")
+            if os.path.exists(path):
+                continue
+            run = evolution(settings, arm, setting, seed, settings.train_steps)
+            log, last = run.log, os.path.join(run.out, "last")
+            curve = validation_curve(log)
+            genevolve.write_json(path, {
+                "arm": arm, "setting": setting, "seed": seed, "steps": len(log), "rollouts": sum(r["rollouts"] for r in log),
+                "seconds": sum(r["seconds"] for r in log), "curve": curve, "bench": on_bench(last, settings, rows),
+                "gradient_ratio": mean([r["gradient_ratio"] for r in log]), "hit_rate": mean([r["hit_rate"] for r in log]),
+                "right_advice": mean([r["right_advice"] for r in log]), "rolled_back": [r["step"] for r in log if "rolled_back" in r]})
+    summarize_quality(folder, fixed)
+
+
+# ---- speed: side by side with peers -----------------------------------------------------------------------------------------
+
+@dataclass
+class Speed(Common):
+    """Ours and the peers in one process, alternating."""
+    out: str = flag(os.path.join(HERE, "results"), "folder for speed.json")
+    quick: bool = flag(False, "a smoke run on small sizes")
+    rows: str = flag("", "comma-separated rows (default: all)")
+    repeats: int = flag(3, "runs of each side")
+
+
+def memory_mb(name):
+    """A field of /proc/self/status in MB, None where there is no such file."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            return next(int(line.split()[1]) / 1024 for line in file if line.startswith(name + ":"))
+    except (OSError, StopIteration):
+        return None
+
+
+def timed(work):
+    """(seconds, peak memory in MB above what was there before, result)."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() / 2**20
+    else:
+        try:
+            with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+                file.write("5")  # Linux: the peak starts again from what is resident now
+        except OSError:
+            pass
+        before = memory_mb("VmRSS")
+    start = time.perf_counter()
+    result = work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    after = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else memory_mb("VmHWM")
+    return seconds, None if before is None else after - before, result
+
+
+def side_by_side(ours, peer, repeats):
+    """Alternating runs after one of each that is not counted; ratios are peer / ours of neighbouring runs."""
+    ours(), peer()
+    runs = [(timed(ours), timed(peer)) for _ in range(repeats)]
+    ratios = sorted(b[0] / a[0] for a, b in runs)
+    middle = lambda values: float(np.median([v for v in values]))
+    row = {"ours s": middle([a[0] for a, _ in runs]), "peer s": middle([b[0] for _, b in runs]), "ratio": middle(ratios),
+           "ratio low": ratios[0], "ratio high": ratios[-1]}
+    if runs[0][0][1] is not None:
+        a, b = (max(1.0, *(run[side][1] for run in runs)) for side in (0, 1))
+        row |= {"ours MB": a, "peer MB": b, "memory ratio": b / a}
+    return row
+
+
+def machine(device):
+    """Measured matrix-product peak (float32, float operations a second) and memory bandwidth (bytes a second)."""
+    a, x = torch.randn(2048, 2048, device=device), torch.randn(2**26, device=device)
+    best = lambda work: min(timed(work)[0] for _ in range(8))
+    return {"matrix product, GFLOP/s": 2 * 2048**3 / best(lambda: a @ a) / 1e9, "memory, GB/s": x.nbytes / best(lambda: x.sum()) / 1e9}
+
+
+def need(package):
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise tools.ToolError(f"{package} is not installed: pip install -r requirements-peers.txt") from None
+
+
+def small_policy(quick):
+    """The 5.2 M-parameter Qwen3 of the table, random weights."""
+    torch.manual_seed(0)
+    layers = 2 if quick else 6
+    return model.Qwen3(model.Config(vocab_size=2048, hidden_size=256, layers=layers, heads=4, kv_heads=2, head_dim=64, mlp_size=768))
+
+
+def peer_policy(net):
+    """The same weights in transformers."""
+    transformers = need("transformers")
+    with tempfile.TemporaryDirectory() as folder:
+        model.save(folder, net)
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def decode_flops(net, prompt, new, sequences, groups):
+    """Multiply-adds, twice, of a group's prompts (once each) and of every decoded token, attention included."""
+    c = net.config
+    weights = sum(p.numel() for p in net.parameters())  # tied: the embedding's row lookup stands for the output layer
+    attention = lambda length: 4 * c.layers * c.heads * c.head_dim * length
+    prefill = groups * prompt * (2 * (weights - c.vocab_size * c.hidden_size) + attention(prompt / 2))
+    return prefill + sequences * new * (2 * weights + attention(prompt + new / 2))
+
+
+def rollout_row(s):
+    """8 prompts x 6 rollouts x 128 new tokens."""
+    net, new = small_policy(s.quick), 16 if s.quick else 128
+    peer, g = peer_policy(net), torch.Generator().manual_seed(0)
+    prompts = [p for p in torch.randint(0, 2048, (8, 600), generator=g).tolist() for _ in range(6)]
+    ids = torch.tensor(prompts)
+
+    @torch.no_grad()
+    def theirs():
+        peer.generate(input_ids=ids, max_new_tokens=new, do_sample=True, temperature=0.7, top_p=0.95, top_k=0,
+                      eos_token_id=None, pad_token_id=0)
+    row = side_by_side(lambda: model.generate(net, prompts, new), theirs, s.repeats)
+    row["tokens/s"] = 48 * new / row["ours s"]
+    row["GFLOP"] = decode_flops(net, 600, new, 48, 8) / 1e9
+    weights = sum(p.numel() for p in net.parameters()) * 4
+    cache = 2 * 4 * net.config.layers * net.config.kv_heads * net.config.head_dim  # bytes a token
+    row["GB moved"] = new * (weights + cache * (8 * 600 + 48 * new / 2)) / 1e9
+    return row
+
+
+def turns_row(s):
+    """4 turns of 128 tokens with observations of 120 between them, 48 at once."""
+    net, new, turns = small_policy(s.quick), 16 if s.quick else 128, 4
+    peer, g = peer_policy(net), torch.Generator().manual_seed(0)
+    prompts = [p for p in torch.randint(0, 2048, (8, 600), generator=g).tolist() for _ in range(6)]
+    seen = torch.randint(0, 2048, (turns - 1, 48, 120), generator=g)
+
+    def ours():
+        engine = model.Engine(net, 48, 600 + turns * new + (turns - 1) * 120)
+        live = [engine.open(p, i) for i, p in enumerate(prompts)]
+        for turn in range(turns):
+            for sequence in live:
+                engine.submit(sequence, new, 0.7, 0.95)
+            while engine.poll():
+                pass
+            if turn < turns - 1:
+                for sequence, ids in zip(live, seen[turn].tolist()):
+                    engine.extend(sequence, ids)
+
+    @torch.no_grad()
+    def theirs():
+        ids = torch.tensor(prompts)
+        for turn in range(turns):
+            ids = peer.generate(input_ids=ids, max_new_tokens=new, do_sample=True, temperature=0.7, top_p=0.95, top_k=0,
+                                eos_token_id=None, pad_token_id=0)
+            if turn < turns - 1:
+                ids = torch.cat((ids, seen[turn]), 1)
+    return side_by_side(ours, theirs, s.repeats)
+
+
+def logprob_row(s):
+    """log p and its gradient, 4,096 tokens, hidden 1,024, vocabulary 151,936; gradients exist on both sides."""
+    n, c, v = (256, 64, 5000) if s.quick else (4096, 1024, 151936)
+    torch.manual_seed(0)
+    hidden, weight, target = torch.randn(n, c).requires_grad_(), (torch.randn(v, c) * c**-0.5).requires_grad_(), torch.randint(v, (n,))
+    hidden.grad, weight.grad = torch.zeros_like(hidden), torch.zeros_like(weight)
+    ours = lambda: model.chunked_logprobs(hidden, weight, target)[0].sum().backward()
+    peer = lambda: (hidden @ weight.T).log_softmax(-1).gather(1, target[:, None]).sum().backward()
+    row = side_by_side(ours, peer, max(1, s.repeats - 1))
+    row["one weight gradient, MB"] = weight.nbytes / 2**20  # ours needs it as a temporary, and next to nothing else
+    return row
+
+
+def training_batch(quick):
+    """8 groups x 6, prompt 600, guide 120, responses of 50 to 500 tokens: [distill.Row]."""
+    rng, rows = np.random.default_rng(0), []
+    for _ in range(2 if quick else 8):
+        prompt, guide = rng.integers(0, 2048, 600).tolist(), rng.integers(0, 2048, 120).tolist()
+        for _ in range(6):
+            answer = rng.integers(0, 2048, rng.integers(50, 501)).tolist()
+            mask = [True] * len(answer)
+            rows.append(distill.Row(prompt + answer, [False] * 600 + mask, float(rng.normal()), guide + prompt + answer, [False] * 720 + mask))
+    return rows
+
+
+def training_row(s):
+    """One GRPO + SDL step: old, reference, teacher forward, student forward and backward, AdamW."""
+    net, recipe, rows = small_policy(s.quick), distill.RECIPES["paper"], training_batch(s.quick)
+    frozen, peer = copy.deepcopy(net).requires_grad_(False), peer_policy(net)
+    peer_frozen = copy.deepcopy(peer).requires_grad_(False)
+    first, second = (torch.optim.AdamW(n.parameters(), 1e-6) for n in (net, peer))
+
+    def ours():
+        with torch.no_grad():
+            old = distill.score_actions(net, [r.tokens for r in rows], [r.mask for r in rows])
+        olds = [x[m] for x, m in zip(old.logp, old.mask)]
+        together, _, _ = distill.update_gradients(net, frozen, net, rows, recipe, olds=olds, together=True)
+        for p, g in zip(net.parameters(), together):
+            p.grad = g
+        first.step()
+        first.zero_grad()
+
+    def padded(net, part, teacher=False):
+        """log p of the actions, (B, T), from full logits over the padded batch."""
+        tokens, masks = ([r.teacher if teacher else r.tokens for r in part], [r.teacher_mask if teacher else r.mask for r in part])
+        ids, mask = (distill.pad_rows([torch.tensor(x) for x in xs]) for xs in (tokens, masks))
+        lengths = torch.tensor([len(t) for t in tokens])
+        logits = net(input_ids=ids, attention_mask=(torch.arange(ids.shape[1]) < lengths[:, None]).long()).logits[:, :-1].float()
+        logp = logits.log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
+        return distill.pad_rows([x[m] for x, m in zip(logp, mask[:, 1:])])
+
+    def theirs():
+        counts = distill.step_counts(rows, recipe)
+        for at in range(0, len(rows), 6):  # a group at a time: all at once would not fit into the memory of a laptop
+            part = rows[at:at + 6]
+            mask, advantages = distill.pad_rows([torch.ones(sum(r.mask), dtype=torch.bool) for r in part]), torch.tensor([r.advantage for r in part])
+            with torch.no_grad():
+                old, ref, wise = padded(peer, part), padded(peer_frozen, part), padded(peer, part, True)
+            logp = padded(peer, part)
+            loss = distill.grpo_loss(logp, old, ref, advantages, mask, normalizer=counts[:2])
+            (loss + recipe.weight * distill.sdl_loss(logp, old, wise, mask, normalizer=counts[2])).backward()
+        second.step()
+        second.zero_grad()
+    row = side_by_side(ours, theirs, s.repeats)
+    tokens = sum(len(r.tokens) - 600 for r in rows) + 600 * len(rows) // 6  # a group's prompt once
+    inner = sum(p.numel() for n, p in net.named_parameters() if "embed" not in n)
+    spoken = sum(sum(r.mask) for r in rows) * net.config.vocab_size * net.config.hidden_size
+    row["GFLOP"] = (2 * inner * tokens * (3 + 3) + 2 * spoken * (3 + 4)) / 1e9  # 3 forward passes, student forward + 2 backward
+    return row
+
+
+@torch.inference_mode()
+def sampler_row(s):
+    """20 guided steps, batch 16, the committed renderer; the peer encodes its conditions at every step, in two passes."""
+    diffusers = need("diffusers")
+    suite = Suite(Bench(quick=True))
+    net, renderer, count = suite.renderer.net, suite.renderer, 4 if s.quick else 16
+    prompts, pictures = [o["gen_prompt"] for o in suite.oracle[:count]], [suite.references(n) for n in range(count)]
+    scheduler, rows = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000), renderer.conditions(prompts, pictures)
+    empty = [(row[0][:0], row[1][:0], row[2][:0]) for row in rows]
+    made = {}
+
+    def ours():
+        made["ours"] = renderer.render(prompts, pictures, list(range(count)), steps=20)
+
+    def theirs():
+        scheduler.set_timesteps(sigmas=diffusion.schedule(20)[:-1])
+        x = torch.stack([torch.randn(net.config.tokens, 4 * net.config.channels, generator=torch.Generator().manual_seed(i))
+                         for i in range(count)])
+        renderer.conditions(prompts, pictures)
+        for t, sigma in zip(scheduler.timesteps, scheduler.sigmas):
+            time_ = torch.full((count,), float(sigma))
+            with_prompt, without = (net(x, time_, net.encode(diffusion.pack(r))) for r in (rows, empty))
+            x0 = without + 2.0 * (with_prompt - without)
+            x = scheduler.step((x - x0) / sigma, t, x, return_dict=False)[0]
+        made["peer"] = list(renderer.vae.to_images(diffusion.unpatchify(x)).numpy())
+    row = side_by_side(ours, theirs, s.repeats)
+    row["greatest pixel difference"] = int(max(np.abs(a.astype(int) - b).max() for a, b in zip(made["ours"], made["peer"])))
+    return row
+
+
+def scaling_row(s):
+    """16 to 512 rollouts in 64 slots: tokens a second, peak memory."""
+    net, g, row = small_policy(s.quick), torch.Generator().manual_seed(0), {}
+    for count in (16, 48) if s.quick else (16, 48, 128, 512):
+        prompts = [p for p in torch.randint(0, 2048, (-(-count // 6), 600), generator=g).tolist() for _ in range(6)][:count]
+        seconds, memory, _ = timed(lambda: model.generate(net, prompts, 128))
+        row |= {f"{count}: tokens/s": count * 128 / seconds, f"{count}: MB": memory}
+    return row
+
+
+SPEED = {"rollouts": rollout_row, "turns": turns_row, "log-probs": logprob_row, "training step": training_row,
+         "sampler": sampler_row, "scaling": scaling_row}
+TARGETS = {"rollouts": 6, "turns": 8, "log-probs": 1.2, "training step": 2.5, "sampler": 1.3}
+
+
+def speed(settings):
+    """python bench.py speed"""
+    names = [n.strip() for n in settings.rows.split(",")] if settings.rows else list(SPEED)
+    if unknown := [n for n in names if n not in SPEED]:
+        raise ValueError(f"unknown row {unknown[0]!r}: must be of {', '.join(SPEED)}")
+    path = os.path.join(genevolve.make_folder(settings.out), "speed.json")
+    found = (read(path) or {}) | {"machine": machine(genevolve.pick_device(settings.device))
+                                  | {"threads": torch.get_num_threads(), "torch": torch.__version__, "quick": settings.quick}}
+    peak, band = found["machine"]["matrix product, GFLOP/s"], found["machine"]["memory, GB/s"]
+    print_row("machine", found["machine"])
+    for name in names:
+        try:
+            row = SPEED[name](settings)
+        except tools.ToolError as error:
+            print(f"{name}: {error}")
+            continue
+        if "GFLOP" in row:  # the least time that the measured peaks allow, over the time it took
+            row["share of the machine"] = (row["GFLOP"] / peak + row.get("GB moved", 0) / band) / row["ours s"]
+        row |= {"target": TARGETS[name]} if name in TARGETS else {}
+        found[name] = row
+        print_row(name, row)
+        genevolve.write_json(path, found)
+
+
+COMMANDS = {"world": (Bench, world), "quality": (Quality, quality), "speed": (Speed, speed)}
 
 
 if __name__ == "__main__":

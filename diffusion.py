@@ -309,6 +309,7 @@ PIECE = re.compile(r"""(?<![^\W_])(?P<spelled>[^\W_](?:-[^\W_])+(?![\w-])      #
                        |[A-Z0-9]{2,}(?![^\W_])|[0-9](?![^\W_]))               # KEL7, 1748, 4
                        |[^\W_]+|[^\w\s]|_                                     # a word, or a mark""", re.VERBOSE)
 MAX_PLACE = 15
+NEARBY = 4  # words before a word that are mixed into it
 
 
 def pieces(caption):
@@ -503,6 +504,7 @@ class Transformer(nn.Module):
         self.word = nn.Embedding(c.vocabulary, c.width)
         self.place = nn.Embedding(MAX_PLACE + 1, c.width)
         self.position = nn.Embedding(c.max_words, c.width)
+        self.nearby = nn.Linear(NEARBY * c.width, c.width, bias=False)
         self.empty = nn.Parameter(torch.randn(c.width) * 0.02)
         self.which, self.cell = nn.Embedding(c.references, c.width), nn.Embedding(c.reference_tokens, c.width)
         self.from_reference = nn.Linear(4 * c.channels, c.width)
@@ -518,12 +520,15 @@ class Transformer(nn.Module):
         for embedding, std in ((self.word, 0.3), (self.place, 0.3), (self.which, 0.3), (self.cell, 0.1),
                                (self.position, 0.02)):
             nn.init.normal_(embedding.weight, std=std)
-        for tensor in (self.time[-1].weight, self.time[-1].bias, self.to_latents.weight):
+        for tensor in (self.time[-1].weight, self.time[-1].bias, self.to_latents.weight, self.nearby.weight):
             nn.init.zeros_(tensor)
 
     def encode(self, prompts):
         """Prompts -> Condition."""
-        words = self.word(prompts.words) + self.place(prompts.places) + self.position(prompts.positions)
+        words = self.word(prompts.words) + self.place(prompts.places)
+        # "the cone is yellow": yellow belongs to what stands just before it, which order alone tells
+        before = [F.pad(words, (0, 0, k, 0))[:len(words)] * (prompts.positions >= k)[:, None] for k in range(1, NEARBY + 1)]
+        words = words + self.nearby(torch.cat(before, 1)) + self.position(prompts.positions)
         patches = self.from_reference(prompts.patches) + self.which(prompts.which) + self.cell(prompts.cells)
         empty = self.empty.expand(len(prompts.mask), -1)
         x = torch.cat([empty, words, patches.to(words.dtype)])  # (S, D)

@@ -21,7 +21,6 @@ Departures from the paper, each with its reason:
 Letters: N trajectories (rows), T tokens of a row, V vocabulary, G groups, K rollouts a group, D embedding width,
 M masked tokens. p, q: the student's and the teacher's probability of a token; l = log p - log q.
 """
-import base64
 import difflib
 import json
 import math
@@ -438,9 +437,8 @@ class ModelJudge:
 
     def score(self, image, truth, row):
         """The judgement of a picture, uint8 (H, W, 3), against its ground truth."""
-        uri = lambda i: "data:image/png;base64," + base64.b64encode(diffusion.encode_png(i)).decode()
-        answer = self.ask(PICTURE_RUBRIC, [{"type": "text", "text": f"Request: {row['question']}"}] + [
-            {"type": "image_url", "image_url": {"url": uri(i)}} for i in (image, truth)])
+        answer = self.ask(PICTURE_RUBRIC, [{"type": "text", "text": f"Request: {row['question']}"},
+                                           tools.image_part(image), tools.image_part(truth)])
         scores = {k: None if k == "text_accuracy" and answer.get("text_accuracy_na") is True
                   else self.level(answer, k, (0, 0.5, 1)) for k in DIMENSIONS}
         failed = [constraint(k, v == 1, str(answer.get("rationale", ""))[:300]) for k, v in scores.items() if v is not None]
@@ -1507,14 +1505,15 @@ def add_gradients(total, loss, parameters, keep=False):
 
 
 def update_gradients(net, reference, teacher, rows, recipe, temperature=1.0, policy=True, olds=None, limit=65536,
-                     counts=None, imitated=()):
+                     counts=None, imitated=(), together=False):
     """Gradients of L_GRPO and of what stands beside it, over one batch of trajectories, micro-batch by micro-batch.
 
     rows: [Row]. reference and teacher are networks (teacher may be ``net``: the paper's). olds: Scores of the old policy
     for the rows, one tensor (T_i,) each; None: the policy that is being trained wrote them, u = 1. policy: whether
     L_GRPO is wanted. imitated: [(tokens, mask)]; if given, cross-entropy on them takes the place of L_SDL. counts:
     denominators (live, all, distilled) over all processes; None: these rows are all. Returns (gradients of L_GRPO,
-    gradients of L_SDL, statistics); L = L_GRPO + weight L_SDL is put together by the caller, who knows both norms.
+    gradients of L_SDL, statistics); L = L_GRPO + weight L_SDL is put together by the caller, who knows both norms, or,
+    with ``together``, in one backward pass: the first gradients are those of L.
     """
     parameters = [p for p in net.parameters() if p.requires_grad]
     first, second = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
@@ -1553,6 +1552,8 @@ def update_gradients(net, reference, teacher, rows, recipe, temperature=1.0, pol
             weigh = int(part.sum())
             sums.update({k: v * weigh for k, v in said.items()})
             sums["guided_tokens"] += weigh
+        if together and guided:
+            loss, guided = (0 if loss is None else loss) + recipe.weight * distance, []
         if loss is not None:
             add_gradients(first, loss, parameters, keep=bool(guided))
         if guided:
