@@ -409,6 +409,17 @@ def write_json(path, value):
     os.replace(path + ".tmp", path)
 
 
+def portable(value):
+    """Settings with paths inside the project written relative to it: a record that is true on other machines."""
+    if isinstance(value, dict):
+        return {k: portable(v) for k, v in value.items()}
+    return os.path.relpath(value, HERE) if isinstance(value, str) and value.startswith(HERE + os.sep) else value
+
+
+def command_line():
+    return "python genevolve.py " + " ".join(str(portable(a)) for a in sys.argv[1:])
+
+
 def make_folder(path):
     try:
         os.makedirs(path, exist_ok=True)
@@ -849,9 +860,9 @@ def sft(s):
             print(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in log.items()), flush=True)
         if (step + 1) % 200 == 0 or step == total - 1:
             model.save(s.out, net, tokenizer)
-            write_json(os.path.join(s.out, "genevolve.json"), {"protocol": "full" if s.init else "compact"})
+            write_json(os.path.join(s.out, "genevolve.json"), {"protocol": "compact" if not s.init or is_compact(s.init) else "full"})
             write_json(os.path.join(s.out, "training.json"),
-                       {"command": "python genevolve.py " + " ".join(sys.argv[1:]), "settings": asdict(s), **log})
+                       {"command": command_line(), "settings": portable(asdict(s)), **log})
 
 
 # ---- evolve: from its own attempts to a better policy ---------------------------------------------------------------------------
@@ -1111,7 +1122,7 @@ class Evolution:
     def write_policy(self, name, figures=None):
         """The policy as a folder of the run."""
         save_policy(os.path.join(self.out, name), self.net, self.tokenizer, self.parts.policy.compact,
-                    {"command": "python genevolve.py " + " ".join(sys.argv[1:]), "step": self.done, "validation": figures})
+                    {"command": command_line(), "step": self.done, "validation": figures})
 
     def collapse(self):
         """What fell past its bound within the last steps, or ""."""

@@ -3141,3 +3141,174 @@ def test_every_function_that_the_readme_maps_exists():
                 break
             assert hasattr(value, part), f"{module}.{path}"
             value = getattr(value, part)
+
+
+# ==== Evolution =======================================================================================================
+
+def tiny_evolution(out, *more):
+    return ["evolve", "--out", out, "--steps", 3, "--prompts-per-step", 2, "--rollouts", 3, "--sampling-steps", 1, "--eval-every", 2,
+            "--audit-every", 3, "--validation", os.path.join(out, "..", "validation.jsonl"), *more]
+
+
+def few_validation_rows(folder):
+    """Three validation requests in a file of their own."""
+    rows = genevolve.atlas_rows("validation")[:3]
+    rows = [{k: v for k, v in r.items() if k != "_folder"} | {"gt_image": os.path.join(genevolve.HERE, "atlas", r["gt_image"])} for r in rows]
+    (folder / "validation.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def without_durations(path):
+    def strip(value):
+        if isinstance(value, dict):
+            return {k: strip(v) for k, v in value.items() if "seconds" not in k and "tokens_per_s" not in k}
+        return value
+    return [strip(json.loads(line)) for line in path.read_text().splitlines()]
+
+
+def same_tensors(a, b):
+    a, b = (dict(model_tensors(p)) for p in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def model_tensors(path):
+    with model.open_tensors(str(path)) as file:
+        for key in file.keys():
+            yield key, file.get_tensor(key)
+
+
+def test_evolve_killed_and_restarted_ends_as_if_nothing_had_happened(tmp_path, capsys):
+    few_validation_rows(tmp_path)
+    code, _, err = agent_main(capsys, *tiny_evolution(str(tmp_path / "whole")))
+    assert code == 0, err
+    command = [sys.executable, os.path.join(genevolve.HERE, "genevolve.py"), *map(str, tiny_evolution(str(tmp_path / "killed")))]
+    log = tmp_path / "killed" / "log.jsonl"
+    threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums of floats depend on how they are split
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=threads)
+    until = time.monotonic() + 240
+    while not (log.exists() and log.read_text().count("\n") >= 1) and time.monotonic() < until:
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -9, "it ended before it could be killed"
+    newest = sorted((tmp_path / "killed" / "checkpoints").glob("0*"))[-1]
+    if newest.name != "000001":  # a damaged checkpoint is skipped, and the one before it goes on
+        (newest / "state.safetensors").write_bytes(b"damaged")
+    os.makedirs(tmp_path / "killed" / "checkpoints" / "000099")  # half-made by hand: no state in it
+    code, out, err = agent_main(capsys, *tiny_evolution(str(tmp_path / "killed")))
+    assert code == 0 and "resuming" in out and "skipped" in err, err
+    for mine, other in zip(without_durations(log), without_durations(tmp_path / "whole" / "log.jsonl"), strict=True):
+        assert {k: (v, other.get(k)) for k, v in mine.items() if other.get(k) != v} == {}, mine["step"]
+    assert same_tensors(tmp_path / "killed" / "last" / "model.safetensors", tmp_path / "whole" / "last" / "model.safetensors")
+    assert not same_tensors(tmp_path / "whole" / "last" / "model.safetensors", os.path.join(genevolve.HERE, "weights", "sft", "model.safetensors"))
+    rows = without_durations(log)
+    assert [r["step"] for r in rows] == [1, 2, 3] and "validation" in rows[1] and rows[0]["rollouts"] == 6
+    page = (tmp_path / "whole" / "report.html").read_text()
+    assert "<svg" in page and "Before and after" in page
+    code, _, err = agent_main(capsys, *tiny_evolution(str(tmp_path / "whole"), "--lr", 1e-5))
+    assert code == 2 and "--lr" in err  # another run's folder is not taken over
+
+
+def test_promotion_and_its_undoing(tmp_path, capsys):
+    folder = tmp_path / "weights"
+    for name in ("policy", "better"):
+        shutil.copytree(os.path.join(genevolve.HERE, "weights", "sft"), folder / name)
+    (folder / "better" / "mark").write_text("")
+    assert agent_main(capsys, "promote", folder / "better", "--weights", folder)[0] == 0
+    assert (folder / "policy" / "mark").exists()
+    assert agent_main(capsys, "promote", "--undo", "--weights", folder)[0] == 0
+    assert not (folder / "policy" / "mark").exists()
+    for arguments in ((), (tmp_path / "nowhere",)):
+        code, _, err = agent_main(capsys, "promote", *arguments, "--weights", folder)
+        assert code == 2 and err.count("\n") == 1
+
+
+def evolution_of(rewards, **row):
+    """An Evolution with nothing but a log."""
+    run = object.__new__(genevolve.Evolution)
+    run.log, run.calm = [{"reward": r, "validity": 1.0, "entropy": 0.1} | row for r in rewards], 0
+    return run
+
+
+def test_a_collapse_is_noticed():
+    assert evolution_of([0.5] * 9).collapse() == ""  # too early to say
+    assert evolution_of([0.5] * 20).collapse() == ""
+    assert "reward" in evolution_of([0.5] * 10 + [0.1] * 5).collapse()
+    run = evolution_of([0.5] * 15)
+    for row in run.log[-5:]:
+        row["validity"] = 0.3
+    assert "validity" in run.collapse()
+    run.calm = 10  # after a roll-back the windows start again
+    assert run.collapse() == ""
+
+
+def update_rows(net, generator, count=6, guide=5):
+    """Random conversations of two groups; every other one has a guide."""
+    rows = []
+    for n in range(count):
+        if n % 3 == 0:
+            prompt = torch.randint(0, net.config.vocab_size, (20,), generator=generator).tolist()
+        answer = torch.randint(0, net.config.vocab_size, (8 + 3 * n,), generator=generator).tolist()
+        mask = [False] * 20 + [True] * 5 + [False] * 2 + [True] * (len(answer) - 7)
+        extra = prompt[:guide]
+        told = (extra + prompt + answer, [False] * guide + mask) if n % 2 else (None, None)
+        rows.append(distill.Row(prompt + answer, mask, [1.0, -0.5, 0.0][n % 3], *told))
+    return rows
+
+
+@pytest.mark.parametrize("name", ("paper", "stable"))
+def test_an_update_does_not_depend_on_its_micro_batches(name):
+    torch.manual_seed(0)
+    net = model.Qwen3(model.Config(vocab_size=50, hidden_size=32, layers=2, heads=2, kv_heads=1, head_dim=16, mlp_size=64))
+    reference, recipe = copy.deepcopy(net), distill.RECIPES[name]
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    rows = update_rows(net, torch.Generator().manual_seed(1))
+    whole = distill.update_gradients(net, reference, reference, rows, recipe)
+    parts = distill.update_gradients(net, reference, reference, rows, recipe, limit=60)
+    both, _, _ = distill.update_gradients(net, reference, reference, rows, recipe, limit=60, together=True)
+    apart = lambda a, b: distill.gradient_norm([x - y for x, y in zip(a, b)]) / distill.gradient_norm(a)
+    assert all(distill.gradient_norm(a) > 0 and apart(a, b) < 1e-5 for a, b in zip(whole[:2], parts[:2]))
+    assert apart([a + recipe.weight * b for a, b in zip(*whole[:2])], both) < 1e-5
+    assert parts[2]["guided_tokens"] == sum(sum(r.mask) for r in rows if r.teacher)
+    bare = [dataclasses.replace(r, teacher=None, teacher_mask=None) for r in rows]
+    assert distill.gradient_norm(distill.update_gradients(net, reference, reference, bare, recipe)[1]) == 0  # no bundle: exactly 0
+
+
+def test_teacher_equal_to_student_teaches_nothing_and_gradients_flow_only_into_the_student():
+    torch.manual_seed(0)
+    net = model.Qwen3(model.Config(vocab_size=50, hidden_size=32, layers=1, heads=2, kv_heads=1, head_dim=16, mlp_size=64))
+    rows = [dataclasses.replace(r, teacher=r.tokens, teacher_mask=r.mask) for r in update_rows(net, torch.Generator().manual_seed(1))]
+    second, said = distill.update_gradients(net, net, net, rows, distill.RECIPES["stable"])[1:]
+    assert distill.gradient_norm(second) < 1e-6 and abs(said["sdl_loss"]) < 1e-6
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_a_model_judge_scores_and_its_failures_are_missing_not_zero():
+    good = {"rationale": "fine", "faithfulness": 1, "visual_correctness": 0.5, "text_accuracy": 0, "aesthetics": 1, "text_accuracy_na": True}
+    sent = []
+
+    def chat(messages, **options):
+        sent.append(messages)
+        return "Here: " + json.dumps(good)
+    image = np.zeros((8, 8, 3), np.uint8)
+    scores = distill.ModelJudge(chat).score(image, image, {"question": "Draw it."})
+    assert scores["text_accuracy"] is None and scores["kscore"] == pytest.approx((0.1 + 0.4 * 0.5 + 0.1) / 0.6)
+    assert [p["type"] for p in sent[0][1]["content"]] == ["text", "image_url", "image_url"]
+    for reply in ("no idea", '{"faithfulness": 0.7}', json.dumps(good | {"aesthetics": True}), json.dumps(good | {"faithfulness": 2}), "[1]"):
+        with pytest.raises(tools.ToolError):
+            distill.ModelJudge(lambda *_, **__: reply).score(image, image, {"question": "Draw it."})
+
+
+@pytest.mark.parametrize("changes, said", [("weigth=1", "weight"), ("weight=heavy", "weight"), ("teacher=teh", "teacher")])
+def test_a_wrong_recipe_is_said_in_one_line(changes, said, capsys, tmp_path):
+    code, _, err = agent_main(capsys, "evolve", "--out", tmp_path, "--set", changes)
+    assert code == 2 and said in err and err.count("\n") == 1
+
+
+def test_the_paired_bootstrap_finds_a_difference_and_none_where_there_is_none():
+    rng = np.random.default_rng(0)
+    base = rng.random((3, 160))
+    change, low, high = bench.bootstrap(base + 0.1, base)
+    assert change == pytest.approx(0.1) and low == pytest.approx(0.1) and high == pytest.approx(0.1)
+    change, low, high = bench.bootstrap(rng.random((3, 160)), rng.random((1, 160)))
+    assert low < 0 < high
