@@ -26,6 +26,7 @@ import html
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import threading
@@ -595,7 +596,8 @@ class Sft(Common):
     hidden: int = flag(160, "width of a new policy")
     layers: int = flag(4, "depth of a new policy")
     heads: int = flag(4, "query heads of a new policy (two key-value heads)")
-    copy_steps: int = flag(250, "warm-up steps on repeated random segments, which teach copying")
+    copy_weight: float = flag(0.3, "weight of the copying loss beside the demonstrations' (0 for a pretrained policy)")
+    copy_steps: int = flag(500, "warm-up steps on repeated random segments, which teach copying")
     steps: int = flag(900, "optimizer steps on demonstrations")
     batch_tokens: int = flag(8192, "tokens a step")
     lr: float = flag(2.5e-3, "peak learning rate (1e-5 for a pretrained policy)")
@@ -778,20 +780,26 @@ def read_demonstrations(path):
 
 
 def rare_tokens(tokenizer, conversations):
-    """Tokens that few requests contain (syllables of names, digits, letters): what a policy has to copy."""
+    """[tokens that few requests contain (syllables of names, digits, letters), the single characters among them]: what
+    a policy has to copy."""
     requests = [tokenizer.encode(c[1]["content"]) for c in conversations[:3000]]
     counts = Counter(t for ids in requests for t in set(ids))
-    return np.array(sorted(t for t, n in counts.items() if n < 0.2 * len(requests)))
+    rare = np.array(sorted(t for t, n in counts.items() if n < 0.2 * len(requests)))
+    single = np.array([t for t in rare if re.fullmatch("[A-Z0-9]", tokenizer.decode([int(t)]))])
+    return [rare, single if len(single) else rare]
 
 
-def copy_loss(net, pool, rng, count, device):
-    """Cross-entropy on the second of two equal random segments with a gap between them: it can only be copied.
+def copy_loss(net, pools, rng, count, device):
+    """Cross-entropy on the second of two equal random segments: it can only be copied.
 
-    Segments are short, three to sixteen tokens, or nothing in the context is likely enough to start from."""
-    length, gap = int(rng.integers(3, 17)), int(rng.integers(0, 9))
-    segment, between = (torch.tensor(rng.choice(pool, (count, n)), device=device) for n in (length, gap))
-    ids = torch.cat([segment, between, segment], 1)                                   # (count, 2 length + gap)
-    logits = net(ids[:, :-1])[:, length + gap:]                                       # (count, length - 1, V)
+    Segments are short, three to sixteen tokens, or nothing in the context is likely enough to start from. Every other
+    one is written in single characters, whose order is all there is to copy in a year or a code word."""
+    pool = pools[int(rng.integers(len(pools)))]
+    length, gaps = int(rng.integers(3, 17)), rng.integers(0, 25, 2)
+    segment = torch.tensor(rng.choice(pool, (count, length)), device=device)
+    before, between = (torch.tensor(rng.choice(pools[0], (count, n)), device=device) for n in gaps)
+    ids = torch.cat([before, segment, between, segment], 1)
+    logits = net(ids[:, :-1])[:, -(length - 1):]                                      # (count, length - 1, V)
     return F.cross_entropy(logits.flatten(0, 1), segment[:, 1:].flatten())
 
 
@@ -835,7 +843,7 @@ def sft(s):
                                        kv_heads=2, head_dim=32, mlp_size=s.hidden * 3, rope_theta=100.0,
                                        tie_embeddings=True)).to(device)
     rows = [tokenizer.apply_chat_with_mask(c) for c in conversations]
-    pool = rare_tokens(tokenizer, conversations)
+    pools = rare_tokens(tokenizer, conversations)
     optimizer = torch.optim.AdamW(net.parameters(), lr=s.lr, betas=(0.9, 0.98), weight_decay=s.weight_decay)
     make_folder(s.out)
     stream, copies = batches(rows, s.batch_tokens, rng), 0 if s.init else s.copy_steps
@@ -846,16 +854,17 @@ def sft(s):
         for group in optimizer.param_groups:
             group["lr"] = rate
         with torch.autocast(device, torch.bfloat16, enabled=s.bf16):
-            loss = copy_loss(net, pool, rng, s.batch_tokens // 32, device) if warm else sft_loss(net, next(stream))
-            if not warm and not s.init and step - copies < s.steps // 4:  # keep it alive while language is learned
-                loss = loss + 0.3 * copy_loss(net, pool, rng, s.batch_tokens // 128, device)
+            loss = copy_loss(net, pools, rng, s.batch_tokens // 48, device) if warm else sft_loss(net, next(stream))
+            if not warm and s.copy_weight:  # keep it alive while language is learned
+                copied = copy_loss(net, pools, rng, s.batch_tokens // 128, device)
+                loss = loss + s.copy_weight * copied
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         if step % 20 == 0 or step == total - 1:
             elapsed = time.perf_counter() - start
-            log = {"step": step, "stage": "copy" if warm else "sft", "loss": loss.item(), "grad_norm": norm.item(), "lr": rate,
+            log = {"step": step, "stage": "copy" if warm else "sft", "loss": loss.item(), "copy_loss": copied.item() if s.copy_weight and not warm else None, "grad_norm": norm.item(), "lr": rate,
                    "seconds": elapsed, "seconds_left": elapsed / (step + 1) * (total - step - 1)}
             print(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in log.items()), flush=True)
         if (step + 1) % 200 == 0 or step == total - 1:
@@ -1626,6 +1635,7 @@ def suggest(word, choices):
 def main(arguments=None, commands=None):
     """Exit codes: 0 done, 2 unusable input (one line on stderr), 130 interrupted."""
     commands = commands or COMMANDS
+    torch.set_num_threads(torch.get_num_threads())  # said aloud, no library takes fewer when busy: a run repeats bit for bit
     try:
         name, settings = parse(sys.argv[1:] if arguments is None else arguments, commands)
         commands[name][1](settings)
