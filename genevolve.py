@@ -279,11 +279,12 @@ class Studio:
     A row without ground truth is rendered and left unjudged: its reward is missing (nan), not zero.
     """
 
-    def __init__(self, renderer, judge=None, steps=20, alpha=0.5):
+    def __init__(self, renderer, judge=None, steps=20, alpha=0.5, guidance=1.0):
         self.renderer, self.judge, self.steps, self.alpha = renderer, judge, steps, alpha
         self.scores, self.images = {}, {}  # by ``key``; scores may come from a file, so they need no picture
         local = isinstance(renderer, diffusion.Renderer)
         self.open = tools.read_image if local else lambda path: path  # a remote renderer gets the files untouched
+        self.options = {"steps": steps, "guidance": guidance} if local else {"steps": steps}
 
     def finish(self, trajectories, pictures=True):
         """Set image (where pictures are wanted), judgement and reward of every trajectory; what is new is rendered in
@@ -294,7 +295,7 @@ class Studio:
         references = [[self.open(t.images[r["img_id"]]["local_path"]) for r in t.program.references[:2]]
                       for t in todo.values()]
         images = self.renderer.render([t.program.gen_prompt for t in todo.values()], references,
-                                      [image_seed(t.row) for t in todo.values()], steps=self.steps) if todo else []
+                                      [image_seed(t.row) for t in todo.values()], **self.options) if todo else []
         for (key, trajectory), image in zip(todo.items(), images):
             if isinstance(image, tools.ToolError):  # this picture failed: missing, and asked for again next time
                 trajectory.error = str(image)
@@ -334,7 +335,7 @@ class Studio:
         crc = 0
         for tensor in weights:
             crc = zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy(), crc)
-        return [type(self.renderer).__name__, crc, self.steps, type(self.judge).__name__]
+        return [type(self.renderer).__name__, crc, self.options, type(self.judge).__name__]
 
     @staticmethod
     def key(trajectory):
@@ -562,6 +563,7 @@ class World(Common):
     judge_model: str = flag("judge", "model name sent to a judge URL")
     corpus: str = flag(os.path.join(HERE, "atlas", "corpus"), "folder of texts and images that the local search reads")
     sampling_steps: int = flag(20, "sampling steps of the renderer")
+    guidance: float = flag(1.0, "classifier-free guidance of the embedded renderer (1: none; more hides what a loose wording costs)")
     temperature: float = flag(0.7, "temperature of the policy")
     top_p: float = flag(0.95, "nucleus of the policy")
     max_calls: int = flag(0, "stop cleanly after so many paid calls (0: no limit)")
@@ -628,7 +630,7 @@ class Embedded:
                                      os.environ.get("IMAGE_DOWNLOAD_DIR") or os.path.join(out, "cache"),
                                      api_key=os.environ.get("SERPER_API_KEY", ""), compact=self.policy.compact,
                                      tape=self.tape, allow_private=not s.search, max_calls=s.max_calls or None)
-        self.studio = Studio(self.open_renderer(), self.open_judge(), s.sampling_steps)
+        self.studio = Studio(self.open_renderer(), self.open_judge(), s.sampling_steps, guidance=s.guidance)
 
     def __enter__(self):
         return self
@@ -1559,7 +1561,7 @@ def serve(s):
 
         def renderer(prompt, references, seed, steps, width, height):
             with lock:
-                image = parts.studio.renderer.render([prompt], [references], [seed], steps=min(steps, 40))[0]
+                image = parts.studio.renderer.render([prompt], [references], [seed], **parts.studio.options | {"steps": min(steps, 40)})[0]
             return diffusion.resize(image, min(height, 256), min(width, 256))
 
         def judge(text, images):
