@@ -181,7 +181,7 @@ class Quality(Bench):
 
 
 # the gate belongs to the embedder: 0.6 gives the keys with names the hit rate that 0.84 gives those without, on validation
-CHOICES = ("lr=2e-4", "lr=4e-4", "lr=8e-4")  # what arms without a second loss try
+CHOICES = ("lr=4e-4", "lr=2e-4", "lr=8e-4")  # what arms without a second loss try
 WEIGHED = ("lr=4e-4,weight={0}", "lr=4e-4,weight={1}", "lr=8e-4,weight={0}")  # what arms with one try: as many
 LABELS = {"grpo": "SFT + GRPO", "stable": "SFT + GRPO + SDL, stable", "memory-imitation": "SFT + GRPO + imitation of the memory's best",
           "paper": "SFT + GRPO + SDL, paper", "best-imitation": "SFT + imitation of the group's best", "sdl-alone": "SFT + SDL alone, stable",
@@ -212,7 +212,7 @@ def evolution(settings, arm, choice, seed, steps):
     flags["set"] = ",".join(filter(None, [flags.get("set", "")] + [f"{k}={v}" for k, v in changes.items()]))
     out = os.path.join(settings.runs, f"{arm}-{slug(choice)}-{seed}")
     memo = settings.memo or os.path.join(settings.runs, "memo.jsonl")
-    return genevolve.evolve(genevolve.Evolve(out=out, policy=settings.policy, steps=steps, seed=seed, lr=lr, eval_every=10,
+    return genevolve.evolve(genevolve.Evolve(out=out, policy=settings.policy, steps=steps, seed=seed, lr=lr, eval_every=10, bf16=True,
                                              audit_every=0, memo=memo, device=settings.device, **flags))
 
 

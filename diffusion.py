@@ -798,7 +798,7 @@ class RendererTraining:
     width: int = 192
     layers: int = 6
     heads: int = 3
-    steps: int = 5600             # optimizer steps
+    steps: int = 6400             # optimizer steps
     batch: int = 32               # pictures a step
     levels: int = 2               # noise levels for each of them
     lr: float = 3e-3              # of AdamW: embeddings, vectors, input and output layers

@@ -897,7 +897,7 @@ class Evolve(World):
     minibatches: int = flag(1, "updates a batch of trajectories is split into")
     micro_tokens: int = flag(65536, "tokens a forward pass")
     bf16: bool = flag(False, "matrix products of the update in bfloat16")
-    sampling_steps: int = flag(12, "sampling steps of the renderer")
+    sampling_steps: int = flag(6, "sampling steps of the renderer")
     eval_every: int = flag(20, "steps between evaluations on validation requests (0: never)")
     audit_every: int = flag(10, "steps between lesson audits, which cost rollouts of their own (0: never)")
     memo: str = flag("", "file of judgements that runs share (default: one in --out)")
