@@ -979,20 +979,21 @@ def test_the_committed_vae_round_trips_glyphs_and_blocks():
     assert 10 * math.log10(255**2 / (back.float() - image.float()).square().mean()) > 25
 
 
-def test_references_change_the_picture_and_swapping_two_swaps_the_result():
-    renderer = diffusion_committed()
-    red, blue = diffusion_sprite_reference((200, 45, 45)), diffusion_sprite_reference((45, 80, 190))
-    prompt = ("Velmar Bridge as in the first reference image together with Tanric Hall as in the second reference image. "
-              "The first reference image stands wholly in the left half, the second wholly in the right half.")
-    one, two = renderer.render([prompt] * 2, [[red, blue], [blue, red]], [1, 1], steps=12)
+def test_references_change_the_picture_and_their_order_counts():
+    renderer, judge = diffusion_committed(), distill.PixelJudge(genevolve.read_world())
+    pairs = [(row, image, wanted) for _, row, image, wanted in atlas_cases(120, 5) if len(row["_scene"].sprites) == 2][:12]
+    prompts = [build.subject_sentence([e.name for e in row["_entities"]], True) + " " + build.wording("pair", row["_scene"], True)
+               for row, _, _ in pairs]
+    pictures = [[build.photograph(random.Random(n), s) for s in row["_scene"].sprites] for n, (row, _, _) in enumerate(pairs)]
+    seeds = list(range(len(pairs)))
 
-    def reds_and_blues(image):
-        half = image[:, :32].astype(int), image[:, 32:].astype(int)
-        return [tuple(int((np.abs(h - c).max(-1) < 50).sum()) for c in ((200, 45, 45), (45, 80, 190))) for h in half]
-    (left_red, left_blue), (right_red, right_blue) = reds_and_blues(one)
-    assert left_red > 100 > left_blue and right_blue > 100 > right_red
-    (left_red, left_blue), (right_red, right_blue) = reds_and_blues(two)
-    assert left_blue > 100 > left_red and right_red > 100 > right_blue
+    def right(references, names):
+        images = renderer.render(prompts, references, seeds, steps=12, guidance=1.0)
+        return sum(all(c["passed"] for c in judge(image, truth, wanted)["constraints"] if c["name"] in names)
+                   for image, (_, truth, wanted) in zip(images, pairs))
+    swapped = [p[::-1] for p in pictures]
+    assert right(pictures, ("subject look",)) >= 7 and right(swapped, ("subject look",)) >= 7 and right([[] for _ in pairs], ("subject look",)) == 0
+    assert right(pictures, ("subject look", "sides")) > right(swapped, ("subject look", "sides"))
 
 
 # ==== tools.py: the turn format, the guard, record and replay, tools and server =======================================
