@@ -282,7 +282,7 @@ def fixed_rows(settings, folder, rows):
         return found
     suite = Suite(settings)
     corpus = tools.Corpus(os.path.join(HERE, "atlas", "corpus"))
-    first = [[tools.read_image(hit.path) for hit in corpus.search_images(r["question"], 1)] for r in suite.rows]
+    first = [[tools.read_image(os.path.join(HERE, "atlas", "corpus", hit.path)) for hit in corpus.search_images(r["question"], 1)] for r in suite.rows]
 
     def judged(jobs, calls):
         return [{"id": r["id"], "novel": r["novel"], "eval_type": r["eval_type"], "valid": True, "tool_calls": calls, "reward": None,
@@ -340,7 +340,31 @@ def summarize_quality(folder, fixed):
         print_row(LABELS.get(name, name), row)
     for name, (change, low, high) in pairs.items():
         print(f"{name:<60} {change:+.3f}  [{low:+.3f}, {high:+.3f}]")
-    genevolve.write_json(os.path.join(os.path.dirname(folder), "quality.json"), {"rows": rows, "differences": pairs, "arms": details})
+    results = os.path.dirname(folder)
+    genevolve.write_json(os.path.join(results, "quality.json"), {"rows": rows, "differences": pairs, "arms": details})
+    write_quality(results, rows, pairs, details)
+
+
+COLUMNS = {"KScore": "kscore", "F": "faithfulness", "V": "visual_correctness", "T": "text_accuracy", "A": "aesthetics", "knowledge": "knowledge",
+           "quality": "quality", "novel": "novel", "valid": "valid", "calls": "tool calls", "rollouts": "rollouts", "seconds": "seconds",
+           "seeds": "seeds"}
+
+
+def write_quality(results, rows, pairs, details):
+    """quality.md and quality.svg, the README's table and figure."""
+    cell = lambda v: "" if v is None else f"{v:.3f}" if isinstance(v, float) and v < 10 else f"{v:.0f}"
+    lines = ["| | " + " | ".join(COLUMNS) + " |", "| --- |" + " --- |" * len(COLUMNS)]
+    lines += [f"| {LABELS.get(name, name)} | " + " | ".join(cell(row.get(k)) for k in COLUMNS.values()) + " |" for name, row in rows.items()]
+    lines += ["", "| difference in KScore | mean | 95 % interval |", "| --- | --- | --- |"]
+    lines += [f"| {name} | {change:+.3f} | {low:+.3f} to {high:+.3f} |" for name, (change, low, high) in pairs.items()]
+    with open(os.path.join(results, "quality.md"), "w", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
+    curves = {}
+    for arm, said in details.items():
+        points = min(len(c) for c in said["curves"])
+        curves[arm] = [(said["curves"][0][i][0], mean([c[i][2] for c in said["curves"]])) for i in range(points)]
+    with open(os.path.join(results, "quality.svg"), "w", encoding="utf-8") as file:
+        file.write(genevolve.svg_lines(curves, 720, 320))
 
 
 def quality(settings):

@@ -136,8 +136,8 @@ class LocalPolicy:
     def reply(self, request):
         """One turn for a conversation from outside (the chat endpoint). Returns tools.ChatReply."""
         messages = [m | {"role": "system" if m["role"] == "developer" else m["role"]} for m in request["messages"]]
-        if self.compact:  # the embedded policy knows one system prompt
-            messages = [{"role": "system", "content": COMPACT_SYSTEM}] + [m for m in messages if m["role"] != "system"]
+        if self.compact:
+            messages = compact_messages(messages, tools.read_skills(os.path.join(HERE, "skills")), known_requests())
         ids = self.tokenizer.apply_chat(messages, add_generation_prompt=True)
         sequence = self.engine.open(ids, request["seed"])
         self.engine.submit(sequence, min(request["max_tokens"], self.sampling.max_new_tokens), request["temperature"],
@@ -156,6 +156,35 @@ class LocalPolicy:
         del self.owner[id(trajectory.handle)]
         self.engine.close(trajectory.handle)
         trajectory.handle = None
+
+
+def compact_messages(messages, guides, known=()):
+    """A conversation from another runtime in the form that the embedded policy was trained on: its one system prompt,
+    the bare request where the text contains one of the ``known``, one-line guides, short observations."""
+    reduced, called = [{"role": "system", "content": COMPACT_SYSTEM}], None
+    for message in messages:
+        text = message["content"]
+        if message["role"] == "assistant":
+            called = tools.parse_turn(text)
+        elif message["role"] == "user" and called is None:
+            text = next((question for question in known if question in text), text)
+        elif message["role"] == "user" and (body := re.search(r"<tool_response>\n?(.*?)\n?</tool_response>", text, re.S)):
+            text = f"<tool_response>\n{compact_observation(called, body.group(1), guides)}\n</tool_response>"
+        if message["role"] != "system":
+            reduced.append({"role": message["role"], "content": text})
+    return reduced
+
+
+def compact_observation(turn, text, guides):
+    """What a tool answered elsewhere, as ``tools.CompactSession`` would have said it; errors stay as they are."""
+    if turn.name == "query_knowledge" and turn.arguments.get("skill_name") in guides:
+        return guides[turn.arguments["skill_name"]].rpartition(tools.ONE_LINE)[2].strip()
+    title = lambda block: (re.search(r"title\W+(.+)", block, re.I) or re.search(r"(\S.*)", block) or [block, ""])[1].strip()
+    if turn.name == "image_search" and (found := re.findall(r"(IMG_\d+)\W*(.*?)(?=IMG_\d+|\Z)", text, re.S)):
+        return "\n".join(f"{img_id} {title(block)}" for img_id, block in found[:tools.COMPACT_TOP_K["image_search"]])
+    if turn.name == "search" and (found := re.findall(r"snippet\W+(.+?)\s*$", text, re.I | re.M)):
+        return "\n".join(f"{i}. {snippet}" for i, snippet in enumerate(found[:tools.COMPACT_TOP_K["search"]], 1))
+    return text
 
 
 class ChatPolicy:
@@ -1436,13 +1465,19 @@ CURVES = (("reward", "reward and spread", ("reward", "spread")), ("kscore", "KSc
           ("memory", "memory hit rate, right advice", ("hit_rate", "right_advice")), ("sdl", "SDL loss", ("sdl_loss",)),
           ("gradient", "SDL to GRPO gradient norm, cosine with the reverse KL", ("gradient_ratio", "reverse_kl_cosine")),
           ("tokens", "share of tokens distilled, saturated, clipped", ("selected", "saturated", "clipped")))
-INKS = ("#b33", "#36a", "#386")
+INKS = ("#b33", "#36a", "#386", "#a60", "#738", "#088", "#777", "#c59")
 TURN_SLOTS = {"search": ("search strategy",), "image_search": ("search strategy",), "query_knowledge": ("knowledge activation",),
               "": ("reference selection", "prompt construction", "failure avoidance")}
 
 
 def curve(title, series, width=420, height=130):
-    """Inline SVG of {label: [(x, y)]}, missing values (None) left out; the axis labels are the extremes."""
+    """A figure with ``svg_lines``, "" if there is nothing to draw."""
+    drawing = svg_lines(series, width, height)
+    return f"<figure>{drawing}<figcaption>{html.escape(title)}</figcaption></figure>" if drawing else ""
+
+
+def svg_lines(series, width, height):
+    """SVG of {label: [(x, y)]}, missing values (None) left out; the axis labels are the extremes."""
     points = [p for line in series.values() for p in line if p[1] is not None]
     if not points:
         return ""
@@ -1452,9 +1487,9 @@ def curve(title, series, width=420, height=130):
     lines = "".join(f'<polyline fill="none" stroke="{ink}" stroke-width="1.5" points="'
                     + " ".join(place(x, y) for x, y in line if y is not None) + '"/>' for ink, line in zip(INKS, series.values()))
     keys = " ".join(f'<tspan fill="{ink}">{html.escape(label.replace("_", " "))}</tspan>' for ink, label in zip(INKS, series))
-    return (f'<figure><svg width="{width}" height="{height}" font-size="10"><text x="40" y="9">{keys}</text>{lines}'
-            f'<text x="0" y="20">{high:.3g}</text><text x="0" y="{height - 18}">{low:.3g}</text><text x="40" y="{height - 4}">{left:g}'
-            f'</text><text x="{width - 30}" y="{height - 4}">{right:g}</text></svg><figcaption>{html.escape(title)}</figcaption></figure>')
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-size="10" font-family="sans-serif">'
+            f'<text x="40" y="9">{keys}</text>{lines}<text x="0" y="20">{high:.3g}</text><text x="0" y="{height - 18}">{low:.3g}</text>'
+            f'<text x="40" y="{height - 4}">{left:g}</text><text x="{width - 30}" y="{height - 4}">{right:g}</text></svg>')
 
 
 def show(out, when, trajectories):
