@@ -93,7 +93,7 @@ class LocalPolicy:
     """A model of ours behind the engine. One conversation is one live sequence; nothing is ever re-tokenised."""
 
     def __init__(self, net, tokenizer, sampling, slots=64, capacity=1536, compact=True):
-        self.tokenizer, self.sampling, self.compact = tokenizer, sampling, compact
+        self.net, self.tokenizer, self.sampling, self.compact = net, tokenizer, sampling, compact
         self.engine = model.Engine(net, slots=slots, capacity=capacity)
         self.owner = {}
         self.stop_ids = (tokenizer.id("<|im_end|>"), tokenizer.id("<|endoftext|>"))
@@ -155,6 +155,54 @@ class LocalPolicy:
         trajectory.tokens = list(trajectory.handle.tokens)
         del self.owner[id(trajectory.handle)]
         self.engine.close(trajectory.handle)
+        trajectory.handle = None
+
+
+class RolloutPolicy:
+    """A serving engine (SGLang) writes the tokens, a network of ours learns from them. Conversations are kept as token
+    ids here and sent whole; the server's prefix cache makes that cheap. Nothing is re-tokenised."""
+
+    def __init__(self, client, net, tokenizer, sampling, compact, workers=64):
+        self.client, self.net, self.tokenizer, self.sampling, self.compact = client, net, tokenizer, sampling, compact
+        self.pool, self.running = ThreadPoolExecutor(workers), {}
+        self.stop_ids = (tokenizer.id("<|im_end|>"), tokenizer.id("<|endoftext|>"))
+
+    def start(self, trajectory):
+        ids = self.tokenizer.apply_chat(trajectory.messages, add_generation_prompt=True)
+        trajectory.prompt_length, trajectory.tokens, trajectory.mask, trajectory.logprobs = len(ids), [], [], []
+        self.append(trajectory, ids)
+        self.submit(trajectory)
+
+    def append(self, trajectory, ids, logprobs=None):
+        trajectory.tokens += ids
+        trajectory.mask += [logprobs is not None] * len(ids)
+        trajectory.logprobs += logprobs or [math.nan] * len(ids)
+
+    def submit(self, trajectory):
+        s, seed = self.sampling, zlib.crc32(f"{trajectory.seed} {trajectory.rounds}".encode())
+        self.running[self.pool.submit(self.client.generate, list(trajectory.tokens), s.max_new_tokens, s.temperature, s.top_p,
+                                      self.stop_ids, seed)] = trajectory
+
+    def poll(self):
+        """All turns that are being written: the order of the answers decides nothing."""
+        ended = []
+        wait(self.running, return_when=ALL_COMPLETED)
+        for future, trajectory in list(self.running.items()):
+            del self.running[future]
+            try:
+                done = future.result()
+            except tools.ToolError as error:
+                ended.append((trajectory, "", f"error: {error}"))
+                continue
+            self.append(trajectory, done.tokens, done.logprobs)
+            ended.append((trajectory, self.tokenizer.decode([t for t in done.tokens if t not in self.stop_ids]), done.finish))
+        return ended
+
+    def observe(self, trajectory, text):
+        self.append(trajectory, self.tokenizer.observation(text, closed=trajectory.tokens[-1] in self.stop_ids))
+        self.submit(trajectory)
+
+    def end(self, trajectory):
         trajectory.handle = None
 
 
@@ -915,7 +963,8 @@ class Evolve(World):
     validation: str = flag(os.path.join(HERE, "atlas", "validation.jsonl"), "requests that decide about promotion")
     steps: int = flag(100, "updates")
     prompts_per_step: int = flag(8, "requests a step")
-    rollouts: int = flag(6, "trajectories a request (K)")
+    rollouts: str = flag("6", "trajectories a request (K); or as --rollouts-url, and six of them")
+    rollouts_url: str = flag("", "URL of a running SGLang server that writes the trajectories (default: the engine of model.py)")
     recipe: str = flag("stable", "stable or paper: how experience becomes a gradient")
     set: str = flag("", "changes to the recipe, for instance weight=1,teacher=ema")
     lr: float = flag(3e-4, "learning rate of AdamW (1e-6 for a pretrained policy)")
@@ -930,6 +979,17 @@ class Evolve(World):
     eval_every: int = flag(20, "steps between evaluations on validation requests (0: never)")
     audit_every: int = flag(10, "steps between lesson audits, which cost rollouts of their own (0: never)")
     memo: str = flag("", "file of judgements that runs share (default: one in --out)")
+
+    def __post_init__(self):
+        if str(self.rollouts).startswith(("http://", "https://")):
+            self.rollouts, self.rollouts_url = 6, self.rollouts
+        try:
+            self.rollouts = int(self.rollouts)
+        except ValueError:
+            raise ValueError(f"--rollouts {self.rollouts}: a number, or the URL of a rollout engine")
+        for name in ("steps", "prompts_per_step", "rollouts", "minibatches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
 
 
 COLLAPSE = {"validity": 0.7, "entropy": 0.1, "reward": 0.6}  # of its own first (validity, entropy) or best (reward) window
@@ -950,10 +1010,15 @@ class Evolution:
         s.policy = s.policy or os.path.join(HERE, "weights", "sft")
         self.rows, self.validation = read_requests(s.data), read_requests(s.validation)
         self.parts = Embedded(s, self.out)
-        if not isinstance(self.parts.policy, LocalPolicy):
+        if isinstance(self.parts.policy, ChatPolicy):
             raise ValueError("evolve trains a policy folder; --policy URL is only for run")
+        if s.rollouts_url:
+            local = self.parts.policy
+            client = tools.SGLangClient(s.rollouts_url, os.environ.get("OPENAI_API_KEY", ""))
+            client.health()
+            self.parts.policy = RolloutPolicy(client, local.net, local.tokenizer, local.sampling, local.compact)
         self.studio, self.agent, self.tokenizer = self.parts.studio, self.parts.agent(), self.parts.policy.tokenizer
-        self.net = self.parts.policy.engine.net
+        self.net = self.parts.policy.net
         self.frozen = copy.deepcopy(self.net).eval().requires_grad_(False)  # reference, and embedder of the memory
         self.teacher = {"same": self.net, "frozen": self.frozen}.get(self.recipe.teacher) or copy.deepcopy(self.frozen)
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=s.lr, betas=(0.9, 0.95), weight_decay=0.0)
@@ -965,6 +1030,19 @@ class Evolution:
         self.log, self.examples, self.promoted, self.specimen = [], {}, None, None  # rows; prompt -> best (tokens, mask); validation rewards
         self.memo_file, self.memo_kept = s.memo or os.path.join(self.out, "memo.jsonl"), 0
         self.resume()
+        self.serve_weights()
+
+    def serve_weights(self):
+        """Hand the weights to the server that writes the trajectories, and stop if it goes on with the old ones."""
+        if not self.settings.rollouts_url:
+            return
+        folder = os.path.abspath(os.path.join(self.out, "served"))
+        path = os.path.join(folder, f"{self.done:06d}-{len(os.listdir(folder)) if os.path.isdir(folder) else 0}")
+        save_policy(path, self.net, self.tokenizer, self.parts.policy.compact, {"step": self.done})
+        self.parts.policy.client.update_weights(path)
+        for old in os.listdir(folder):
+            if os.path.join(folder, old) != path:
+                shutil.rmtree(os.path.join(folder, old))
 
     @torch.no_grad()
     def embed(self, texts):
@@ -1015,6 +1093,7 @@ class Evolution:
         if s.audit_every and (self.done + 1) % s.audit_every == 0:
             row["lesson_audit"] = self.audit(rows, entries, rewards)
         self.done += 1
+        self.serve_weights()
         row |= {"rollout_seconds": rolled - begun - render_seconds, "render_seconds": render_seconds,
                 "update_seconds": time.perf_counter() - rolled}
         if s.eval_every and self.done % s.eval_every == 0:
@@ -1184,6 +1263,7 @@ class Evolution:
         with model.open_tensors(os.path.join(self.out, self.good)) as file:
             self.load_weights({k: file.get_tensor(k) for k in file.keys()})
         self.lr_scale, self.calm = self.lr_scale / 2, len(self.log)
+        self.serve_weights()
 
     # -- checkpoints --
 

@@ -3329,3 +3329,41 @@ def test_a_foreign_runtime_completes_atlas_requests_against_serve(tmp_path):
     assert sum(t.program is not None for t in done) >= 19
     assert any(len(t.messages[0]["content"]) > 1000 for t in done)
     assert {t.termination for t in done} <= {"answer", "no_answer", "max_rounds_reached"}
+
+
+class StandInEngine:
+    """SGLang's endpoints, backed by our own engine; with ``stubborn`` it never takes new weights."""
+
+    def __init__(self, stubborn=False):
+        self.loaded, self.stubborn, self.lock = [], stubborn, threading.Lock()
+        self.net, _ = model.load(os.path.join(genevolve.HERE, "weights", "sft"))
+        self.server = tools.Server(rollout=self.rollout, load_weights=self.load).start()
+
+    def rollout(self, ids, sampling):
+        with self.lock:
+            done, = model.generate(self.net, [ids], sampling["max_new_tokens"], sampling["temperature"], sampling["top_p"],
+                                   sampling["stop_token_ids"], sampling["sampling_seed"])
+        return tools.Rollout(done.tokens, done.logprobs, done.finish)
+
+    def load(self, path):
+        self.loaded.append(path)
+        if not self.stubborn:
+            self.net, _ = model.load(path)
+
+
+def test_trajectories_from_a_serving_engine(tmp_path, capsys):
+    few_validation_rows(tmp_path)
+    engine = StandInEngine()
+    try:
+        arguments = tiny_evolution(str(tmp_path / "run"), "--rollouts-url", engine.server.url, "--eval-every", 0, "--audit-every", 0)
+        code, _, err = agent_main(capsys, *arguments)
+    finally:
+        engine.server.stop()
+    assert code == 0, err
+    assert len(engine.loaded) == 4 and len(set(engine.loaded)) == 4  # before the first step, and after each of three
+    rows = without_durations(tmp_path / "run" / "log.jsonl")
+    assert [r["step"] for r in rows] == [1, 2, 3] and rows[0]["validity"] > 0.5 and rows[0]["rollouts"] == 6
+    served, _ = model.load(str(tmp_path / "run" / "last"))
+    assert all(torch.equal(a, b) for a, b in zip(served.parameters(), engine.net.parameters()))
+    code, _, err = agent_main(capsys, *tiny_evolution(str(tmp_path / "gone"), "--rollouts-url", engine.server.url))
+    assert code == 2 and err.count("\n") == 1
