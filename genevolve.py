@@ -1098,12 +1098,13 @@ class Evolution:
                 "update_seconds": time.perf_counter() - rolled}
         if s.eval_every and self.done % s.eval_every == 0:
             row["validation"] = self.evaluate()
+        row = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}  # missing is null
         self.log.append(row)
         if reason := self.collapse():
             row["rolled_back"] = reason
             self.roll_back()
         row["seconds"] = time.perf_counter() - begun
-        return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
+        return row
 
     def remember(self, rows, groups):
         """Compare best and worst of every group, keep what the widest gaps teach. Returns how many there were."""
