@@ -11,8 +11,11 @@ for training or for choosing a setting.
 import copy
 import gc
 import importlib
+import io
 import json
 import os
+import random
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +29,7 @@ import distill
 import genevolve
 import model
 import tools
+from atlas import build
 from genevolve import HERE, Common, flag, mean
 
 
@@ -61,11 +65,15 @@ class Suite:
         """The right reference pictures of a row."""
         return [tools.read_image(os.path.join(HERE, "atlas", path)) for path in self.oracle[number]["references"]]
 
-    def score(self, jobs, steps=None, seed=0):
-        """Render and judge. jobs: [(row number, prompt, reference pictures)]. Returns the judgements, in order."""
-        seeds = [genevolve.image_seed(self.rows[n]) + seed for n, _, _ in jobs]
-        images = self.renderer.render([p for _, p, _ in jobs], [r for _, _, r in jobs], seeds, steps=steps or self.steps,
-                                      guidance=self.guidance)
+    def paint(self, jobs, steps=None):
+        """jobs: [(row number, prompt, reference pictures)] -> pictures."""
+        seeds = [genevolve.image_seed(self.rows[n]) for n, _, _ in jobs]
+        return self.renderer.render([p for _, p, _ in jobs], [r for _, _, r in jobs], seeds, steps=steps or self.steps,
+                                    guidance=self.guidance)
+
+    def score(self, jobs, steps=None):
+        """The pictures' judgements, in order."""
+        images = self.paint(jobs, steps)
         return [self.judge(image, genevolve.truth_of(self.rows[n]), self.rows[n]["recipe"]["wanted"])
                 for image, (n, _, _) in zip(images, jobs)]
 
@@ -83,9 +91,55 @@ def print_row(label, values):
 # ---- world: is the Atlas what it claims to be? ----------------------------------------------------------------------------
 
 def judge_figures(suite):
-    """The judge on ground truth, and on ground truth with one planted violation."""
+    """The judge on ground truth; on fresh scenes with one planted violation; on rendered pictures after JPEG."""
     truth = [suite.judge(genevolve.truth_of(r), genevolve.truth_of(r), r["recipe"]["wanted"]) for r in suite.rows]
-    return {"ground truth": means(truth)}
+    figures = {"ground truth": means(truth)}
+    rng, caught = random.Random("planted"), {skill: [] for skill in DIMENSION}
+    entities, _ = build.make_entities("planted", build.split_words(0)["demos"], 4, 99)
+    for number in range(100 if len(suite.rows) < 100 else 400):
+        row = build.make_request(rng, entities, 1 + number % 3, number, "planted", True)
+        image, _, boxes = build.draw(row["_scene"], rng)
+        wanted = build.constraints(row, boxes)
+        for aspect in row["_scene"].aspects():
+            scene, skill = copy.deepcopy(row["_scene"]), build.SKILL[aspect]
+            while aspect not in scene.fault:
+                build.loosen(rng, scene, aspect)
+            caught[skill].append(suite.judge(build.draw(scene, rng)[0], image, wanted)[DIMENSION[skill]] < 1)
+    figures["planted violation lowers its dimension"] = {k: mean([float(c) for c in v]) for k, v in caught.items()}
+    return figures
+
+
+def jpeg_figures(suite):
+    """Share of rendered pictures whose KScore survives JPEG at quality 100."""
+    try:
+        from PIL import Image
+    except ImportError:
+        return {"KScore unchanged by JPEG at quality 100": {"needs": "pip install pillow"}}
+    jobs = [(n, r["question"] if n % 2 else suite.oracle[n]["gen_prompt"], suite.references(n)) for n, r in enumerate(suite.rows)]
+    images, figures = suite.paint(jobs), {}
+    for label, subsampling in (("full chroma", 0), ("chroma halved", 2)):
+        same = []
+        for image, (n, _, _) in zip(images, jobs):
+            data = io.BytesIO()
+            Image.fromarray(image).save(data, "JPEG", quality=100, subsampling=subsampling)
+            again, row = np.asarray(Image.open(data).convert("RGB")), suite.rows[n]
+            first, second = (suite.judge(i, genevolve.truth_of(row), row["recipe"]["wanted"])["kscore"] for i in (image, again))
+            same.append(float(first == second))
+        figures[label] = mean(same)
+    return {"KScore unchanged by JPEG at quality 100": figures}
+
+
+def run_figures(suite):
+    """The first command of the README, imports included, in a process of its own."""
+    if not hasattr(os, "wait4"):
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        process = subprocess.Popen([sys.executable, os.path.join(HERE, "genevolve.py"), "run", "--out", folder], stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        made = os.path.exists(os.path.join(folder, "image.png"))
+    return {"genevolve.py run": {"seconds": seconds, "MB": usage.ru_maxrss / 1024, "exit code": status, "picture": made}}
 
 
 def oracle_figures(suite):
@@ -156,7 +210,7 @@ def time_figures(suite):
 def world(settings):
     """python bench.py world"""
     suite, results = Suite(settings), {}
-    for part in (judge_figures, oracle_figures, reference_figures, skill_figures, time_figures):
+    for part in (judge_figures, oracle_figures, reference_figures, skill_figures, jpeg_figures, time_figures, run_figures):
         for label, values in part(suite).items():
             results[label] = values
             print_row(label, values)
