@@ -496,7 +496,8 @@ def portable(value):
 
 
 def command_line():
-    return "python genevolve.py " + " ".join(str(portable(a)) for a in sys.argv[1:])
+    """The command at work, for the record beside what it makes."""
+    return " ".join(["python", os.path.basename(sys.argv[0]), *(str(portable(a)) for a in sys.argv[1:])])
 
 
 def make_folder(path):
