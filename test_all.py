@@ -2872,12 +2872,12 @@ def test_another_look_of_the_subject_is_not_mistaken_for_it():
         assert judge(build.draw(other, rng)[0], truth, wanted)["visual_correctness"] == 0
 
 
-def test_jpeg_at_quality_100_changes_no_verdict():
+def test_jpeg_at_quality_100_with_full_chroma_changes_no_verdict():
     Image = pytest.importorskip("PIL.Image")
     judge, same = pixel_judge(), []
     for _, _, truth, wanted in atlas_cases(60):
         buffer = io.BytesIO()
-        Image.fromarray(truth).save(buffer, "JPEG", quality=100)
+        Image.fromarray(truth).save(buffer, "JPEG", quality=100, subsampling=0)  # halved chroma costs colours: see bench.py world
         same.append(judge(np.asarray(Image.open(buffer)), truth, wanted)["kscore"] == 1.0)
     assert np.mean(same) >= 0.99
 
