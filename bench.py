@@ -603,8 +603,8 @@ def logprob_row(s):
     hidden, weight, target = torch.randn(n, c).requires_grad_(), (torch.randn(v, c) * c**-0.5).requires_grad_(), torch.randint(v, (n,))
 
     def run(logps):
-        hidden.grad = weight.grad = None
         logps().sum().backward()
+        hidden.grad = weight.grad = None  # so that the next run starts without them
     row = side_by_side(lambda: run(lambda: model.chunked_logprobs(hidden, weight, target)[0]),
                        lambda: run(lambda: (hidden @ weight.T).log_softmax(-1).gather(1, target[:, None])), max(1, s.repeats - 1))
     if "ours MB" in row:
