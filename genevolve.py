@@ -1308,39 +1308,44 @@ class Evolution:
         for name in os.listdir(temporary):
             with open(os.path.join(temporary, name), "rb") as file:
                 os.fsync(file.fileno())
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one, of a step that was done again
         os.rename(temporary, final)
         with open(os.path.join(self.out, "log.jsonl"), "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+        goods = [name for name in os.listdir(self.out) if name.startswith("good-")]
         for old in sorted(os.listdir(folder))[:-2]:
             shutil.rmtree(os.path.join(folder, old))
-        kept = {self.good} | {state["good"] for state in self.states()}
-        for name in os.listdir(self.out):
-            if name.startswith("good-") and name not in kept:
-                os.remove(os.path.join(self.out, name))
+        for old in sorted(goods)[:-2]:  # two checkpoints name two of them at most
+            os.remove(os.path.join(self.out, old))
 
     def identity(self):
         """The settings that make it this run; how long it goes on and where it runs may change."""
         return {k: v for k, v in asdict(self.settings).items() if k not in ("steps", "out", "device", "memo", "record", "replay")}
 
-    def states(self):
-        """state.json of every readable checkpoint, newest first, each with its folder."""
+    def newest(self):
+        """state.json of the newest whole checkpoint with its "path", or None; damaged newer ones are said and removed,
+        for their steps are done again."""
         folder = os.path.join(self.out, "checkpoints")
         for name in sorted(os.listdir(folder), reverse=True) if os.path.isdir(folder) else []:
             path = os.path.join(folder, name)
             try:
                 with open(os.path.join(path, "state.json"), encoding="utf-8") as file:
                     state = json.load(file)
-                if state["checksum"] != checksum(os.path.join(path, "state.safetensors")):
-                    raise ValueError("the checksum does not match")
-                yield state | {"path": path}
-            except (OSError, ValueError, KeyError) as error:
-                if name != "unfinished":
-                    print(f"{path}: damaged, skipped ({error})", file=sys.stderr)
+                if name != "unfinished" and state["checksum"] == checksum(os.path.join(path, "state.safetensors")):
+                    return state | {"path": path}
+                error = "its checksum does not match"
+            except (OSError, ValueError, KeyError) as failure:
+                error = failure
+            if name != "unfinished":
+                print(f"{path}: damaged, skipped ({error})", file=sys.stderr)
+            shutil.rmtree(path)
+        return None
 
     def resume(self):
         """Go on from the newest whole checkpoint, if there is one."""
-        state = next(self.states(), None)
-        count = state["memo"] if state else None if self.settings.memo else 0
+        state = self.newest()
+        # judgements of a step that a kill undid are forgotten with it, unless other runs share the file
+        count = None if self.settings.memo else state["memo"] if state else 0
         scores = read_memo(self.memo_file, self.parts.studio, count)
         self.studio.scores.update(scores)
         self.memo_kept = len(scores)
@@ -1359,8 +1364,10 @@ class Evolution:
         self.memory.load_state(state["memory"], {"keys": tensors["memory.keys"]})
         self.done, self.lr_scale, self.good, self.calm = (state[k] for k in ("step", "lr_scale", "good", "calm"))
         self.promoted, self.examples = state["promoted"], state["examples"]
-        with open(log, encoding="utf-8") as file:
-            lines = [json.loads(line) for line in file if line.endswith("\n")]
+        lines = []
+        if os.path.exists(log):  # a kill may have come between a checkpoint and its line
+            with open(log, encoding="utf-8") as file:
+                lines = [json.loads(line) for line in file if line.endswith("\n")]
         self.log = [line for line in lines if line["step"] < self.done] + [state["row"]]
         write_lines(log, self.log)
         print(f"resuming after step {self.done}", flush=True)
@@ -1381,11 +1388,12 @@ def evolve(s):
             try:
                 run.save(row)
             except OSError as error:
-                raise ValueError(f"step {run.done} could not be kept ({error.strerror}); everything before it is on disk")
+                raise ValueError(f"step {run.done} could not be kept ({error}); everything before it is on disk")
             left = (time.perf_counter() - begun) / (run.done - start) * (s.steps - run.done)
             print(step_line(row) + f"  {left:.0f} s left", flush=True)
-            if "validation" in row or run.done == s.steps:
+            if "validation" in row:
                 write_evolution_report(run)
+        write_evolution_report(run)
         run.write_policy("last")
     print(f"wrote {os.path.join(s.out, 'log.jsonl')}, {os.path.join(s.out, 'report.html')}, {os.path.join(s.out, 'last')} and what was promoted, {os.path.join(s.out, 'policy')} "
           f"({time.perf_counter() - begun:.0f} s)")

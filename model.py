@@ -432,7 +432,13 @@ def write_json(path, value):
 
 
 def write_tensors(path, tensors):
-    replace_file(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
+    """A safetensors file. Raises OSError if it cannot be written, a full disk included."""
+    def write(temporary):
+        try:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{path}: {error}") from None
+    replace_file(path, write)
 
 
 @torch.no_grad()

@@ -3189,10 +3189,7 @@ def test_evolve_killed_and_restarted_ends_as_if_nothing_had_happened(tmp_path, c
         time.sleep(0.02)
     process.kill()
     assert process.wait() == -9, "it ended before it could be killed"
-    newest = sorted((tmp_path / "killed" / "checkpoints").glob("0*"))[-1]
-    if newest.name != "000001":  # a damaged checkpoint is skipped, and the one before it goes on
-        (newest / "state.safetensors").write_bytes(b"damaged")
-    os.makedirs(tmp_path / "killed" / "checkpoints" / "000099")  # half-made by hand: no state in it
+    os.makedirs(tmp_path / "killed" / "checkpoints" / "000099")  # half-made: no state in it
     code, out, err = agent_main(capsys, *tiny_evolution(str(tmp_path / "killed")))
     assert code == 0 and "resuming" in out and "skipped" in err, err
     for mine, other in zip(without_durations(log), without_durations(tmp_path / "whole" / "log.jsonl"), strict=True):
@@ -3205,6 +3202,43 @@ def test_evolve_killed_and_restarted_ends_as_if_nothing_had_happened(tmp_path, c
     assert "<svg" in page and "Before and after" in page
     code, _, err = agent_main(capsys, *tiny_evolution(str(tmp_path / "whole"), "--lr", 1e-5))
     assert code == 2 and "--lr" in err  # another run's folder is not taken over
+
+
+@pytest.mark.parametrize("harm", ("damaged checkpoint", "no line in the log"))
+def test_evolve_goes_on_after_damage(tmp_path, capsys, harm):
+    few_validation_rows(tmp_path)
+    command = tiny_evolution(str(tmp_path / "run"), "--eval-every", 0, "--audit-every", 0)
+    assert agent_main(capsys, *command)[0] == 0
+    log, last = tmp_path / "run" / "log.jsonl", tmp_path / "run" / "last" / "model.safetensors"
+    whole, weights = without_durations(log), dict(model_tensors(last))
+    if harm == "damaged checkpoint":  # step three is done again, in the place of the damaged one
+        (tmp_path / "run" / "checkpoints" / "000003" / "state.safetensors").write_bytes(b"damaged")
+    else:
+        log.unlink()
+    code, out, err = agent_main(capsys, *command)
+    assert code == 0 and "resuming" in out and ("skipped" in err) == (harm == "damaged checkpoint"), err
+    assert without_durations(log)[-1] == whole[-1]
+    assert all(torch.equal(weights[k], v) for k, v in model_tensors(last))
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["000002", "000003"]
+
+
+def test_a_full_disk_is_one_line_and_loses_no_finished_step(tmp_path, capsys, monkeypatch):
+    few_validation_rows(tmp_path)
+    command = tiny_evolution(str(tmp_path / "run"), "--eval-every", 0, "--audit-every", 0)
+    real, calls = model.save_file, []
+
+    def full(tensors, path, **options):
+        calls.append(path)
+        if "unfinished" in path and sum("unfinished" in c for c in calls) == 2:
+            raise model.SafetensorError("I/O error: No space left on device")
+        real(tensors, path, **options)
+    monkeypatch.setattr(model, "save_file", full)
+    code, _, err = agent_main(capsys, *command)
+    assert code == 2 and "step 2" in err and "No space left" in err and err.count("\n") == 1
+    assert [r["step"] for r in without_durations(tmp_path / "run" / "log.jsonl")] == [1]
+    code, out, _ = agent_main(capsys, *command)  # there is room again
+    assert code == 0 and "resuming after step 1" in out
+    assert [r["step"] for r in without_durations(tmp_path / "run" / "log.jsonl")] == [1, 2, 3]
 
 
 def test_promotion_and_its_undoing(tmp_path, capsys):
