@@ -1222,17 +1222,18 @@ class Memory:
 
     def add(self, prompt, bundle, best, worst, step):
         """Remember a bundle with the rewards of its pair. Of two for one prompt the one with the higher best reward
-        stays, the newer of equals. An empty bundle is not kept."""
+        stays, the newer of equals. An empty bundle is not kept. Returns whether it was kept."""
         if bundle.empty:
-            return
+            return False
         entry = Entry(prompt, bundle, float(best), float(best - worst), step)
         at = next((i for i, e in enumerate(self.entries) if e.prompt == prompt), None)
         self.counters["added"] += 1
         if at is not None:
-            if best >= self.entries[at].best - 1e-9:
+            better = best >= self.entries[at].best - 1e-9
+            if better:
                 self.entries[at] = entry
                 self.counters["replaced"] += 1
-            return
+            return better
         key = self.embed_prompts([prompt])
         self.keys = key if self.keys is None else torch.cat([self.keys, key])
         self.entries.append(entry)
@@ -1240,6 +1241,7 @@ class Memory:
             worth = [e.gap * 0.5 ** ((step - e.step) / self.half_life) for e in self.entries]
             self.drop({min(range(len(worth)), key=worth.__getitem__)})
             self.counters["evicted"] += 1
+        return True
 
     def drop(self, gone):
         """Forget the entries at these places."""

@@ -386,7 +386,8 @@ class Studio:
                     trajectory.error = str(error)
         for key, t in zip(keys, trajectories):
             t.image, scores = self.images.get(key), self.scores.get(key)
-            if t.program is None and self.judge and t.row.get("gt_image"):
+            failed = t.program is None and t.termination != "error"  # an error is the policy's service, not its deed
+            if failed and self.judge and t.row.get("gt_image"):
                 scores = distill.FAILED_SCORES
             t.judgement, t.reward = None, math.nan
             if scores:
@@ -1080,7 +1081,9 @@ class Evolution:
         entries = self.memory.lookup([row["question"] for row in rows])
         guides = self.chosen_guides(entries)
         batch = [self.learning_row(t, a.item(), guide) for g, line, guide in zip(groups, advantages, guides)
-                 for t, a in zip(g, line) if t.tokens]
+                 for t, a in zip(g, line) if any(t.mask)]
+        if not batch:
+            raise tools.ToolError(f"step {self.done + 1}: no trajectory was written ({attempts[0].error or 'no tokens'})")
         learned = self.learn(batch, self.imitated(groups, entries))
         valid = rewards[~rewards.isnan()]
         row = {"step": self.done + 1, "reward": mean(valid.tolist()), "spread": mean((spread := spreads(rewards)).tolist()),
@@ -1109,13 +1112,13 @@ class Evolution:
 
     def remember(self, rows, groups):
         """Compare best and worst of every group, keep what the widest gaps teach. Returns how many there were."""
-        pairs = [(row, g, pair) for row, g in zip(rows, groups) if (pair := distill.select_pair(g, self.recipe.gap))]
-        pairs.sort(key=lambda x: x[2][1].reward - x[2][0].reward)  # stable: of equals, the first
-        for row, _, (best, worst) in pairs[:self.recipe.pairs]:
+        pairs = [(row, pair) for row, g in zip(rows, groups) if (pair := distill.select_pair(g, self.recipe.gap))]
+        pairs.sort(key=lambda x: x[1][1].reward - x[1][0].reward)  # stable: of equals, the first
+        for row, (best, worst) in pairs[:self.recipe.pairs]:
             bundle = distill.summarize_pair(row["question"], best, worst, self.phrases)
             bundle = bundle if self.recipe.standard else bundle.differing()
-            self.memory.add(row["question"], bundle, best.reward, worst.reward, self.done)
-            self.examples[row["question"]] = [best.tokens, best.mask]
+            if self.memory.add(row["question"], bundle, best.reward, worst.reward, self.done):
+                self.examples[row["question"]] = [best.tokens, best.mask]
         kept = {e.prompt for e in self.memory.entries}
         self.examples = {k: v for k, v in self.examples.items() if k in kept}
         return len(pairs)
@@ -1178,8 +1181,8 @@ class Evolution:
                 distill.ema_update(self.teacher, self.net, r.ema_decay)
         self.optimizer.zero_grad(set_to_none=True)
         told = sums["guided_tokens"] or math.nan
-        return {"entropy": sums["entropy"] / sums["tokens"], "reference_kl": sums["reference_kl"] / sums["tokens"],
-                "grpo_loss": sums["grpo_loss"] / len(pieces), "sdl_loss": sums["sdl_loss"] / len(pieces) if sums["guided_tokens"] else math.nan,
+        return {"entropy": sums["entropy"] / sums["tokens"], "reference_kl": sums["reference_kl"] / sums["tokens"] if s.grpo else math.nan,
+                "grpo_loss": sums["grpo_loss"] / len(pieces) if s.grpo else math.nan, "sdl_loss": sums["sdl_loss"] / len(pieces) if sums["guided_tokens"] else math.nan,
                 **{k: sums[k] / told for k in ("selected", "saturated", "capped", "clipped", "gap")},
                 "gradient_norm": mean(norms), "gradient_ratio": mean(ratios), "reverse_kl_cosine": cosine,
                 "lr": s.lr * self.lr_scale}

@@ -3401,3 +3401,28 @@ def test_trajectories_from_a_serving_engine(tmp_path, capsys):
     assert all(torch.equal(a, b) for a, b in zip(served.parameters(), engine.net.parameters()))
     code, _, err = agent_main(capsys, *tiny_evolution(str(tmp_path / "gone"), "--rollouts-url", engine.server.url))
     assert code == 2 and err.count("\n") == 1
+
+
+def test_a_service_that_failed_leaves_the_reward_missing_and_a_bad_answer_does_not():
+    row = genevolve.atlas_rows("validation")[0]
+    studio = genevolve.Studio(None, pixel_judge())
+    made = [distill.Trajectory(row["id"], row["question"], row, termination=end) for end in ("error", "no_answer", "max_rounds_reached")]
+    studio.finish(made)
+    assert math.isnan(made[0].reward) and made[0].judgement is None
+    assert all(t.reward == 0 and t.judgement["kscore"] == 0 for t in made[1:])
+
+
+def test_the_imitated_example_of_a_prompt_is_the_one_whose_lesson_is_remembered(tmp_path):
+    few_validation_rows(tmp_path)
+    settings = genevolve.Evolve(out=str(tmp_path / "run"), validation=str(tmp_path / "validation.jsonl"), imitate="memory")
+    run = genevolve.Evolution(settings)
+    with run.parts:
+        row = run.rows[0]
+
+        def attempt(reward, mark):
+            program = distill.Program("A prompt.", [{"img_id": "IMG_001", "note": ""}])
+            step = distill.Step("Ask for the exact fact. " if reward > 0.5 else "", "tool_call", "search", {}, "")
+            return distill.Trajectory(row["id"], row["question"], row, program=program, steps=[step], tokens=[mark], mask=[True], reward=reward)
+        for best, mark, kept in ((0.8, 1, 1), (0.6, 2, 1), (0.9, 3, 3)):  # a weaker lesson replaces neither
+            run.remember([row], [[attempt(best, mark), attempt(0.1, 9)]])
+            assert run.imitated([], run.memory.lookup([row["question"]])) == [([kept], [True])]
