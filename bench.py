@@ -9,6 +9,7 @@ dropped and the rest renormalised where no text is wanted, unless a table says o
 for training or for choosing a setting.
 """
 import copy
+import dataclasses
 import gc
 import importlib
 import io
@@ -30,7 +31,8 @@ import genevolve
 import model
 import tools
 from atlas import build
-from genevolve import HERE, Common, flag, mean
+from distill import average as mean
+from genevolve import HERE, Common, flag
 
 
 @dataclass
@@ -54,8 +56,7 @@ class Suite:
 
     def __init__(self, settings, split="bench"):
         self.rows = genevolve.atlas_rows(split)[:24 if settings.quick else None]
-        with open(os.path.join(HERE, "atlas", "oracle.jsonl"), encoding="utf-8") as file:
-            oracle = {row["id"]: row for row in map(json.loads, file)}
+        oracle = genevolve.read_oracle()
         self.oracle = [oracle[row["id"]] for row in self.rows]
         weights = os.path.join(HERE, "weights")
         self.renderer = diffusion.Renderer.load(os.path.join(weights, "renderer"), os.path.join(weights, "vae"))
@@ -90,26 +91,31 @@ def print_row(label, values):
 
 # ---- world: is the Atlas what it claims to be? ----------------------------------------------------------------------------
 
-def judge_figures(suite):
-    """The judge on ground truth; on fresh scenes with one planted violation; on rendered pictures after JPEG."""
-    truth = [suite.judge(genevolve.truth_of(r), genevolve.truth_of(r), r["recipe"]["wanted"]) for r in suite.rows]
-    figures = {"ground truth": means(truth)}
+def planted_violations(judge, count):
+    """Fresh scenes drawn with one requirement violated: {skill: [whether the judge lowered the skill's dimension]}."""
     rng, caught = random.Random("planted"), {skill: [] for skill in DIMENSION}
     entities, _ = build.make_entities("planted", build.split_words(0)["demos"], 4, 99)
-    for number in range(100 if len(suite.rows) < 100 else 400):
+    for number in range(count):
         row = build.make_request(rng, entities, 1 + number % 3, number, "planted", True)
-        image, _, boxes = build.draw(row["_scene"], rng)
+        truth, _, boxes = build.draw(row["_scene"], rng)
         wanted = build.constraints(row, boxes)
         for aspect in row["_scene"].aspects():
-            scene, skill = copy.deepcopy(row["_scene"]), build.SKILL[aspect]
-            while aspect not in scene.fault:
+            scene, skill = dataclasses.replace(row["_scene"], fault={}), build.SKILL[aspect]
+            while not scene.fault:
                 build.loosen(rng, scene, aspect)
-            caught[skill].append(suite.judge(build.draw(scene, rng)[0], image, wanted)[DIMENSION[skill]] < 1)
-    figures["planted violation lowers its dimension"] = {k: mean([float(c) for c in v]) for k, v in caught.items()}
-    return figures
+            caught[skill].append(judge(build.draw(scene, rng)[0], truth, wanted)[DIMENSION[skill]] < 1)
+    return caught
 
 
-def jpeg_figures(suite):
+def judge_figures(suite, settings):
+    """The judge on ground truth, and on fresh scenes with one planted violation."""
+    truth = [suite.judge(genevolve.truth_of(r), genevolve.truth_of(r), r["recipe"]["wanted"]) for r in suite.rows]
+    caught = planted_violations(suite.judge, 100 if len(suite.rows) < 100 else 400)
+    return {"ground truth": means(truth),
+            "planted violation lowers its dimension": {k: mean([float(c) for c in v]) for k, v in caught.items()}}
+
+
+def jpeg_figures(suite, settings):
     """Share of rendered pictures whose KScore survives JPEG at quality 100."""
     try:
         from PIL import Image
@@ -129,7 +135,7 @@ def jpeg_figures(suite):
     return {"KScore unchanged by JPEG at quality 100": figures}
 
 
-def run_figures(suite):
+def run_figures(suite, settings):
     """The first command of the README, imports included, in a process of its own."""
     if not hasattr(os, "wait4"):
         return {}
@@ -142,7 +148,7 @@ def run_figures(suite):
     return {"genevolve.py run": {"seconds": seconds, "MB": usage.ru_maxrss / 1024, "exit code": status, "picture": made}}
 
 
-def oracle_figures(suite):
+def oracle_figures(suite, settings):
     """The oracle's programs at several step counts, and with a second seed."""
     jobs = [(n, o["gen_prompt"], suite.references(n)) for n, o in enumerate(suite.oracle)]
     figures = {f"oracle, {steps} steps": means(suite.score(jobs, steps)) for steps in (1, 4, 12, 20)}
@@ -152,7 +158,7 @@ def oracle_figures(suite):
     return figures
 
 
-def reference_figures(suite):
+def reference_figures(suite, settings):
     """Single held-out subjects: the right reference, none, and the early or present look taken for the other."""
     single = [n for n, r in enumerate(suite.rows) if len(r["recipe"]["wanted"]["subjects"]) == 1]
     prompt = {n: suite.oracle[n]["gen_prompt"].split(". ")[0].rstrip(".") + "." for n in single}
@@ -165,7 +171,7 @@ def reference_figures(suite):
         "wrong reference": look([(n, prompt[n], other[n]) for n in single])}}
 
 
-def skill_figures(suite):
+def skill_figures(suite, settings):
     """Each skill's wording against plain wording of the same request, everything else exact."""
     figures = {}
     for skill, dimension in DIMENSION.items():
@@ -177,25 +183,37 @@ def skill_figures(suite):
     return figures
 
 
+def on_bench(policy, settings, rows, guides=None):
+    """One attempt at every request with a policy folder, always with the same seeds: what the tables need, a dict each."""
+    with tempfile.TemporaryDirectory() as folder:
+        chosen = genevolve.Run(policy=policy, out=folder, sampling_steps=settings.steps, guidance=settings.guidance,
+                               device=settings.device)
+        with genevolve.Embedded(chosen, folder) as parts:
+            attempts = parts.agent().run(rows, [7919 * n for n in range(len(rows))], guides)
+            parts.studio.finish(attempts)
+    return [bench_row(row, t.judgement, t.program is not None, sum(s.kind == "tool_call" for s in t.steps), t.reward)
+            for t, row in zip(attempts, rows)]
+
+
+def bench_row(row, scores, valid, calls, reward=None):
+    return {"id": row["id"], "novel": row["novel"], "eval_type": row["eval_type"], "valid": valid, "tool_calls": calls,
+            "reward": reward, **{k: scores[k] for k in ("kscore",) + distill.DIMENSIONS}}
+
+
 def policy_figures(suite, settings):
     """Raw requests, the fixed workflow's floor; the cold-started policy without and with a perfect guide."""
-    raw = means(suite.score([(n, r["question"], []) for n, r in enumerate(suite.rows)]))
-    figures = {"raw request to the renderer": raw}
-    settings = genevolve.Run(policy=settings.policy, out=settings.out, sampling_steps=settings.steps, guidance=settings.guidance, seed=settings.seed)
+    figures = {"raw request to the renderer": means(suite.score([(n, r["question"], []) for n, r in enumerate(suite.rows)]))}
     guides = [distill.Bundle.from_bullets(r["question"], o["guide"]) for r, o in zip(suite.rows, suite.oracle)]
-    with genevolve.Embedded(settings, settings.out) as parts:
-        for label, given in (("policy", None), ("policy with a perfect guide", guides)):
-            start = time.perf_counter()
-            done = parts.agent().run(suite.rows, [7919 * n for n in range(len(suite.rows))], given)
-            parts.studio.finish(done)
-            figures[label] = means([t.judgement for t in done]) | {
-                "reward": mean([t.reward for t in done]), "valid programs": mean([float(t.program is not None) for t in done]),
-                "tool calls": mean([float(sum(s.kind == "tool_call" for s in t.steps)) for t in done]),
-                "seconds": time.perf_counter() - start}
+    for label, given in (("policy", None), ("policy with a perfect guide", guides)):
+        start = time.perf_counter()
+        done = on_bench(settings.policy, settings, suite.rows, given)
+        figures[label] = means(done) | {
+            "reward": mean([r["reward"] for r in done]), "valid programs": mean([float(r["valid"]) for r in done]),
+            "tool calls": mean([float(r["tool_calls"]) for r in done]), "seconds": time.perf_counter() - start}
     return figures
 
 
-def time_figures(suite):
+def time_figures(suite, settings):
     """One picture at batch 1, and a batch of sixteen, 20 steps with guidance."""
     job = (suite.oracle[0]["gen_prompt"], suite.references(0))
     seconds = []
@@ -210,15 +228,13 @@ def time_figures(suite):
 def world(settings):
     """python bench.py world"""
     suite, results = Suite(settings), {}
-    for part in (judge_figures, oracle_figures, reference_figures, skill_figures, jpeg_figures, time_figures, run_figures):
-        for label, values in part(suite).items():
+    for part in (judge_figures, oracle_figures, reference_figures, skill_figures, jpeg_figures, time_figures, run_figures,
+                 policy_figures):
+        for label, values in part(suite, settings).items():
             results[label] = values
             print_row(label, values)
-    for label, values in policy_figures(suite, settings).items():
-        results[label] = values
-        print_row(label, values)
     genevolve.make_folder(settings.out)
-    genevolve.write_json(os.path.join(settings.out, "world.json"), results)
+    model.write_json(os.path.join(settings.out, "world.json"), results)
 
 
 # ---- quality: what each part of the training is worth -----------------------------------------------------------------------
@@ -234,7 +250,6 @@ class Quality(Bench):
     memo: str = flag("", "file of judgements that the runs share (default: one in --runs)")
 
 
-# the gate belongs to the embedder: 0.6 gives the keys with names the hit rate that 0.84 gives those without, on validation
 CHOICES = ("lr=2e-4", "lr=1e-4", "lr=4e-4")  # what arms without a second loss try
 WEIGHED = ("lr=4e-4,weight={0}", "lr=4e-4,weight={1}", "lr=8e-4,weight={0}")  # what arms with one try: as many
 LIGHTLY = ("lr=2e-4,weight={0}", "lr=2e-4,weight={1}", "lr=4e-4,weight={0}")  # where nothing holds the policy at a high rate
@@ -245,6 +260,7 @@ ARMS = {  # arm -> (flags of evolve, settings tried on validation requests, seed
     "grpo": ({"set": "weight=0"}, CHOICES, 5),
     "stable": ({}, tuple(c.format(1, 3) for c in WEIGHED), 5),
     "memory-imitation": ({"imitate": "memory"}, tuple(c.format(0.1, 0.3) for c in LIGHTLY), 5),
+    # the gate belongs to the embedder: 0.6 lets about as many keys with names through as 0.84 does without names
     "paper": ({"recipe": "paper", "set": "gate=0.6"}, tuple(c.format(0.01, 2) for c in LIGHTLY), 5),
     "best-imitation": ({"imitate": "best", "grpo": False}, CHOICES, 3),
     "sdl-alone": ({"grpo": False}, tuple(c.format(1, 3) for c in WEIGHED), 3),
@@ -302,7 +318,7 @@ def tuned(settings, arm, folder):
         run = evolution(settings, arm, choice, TUNING_SEED, settings.tune_steps)
         tried[choice] = mean([row["validation"]["kscore"] for row in run.log if row.get("validation")][-2:])  # the last two
     found = {"best": max(tried, key=tried.get) if tried else choices[0], "tried": tried}
-    genevolve.write_json(path, found)
+    model.write_json(path, found)
     return found
 
 
@@ -311,23 +327,6 @@ def read(path):
         return None
     with open(path, encoding="utf-8") as file:
         return json.load(file)
-
-
-def bench_rows(attempts, rows):
-    """What the tables need of every attempt, one dict a request."""
-    return [{"id": r["id"], "novel": r["novel"], "eval_type": r["eval_type"], "valid": t.program is not None,
-             "tool_calls": sum(s.kind == "tool_call" for s in t.steps), "reward": t.reward,
-             **{k: t.judgement[k] for k in ("kscore",) + distill.DIMENSIONS}} for t, r in zip(attempts, rows)]
-
-
-def on_bench(policy, settings, rows):
-    """One attempt at every bench request, with a policy folder."""
-    chosen = genevolve.Run(policy=policy, out=settings.runs, sampling_steps=settings.steps, guidance=settings.guidance,
-                            device=settings.device)
-    with genevolve.Embedded(chosen, settings.runs) as parts:
-        attempts = parts.agent().run(rows, [7919 * n for n in range(len(rows))])
-        parts.studio.finish(attempts)
-    return bench_rows(attempts, rows)
 
 
 def fixed_rows(settings, folder, rows):
@@ -340,13 +339,12 @@ def fixed_rows(settings, folder, rows):
     first = [[tools.read_image(os.path.join(HERE, "atlas", "corpus", hit.path)) for hit in corpus.search_images(r["question"], 1)] for r in suite.rows]
 
     def judged(jobs, calls):
-        return [{"id": r["id"], "novel": r["novel"], "eval_type": r["eval_type"], "valid": True, "tool_calls": calls, "reward": None,
-                 **{k: s[k] for k in ("kscore",) + distill.DIMENSIONS}} for r, s in zip(suite.rows, suite.score(jobs))]
+        return [bench_row(r, s, True, calls) for r, s in zip(suite.rows, suite.score(jobs))]
     found = {"raw request": judged([(n, r["question"], []) for n, r in enumerate(suite.rows)], 0),
              "fixed workflow": judged([(n, r["question"], first[n]) for n, r in enumerate(suite.rows)], 1),
              "SFT": on_bench(settings.policy, settings, rows),
              "oracle": judged([(n, o["gen_prompt"], suite.references(n)) for n, o in enumerate(suite.oracle)], 0)}
-    genevolve.write_json(path, found)
+    model.write_json(path, found)
     return found
 
 
@@ -396,7 +394,7 @@ def summarize_quality(folder, fixed):
     for name, (change, low, high) in pairs.items():
         print(f"{name:<60} {change:+.3f}  [{low:+.3f}, {high:+.3f}]")
     results = os.path.dirname(folder)
-    genevolve.write_json(os.path.join(results, "quality.json"), {"rows": rows, "differences": pairs, "arms": details})
+    model.write_json(os.path.join(results, "quality.json"), {"rows": rows, "differences": pairs, "arms": details})
     write_quality(results, rows, pairs, details)
 
 
@@ -412,14 +410,12 @@ def write_quality(results, rows, pairs, details):
     lines += [f"| {LABELS.get(name, name)} | " + " | ".join(cell(row.get(k)) for k in COLUMNS.values()) + " |" for name, row in rows.items()]
     lines += ["", "| difference in KScore | mean | 95 % interval |", "| --- | --- | --- |"]
     lines += [f"| {name} | {change:+.3f} | {low:+.3f} to {high:+.3f} |" for name, (change, low, high) in pairs.items()]
-    with open(os.path.join(results, "quality.md"), "w", encoding="utf-8") as file:
-        file.write("\n".join(lines) + "\n")
+    model.write_text(os.path.join(results, "quality.md"), "\n".join(lines) + "\n")
     curves = {}
     for arm, said in details.items():
         points = min(len(c) for c in said["curves"])
         curves[arm] = [(said["curves"][0][i][0], mean([c[i][2] for c in said["curves"]])) for i in range(points)]
-    with open(os.path.join(results, "quality.svg"), "w", encoding="utf-8") as file:
-        file.write(genevolve.svg_lines(curves, 720, 320))
+    model.write_text(os.path.join(results, "quality.svg"), genevolve.svg_lines(curves, 720, 320))
 
 
 def quality(settings):
@@ -442,7 +438,7 @@ def quality(settings):
             run = evolution(settings, arm, setting, seed, settings.train_steps)
             log, last = run.log, os.path.join(run.out, "last")
             curve = validation_curve(log)
-            genevolve.write_json(path, {
+            model.write_json(path, {
                 "arm": arm, "setting": setting, "seed": seed, "steps": len(log), "rollouts": sum(r["rollouts"] for r in log),
                 "seconds": sum(r["seconds"] for r in log), "curve": curve, "bench": on_bench(last, settings, rows),
                 "gradient_ratio": mean([r["gradient_ratio"] for r in log]), "hit_rate": mean([r["hit_rate"] for r in log]),
@@ -735,7 +731,7 @@ def speed(settings):
         row |= {"target": TARGETS[name]} if name in TARGETS else {}
         found[name] = row
         print_row(name, row)
-        genevolve.write_json(path, found)
+        model.write_json(path, found)
 
 
 COMMANDS = {"world": (Bench, world), "quality": (Quality, quality), "speed": (Speed, speed)}

@@ -1018,6 +1018,14 @@ def train(data, out, seed=0, device="cpu", vae_steps=0, steps=0, **settings):
     train_renderer(scenes, vae, renderer, settings, device)
 
 
+def portable(value):
+    """A path inside the project relative to it, in settings too: a record that is true on other machines."""
+    if isinstance(value, dict):
+        return {k: portable(v) for k, v in value.items()}
+    here = os.path.dirname(os.path.abspath(__file__))
+    return os.path.relpath(value, here) if isinstance(value, str) and value.startswith(here + os.sep) else value
+
+
 def command_line():
     """The command of this process, to be kept beside the weights."""
-    return " ".join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
+    return " ".join(["python", os.path.basename(sys.argv[0]), *(portable(str(a)) for a in sys.argv[1:])])

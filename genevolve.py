@@ -17,10 +17,10 @@ compact form of the same protocol; any other policy sees the full form. Which on
 genevolve.json.
 """
 import argparse
-import base64
 import copy
 import dataclasses
 import difflib
+import functools
 import hashlib
 import html
 import json
@@ -137,7 +137,7 @@ class LocalPolicy:
         """One turn for a conversation from outside (the chat endpoint). Returns tools.ChatReply."""
         messages = [m | {"role": "system" if m["role"] == "developer" else m["role"]} for m in request["messages"]]
         if self.compact:
-            messages = compact_messages(messages, tools.read_skills(os.path.join(HERE, "skills")), known_requests())
+            messages = compact_messages(messages, skill_guides(), known_requests())
         ids = self.tokenizer.apply_chat(messages, add_generation_prompt=True)
         sequence = self.engine.open(ids, request["seed"])
         self.engine.submit(sequence, min(request["max_tokens"], self.sampling.max_new_tokens), request["temperature"],
@@ -482,25 +482,6 @@ def record(trajectory, image_path):
         "reward": None if math.isnan(t.reward) else t.reward}
 
 
-def write_json(path, value):
-    """Atomically: a reader sees the old file or the new one."""
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False)
-    os.replace(path + ".tmp", path)
-
-
-def portable(value):
-    """Settings with paths inside the project written relative to it: a record that is true on other machines."""
-    if isinstance(value, dict):
-        return {k: portable(v) for k, v in value.items()}
-    return os.path.relpath(value, HERE) if isinstance(value, str) and value.startswith(HERE + os.sep) else value
-
-
-def command_line():
-    """The command at work, for the record beside what it makes."""
-    return " ".join(["python", os.path.basename(sys.argv[0]), *(str(portable(a)) for a in sys.argv[1:])])
-
-
 def make_folder(path):
     try:
         os.makedirs(path, exist_ok=True)
@@ -563,12 +544,8 @@ font-size:.85rem;margin:.3rem 0}.think{color:#777;font-style:italic}.ok{color:#2
 margin-top:2rem}td,th{padding:.1rem .8rem .1rem 0;text-align:left;font-size:.9rem}h1,h2{font-weight:600}"""
 
 
-def data_uri(image):
-    return "data:image/png;base64," + base64.b64encode(diffusion.encode_png(image)).decode()
-
-
 def figure(image, caption, width=192):
-    return (f'<figure><img src="{data_uri(image)}" width="{width}" alt="{html.escape(caption)}">'
+    return (f'<figure><img src="{tools.data_uri(image)}" width="{width}" alt="{html.escape(caption)}">'
             f"<figcaption>{html.escape(caption)}</figcaption></figure>")
 
 
@@ -610,10 +587,8 @@ def write_report(path, trajectories, title="GenEvolve"):
 
 def write_page(path, title, body):
     """One self-contained file."""
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        file.write(f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-                   f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>{body}</html>")
-    os.replace(path + ".tmp", path)
+    model.write_text(path, f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+                     f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>{body}</html>")
 
 
 # ---- Settings and commands: every flag is a field, every default stands once -----------------------------------------
@@ -694,6 +669,7 @@ class TrainRenderer(Common):
     data: str = flag(os.path.join(HERE, "atlas"), "folder with scenes.safetensors and scenes.jsonl")
     vae_steps: int = flag(0, "optimizer steps of the VAE (0: its default)")
     steps: int = flag(0, "optimizer steps of the diffusion transformer (0: its default)")
+    compile: bool = flag(False, "torch.compile its layers (two minutes, then twice as fast; needs a C++ compiler)")
 
 
 class Embedded:
@@ -783,6 +759,13 @@ def default_request():
     return max(rows, key=lambda r: len(r["recipe"]["wanted"]["skills"]))
 
 
+@functools.cache
+def skill_guides():
+    """The project's own guides by skill."""
+    return tools.read_skills(os.path.join(HERE, "skills"))
+
+
+@functools.cache
 def known_requests():
     """Requests of the Atlas by their text: what has a ground truth can be judged."""
     return {r["question"]: r for split in ("validation", "evolve", "bench") for r in atlas_rows(split)}
@@ -843,7 +826,7 @@ def save_results(out, trajectories, single):
             diffusion.write_png(path, t.image)
             t.saved = True
         records.append(record(t, path))
-    write_json(os.path.join(out, "results.json"), records)
+    model.write_json(os.path.join(out, "results.json"), records)
     write_report(os.path.join(out, "report.html"), trajectories)
 
 
@@ -950,9 +933,9 @@ def sft(s):
             print(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in log.items()), flush=True)
         if (step + 1) % 200 == 0 or step == total - 1:
             model.save(s.out, net, tokenizer)
-            write_json(os.path.join(s.out, "genevolve.json"), {"protocol": "compact" if not s.init or is_compact(s.init) else "full"})
-            write_json(os.path.join(s.out, "training.json"),
-                       {"command": command_line(), "settings": portable(asdict(s)), **log})
+            model.write_json(os.path.join(s.out, "genevolve.json"), {"protocol": "compact" if not s.init or is_compact(s.init) else "full"})
+            model.write_json(os.path.join(s.out, "training.json"),
+                       {"command": diffusion.command_line(), "settings": diffusion.portable(asdict(s)), **log})
 
 
 # ---- evolve: from its own attempts to a better policy ---------------------------------------------------------------------------
@@ -1086,13 +1069,13 @@ class Evolution:
             raise tools.ToolError(f"step {self.done + 1}: no trajectory was written ({attempts[0].error or 'no tokens'})")
         learned = self.learn(batch, self.imitated(groups, entries))
         valid = rewards[~rewards.isnan()]
-        row = {"step": self.done + 1, "reward": mean(valid.tolist()), "spread": mean((spread := spreads(rewards)).tolist()),
+        row = {"step": self.done + 1, "reward": distill.average(valid.tolist()), "spread": distill.average((spread := spreads(rewards)).tolist()),
                "dead_groups": float((spread <= 1e-6).double().mean()), "missing": int(rewards.isnan().sum()),
-               "kscore": mean([t.judgement["kscore"] for t in attempts if t.judgement]),
-               "validity": mean([float(t.program is not None) for t in attempts]),
-               "tool_calls": mean([float(sum(x.kind == "tool_call" for x in t.steps)) for t in attempts]),
-               "response_tokens": mean([float(sum(t.mask)) for t in attempts]), "rollouts": len(attempts), "pairs": pairs,
-               "memory": len(self.memory), "hit_rate": mean([float(e is not None) for e in entries]),
+               "kscore": distill.average([t.judgement["kscore"] for t in attempts if t.judgement]),
+               "validity": distill.average([float(t.program is not None) for t in attempts]),
+               "tool_calls": distill.average([float(sum(x.kind == "tool_call" for x in t.steps)) for t in attempts]),
+               "response_tokens": distill.average([float(sum(t.mask)) for t in attempts]), "rollouts": len(attempts), "pairs": pairs,
+               "memory": len(self.memory), "hit_rate": distill.average([float(e is not None) for e in entries]),
                "right_advice": self.right_advice(rows, guides)} | learned
         if s.audit_every and (self.done + 1) % s.audit_every == 0:
             row["lesson_audit"] = self.audit(rows, entries, rewards)
@@ -1184,7 +1167,7 @@ class Evolution:
         return {"entropy": sums["entropy"] / sums["tokens"], "reference_kl": sums["reference_kl"] / sums["tokens"] if s.grpo else math.nan,
                 "grpo_loss": sums["grpo_loss"] / len(pieces) if s.grpo else math.nan, "sdl_loss": sums["sdl_loss"] / len(pieces) if sums["guided_tokens"] else math.nan,
                 **{k: sums[k] / told for k in ("selected", "saturated", "capped", "clipped", "gap")},
-                "gradient_norm": mean(norms), "gradient_ratio": mean(ratios), "reverse_kl_cosine": cosine,
+                "gradient_norm": distill.average(norms), "gradient_ratio": distill.average(ratios), "reverse_kl_cosine": cosine,
                 "lr": s.lr * self.lr_scale}
 
     def right_advice(self, rows, guides):
@@ -1195,7 +1178,7 @@ class Evolution:
             bullets = [(f, b.removeprefix(distill.STANDARD)) for f, bs in guide.guidance.items() for b in bs] if guide else []
             if right and bullets:
                 shares.append(sum(b in right.get(f, []) for f, b in bullets) / len(bullets))
-        return mean(shares)
+        return distill.average(shares)
 
     def audit(self, rows, entries, rewards):
         """How a group's reward moves with its guide and with a placebo of the same length; lessons that hurt go."""
@@ -1206,11 +1189,11 @@ class Evolution:
         for stream, change in enumerate((lambda b: b, lambda b: distill.placebo(b, lambda t: len(self.tokenizer.encode(t)))), 1):
             guides = [g for _, e, _ in told for g in [change(e.bundle)] * K]
             attempts, _ = self.roll_out([row for row, _, _ in told for _ in range(K)], stream, guides)
-            means.append([mean([t.reward for t in attempts[i:i + K]]) for i in range(0, len(attempts), K)])
-        without = [mean(line) for _, _, line in told]
+            means.append([distill.average([t.reward for t in attempts[i:i + K]]) for i in range(0, len(attempts), K)])
+        without = [distill.average(line) for _, _, line in told]
         for (_, entry, _), a, b, c in zip(told, means[0], without, means[1]):
             distill.Memory.record_audit(entry, a, b, c)
-        return {"lessons": len(told), "with_guide": mean(means[0]), "without": mean(without), "placebo": mean(means[1]),
+        return {"lessons": len(told), "with_guide": distill.average(means[0]), "without": distill.average(without), "placebo": distill.average(means[1]),
                 "retired": len(self.memory.retire()), "rollouts": 2 * K * len(told)}
 
     # -- promotion and collapse --
@@ -1224,12 +1207,12 @@ class Evolution:
         show(self.out, "after" if self.done else "before", attempts[:6])
         entries = self.memory.lookup([t.question for t in attempts], count=False)
         self.specimen = next(((t, e.bundle) for t, e in zip(attempts, entries) if e and t.program), None)
-        figures = {"reward": mean(rewards), "kscore": mean([t.judgement["kscore"] for t in attempts if t.judgement]),
-                   "validity": mean([float(t.program is not None) for t in attempts])}
+        figures = {"reward": distill.average(rewards), "kscore": distill.average([t.judgement["kscore"] for t in attempts if t.judgement]),
+                   "validity": distill.average([float(t.program is not None) for t in attempts])}
         if self.promoted is not None:
             change = np.array(rewards) - np.array(self.promoted)
             change = change[~np.isnan(change)]
-            figures |= {"change": mean(change.tolist()), "standard_error": float(change.std() / max(len(change), 1) ** 0.5)}
+            figures |= {"change": distill.average(change.tolist()), "standard_error": float(change.std() / max(len(change), 1) ** 0.5)}
         if self.promoted is None or figures["change"] >= 0:  # not worse on the same requests with the same seeds
             self.promoted, figures["promoted"] = rewards, True
             self.keep_good()
@@ -1246,7 +1229,7 @@ class Evolution:
     def write_policy(self, name, figures=None):
         """The policy as a folder of the run."""
         save_policy(os.path.join(self.out, name), self.net, self.tokenizer, self.parts.policy.compact,
-                    {"command": command_line(), "step": self.done, "validation": figures})
+                    {"command": diffusion.command_line(), "step": self.done, "validation": figures})
 
     def collapse(self):
         """What fell past its bound within the last steps, or ""."""
@@ -1254,7 +1237,7 @@ class Evolution:
         if len(rows) < 2 * WINDOW:
             return ""
         def window(key, end):
-            return mean([row[key] for row in rows[end - WINDOW:end]])
+            return distill.average([row[key] for row in rows[end - WINDOW:end]])
         for key in ("validity", "entropy"):
             if window(key, len(rows)) < COLLAPSE[key] * window(key, WINDOW):
                 return f"{key} fell to {window(key, len(rows)):.3f} from {window(key, WINDOW):.3f}"
@@ -1304,7 +1287,7 @@ class Evolution:
         os.makedirs(temporary)
         path = os.path.join(temporary, "state.safetensors")
         model.write_tensors(path, self.weights() | {f"memory.{k}": v.contiguous() for k, v in keys.items()})
-        write_json(os.path.join(temporary, "state.json"), {
+        model.write_json(os.path.join(temporary, "state.json"), {
             "settings": self.identity(), "row": row, "checksum": checksum(path), "step": self.done, "lr_scale": self.lr_scale,
             "good": self.good, "calm": self.calm, "promoted": self.promoted, "memory": memory, "examples": self.examples,
             "memo": self.memo_kept})
@@ -1418,12 +1401,6 @@ def number(value):
     return "-" if value is None else f"{value:.3f}"
 
 
-def mean(values):
-    """Mean without missing values (nan), nan if none is left."""
-    kept = [v for v in values if v is not None and v == v]
-    return sum(kept) / len(kept) if kept else math.nan
-
-
 def spreads(rewards):
     """Greatest minus smallest reward of every group, missing ones left out (0 for fewer than two). (G, K) -> (G,)"""
     low, high = rewards.nan_to_num(math.inf).amin(1), rewards.nan_to_num(-math.inf).amax(1)
@@ -1460,9 +1437,7 @@ def checksum(path):
 
 
 def write_lines(path, rows):
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    os.replace(path + ".tmp", path)
+    model.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_memo(path, studio, count):
@@ -1485,8 +1460,8 @@ def save_policy(path, net, tokenizer, compact, training):
     temporary = path + ".new"
     shutil.rmtree(temporary, ignore_errors=True)
     model.save(temporary, net, tokenizer)
-    write_json(os.path.join(temporary, "genevolve.json"), {"protocol": "compact" if compact else "full"})
-    write_json(os.path.join(temporary, "training.json"), training)
+    model.write_json(os.path.join(temporary, "genevolve.json"), {"protocol": "compact" if compact else "full"})
+    model.write_json(os.path.join(temporary, "training.json"), training)
     swap_folder(temporary, path)
 
 
@@ -1591,7 +1566,7 @@ def show(out, when, trajectories):
     for t in trajectories:
         if t.image is not None:
             diffusion.write_png(os.path.join(folder, f"{when}-{t.id}.png"), t.image)
-    write_json(os.path.join(folder, f"{when}.json"), [
+    model.write_json(os.path.join(folder, f"{when}.json"), [
         {"id": t.id, "question": t.question, "prompt": t.program.gen_prompt if t.program else "no program", "picture": t.image is not None,
          "kscore": t.judgement and t.judgement["kscore"]} for t in trajectories])
 
@@ -1672,7 +1647,8 @@ def write_evolution_report(run):
 
 def train_renderer(s):
     """python genevolve.py train-renderer"""
-    diffusion.train(s.data, s.out, seed=s.seed, device=pick_device(s.device), vae_steps=s.vae_steps, steps=s.steps)
+    diffusion.train(s.data, s.out, seed=s.seed, device=pick_device(s.device), vae_steps=s.vae_steps, steps=s.steps,
+                    compile=s.compile)
 
 
 def serve(s):

@@ -424,11 +424,15 @@ def replace_file(path, write):
             os.remove(temporary)
 
 
-def write_json(path, value):
+def write_text(path, text):
     def write(temporary):
         with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=2, ensure_ascii=False)
+            file.write(text)
     replace_file(path, write)
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def write_tensors(path, tensors):
