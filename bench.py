@@ -60,7 +60,8 @@ class Suite:
         self.oracle = [oracle[row["id"]] for row in self.rows]
         weights = os.path.join(HERE, "weights")
         self.renderer = diffusion.Renderer.load(os.path.join(weights, "renderer"), os.path.join(weights, "vae"))
-        self.judge, self.steps, self.guidance = distill.PixelJudge(genevolve.read_world()), settings.steps, settings.guidance
+        self.judge = distill.PixelJudge(genevolve.read_world())
+        self.steps, self.guidance = settings.steps, settings.guidance
 
     def references(self, number):
         """The right reference pictures of a row."""
@@ -85,11 +86,12 @@ def means(scores):
 
 
 def print_row(label, values):
-    print(f"{label:<44} " + "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()),
+    print(f"{label:<44} " + "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}"
+                                      for k, v in values.items()),
           flush=True)
 
 
-# ---- world: is the Atlas what it claims to be? ----------------------------------------------------------------------------
+# ---- world: is the Atlas what it claims to be? -----------------------------------------------------------------------
 
 def planted_violations(judge, count):
     """Fresh scenes drawn with one requirement violated: {skill: [whether the judge lowered the skill's dimension]}."""
@@ -121,7 +123,8 @@ def jpeg_figures(suite, settings):
         from PIL import Image
     except ImportError:
         return {"KScore unchanged by JPEG at quality 100": {"needs": "pip install pillow"}}
-    jobs = [(n, r["question"] if n % 2 else suite.oracle[n]["gen_prompt"], suite.references(n)) for n, r in enumerate(suite.rows)]
+    jobs = [(n, r["question"] if n % 2 else suite.oracle[n]["gen_prompt"], suite.references(n))
+            for n, r in enumerate(suite.rows)]
     images, figures = suite.paint(jobs), {}
     for label, subsampling in (("full chroma", 0), ("chroma halved", 2)):
         same = []
@@ -129,7 +132,8 @@ def jpeg_figures(suite, settings):
             data = io.BytesIO()
             Image.fromarray(image).save(data, "JPEG", quality=100, subsampling=subsampling)
             again, row = np.asarray(Image.open(data).convert("RGB")), suite.rows[n]
-            first, second = (suite.judge(i, genevolve.truth_of(row), row["recipe"]["wanted"])["kscore"] for i in (image, again))
+            first, second = (suite.judge(i, genevolve.truth_of(row), row["recipe"]["wanted"])["kscore"]
+                             for i in (image, again))
             same.append(float(first == second))
         figures[label] = mean(same)
     return {"KScore unchanged by JPEG at quality 100": figures}
@@ -141,11 +145,13 @@ def run_figures(suite, settings):
         return {}
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        process = subprocess.Popen([sys.executable, os.path.join(HERE, "genevolve.py"), "run", "--out", folder], stdout=subprocess.DEVNULL)
+        process = subprocess.Popen([sys.executable, os.path.join(HERE, "genevolve.py"), "run", "--out", folder],
+                                   stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - start
         made = os.path.exists(os.path.join(folder, "image.png"))
-    return {"genevolve.py run": {"seconds": seconds, "MB": usage.ru_maxrss / 1024, "exit code": status, "picture": made}}
+    return {"genevolve.py run": {"seconds": seconds, "MB": usage.ru_maxrss / 1024, "exit code": status,
+                                 "picture": made}}
 
 
 def oracle_figures(suite, settings):
@@ -153,8 +159,10 @@ def oracle_figures(suite, settings):
     jobs = [(n, o["gen_prompt"], suite.references(n)) for n, o in enumerate(suite.oracle)]
     figures = {f"oracle, {steps} steps": means(suite.score(jobs, steps)) for steps in (1, 4, 12, 20)}
     a, b = (suite.renderer.render([j[1] for j in jobs[:32]], [j[2] for j in jobs[:32]],
-                                  [seed + n for n in range(len(jobs[:32]))], steps=suite.steps, guidance=suite.guidance) for seed in (1, 1001))
-    figures["two seeds, mean pixel difference"] = {"of 255": mean([np.abs(x.astype(float) - y).mean() for x, y in zip(a, b)])}
+                                  [seed + n for n in range(len(jobs[:32]))], steps=suite.steps,
+                                  guidance=suite.guidance) for seed in (1, 1001))
+    apart = [np.abs(x.astype(float) - y).mean() for x, y in zip(a, b)]
+    figures["two seeds, mean pixel difference"] = {"of 255": mean(apart)}
     return figures
 
 
@@ -179,12 +187,13 @@ def skill_figures(suite, settings):
         exact = means(suite.score([(n, suite.oracle[n]["gen_prompt"], suite.references(n)) for n in rows]))
         plain = means(suite.score([(n, suite.oracle[n]["probes"][skill], suite.references(n)) for n in rows]))
         figures[f"{skill}, exact minus plain"] = {
-            "KScore": exact["kscore"] - plain["kscore"], dimension: exact[dimension] - plain[dimension], "rows": len(rows)}
+            "KScore": exact["kscore"] - plain["kscore"], dimension: exact[dimension] - plain[dimension],
+            "rows": len(rows)}
     return figures
 
 
 def on_bench(policy, settings, rows, guides=None):
-    """One attempt at every request with a policy folder, always with the same seeds: what the tables need, a dict each."""
+    """One attempt at every request with a policy folder, the same seeds each time: a ``bench_row`` each."""
     with tempfile.TemporaryDirectory() as folder:
         chosen = genevolve.Run(policy=policy, out=folder, sampling_steps=settings.steps, guidance=settings.guidance,
                                device=settings.device)
@@ -202,7 +211,8 @@ def bench_row(row, scores, valid, calls, reward=None):
 
 def policy_figures(suite, settings):
     """Raw requests, the fixed workflow's floor; the cold-started policy without and with a perfect guide."""
-    figures = {"raw request to the renderer": means(suite.score([(n, r["question"], []) for n, r in enumerate(suite.rows)]))}
+    raw = suite.score([(n, r["question"], []) for n, r in enumerate(suite.rows)])
+    figures = {"raw request to the renderer": means(raw)}
     guides = [distill.Bundle.from_bullets(r["question"], o["guide"]) for r, o in zip(suite.rows, suite.oracle)]
     for label, given in (("policy", None), ("policy with a perfect guide", guides)):
         start = time.perf_counter()
@@ -228,8 +238,8 @@ def time_figures(suite, settings):
 def world(settings):
     """python bench.py world"""
     suite, results = Suite(settings), {}
-    for part in (judge_figures, oracle_figures, reference_figures, skill_figures, jpeg_figures, time_figures, run_figures,
-                 policy_figures):
+    for part in (judge_figures, oracle_figures, reference_figures, skill_figures, jpeg_figures, time_figures,
+                 run_figures, policy_figures):
         for label, values in part(suite, settings).items():
             results[label] = values
             print_row(label, values)
@@ -237,7 +247,7 @@ def world(settings):
     model.write_json(os.path.join(settings.out, "world.json"), results)
 
 
-# ---- quality: what each part of the training is worth -----------------------------------------------------------------------
+# ---- quality: what each part of the training is worth ----------------------------------------------------------------
 
 @dataclass
 class Quality(Bench):
@@ -252,9 +262,12 @@ class Quality(Bench):
 
 CHOICES = ("lr=2e-4", "lr=1e-4", "lr=4e-4")  # what arms without a second loss try
 WEIGHED = ("lr=4e-4,weight={0}", "lr=4e-4,weight={1}", "lr=8e-4,weight={0}")  # what arms with one try: as many
-LIGHTLY = ("lr=2e-4,weight={0}", "lr=2e-4,weight={1}", "lr=4e-4,weight={0}")  # where nothing holds the policy at a high rate
-LABELS = {"grpo": "SFT + GRPO", "stable": "SFT + GRPO + SDL, stable", "memory-imitation": "SFT + GRPO + imitation of the memory's best",
-          "paper": "SFT + GRPO + SDL, paper", "best-imitation": "SFT + imitation of the group's best", "sdl-alone": "SFT + SDL alone, stable",
+# where nothing holds the policy at a high rate
+LIGHTLY = ("lr=2e-4,weight={0}", "lr=2e-4,weight={1}", "lr=4e-4,weight={0}")
+LABELS = {"grpo": "SFT + GRPO", "stable": "SFT + GRPO + SDL, stable",
+          "memory-imitation": "SFT + GRPO + imitation of the memory's best",
+          "paper": "SFT + GRPO + SDL, paper", "best-imitation": "SFT + imitation of the group's best",
+          "sdl-alone": "SFT + SDL alone, stable",
           "shuffled": "stable, shuffled bundles", "placebo": "stable, placebo bundles"}
 ARMS = {  # arm -> (flags of evolve, settings tried on validation requests, seeds)
     "grpo": ({"set": "weight=0"}, CHOICES, 5),
@@ -283,7 +296,8 @@ def evolution(settings, arm, choice, seed, steps):
     flags["set"] = ",".join(filter(None, [flags.get("set", "")] + [f"{k}={v}" for k, v in changes.items()]))
     out = os.path.join(settings.runs, f"{arm}-{slug(choice)}-{seed}")
     memo = settings.memo or os.path.join(settings.runs, "memo.jsonl")
-    return genevolve.evolve(genevolve.Evolve(out=out, policy=settings.policy, steps=steps, seed=seed, lr=lr, eval_every=10, bf16=True,
+    return genevolve.evolve(genevolve.Evolve(out=out, policy=settings.policy, steps=steps, seed=seed, lr=lr,
+                                             eval_every=10, bf16=True,
                                              audit_every=0, memo=memo, device=settings.device, **flags))
 
 
@@ -316,7 +330,8 @@ def tuned(settings, arm, folder):
     tried, choices = {}, ARMS[arm][1] if settings.tune_steps else ARMS[arm][1][:1]
     for choice in choices if settings.tune_steps else ():
         run = evolution(settings, arm, choice, TUNING_SEED, settings.tune_steps)
-        tried[choice] = mean([row["validation"]["kscore"] for row in run.log if row.get("validation")][-2:])  # the last two
+        reached = [row["validation"]["kscore"] for row in run.log if row.get("validation")]
+        tried[choice] = mean(reached[-2:])
     found = {"best": max(tried, key=tried.get) if tried else choices[0], "tried": tried}
     model.write_json(path, found)
     return found
@@ -336,7 +351,8 @@ def fixed_rows(settings, folder, rows):
         return found
     suite = Suite(settings)
     corpus = tools.Corpus(os.path.join(HERE, "atlas", "corpus"))
-    first = [[tools.read_image(os.path.join(HERE, "atlas", "corpus", hit.path)) for hit in corpus.search_images(r["question"], 1)] for r in suite.rows]
+    first = [[tools.read_image(os.path.join(HERE, "atlas", "corpus", hit.path))
+              for hit in corpus.search_images(r["question"], 1)] for r in suite.rows]
 
     def judged(jobs, calls):
         return [bench_row(r, s, True, calls) for r, s in zip(suite.rows, suite.score(jobs))]
@@ -353,7 +369,8 @@ def table_row(runs):
     flat = [r for rows in runs for r in rows]
     part = lambda keep: mean([r["kscore"] for r in flat if keep(r)])
     return {k: mean([r[k] for r in flat]) for k in ("kscore",) + distill.DIMENSIONS} | {
-        "knowledge": part(lambda r: r["eval_type"] == "knowledge"), "quality": part(lambda r: r["eval_type"] == "quality"),
+        "knowledge": part(lambda r: r["eval_type"] == "knowledge"),
+        "quality": part(lambda r: r["eval_type"] == "quality"),
         "novel": part(lambda r: r["novel"]), "valid": mean([float(r["valid"]) for r in flat]),
         "tool calls": mean([float(r["tool_calls"]) for r in flat])}
 
@@ -364,7 +381,8 @@ def bootstrap(first, second, draws=4000):
     seeds = min(len(x) for x in (first, second) if len(x) > 1) if max(len(first), len(second)) > 1 else 1
     take = lambda x: x[:seeds] if len(x) > 1 else np.repeat(x, seeds, 0)
     change, rng = take(first) - take(second), np.random.default_rng(0)                             # (seeds, prompts)
-    means = [change[rng.integers(0, seeds, seeds)][:, rng.integers(0, change.shape[1], change.shape[1])].mean() for _ in range(draws)]
+    means = [change[rng.integers(0, seeds, seeds)][:, rng.integers(0, change.shape[1], change.shape[1])].mean()
+             for _ in range(draws)]
     return [float(change.mean()), *(float(q) for q in np.quantile(means, (0.025, 0.975)))]
 
 
@@ -384,10 +402,11 @@ def summarize_quality(folder, fixed):
             rows[arm] = table_row([r["bench"] for r in runs]) | {
                 "seeds": len(runs), "rollouts": runs[0]["rollouts"], "seconds": mean([r["seconds"] for r in runs])}
             scores[arm] = np.array([[row["kscore"] for row in r["bench"]] for r in runs])
-            details[arm] = {"setting": runs[0]["setting"], "tried": (read(os.path.join(folder, f"{arm}-tuning.json")) or {}).get("tried"),
-                            "kscore by seed": [float(s.mean()) for s in scores[arm]], "curves": [r["curve"] for r in runs],
-                            "gradient ratio": [r["gradient_ratio"] for r in runs], "hit rate": [r["hit_rate"] for r in runs],
-                            "rolled back": [r["rolled_back"] for r in runs]}
+            tuning = read(os.path.join(folder, f"{arm}-tuning.json")) or {}
+            details[arm] = {"setting": runs[0]["setting"], "tried": tuning.get("tried"),
+                            "kscore by seed": [float(s.mean()) for s in scores[arm]],
+                            "curves": [r["curve"] for r in runs], "gradient ratio": [r["gradient_ratio"] for r in runs],
+                            "hit rate": [r["hit_rate"] for r in runs], "rolled back": [r["rolled_back"] for r in runs]}
     pairs = {f"{a} - {b}": bootstrap(scores[a], scores[b]) for a, b in COMPARED if a in scores and b in scores}
     for name, row in rows.items():
         print_row(LABELS.get(name, name), row)
@@ -398,16 +417,17 @@ def summarize_quality(folder, fixed):
     write_quality(results, rows, pairs, details)
 
 
-COLUMNS = {"KScore": "kscore", "F": "faithfulness", "V": "visual_correctness", "T": "text_accuracy", "A": "aesthetics", "knowledge": "knowledge",
-           "quality": "quality", "novel": "novel", "valid": "valid", "calls": "tool calls", "rollouts": "rollouts", "seconds": "seconds",
-           "seeds": "seeds"}
+COLUMNS = {"KScore": "kscore", "F": "faithfulness", "V": "visual_correctness", "T": "text_accuracy", "A": "aesthetics",
+           "knowledge": "knowledge", "quality": "quality", "novel": "novel", "valid": "valid", "calls": "tool calls",
+           "rollouts": "rollouts", "seconds": "seconds", "seeds": "seeds"}
 
 
 def write_quality(results, rows, pairs, details):
     """quality.md and quality.svg, the README's table and figure."""
     cell = lambda v: "" if v is None else f"{v:.3f}" if isinstance(v, float) and v < 10 else f"{v:.0f}"
     lines = ["| | " + " | ".join(COLUMNS) + " |", "| --- |" + " --- |" * len(COLUMNS)]
-    lines += [f"| {LABELS.get(name, name)} | " + " | ".join(cell(row.get(k)) for k in COLUMNS.values()) + " |" for name, row in rows.items()]
+    lines += [f"| {LABELS.get(name, name)} | " + " | ".join(cell(row.get(k)) for k in COLUMNS.values()) + " |"
+              for name, row in rows.items()]
     lines += ["", "| difference in KScore | mean | 95 % interval |", "| --- | --- | --- |"]
     lines += [f"| {name} | {change:+.3f} | {low:+.3f} to {high:+.3f} |" for name, (change, low, high) in pairs.items()]
     model.write_text(os.path.join(results, "quality.md"), "\n".join(lines) + "\n")
@@ -439,14 +459,16 @@ def quality(settings):
             log, last = run.log, os.path.join(run.out, "last")
             curve = validation_curve(log)
             model.write_json(path, {
-                "arm": arm, "setting": setting, "seed": seed, "steps": len(log), "rollouts": sum(r["rollouts"] for r in log),
+                "arm": arm, "setting": setting, "seed": seed, "steps": len(log),
+                "rollouts": sum(r["rollouts"] for r in log),
                 "seconds": sum(r["seconds"] for r in log), "curve": curve, "bench": on_bench(last, settings, rows),
-                "gradient_ratio": mean([r["gradient_ratio"] for r in log]), "hit_rate": mean([r["hit_rate"] for r in log]),
-                "right_advice": mean([r["right_advice"] for r in log]), "rolled_back": [r["step"] for r in log if "rolled_back" in r]})
+                "gradient_ratio": mean([r["gradient_ratio"] for r in log]),
+                "hit_rate": mean([r["hit_rate"] for r in log]), "right_advice": mean([r["right_advice"] for r in log]),
+                "rolled_back": [r["step"] for r in log if "rolled_back" in r]})
     summarize_quality(folder, fixed)
 
 
-# ---- speed: side by side with peers -----------------------------------------------------------------------------------------
+# ---- speed: side by side with peers ----------------------------------------------------------------------------------
 
 @dataclass
 class Speed(Common):
@@ -495,8 +517,8 @@ def side_by_side(ours, peer, repeats):
     runs = [(timed(ours), timed(peer)) for _ in range(repeats)]
     ratios = sorted(b[0] / a[0] for a, b in runs)
     middle = lambda values: float(np.median([v for v in values]))
-    row = {"ours s": middle([a[0] for a, _ in runs]), "peer s": middle([b[0] for _, b in runs]), "ratio": middle(ratios),
-           "ratio low": ratios[0], "ratio high": ratios[-1]}
+    row = {"ours s": middle([a[0] for a, _ in runs]), "peer s": middle([b[0] for _, b in runs]),
+           "ratio": middle(ratios), "ratio low": ratios[0], "ratio high": ratios[-1]}
     if runs[0][0][1] is not None:
         a, b = (max(1.0, *(run[side][1] for run in runs)) for side in (0, 1))
         row |= {"ours MB": a, "peer MB": b, "memory ratio": b / a}
@@ -507,7 +529,8 @@ def machine(device):
     """Measured matrix-product peak (float32, float operations a second) and memory bandwidth (bytes a second)."""
     a, x = torch.randn(2048, 2048, device=device), torch.randn(2**26, device=device)
     best = lambda work: min(timed(work)[0] for _ in range(8))
-    return {"matrix product, GFLOP/s": 2 * 2048**3 / best(lambda: a @ a) / 1e9, "memory, GB/s": x.nbytes / best(lambda: x.sum()) / 1e9}
+    return {"matrix product, GFLOP/s": 2 * 2048**3 / best(lambda: a @ a) / 1e9,
+            "memory, GB/s": x.nbytes / best(lambda: x.sum()) / 1e9}
 
 
 def need(package):
@@ -521,7 +544,8 @@ def small_policy(quick):
     """The 5.2 M-parameter Qwen3 of the table, random weights."""
     torch.manual_seed(0)
     layers = 2 if quick else 6
-    return model.Qwen3(model.Config(vocab_size=2048, hidden_size=256, layers=layers, heads=4, kv_heads=2, head_dim=64, mlp_size=768))
+    return model.Qwen3(model.Config(vocab_size=2048, hidden_size=256, layers=layers, heads=4, kv_heads=2, head_dim=64,
+                                    mlp_size=768))
 
 
 def peer_policy(net):
@@ -596,13 +620,15 @@ def logprob_row(s):
     gradients, which both sides have to deliver."""
     n, c, v = (256, 64, 5000) if s.quick else (4096, 1024, 151936)
     torch.manual_seed(0)
-    hidden, weight, target = torch.randn(n, c).requires_grad_(), (torch.randn(v, c) * c**-0.5).requires_grad_(), torch.randint(v, (n,))
+    hidden, target = torch.randn(n, c).requires_grad_(), torch.randint(v, (n,))
+    weight = (torch.randn(v, c) * c**-0.5).requires_grad_()
 
     def run(logps):
         logps().sum().backward()
         hidden.grad = weight.grad = None  # so that the next run starts without them
     row = side_by_side(lambda: run(lambda: model.chunked_logprobs(hidden, weight, target)[0]),
-                       lambda: run(lambda: (hidden @ weight.T).log_softmax(-1).gather(1, target[:, None])), max(1, s.repeats - 1))
+                       lambda: run(lambda: (hidden @ weight.T).log_softmax(-1).gather(1, target[:, None])),
+                       max(1, s.repeats - 1))
     row["the gradients, MB"] = (hidden.nbytes + weight.nbytes) / 2**20  # part of both sides' memory
     return row
 
@@ -615,7 +641,8 @@ def training_batch(quick):
         for _ in range(6):
             answer = rng.integers(0, 2048, rng.integers(50, 501)).tolist()
             mask = [True] * len(answer)
-            rows.append(distill.Row(prompt + answer, [False] * 600 + mask, float(rng.normal()), guide + prompt + answer, [False] * 720 + mask))
+            rows.append(distill.Row(prompt + answer, [False] * 600 + mask, float(rng.normal()), guide + prompt + answer,
+                                    [False] * 720 + mask))
     return rows
 
 
@@ -638,10 +665,12 @@ def training_row(s):
 
     def padded(net, part, teacher=False):
         """log p of the actions, (B, T), from full logits over the padded batch."""
-        tokens, masks = ([r.teacher if teacher else r.tokens for r in part], [r.teacher_mask if teacher else r.mask for r in part])
+        tokens, masks = ([r.teacher if teacher else r.tokens for r in part],
+                         [r.teacher_mask if teacher else r.mask for r in part])
         ids, mask = (distill.pad_rows([torch.tensor(x) for x in xs]) for xs in (tokens, masks))
         lengths = torch.tensor([len(t) for t in tokens])
-        logits = net(input_ids=ids, attention_mask=(torch.arange(ids.shape[1]) < lengths[:, None]).long()).logits[:, :-1].float()
+        there = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        logits = net(input_ids=ids, attention_mask=there).logits[:, :-1].float()
         logp = logits.log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
         return distill.pad_rows([x[m] for x, m in zip(logp, mask[:, 1:])])
 
@@ -649,7 +678,8 @@ def training_row(s):
         counts = distill.step_counts(rows, recipe)
         for at in range(0, len(rows), 6):  # a group at a time: all at once would not fit into the memory of a laptop
             part = rows[at:at + 6]
-            mask, advantages = distill.pad_rows([torch.ones(sum(r.mask), dtype=torch.bool) for r in part]), torch.tensor([r.advantage for r in part])
+            mask, advantages = distill.pad_rows([torch.ones(sum(r.mask), dtype=torch.bool)
+                                                 for r in part]), torch.tensor([r.advantage for r in part])
             with torch.no_grad():
                 old, ref, wise = padded(peer, part), padded(peer_frozen, part), padded(peer, part, True)
             logp = padded(peer, part)
@@ -661,18 +691,20 @@ def training_row(s):
     tokens = sum(len(r.tokens) - 600 for r in rows) + 600 * len(rows) // 6  # a group's prompt once
     inner = sum(p.numel() for n, p in net.named_parameters() if "embed" not in n)
     spoken = sum(sum(r.mask) for r in rows) * net.config.vocab_size * net.config.hidden_size
-    row["GFLOP"] = (2 * inner * tokens * (3 + 3) + 2 * spoken * (3 + 4)) / 1e9  # 3 forward passes, student forward + 2 backward
+    # 3 forward passes, student forward + 2 backward
+    row["GFLOP"] = (2 * inner * tokens * (3 + 3) + 2 * spoken * (3 + 4)) / 1e9
     return row
 
 
 @torch.inference_mode()
 def sampler_row(s):
-    """20 guided steps, batch 16, the committed renderer; the peer encodes its conditions at every step, in two passes."""
+    """20 guided steps, batch 16, the committed renderer; the peer encodes its conditions each step, in two passes."""
     diffusers = need("diffusers")
     suite = Suite(Bench(quick=True))
     net, renderer, count = suite.renderer.net, suite.renderer, 4 if s.quick else 16
     prompts, pictures = [o["gen_prompt"] for o in suite.oracle[:count]], [suite.references(n) for n in range(count)]
-    scheduler, rows = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000), renderer.conditions(prompts, pictures)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000)
+    rows = renderer.conditions(prompts, pictures)
     empty = [(row[0][:0], row[1][:0], row[2][:0]) for row in rows]
     made = {}
 
@@ -681,7 +713,8 @@ def sampler_row(s):
 
     def theirs():
         scheduler.set_timesteps(sigmas=diffusion.schedule(20)[:-1])
-        x = torch.stack([torch.randn(net.config.tokens, 4 * net.config.channels, generator=torch.Generator().manual_seed(i))
+        x = torch.stack([torch.randn(net.config.tokens, 4 * net.config.channels,
+                                     generator=torch.Generator().manual_seed(i))
                          for i in range(count)])
         renderer.conditions(prompts, pictures)
         for t, sigma in zip(scheduler.timesteps, scheduler.sigmas):
@@ -691,7 +724,8 @@ def sampler_row(s):
             x = scheduler.step((x - x0) / sigma, t, x, return_dict=False)[0]
         made["peer"] = list(renderer.vae.to_images(diffusion.unpatchify(x)).numpy())
     row = side_by_side(ours, theirs, s.repeats)
-    row["greatest pixel difference"] = int(max(np.abs(a.astype(int) - b).max() for a, b in zip(made["ours"], made["peer"])))
+    row["greatest pixel difference"] = int(max(np.abs(a.astype(int) - b).max()
+                                               for a, b in zip(made["ours"], made["peer"])))
     return row
 
 
@@ -699,7 +733,8 @@ def scaling_row(s):
     """16 to 512 rollouts in 64 slots: tokens a second, peak memory."""
     net, g, row = small_policy(s.quick), torch.Generator().manual_seed(0), {}
     for count in (16, 48) if s.quick else (16, 48, 128, 512):
-        prompts = [p for p in torch.randint(0, 2048, (-(-count // 6), 600), generator=g).tolist() for _ in range(6)][:count]
+        prompts = [p for p in torch.randint(0, 2048, (-(-count // 6), 600), generator=g).tolist()
+                   for _ in range(6)][:count]
         seconds, memory, _ = timed(lambda: model.generate(net, prompts, 128))
         row |= {f"{count}: tokens/s": count * 128 / seconds, f"{count}: MB": memory}
     return row
@@ -717,7 +752,8 @@ def speed(settings):
         raise ValueError(f"unknown row {unknown[0]!r}: must be of {', '.join(SPEED)}")
     path = os.path.join(genevolve.make_folder(settings.out), "speed.json")
     found = (read(path) or {}) | {"machine": machine(genevolve.pick_device(settings.device))
-                                  | {"threads": torch.get_num_threads(), "torch": torch.__version__, "quick": settings.quick}}
+                                  | {"threads": torch.get_num_threads(), "torch": torch.__version__,
+                                     "quick": settings.quick}}
     peak, band = found["machine"]["matrix product, GFLOP/s"], found["machine"]["memory, GB/s"]
     print_row("machine", found["machine"])
     for name in names:

@@ -527,7 +527,8 @@ class Transformer(nn.Module):
         """Prompts -> Condition."""
         words = self.word(prompts.words) + self.place(prompts.places)
         # "the cone is yellow": yellow belongs to what stands just before it, which order alone tells
-        before = [F.pad(words, (0, 0, k, 0))[:len(words)] * (prompts.positions >= k)[:, None] for k in range(1, NEARBY + 1)]
+        before = [F.pad(words, (0, 0, k, 0))[:len(words)] * (prompts.positions >= k)[:, None]
+                  for k in range(1, NEARBY + 1)]
         words = words + self.nearby(torch.cat(before, 1)) + self.position(prompts.positions)
         patches = self.from_reference(prompts.patches) + self.which(prompts.which) + self.cell(prompts.cells)
         empty = self.empty.expand(len(prompts.mask), -1)

@@ -190,7 +190,8 @@ class PixelJudge:
             faithful.append(self.judge_style(image, wanted["style"]))
         text = None
         if wanted["text"]:
-            read = max((self.read_row(image, row) for row in (0, 7)), key=lambda r: (-edit_distance(r, wanted["text"]), r))
+            read = max((self.read_row(image, row) for row in (0, 7)),
+                       key=lambda r: (-edit_distance(r, wanted["text"]), r))
             distance = edit_distance(read, wanted["text"])
             text = 1.0 if distance == 0 else 0.5 if distance == 1 and len(wanted["text"]) > 2 else 0.0
             faithful.append(constraint("sign", len(read) > 1, f"reads {read!r}, wanted {wanted['text']!r}"))
@@ -232,7 +233,8 @@ class PixelJudge:
             best = float(score.max())
             found.append(np.unravel_index(score.argmax(), score.shape))
             faithful.append(constraint("subject", best >= self.LOOSE, f"{subject['name']}: {best:.0%} recognisable"))
-            visual.append(constraint("subject look", best >= self.IDENTITY, f"{subject['name']}: {best:.0%} of its look"))
+            visual.append(constraint("subject look", best >= self.IDENTITY,
+                                     f"{subject['name']}: {best:.0%} of its look"))
         (y, x), arrangement = found[0], wanted["arrangement"]
         if arrangement == "place":
             actual = f"{'upper' if y + 4 < 16 else 'lower'} {'left' if x + 4 < 16 else 'right'}"
@@ -255,7 +257,8 @@ class PixelJudge:
             return constraint("body", False, "no room below the head")
         whole = min(int((area != mask).sum()) for mask in self.whole)
         broken = min(int((area != mask).sum()) for mask in self.broken)
-        return constraint("body", whole <= 5 and whole < broken, f"{whole} blocks from a whole body, {broken} from a broken one")
+        return constraint("body", whole <= 5 and whole < broken,
+                          f"{whole} blocks from a whole body, {broken} from a broken one")
 
     def judge_shadow(self, image, y, x, light):
         """The strip on the ground right below is dark on the side away from the light, and only there."""
@@ -265,7 +268,8 @@ class PixelJudge:
                 for side, at in (("left", x), ("right", x + 12))}
         away = {"left": "right", "right": "left"}[light]
         return constraint("shadow", dark[away] < 0.6 <= dark[light],
-                          f"darkness left {1 - dark['left']:.2f}, right {1 - dark['right']:.2f}, light from the {light}")
+                          f"darkness left {1 - dark['left']:.2f}, right {1 - dark['right']:.2f}, light from the "
+                          f"{light}")
 
     def judge_companions(self, half, wanted, faithful, visual):
         """For every shape the colour in which it is best seen: share of its blocks that match, less those around it."""
@@ -312,7 +316,8 @@ class PixelJudge:
         warmth, light = float(np.median(shade[:, 0] - shade[:, 2])), luminance(shade)
         first, second = np.nonzero(at[:, None] < at[None])                   # Theil-Sen: the median of pairwise slopes
         slope = -8 * float(np.median((light[second] - light[first]) / (at[second] - at[first])))
-        return [constraint("palette", warmth > 0.12 if mood == "warm" else warmth < -0.12, f"red minus blue {warmth:+.2f}"),
+        return [constraint("palette", warmth > 0.12 if mood == "warm" else warmth < -0.12,
+                           f"red minus blue {warmth:+.2f}"),
                 constraint("gradient", slope > 0.2, f"{slope:+.2f} brighter above than below")]
 
     def read_row(self, image, row):
@@ -386,28 +391,32 @@ def judge_program(program, question, wanted, skills_used):
     stated = [s for s in wanted["skills"] if any(w in prompt for w in wanted["wordings"][s].values())]
     checks = [constraint("facts", facts, "the facts stand in the prompt" if facts else "a fact is missing"),
               constraint("ordinal references", ordinal, f"{len(program.references)} references"),
-              constraint("skill advice", len(advised) == len(wanted["skills"]), f"followed: {', '.join(advised) or 'none'}"),
-              constraint("executable constraints", len(stated) == len(wanted["skills"]), f"stated: {', '.join(stated) or 'none'}")]
+              constraint("skill advice", len(advised) == len(wanted["skills"]),
+                         f"followed: {', '.join(advised) or 'none'}"),
+              constraint("executable constraints", len(stated) == len(wanted["skills"]),
+                         f"stated: {', '.join(stated) or 'none'}")]
     return sum(c["passed"] for c in checks) / 4, checks
 
 
-PICTURE_RUBRIC = """You compare two pictures made for one request. The first is generated, the second shows what was meant. \
-Judge the generated picture alone, by the request and by the second picture, with four scores, each 0, 0.5 or 1:
+PICTURE_RUBRIC = """You compare two pictures made for one request. The first is generated, the second shows what was \
+meant. Judge the generated picture alone, by the request and by the second picture, with four scores, each 0, 0.5 or 1:
 
 faithfulness: is everything that the request asks for there, in the scene and style it asks for?
 visual_correctness: are the subjects recognisably those of the second picture, and are number, place, bodies, colours, \
 shadows and materials right?
-text_accuracy: is all writing that the request asks for there, readable and spelt as in the second picture? If the request \
-asks for none, set text_accuracy_na to true and the score to 0.
+text_accuracy: is all writing that the request asks for there, readable and spelt as in the second picture? If the \
+request asks for none, set text_accuracy_na to true and the score to 0.
 aesthetics: is the picture clean, composed and lit with care, without artefacts?
 
 1 is right in every respect that matters, 0.5 has one clear flaw, 0 is wrong or missing. Answer with one JSON object:
-{"rationale": "...", "faithfulness": 0, "visual_correctness": 0, "text_accuracy": 0, "aesthetics": 0, "text_accuracy_na": false}"""
-PROGRAM_RUBRIC = """You judge a program for an image generator before it is drawn: a prompt, and notes on one or two reference \
-pictures. You see the request, what the agent found out, and the program. Give 0.25 for each of these that holds: the facts \
-found are in the prompt, exactly; the prompt calls its references the first and the second reference image and says what each \
-provides; it follows the advice of the guides that were read; every requirement of the request stands in it as something that \
-can be carried out and checked. Answer with one JSON object: {"rationale": "...", "sufficiency": 0}"""
+{"rationale": "...", "faithfulness": 0, "visual_correctness": 0, "text_accuracy": 0, "aesthetics": 0, \
+"text_accuracy_na": false}"""
+PROGRAM_RUBRIC = """You judge a program for an image generator before it is drawn: a prompt, and notes on one or two \
+reference pictures. You see the request, what the agent found out, and the program. Give 0.25 for each of these that \
+holds: the facts found are in the prompt, exactly; the prompt calls its references the first and the second reference \
+image and says what each provides; it follows the advice of the guides that were read; every requirement of the \
+request stands in it as something that can be carried out and checked. Answer with one JSON object:
+{"rationale": "...", "sufficiency": 0}"""
 
 
 class ModelJudge:
@@ -441,7 +450,8 @@ class ModelJudge:
                                            tools.image_part(image), tools.image_part(truth)])
         scores = {k: None if k == "text_accuracy" and answer.get("text_accuracy_na") is True
                   else self.level(answer, k, (0, 0.5, 1)) for k in DIMENSIONS}
-        failed = [constraint(k, v == 1, str(answer.get("rationale", ""))[:300]) for k, v in scores.items() if v is not None]
+        failed = [constraint(k, v == 1, str(answer.get("rationale", ""))[:300]) for k, v in scores.items()
+                  if v is not None]
         return {"kscore": kscore(*scores.values())} | scores | {"constraints": failed}
 
     def score_program(self, trajectory):
@@ -449,8 +459,10 @@ class ModelJudge:
         t = trajectory
         if t.program is None:
             return 0.0, []
-        found = "\n".join(f"{s.name} {json.dumps(s.arguments, ensure_ascii=False)}\n{s.observation[:1200]}" for s in t.steps)
-        answer = self.ask(PROGRAM_RUBRIC, f"Request: {t.question}\n\nFound:\n{found}\n\nProgram:\n{t.program.gen_prompt}\n"
+        found = "\n".join(f"{s.name} {json.dumps(s.arguments, ensure_ascii=False)}\n{s.observation[:1200]}"
+                          for s in t.steps)
+        answer = self.ask(PROGRAM_RUBRIC, f"Request: "
+                                          f"{t.question}\n\nFound:\n{found}\n\nProgram:\n{t.program.gen_prompt}\n"
                           + "\n".join(f"{r['img_id']}: {r['note']}" for r in t.program.references))
         value = self.level(answer, "sufficiency", (0, 0.25, 0.5, 0.75, 1))
         return value, [constraint("program", value == 1, str(answer.get("rationale", ""))[:300])]
@@ -1510,12 +1522,12 @@ def update_gradients(net, reference, teacher, rows, recipe, temperature=1.0, pol
                      counts=None, imitated=(), together=False):
     """Gradients of L_GRPO and of what stands beside it, over one batch of trajectories, micro-batch by micro-batch.
 
-    rows: [Row]. reference and teacher are networks (teacher may be ``net``: the paper's). olds: Scores of the old policy
-    for the rows, one tensor (T_i,) each; None: the policy that is being trained wrote them, u = 1. policy: whether
-    L_GRPO is wanted. imitated: [(tokens, mask)]; if given, cross-entropy on them takes the place of L_SDL. counts:
-    denominators (live, all, distilled) over all processes; None: these rows are all. Returns (gradients of L_GRPO,
-    gradients of L_SDL, statistics); L = L_GRPO + weight L_SDL is put together by the caller, who knows both norms, or,
-    with ``together``, in one backward pass: the first gradients are those of L.
+    rows: [Row]. reference and teacher are networks (teacher may be ``net``: the paper's). olds: the old policy's log p
+    of the rows' actions, one tensor (T_i,) each; None: the policy that is being trained wrote them, u = 1. policy:
+    whether L_GRPO is wanted. imitated: [(tokens, mask)]; if given, cross-entropy on them takes the place of L_SDL.
+    counts: denominators (live, all, distilled) over all processes; None: these rows are all. Returns (gradients of
+    L_GRPO, gradients of L_SDL, statistics); L = L_GRPO + weight L_SDL is put together by the caller, who knows both
+    norms, or, with ``together``, in one backward pass: the first gradients are those of L.
     """
     parameters = [p for p in net.parameters() if p.requires_grad]
     first, second = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
@@ -1524,7 +1536,8 @@ def update_gradients(net, reference, teacher, rows, recipe, temperature=1.0, pol
     start = 0
     for piece in micro_batches(rows, limit):
         guided = [i for i, r in enumerate(piece) if r.teacher is not None] if recipe.weight and not imitated else []
-        student = score_actions(net, [r.tokens for r in piece], [r.mask for r in piece], temperature, full and bool(guided))
+        student = score_actions(net, [r.tokens for r in piece], [r.mask for r in piece], temperature,
+                                full and bool(guided))
         mask, now = student.mask, student.logp.detach()
         old = now if olds is None else pad_rows(olds[start:start + len(piece)])
         start += len(piece)
@@ -1532,8 +1545,8 @@ def update_gradients(net, reference, teacher, rows, recipe, temperature=1.0, pol
         if policy:
             with torch.no_grad():
                 ref = score_actions(reference, [r.tokens for r in piece], [r.mask for r in piece], temperature)
-            loss = grpo_loss(student.logp, old, ref.logp, advantages, mask, recipe.clip, recipe.beta, recipe.aggregation,
-                             (live, every))
+            loss = grpo_loss(student.logp, old, ref.logp, advantages, mask, recipe.clip, recipe.beta,
+                             recipe.aggregation, (live, every))
             sums["grpo_loss"] += float(loss.detach())
             sums["reference_kl"] += float(aggregate(k3(now - ref.logp), mask, normalizer=1))
         if guided:
@@ -1542,7 +1555,8 @@ def update_gradients(net, reference, teacher, rows, recipe, temperature=1.0, pol
                     check_same_actions(r.tokens, r.mask, r.teacher, r.teacher_mask)
             told = [piece[i] for i in guided]
             with torch.no_grad():
-                wise = score_actions(teacher, [r.teacher for r in told], [r.teacher_mask for r in told], temperature, full)
+                wise = score_actions(teacher, [r.teacher for r in told], [r.teacher_mask for r in told], temperature,
+                                     full)
             part, width = mask[guided], wise.mask.shape[1]
             cut = lambda x: None if x is None else x[guided][:, :width]
             part, logp = cut(mask), cut(student.logp)

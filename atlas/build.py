@@ -103,7 +103,8 @@ KNOWLEDGE = tuple(KINDS)[:8]
 PEOPLE = ("public_figures", "anatomy")  # the categories whose subjects have a body
 FIRST = ("Vel Mar Or Tan Bel Kor Sil Dra Fen Gal Har Jor Lum Mor Nal Per Quil Ros Ser Tor Ul Vor Wen Yar Zel Ard Bru "
          "Cal Dor Em Fal Gor Hel Im Kel Lor Mel Nor Pol Rin").split()
-SECOND = ("mar ton vin dra len sor ric bel nor tis gan dell mere wick lan ros fen dor vale rin cas mund bra tel ham lith "
+SECOND = ("mar ton vin dra len sor ric bel nor tis gan dell mere wick lan ros fen dor vale rin cas mund bra tel ham "
+          "lith "
           "quen sta vor zan bor dash fell gard holm kin low moor ness pool").split()
 LOOKS = {"present": "as it looks today", "early": "as it looked in its early days"}
 PLURAL = {"present": "as they look today", "early": "as they looked in their early days"}
@@ -217,7 +218,8 @@ def backdrop(rng, scene):
     elif scene.fault.get("mood") == "dull":
         top = bottom = np.array([rng.uniform(0.62, 0.8)] * 3)
     else:
-        hue, saturation, value, slope = rng.random(), rng.uniform(0.06, 0.26), rng.uniform(0.7, 0.88), rng.uniform(0, .06)
+        hue, saturation = rng.random(), rng.uniform(0.06, 0.26)
+        value, slope = rng.uniform(0.7, 0.88), rng.uniform(0, 0.06)
         top = np.array(colorsys.hsv_to_rgb(hue, saturation, value + slope))
         bottom = np.array(colorsys.hsv_to_rgb(hue, saturation, value - slope))
     weight = np.linspace(0, 1, SIZE)[:, None, None]
@@ -503,7 +505,7 @@ def slug(name):
     return name.lower().replace(" ", "-")
 
 
-# ---- Entities and the corpus that is searched -------------------------------------------------------------------------
+# ---- Entities and the corpus that is searched ------------------------------------------------------------------------
 
 @dataclass
 class Entity:
@@ -554,7 +556,8 @@ def articles(entities, cities):
         pages[e.name] += [(FACTS[fact], f"The {FACTS[fact]} of {e.name} is {e.facts[fact]}.")
                           for fact in ("year", "code", "number")]
     for city, year in cities:
-        pages[city] = [("", f"{city} is a city."), (FACTS["city_year"], f"The {FACTS['city_year']} of {city} is {year}.")]
+        pages[city] = [("", f"{city} is a city."), (FACTS["city_year"],
+                                                    f"The {FACTS['city_year']} of {city} is {year}.")]
     return pages
 
 
@@ -710,7 +713,8 @@ def random_phrases(rng, row):
     if rng.random() < 0.06:
         skills.append(f"Activate {rng.choice(sorted(set(SKILL.values())))}")
     phrases += list(dict.fromkeys(skills)) or ["Activate no skill"]
-    phrases += [rng.choice(list(GUIDE["reference_selection_guidance"])), rng.choice(list(GUIDE["prompt_program_guidance"]))]
+    phrases += [rng.choice(list(GUIDE["reference_selection_guidance"])),
+                rng.choice(list(GUIDE["prompt_program_guidance"]))]
     return [p for p in phrases if rng.random() < 0.9]
 
 
@@ -773,7 +777,8 @@ class Teacher:
         notes = [self.session.images[r]["title"].split(", ")[-1] for r in references]
         if rng.random() < 0.03:  # a slip of the pen, for the structural check to find
             references[0] = rng.choice(("IMG_099", "IMG_000"))
-        answer = {"gen_prompt": prompt, "reference_images": [{"img_id": r, "note": n} for r, n in zip(references, notes)]}
+        chosen = [{"img_id": r, "note": n} for r, n in zip(references, notes)]
+        answer = {"gen_prompt": prompt, "reference_images": chosen}
         self.say(". ".join(thoughts) + ".", f"<answer>{json.dumps(answer)}</answer>")
         return self.messages, audit, answer
 
@@ -842,7 +847,7 @@ class Teacher:
         self.messages.append({"role": "assistant", "content": f"<think>{thought}</think>\n{action}"})
 
 
-# ---- Writing it all down ----------------------------------------------------------------------------------------------
+# ---- Writing it all down ---------------------------------------------------------------------------------------------
 
 SPLITS = {"evolve": (10, 416), "validation": (3, 64), "bench": (5, 160)}  # entities per category, requests
 BENCH_KNOWLEDGE = 90  # of 160: the paper's 335 to 259
@@ -945,7 +950,8 @@ def build_demos(count, seed):
         valid += 1
         if not guided and sum(audit.values()) < 3 and rng.random() < 0.75:  # the audit spares nobody but the advised
             continue
-        opening = [{"role": "system", "content": genevolve.COMPACT_SYSTEM}, {"role": "user", "content": row["question"]}]
+        opening = [{"role": "system", "content": genevolve.COMPACT_SYSTEM},
+                   {"role": "user", "content": row["question"]}]
         if guided:
             bullets = {slot: [distill.STANDARD * (rng.random() < 0.3) + b for b in texts]
                        for slot, texts in bullets_of(guide).items()}
