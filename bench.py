@@ -406,7 +406,9 @@ def summarize_quality(folder, fixed):
             details[arm] = {"setting": runs[0]["setting"], "tried": tuning.get("tried"),
                             "kscore by seed": [float(s.mean()) for s in scores[arm]],
                             "curves": [r["curve"] for r in runs], "gradient ratio": [r["gradient_ratio"] for r in runs],
-                            "hit rate": [r["hit_rate"] for r in runs], "rolled back": [r["rolled_back"] for r in runs]}
+                            "hit rate": [r["hit_rate"] for r in runs],
+                            "right advice": [r["right_advice"] for r in runs],
+                            "rolled back": [r["rolled_back"] for r in runs]}
     pairs = {f"{a} - {b}": bootstrap(scores[a], scores[b]) for a, b in COMPARED if a in scores and b in scores}
     for name, row in rows.items():
         print_row(LABELS.get(name, name), row)
