@@ -43,7 +43,7 @@ from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
 
 import numpy as np
 import requests
-import urllib3
+import urllib3  # a part of requests; only here can the guard see the address that a socket connects to
 from urllib3.util.connection import create_connection
 
 import diffusion
