@@ -310,18 +310,21 @@ PIECE = re.compile(r"""(?<![^\W_])(?P<spelled>[^\W_](?:-[^\W_])+(?![\w-])      #
                        |[^\W_]+|[^\w\s]|_                                     # a word, or a mark""", re.VERBOSE)
 MAX_PLACE = 15
 NEARBY = 4  # words before a word that are mixed into it
+ORDINALS = {"first": -1, "second": -2}  # the reference picture that a word names, as a place
 
 
 def pieces(caption):
-    """Caption -> [(piece, place)]. Words are lower-cased and have place 0; the characters of a string in capitals or
-    digits, or of one spelled with hyphens, are pieces of their own, upper-cased, with places 1, 2, 3, ..."""
-    found = []
+    """Caption -> [(piece, place)]. The characters of a string in capitals or digits, or of one spelled with hyphens, are
+    pieces of their own, upper-cased, with places 1, 2, 3, ... Words are lower-cased and have place 0; from an ordinal
+    to the end of its sentence they have that ordinal's negative one, as they speak of the picture that it names."""
+    found, spoken_of = [], 0
     for match in PIECE.finditer(caption):
         text = match.group()
         if match.group("spelled"):
             found += [(c, min(i, MAX_PLACE)) for i, c in enumerate(text.replace("-", "").upper(), 1)]
         else:
-            found.append((text.lower(), 0))
+            spoken_of = 0 if text == "." else ORDINALS.get(text.lower(), spoken_of)
+            found.append((text.lower(), spoken_of))
     return found
 
 
@@ -361,7 +364,7 @@ class Prompts:
     """B conditions without padding: first B empty tokens (one a row, so that no row is without any), then the words of
     all rows, then the reference patches of all rows. What a row lacks costs nothing."""
     words: torch.Tensor      # (words,) token ids
-    places: torch.Tensor     # (words,) place within a spelled string
+    places: torch.Tensor     # (words,) place within a spelled string; -1, -2: speaks of the first, second reference
     positions: torch.Tensor  # (words,) position in the caption
     patches: torch.Tensor    # (patches, 4C) latents of the references
     which: torch.Tensor      # (patches,) 0 = first reference, 1 = second
@@ -525,7 +528,10 @@ class Transformer(nn.Module):
 
     def encode(self, prompts):
         """Prompts -> Condition."""
-        words = self.word(prompts.words) + self.place(prompts.places)
+        place, ordinal = prompts.places.clamp(min=0), -1 - prompts.places
+        # words carry the vector of the picture they speak of: so "the first ... left" and that picture find each other
+        words = self.word(prompts.words) + torch.where((ordinal >= 0)[:, None], self.which(ordinal.clamp(min=0)),
+                                                       self.place(place))
         # "the cone is yellow": yellow belongs to what stands just before it, which order alone tells
         before = [F.pad(words, (0, 0, k, 0))[:len(words)] * (prompts.positions >= k)[:, None]
                   for k in range(1, NEARBY + 1)]
@@ -817,6 +823,7 @@ class RendererTraining:
     seed: int = 0
     bf16: bool = True             # matrix products in bfloat16; weights stay float32
     compile: bool = False         # torch.compile the layers over picture tokens (two minutes, then twice as fast)
+    start: str = ""               # folder of a trained renderer to begin with, instead of with random weights
     log_every: int = 50           # steps a log line
     export_every: int = 250       # steps between written weights
 
@@ -917,13 +924,15 @@ class RendererRun:
     def __init__(self, data, vae, out, settings, device="cpu"):
         self.data, self.vae, self.out, self.settings, self.device = data, vae, out, settings, device
         torch.manual_seed(settings.seed)
-        self.file, known = os.path.join(out, "resume.safetensors"), os.path.join(out, "tokenizer.json")
-        self.tokenizer = (Tokenizer.from_file(known) if os.path.exists(self.file) else
+        self.file = os.path.join(out, "resume.safetensors")
+        known = os.path.join(settings.start or out, "tokenizer.json")
+        self.tokenizer = (Tokenizer.from_file(known) if settings.start or os.path.exists(self.file) else
                           train_caption_tokenizer(data.captions[:data.train], settings.min_frequency))
         config = RendererConfig(vocabulary=self.tokenizer.get_vocab_size(), classes=data.classes,
                                 channels=vae.config.channels, width=settings.width, layers=settings.layers,
                                 heads=settings.heads)
-        self.net = Transformer(config).to(device)
+        self.net = (load_folder(settings.start, Transformer, RendererConfig, device).train() if settings.start else
+                    Transformer(config).to(device))
         self.average = {k: v.detach().clone() for k, v in self.net.named_parameters()}
         self.optimizer = MuonAdamW(self.net, settings.lr, settings.muon_lr)
         self.tokens = tokenize(self.tokenizer, data.captions, config.max_words)

@@ -143,6 +143,13 @@ def cells(image, size=2):
     return blocks.astype(np.float32).mean((1, 3)) / 255
 
 
+def blur(maps):
+    """Sum over each cell and its eight neighbours, zeros outside; (..., H, W) of the same shape."""
+    padded = np.pad(maps, [(0, 0)] * (maps.ndim - 2) + [(1, 1), (1, 1)])
+    rows = padded[..., :-2, :] + padded[..., 1:-1, :] + padded[..., 2:, :]
+    return rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
+
+
 def luminance(image):
     """Rec. 601 luma of the last axis."""
     return image @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
@@ -156,7 +163,8 @@ class PixelJudge:
     """KScore's four dimensions from pixels: the generated picture first, the ground truth second, and the recipe.
 
     It never sees the program. Sprites are looked for at every second pixel by comparing mean colours of 2 x 2 blocks
-    with the ground truth's subject, so nothing hangs on single pixels and JPEG does not disturb it. Each constraint
+    with the ground truth's subject, so nothing hangs on single pixels, and JPEG, its chroma halved or not, does not
+    disturb it. Each constraint
     is kept with a verdict and a detail; each dimension is 0, 0.5 or 1:
 
     faithfulness        everything asked for is there, in whatever form (half: at least half of it)
@@ -164,7 +172,9 @@ class PixelJudge:
     text_accuracy       the sign reads as it should (half: one wrong character); None if no text is wanted
     aesthetics          clean surfaces and, where asked for, the light (half: some of it)
     """
-    COLOUR_TOLERANCE = 0.16     # largest channel difference at which two colours count as equal
+    COLOUR_TOLERANCE = 0.16     # largest channel difference at which a shape's colour counts as the one that was named
+    LUMA_TOLERANCE, CHROMA_TOLERANCE = 0.12, 0.10  # the same for a block of a sprite
+    YCC = np.array([(0.299, 0.587, 0.114), (0.5, -0.4187, -0.0813), (-0.1687, -0.3313, 0.5)], np.float32)  # Rec. 601
     IDENTITY, LOOSE = 0.8, 0.5  # share of a sprite's blocks that must match
 
     def __init__(self, world):
@@ -223,8 +233,20 @@ class PixelJudge:
         row, column = (8 * v for v in subject["box"])
         mask = mask_array(subject["mask"])                                                        # (8, 8)
         template = cells(truth[row:row + 16, column:column + 16]).transpose(2, 0, 1)              # (3, 8, 8)
-        close = np.abs(windows - template).max(2) < self.COLOUR_TOLERANCE                         # (25, 25, 8, 8)
+        luma, chroma = self.luma_and_chroma(windows, mask)
+        luma0, chroma0 = self.luma_and_chroma(template, mask)
+        close = ((np.abs(luma - luma0) < self.LUMA_TOLERANCE)
+                 & (np.abs(chroma - chroma0).max(-3) < self.CHROMA_TOLERANCE))                    # (25, 25, 8, 8)
         return close[..., mask].mean(-1)
+
+    def luma_and_chroma(self, blocks, mask):
+        """(..., 3, 8, 8) colours -> luma (..., 8, 8) and chroma, Cr and Cb (..., 2, 8, 8).
+
+        Chroma is the mean over a block and its neighbours within the mask: pictures keep it about so finely, JPEG ones
+        at half the resolution.
+        """
+        luma, chroma = np.split(np.einsum("dc,...cij->...dij", self.YCC, blocks), (1,), -3)
+        return luma[..., 0, :, :], blur(chroma * mask) / np.maximum(blur(mask.astype(np.float32)), 1)
 
     def judge_subjects(self, image, wanted, matches, faithful, visual):
         """Identity of every subject, then what its arrangement asks for; y and x are in blocks of two pixels."""

@@ -412,7 +412,8 @@ def random_text(rng, kind=None):
 
 def random_aspects(rng, people):
     """A compatible set: at most one of each of the four groups."""
-    arrangement = rng.choice(("place", "pair", "count", "shadow", "shadow", "body", "body" if people else "place", ""))
+    arrangement = rng.choice(("place", "body", "body" if people else "place", "")  # the harder, the more often
+                             + 2 * ("count",) + 3 * ("pair",) + 3 * ("shadow",))
     aspects = [arrangement] if arrangement else []
     aspects += ["text"] * (rng.random() < 0.6)
     aspects += ["companions"] * (arrangement != "pair" and rng.random() < 0.45)
