@@ -187,6 +187,7 @@ class Scene:
     sprites: list                # one or two int8 (8, 8)
     arrangement: str = ""        # "", "place", "pair", "count", "body" or "shadow"
     place: str = ""              # a quarter; for a pair "left" if the first stands left, else "right"
+    only: int = -1               # of a pair, the one that is shown; -1: both
     count: int = 1
     light: str = ""              # "left" or "right": where the light comes from
     text: str = ""
@@ -271,7 +272,10 @@ def place_subjects(canvas, scene, rng, known):
         place = {"left": "right", "right": "left"}[scene.place] if scene.fault.get("pair") else scene.place
         order = (0, 1) if place == "left" else (1, 0)
         for index, low in zip(order, (0, 4)):
-            canvas.sprite(ROWS[1], low + rng.choice((0, 2)), scene.sprites[index], kinds[index])
+            if scene.only in (-1, index):
+                canvas.sprite(ROWS[1], low + rng.choice((0, 2)), scene.sprites[index], kinds[index])
+        if scene.only != -1:
+            return
         canvas.boxes = [canvas.boxes[i] for i in order]  # back into the order of the subjects
         return
     sprite, count = scene.sprites[0], scene.fault.get("count", scene.count)
@@ -345,6 +349,9 @@ def wording(aspect, scene, exact):
         return f"Placed wholly inside the {scene.place} quarter." if exact else f"In the {scene.place}."
     if aspect == "pair":
         left, right = ("first", "second") if scene.place == "left" else ("second", "first")
+        if scene.only != -1:
+            ordinal = ("first", "second")[scene.only]
+            return f"The {ordinal} reference image stands wholly in the {'left' if left == ordinal else 'right'} half."
         return (f"The {left} reference image stands wholly in the left half, the {right} wholly in the right half."
                 if exact else f"The {left} to the left of the {right}.")
     if aspect == "count":
@@ -453,8 +460,12 @@ def training_scene(rng):
     references = rng.random() < 0.88
     names = [name_of(rng, category) for _ in scene.sprites]
     sentences = [subject_sentence(names, references or rng.random() < 0.5)]
+    if scene.arrangement == "pair" and references and rng.random() < 0.4:
+        # two pictures given, one wanted: which one, and where, is learned here, both at once only on top of it
+        scene.only = rng.choice((0, 1))
+        sentences = [f"{names[scene.only]} as in the {('first', 'second')[scene.only]} reference image."]
     for aspect in scene.aspects():
-        exact = rng.random() < 0.65
+        exact = rng.random() < 0.65 or aspect == "pair" and scene.only != -1
         sentence = wording(aspect, scene, exact)
         if not exact:
             loosen(rng, scene, aspect)
