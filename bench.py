@@ -658,8 +658,8 @@ def training_row(s):
     def ours():
         with torch.no_grad():
             old = distill.score_actions(net, [r.tokens for r in rows], [r.mask for r in rows])
-        olds = [x[m] for x, m in zip(old.logp, old.mask)]
-        together, _, _ = distill.update_gradients(net, frozen, net, rows, recipe, olds=olds, together=True)
+        told = [dataclasses.replace(r, old=x[m]) for r, x, m in zip(rows, old.logp, old.mask)]
+        together, _, _ = distill.update_gradients(net, frozen, net, told, recipe, together=True)
         for p, g in zip(net.parameters(), together):
             p.grad = g
         first.step()

@@ -27,7 +27,7 @@ import math
 import random
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
 import torch
@@ -83,6 +83,18 @@ class Trajectory:
     reward: float = math.nan                      # nan: missing
     handle: object = None                         # the engine's sequence while the trajectory is alive
     saved: bool = False                           # whether the picture is on disk
+
+    def to_json(self):
+        """What the judges said and the training needs, without picture, session and row: another process reads it."""
+        kept = [f.name for f in fields(self) if f.name not in ("row", "session", "image", "handle", "saved")]
+        return {k: asdict(v) if isinstance(v, Program) else [asdict(x) for x in v] if k == "steps" else v
+                for k, v in ((k, getattr(self, k)) for k in kept)}
+
+    @classmethod
+    def from_json(cls, value, row):
+        """The inverse of to_json; ``row`` is the request's."""
+        program, steps = value["program"], [Step(**s) for s in value["steps"]]
+        return cls(**value | {"row": row, "steps": steps, "program": Program(**program) if program else None})
 
     def __post_init__(self):
         if self.images is None:  # shared with the session, which goes on adding to it
@@ -815,12 +827,12 @@ def token_statistics(logp, logp_old, logq, mask, selection="sampled", top_fracti
 
 def gradient_norm(gradients):
     """Norm of a list of gradients, None counting as 0."""
-    return math.sqrt(sum(float(g.double().square().sum()) for g in gradients if g is not None))
+    return math.sqrt(sum(float(model.whole_tensor(g.double().square().sum())) for g in gradients if g is not None))
 
 
 def gradient_cosine(first, second):
     """Cosine of two lists of gradients over the same parameters, None counting as 0; nan if either vanishes."""
-    product = sum(float((a.double() * b.double()).sum()) for a, b in zip(first, second)
+    product = sum(float(model.whole_tensor((a.double() * b.double()).sum())) for a, b in zip(first, second)
                   if a is not None and b is not None)
     length = gradient_norm(first) * gradient_norm(second)
     return product / length if length else math.nan
@@ -1475,6 +1487,7 @@ class Row:
     advantage: float = 0.0        # 0: no policy gradient
     teacher: list | None = None   # the same conversation under the teacher's opening
     teacher_mask: list | None = None
+    old: torch.Tensor | None = None  # (T,) log p of the actions; None: the policy in training wrote them, u = 1
 
 
 @dataclass
@@ -1494,12 +1507,17 @@ def pad_rows(rows):
 def score_actions(net, sequences, masks, temperature=1.0, with_logits=False):
     """Scores of the masked tokens. The same code for student, old, reference and teacher, so that equal weights and
     contexts give equal numbers. with_logits keeps the (N, T, V) logits; without, they never exist as a whole."""
+    return Scores(*net.within(action_scores, sequences, masks, temperature, with_logits))
+
+
+def action_scores(net, sequences, masks, temperature, with_logits):
+    """The fields of Scores, computed inside one forward pass of the network."""
     places = [[i for i, m in enumerate(mask) if m] for mask in masks]
     shape = pad_rows([torch.ones(len(p), dtype=torch.bool) for p in places]).to(net.embed.weight.device)   # (N, T)
     if not with_logits:
         logp, entropy = model.token_logprobs_and_entropy(net, sequences, temperature, masks)
         pick = lambda rows: pad_rows([r[torch.tensor(p, device=r.device) - 1] for r, p in zip(rows, places)])
-        return Scores(shape, pick(logp), pick(entropy), None)
+        return shape, pick(logp), pick(entropy), None
     hidden, rows = model.hidden_states(net, sequences)
     before = torch.cat([r[torch.tensor(p, device=r.device) - 1] for r, p in zip(rows, places)])  # row t - 1 predicts t
     logits = net.logits(hidden[before]) / temperature                                                     # (M, V)
@@ -1507,7 +1525,7 @@ def score_actions(net, sequences, masks, temperature=1.0, with_logits=False):
     logs = F.log_softmax(logits, -1)
     logp, entropy = logs.gather(1, wanted[:, None]).squeeze(1), -(logs.exp() * logs).sum(-1)
     back = lambda flat: pad_rows(flat.split([len(p) for p in places]))
-    return Scores(shape, back(logp), back(entropy), back(logits))
+    return shape, back(logp), back(entropy), back(logits)
 
 
 def distilled_count(rows, recipe):
@@ -1532,37 +1550,51 @@ def micro_batches(rows, limit):
     return pieces
 
 
+def dealt(rows, ranks):
+    """This process's part of a micro-batch -> (rows, whether each counts).
+
+    Sharded weights are put together by all processes at once, so all of them take the same passes: one that has no
+    rows, or none with a guide where others have some, borrows a row that does not count.
+    """
+    mine, guided = ranks.share(rows), [r for r in rows if r.teacher is not None]
+    counts = [True] * len(mine)
+    if not mine or guided and all(r.teacher is None for r in mine):
+        mine, counts = mine + (guided or rows)[:1], counts + [False]
+    return mine, counts
+
+
 def add_gradients(total, loss, parameters, keep=False):
     """total += d loss / d parameters, in place. keep: the graph is needed once more."""
     if loss.requires_grad:
-        for t, g in zip(total, torch.autograd.grad(loss, parameters, retain_graph=keep, allow_unused=True)):
-            if g is not None:
-                t.add_(g)
+        loss.backward(retain_graph=keep)
+        for t, p in zip(total, parameters):
+            if p.grad is not None:
+                t.add_(p.grad)
+                p.grad = None
 
 
-def update_gradients(net, reference, teacher, rows, recipe, temperature=1.0, policy=True, olds=None, limit=65536,
-                     counts=None, imitated=(), together=False):
+def update_gradients(net, reference, teacher, rows, recipe, temperature=1.0, policy=True, limit=65536, counts=None,
+                     imitated=(), together=False, ranks=None):
     """Gradients of L_GRPO and of what stands beside it, over one batch of trajectories, micro-batch by micro-batch.
 
-    rows: [Row]. reference and teacher are networks (teacher may be ``net``: the paper's). olds: the old policy's log p
-    of the rows' actions, one tensor (T_i,) each; None: the policy that is being trained wrote them, u = 1. policy:
-    whether L_GRPO is wanted. imitated: [(tokens, mask)]; if given, cross-entropy on them takes the place of L_SDL.
-    counts: denominators (live, all, distilled) over all processes; None: these rows are all. Returns (gradients of
-    L_GRPO, gradients of L_SDL, statistics); L = L_GRPO + weight L_SDL is put together by the caller, who knows both
-    norms, or, with ``together``, in one backward pass: the first gradients are those of L.
+    rows: [Row], the same in every process of ``ranks``. reference and teacher are networks (teacher may be ``net``: the
+    paper's). policy: whether L_GRPO is wanted. imitated: [(tokens, mask)]; if given, cross-entropy on them takes the
+    place of L_SDL. counts: denominators (live, all, distilled); None: these rows are all. Returns (gradients of
+    L_GRPO, gradients of L_SDL, statistics), sums over all processes; L = L_GRPO + weight L_SDL is put together by the
+    caller, who knows both norms, or, with ``together``, in one backward pass: the first gradients are those of L.
     """
-    parameters = [p for p in net.parameters() if p.requires_grad]
+    ranks, parameters = ranks or model.Ranks(), [p for p in net.parameters() if p.requires_grad]
     first, second = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
     live, every, distilled = counts or step_counts(rows, recipe)
     full, sums = recipe.estimator in FULL_ESTIMATORS, Counter()
-    start = 0
-    for piece in micro_batches(rows, limit):
+    for micro_batch in micro_batches(rows, limit * ranks.count):
+        piece, counted = dealt(micro_batch, ranks)
         guided = [i for i, r in enumerate(piece) if r.teacher is not None] if recipe.weight and not imitated else []
         student = score_actions(net, [r.tokens for r in piece], [r.mask for r in piece], temperature,
                                 full and bool(guided))
-        mask, now = student.mask, student.logp.detach()
-        old = now if olds is None else pad_rows(olds[start:start + len(piece)])
-        start += len(piece)
+        mask = student.mask & torch.tensor(counted, device=student.mask.device)[:, None]                  # (N, T)
+        now = student.logp.detach()
+        old = pad_rows([row if r.old is None else r.old.to(row) for r, row in zip(piece, now)])
         loss, advantages = None, torch.tensor([r.advantage for r in piece], device=mask.device)
         if policy:
             with torch.no_grad():
@@ -1579,30 +1611,36 @@ def update_gradients(net, reference, teacher, rows, recipe, temperature=1.0, pol
             with torch.no_grad():
                 wise = score_actions(teacher, [r.teacher for r in told], [r.teacher_mask for r in told], temperature,
                                      full)
-            part, width = mask[guided], wise.mask.shape[1]
+            width = wise.mask.shape[1]
             cut = lambda x: None if x is None else x[guided][:, :width]
             part, logp = cut(mask), cut(student.logp)
             distance = experience_loss(recipe, part, logp, cut(old), wise.logp, cut(student.logits), wise.logits,
                                        score=cut(student.entropy).detach(), normalizer=distilled)
             sums["sdl_loss"] += float(distance.detach())
-            said = token_statistics(logp.detach(), cut(old), wise.logp, part, recipe.selection, recipe.top_fraction,
-                                    cut(student.entropy).detach(), recipe.ratio_cap, recipe.k3_clamp, recipe.clip)
             weigh = int(part.sum())
-            sums.update({k: v * weigh for k, v in said.items()})
+            if weigh:
+                said = token_statistics(logp.detach(), cut(old), wise.logp, part, recipe.selection, recipe.top_fraction,
+                                        cut(student.entropy).detach(), recipe.ratio_cap, recipe.k3_clamp, recipe.clip)
+                sums.update({k: v * weigh for k, v in said.items()})
             sums["guided_tokens"] += weigh
         if together and guided:
             loss, guided = (0 if loss is None else loss) + recipe.weight * distance, []
-        if loss is not None:
-            add_gradients(first, loss, parameters, keep=bool(guided))
+        if loss is not None:  # FSDP averages gradients over processes, the denominators want their sum
+            add_gradients(first, loss * ranks.count, parameters, keep=bool(guided))
         if guided:
-            add_gradients(second, distance, parameters)
+            add_gradients(second, distance * ranks.count, parameters)
         sums["entropy"] += float(aggregate(student.entropy.detach(), mask, normalizer=1))
         sums["tokens"] += int(mask.sum())
     if imitated:
         total = sum(sum(mask) for _, mask in imitated)
-        told = score_actions(net, [t for t, _ in imitated], [m for _, m in imitated], temperature)
-        add_gradients(second, -aggregate(told.logp, told.mask, normalizer=total), parameters)
-    return first, second, dict(sums)
+        mine = ranks.share(list(imitated)) or imitated[:1]
+        counted = float(bool(ranks.share(list(imitated))))
+        told = score_actions(net, [t for t, _ in mine], [m for _, m in mine], temperature)
+        add_gradients(second, -counted * ranks.count * aggregate(told.logp, told.mask, normalizer=total), parameters)
+    everywhere = Counter()
+    for part in ranks.gather(sums):
+        everywhere.update(part)
+    return first, second, dict(everywhere)
 
 
 def step_counts(rows, recipe):
@@ -1624,5 +1662,7 @@ def reverse_kl_cosine(net, teacher, rows, recipe, temperature=1.0):
     used = experience_loss(recipe, student.mask, student.logp, student.logp.detach(), wise.logp, student.logits,
                            wise.logits, score=student.entropy.detach())
     exact = full_kl_loss(student.logits, wise.logits, student.mask, "reverse")
-    gradients = [torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) for loss in (used, exact)]
+    gradients = [[torch.zeros_like(p) for p in parameters] for _ in range(2)]
+    for total, loss in zip(gradients, (used, exact)):
+        add_gradients(total, loss, parameters, keep=True)
     return gradient_cosine(*gradients)

@@ -1012,6 +1012,9 @@ class Evolution:
         if s.imitate not in ("", "best", "memory") or s.guides not in ("own", "shuffled", "placebo"):
             raise ValueError("--imitate takes best or memory, --guides takes own, shuffled or placebo")
         self.out, self.recipe = make_folder(s.out), read_recipe(s.recipe, s.set)
+        self.ranks = model.Ranks.started(pick_device(s.device))
+        if self.ranks.count > 1 and (s.record or s.replay):
+            raise ValueError("--record and --replay follow one process, not several")
         s.policy = s.policy or os.path.join(HERE, "weights", "sft")
         self.rows, self.validation = read_requests(s.data), read_requests(s.validation)
         self.parts = Embedded(s, self.out)
@@ -1023,9 +1026,12 @@ class Evolution:
             client.health()
             self.parts.policy = RolloutPolicy(client, local.net, local.tokenizer, local.sampling, local.compact)
         self.studio, self.agent, self.tokenizer = self.parts.studio, self.parts.agent(), self.parts.policy.tokenizer
-        self.net = self.parts.policy.net
-        self.frozen = copy.deepcopy(self.net).eval().requires_grad_(False)  # reference, and embedder of the memory
-        self.teacher = {"same": self.net, "frozen": self.frozen}.get(self.recipe.teacher) or copy.deepcopy(self.frozen)
+        # what writes the trajectories is whole in every process, what is trained is sharded; alone they are one
+        self.writer, alone = self.parts.policy.net, self.ranks.count == 1
+        self.net = self.writer if alone else self.ranks.shard(copy.deepcopy(self.writer))
+        frozen = lambda: self.ranks.shard(copy.deepcopy(self.writer).eval().requires_grad_(False))
+        self.frozen = frozen()  # reference, and embedder of the memory
+        self.teacher = {"same": self.net, "frozen": self.frozen}.get(self.recipe.teacher) or frozen()
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=s.lr, betas=(0.9, 0.95), weight_decay=0.0)
         r = self.recipe
         self.memory = distill.Memory(self.embed, r.capacity, r.gate, distill.entity_names if r.entity_free else None,
@@ -1037,19 +1043,25 @@ class Evolution:
         self.log, self.examples, self.promoted, self.specimen = [], {}, None, None
         self.memo_file, self.memo_kept = s.memo or os.path.join(self.out, "memo.jsonl"), 0
         self.resume()
+        self.memo_seen = len(self.studio.scores)
         self.serve_weights()
 
+    @torch.no_grad()
     def serve_weights(self):
-        """Hand the weights to the server that writes the trajectories, and stop if it goes on with the old ones."""
-        if not self.settings.rollouts_url:
-            return
+        """Hand the weights to what writes the trajectories; a server that goes on with the old ones is an error."""
+        for mine, p in zip(self.writer.parameters(), self.net.parameters()):
+            if mine is not p:
+                mine.copy_(model.whole_tensor(p))
+        if not self.settings.rollouts_url or not self.ranks.first:
+            return self.ranks.wait()
         folder = os.path.abspath(os.path.join(self.out, "served"))
         path = os.path.join(folder, f"{self.done:06d}-{len(os.listdir(folder)) if os.path.isdir(folder) else 0}")
-        save_policy(path, self.net, self.tokenizer, self.parts.policy.compact, {"step": self.done})
+        save_policy(path, self.writer, self.tokenizer, self.parts.policy.compact, {"step": self.done})
         self.parts.policy.client.update_weights(path)
         for old in os.listdir(folder):
             if os.path.join(folder, old) != path:
                 shutil.rmtree(os.path.join(folder, old))
+        self.ranks.wait()
 
     @torch.no_grad()
     def embed(self, texts):
@@ -1069,10 +1081,24 @@ class Evolution:
     def roll_out(self, rows, stream, guides=None):
         """Judged trajectories, one a row. stream: int that tells apart the uses of randomness within a step."""
         base = zlib.crc32(f"{self.settings.seed} {self.done} {stream}".encode()) << 16
-        attempts = self.agent.run(rows, [base + i for i in range(len(rows))], guides)
+        return self.attempt(rows, [base + i for i in range(len(rows))], guides)
+
+    def attempt(self, rows, seeds, guides=None):
+        """(judged trajectories, one a row; seconds of rendering). Every process writes its share and sees all."""
+        share = self.ranks.share
+        mine = self.agent.run(share(rows), share(seeds), share(guides) if guides else None)
         written = time.perf_counter()
-        self.studio.finish(attempts, pictures=False)
-        return attempts, time.perf_counter() - written
+        self.studio.finish(mine, pictures=False)
+        seconds = time.perf_counter() - written
+        if self.ranks.count == 1:
+            return mine, seconds
+        fresh = dict(list(self.studio.scores.items())[self.memo_seen:])
+        parts = self.ranks.gather([[t.to_json() for t in mine], fresh])
+        for _, scores in parts:  # in one order everywhere
+            self.studio.scores = {k: v for k, v in self.studio.scores.items() if k not in scores} | scores
+        self.memo_seen = len(self.studio.scores)
+        return [distill.Trajectory.from_json(t, row)
+                for t, row in zip((t for told, _ in parts for t in told), rows)], seconds
 
     def step(self):
         """Rollouts -> pictures -> rewards -> lessons -> gradient -> new weights. Returns the log's row."""
@@ -1091,6 +1117,8 @@ class Evolution:
         if not batch:
             raise tools.ToolError(f"step {self.done + 1}: no trajectory was written "
                                   f"({attempts[0].error or 'no tokens'})")
+        # before the update: with and without the guide by the same weights
+        audited = self.audit(rows, entries, rewards) if s.audit_every and (self.done + 1) % s.audit_every == 0 else None
         learned = self.learn(batch, self.imitated(groups, entries))
         valid = rewards[~rewards.isnan()]
         row = {"step": self.done + 1, "reward": distill.average(valid.tolist()),
@@ -1103,8 +1131,8 @@ class Evolution:
                "pairs": pairs, "memory": len(self.memory),
                "hit_rate": distill.average([float(e is not None) for e in entries]),
                "right_advice": self.right_advice(rows, guides)} | learned
-        if s.audit_every and (self.done + 1) % s.audit_every == 0:
-            row["lesson_audit"] = self.audit(rows, entries, rewards)
+        if audited:
+            row["lesson_audit"] = audited
         self.done += 1
         self.serve_weights()
         row |= {"rollout_seconds": rolled - begun - render_seconds, "render_seconds": render_seconds,
@@ -1167,27 +1195,30 @@ class Evolution:
         size = -(-len(batch) // s.minibatches)
         pieces = [batch[i:i + size] for i in range(0, len(batch), size)]
         autocast = lambda: torch.autocast(self.parts.device, torch.bfloat16, enabled=s.bf16)
-        olds = [None] * len(pieces)
         if len(pieces) > 1:  # the first update changes what wrote the others
-            with torch.no_grad(), autocast():
-                olds = [[x[m] for x, m in zip(scores.logp, scores.mask)] for piece in pieces for scores in
-                        [distill.score_actions(self.net, [b.tokens for b in piece], [b.mask for b in piece],
-                                               s.temperature)]]
+            for piece in pieces:
+                mine, counted = distill.dealt(piece, self.ranks)
+                with torch.no_grad(), autocast():
+                    old = distill.score_actions(self.net, [b.tokens for b in mine], [b.mask for b in mine],
+                                                s.temperature)
+                told = [x[m].tolist() for x, m, c in zip(old.logp, old.mask, counted) if c]
+                for b, logp in zip(piece, sum(self.ranks.gather(told), [])):
+                    b.old = torch.tensor(logp)
         with autocast():
             cosine = distill.reverse_kl_cosine(self.net, self.teacher, [b for b in batch if b.teacher][::12][:4], r,
                                                s.temperature)
         sums, ratios, norms, parameters = Counter(), [], [], list(self.net.parameters())
-        for piece, old in zip(pieces, olds):
+        for piece in pieces:
             with autocast():
                 first, second, said = distill.update_gradients(
-                    self.net, self.frozen, self.teacher, piece, r, s.temperature, s.grpo, old, s.micro_tokens,
-                    imitated=imitated)
+                    self.net, self.frozen, self.teacher, piece, r, s.temperature, s.grpo, s.micro_tokens,
+                    imitated=imitated, ranks=self.ranks)
             lengths = distill.gradient_norm(first), distill.gradient_norm(second)
             weight = s.match_ratio * lengths[0] / lengths[1] if s.match_ratio and lengths[1] else r.weight
             ratios.append(weight * lengths[1] / lengths[0] if lengths[0] else math.nan)
             for p, a, b in zip(parameters, first, second):
                 p.grad = a.add_(b, alpha=weight)
-            norms.append(torch.nn.utils.clip_grad_norm_(parameters, 1.0).item())
+            norms.append(float(model.whole_tensor(torch.nn.utils.clip_grad_norm_(parameters, 1.0))))
             for group in self.optimizer.param_groups:
                 group["lr"] = s.lr * self.lr_scale
             self.optimizer.step()
@@ -1238,11 +1269,11 @@ class Evolution:
     def evaluate(self):
         """Rewards on validation requests, paired with those of the promoted policy; promotes what is not worse."""
         # always the same seeds
-        attempts = self.agent.run(self.validation, [7919 * i + 1 for i in range(len(self.validation))])
-        self.studio.finish(attempts, pictures=False)
+        attempts, _ = self.attempt(self.validation, [7919 * i + 1 for i in range(len(self.validation))])
         rewards = [t.reward for t in attempts]
-        self.studio.finish(attempts[:6])
-        show(self.out, "after" if self.done else "before", attempts[:6])
+        if self.ranks.first:
+            self.studio.finish(attempts[:6])
+            show(self.out, "after" if self.done else "before", attempts[:6])
         entries = self.memory.lookup([t.question for t in attempts], count=False)
         self.specimen = next(((t, e.bundle) for t, e in zip(attempts, entries) if e and t.program), None)
         figures = {"reward": distill.average(rewards),
@@ -1263,13 +1294,14 @@ class Evolution:
 
     def keep_good(self):
         """Remember the weights that a collapse goes back to."""
-        self.good = f"good-{self.done:06d}.safetensors"
-        model.write_tensors(os.path.join(self.out, self.good), self.weights())
+        path = model.write_shards(self.ranks, os.path.join(self.out, f"good-{self.done:06d}"), self.weights())
+        self.good = self.ranks.gather(os.path.basename(path))
 
     def write_policy(self, name, figures=None):
         """The policy as a folder of the run."""
-        save_policy(os.path.join(self.out, name), self.net, self.tokenizer, self.parts.policy.compact,
-                    {"command": diffusion.command_line(), "step": self.done, "validation": figures})
+        if self.ranks.first:
+            save_policy(os.path.join(self.out, name), self.writer, self.tokenizer, self.parts.policy.compact,
+                        {"command": diffusion.command_line(), "step": self.done, "validation": figures})
 
     def collapse(self):
         """What fell past its bound within the last steps, or ""."""
@@ -1288,8 +1320,7 @@ class Evolution:
 
     def roll_back(self):
         """Back to the promoted weights and their optimizer, with half the learning rate. Memory and data go on."""
-        with model.open_tensors(os.path.join(self.out, self.good)) as file:
-            self.load_weights({k: file.get_tensor(k) for k in file.keys()})
+        self.load_weights(model.read_shards([os.path.join(self.out, name) for name in self.good]))
         self.lr_scale, self.calm = self.lr_scale / 2, len(self.log)
         self.serve_weights()
 
@@ -1302,33 +1333,39 @@ class Evolution:
             tensors |= {f"adam.{name}.{k}": torch.as_tensor(v) for k, v in self.optimizer.state[p].items()}
         if self.recipe.teacher == "ema":
             tensors |= {f"teacher.{k}": p for k, p in self.teacher.named_parameters()}
-        return {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        return tensors
 
     @torch.no_grad()
     def load_weights(self, tensors):
         for name, p in self.net.named_parameters():
-            p.copy_(tensors[f"net.{name}"])
+            p.copy_(model.laid_out_like(tensors[f"net.{name}"].to(p.device), p))
             state = {k: tensors.get(f"adam.{name}.{k}") for k in ("step", "exp_avg", "exp_avg_sq")}
-            self.optimizer.state[p] = {k: v.clone() for k, v in state.items() if v is not None}
+            self.optimizer.state[p] = {k: v.clone() if k == "step" else model.laid_out_like(v.to(p.device, copy=True), p)
+                                       for k, v in state.items() if v is not None}
         if self.recipe.teacher == "ema":
             for name, p in self.teacher.named_parameters():
-                p.copy_(tensors[f"teacher.{name}"])
+                p.copy_(model.laid_out_like(tensors[f"teacher.{name}"].to(p.device), p))
 
     def save(self, row):
         """A checkpoint of the finished step, whole or not at all; then the log's line; the last two stay."""
-        memory, keys = self.memory.state_dict()
-        fresh = list(self.studio.scores.items())[self.memo_kept:]
-        with open(self.memo_file, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps([k, v]) + "\n" for k, v in fresh)
-        self.memo_kept += len(fresh)
+        first, (memory, keys) = self.ranks.first, self.memory.state_dict()
         folder = os.path.join(self.out, "checkpoints")
         temporary, final = os.path.join(folder, "unfinished"), os.path.join(folder, f"{self.done:06d}")
-        shutil.rmtree(temporary, ignore_errors=True)
-        os.makedirs(temporary)
-        path = os.path.join(temporary, "state.safetensors")
-        model.write_tensors(path, self.weights() | {f"memory.{k}": v.contiguous() for k, v in keys.items()})
+        if first:
+            fresh = list(self.studio.scores.items())[self.memo_kept:]
+            with open(self.memo_file, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps([k, v]) + "\n" for k, v in fresh)
+            self.memo_kept += len(fresh)
+            shutil.rmtree(temporary, ignore_errors=True)
+            os.makedirs(temporary)
+        self.ranks.wait()
+        path = model.write_shards(self.ranks, os.path.join(temporary, "state"),
+                                  self.weights() | {f"memory.{k}": v for k, v in keys.items()})
+        sums = dict(self.ranks.gather([os.path.basename(path), checksum(path)]))
+        if not first:
+            return self.ranks.wait()
         model.write_json(os.path.join(temporary, "state.json"), {
-            "settings": self.identity(), "row": row, "checksum": checksum(path), "step": self.done,
+            "settings": self.identity(), "row": row, "checksums": sums, "step": self.done,
             "lr_scale": self.lr_scale, "good": self.good, "calm": self.calm, "promoted": self.promoted,
             "memory": memory, "examples": self.examples, "memo": self.memo_kept})
         for name in os.listdir(temporary):
@@ -1338,11 +1375,14 @@ class Evolution:
         os.rename(temporary, final)
         with open(os.path.join(self.out, "log.jsonl"), "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        goods = [name for name in os.listdir(self.out) if name.startswith("good-")]
         for old in sorted(os.listdir(folder))[:-2]:
             shutil.rmtree(os.path.join(folder, old))
-        for old in sorted(goods)[:-2]:  # two checkpoints name two of them at most
-            os.remove(os.path.join(self.out, old))
+        goods = sorted(name for name in os.listdir(self.out) if name.startswith("good-"))
+        steps = sorted({name[:len("good-000000")] for name in goods})[-2:]  # two checkpoints name two of them at most
+        for old in goods:
+            if not old.startswith(tuple(steps)):
+                os.remove(os.path.join(self.out, old))
+        self.ranks.wait()
 
     def identity(self):
         """The settings that make it this run; how long it goes on and where it runs may change."""
@@ -1358,7 +1398,8 @@ class Evolution:
             try:
                 with open(os.path.join(path, "state.json"), encoding="utf-8") as file:
                     state = json.load(file)
-                if name != "unfinished" and state["checksum"] == checksum(os.path.join(path, "state.safetensors")):
+                sums = {file: checksum(os.path.join(path, file)) for file in state["checksums"]}
+                if name != "unfinished" and state["checksums"] == sums:
                     return state | {"path": path}
                 error = "its checksum does not match"
             except (OSError, ValueError, KeyError) as failure:
@@ -1370,23 +1411,25 @@ class Evolution:
 
     def resume(self):
         """Go on from the newest whole checkpoint, if there is one."""
-        state = self.newest()
-        # judgements of a step that a kill undid are forgotten with it, unless other runs share the file
-        count = None if self.settings.memo else state["memo"] if state else 0
-        scores = read_memo(self.memo_file, self.parts.studio, count)
+        for turn in (True, False):  # the first process mends what is there before the others look at it
+            if self.ranks.first == turn:
+                state = self.newest()
+                # judgements of a step that a kill undid are forgotten with it, unless other runs share the file
+                count = None if self.settings.memo else state["memo"] if state else 0
+                scores = read_memo(self.memo_file, self.parts.studio, count)
+            self.ranks.wait()
         self.studio.scores.update(scores)
         self.memo_kept = len(scores)
         log = os.path.join(self.out, "log.jsonl")
         if state is None:
-            if os.path.exists(log):
+            if os.path.exists(log) and self.ranks.first:
                 os.remove(log)
             return
         changed = [k for k, v in self.identity().items() if state["settings"].get(k) != v]
         if changed:
             raise ValueError(f"{self.out} holds a run with another --{changed[0].replace('_', '-')} "
                              f"({state['settings'].get(changed[0])!r}); choose another --out")
-        with model.open_tensors(os.path.join(state["path"], "state.safetensors")) as file:
-            tensors = {k: file.get_tensor(k) for k in file.keys()}
+        tensors = model.read_shards([os.path.join(state["path"], name) for name in state["checksums"]])
         self.load_weights(tensors)
         self.memory.load_state(state["memory"], {"keys": tensors["memory.keys"]})
         self.done, self.lr_scale, self.good, self.calm = (state[k] for k in ("step", "lr_scale", "good", "calm"))
@@ -1396,17 +1439,19 @@ class Evolution:
             with open(log, encoding="utf-8") as file:
                 lines = [json.loads(line) for line in file if line.endswith("\n")]
         self.log = [line for line in lines if line["step"] < self.done] + [state["row"]]
-        write_lines(log, self.log)
-        print(f"resuming after step {self.done}", flush=True)
+        if self.ranks.first:
+            write_lines(log, self.log)
+            print(f"resuming after step {self.done}", flush=True)
 
 
 def evolve(s):
     """python genevolve.py evolve"""
     run, begun = Evolution(s), time.perf_counter()
-    with run.parts:
+    say = functools.partial(print, flush=True) if run.ranks.first else lambda text: None
+    with run.parts, run.ranks:
         if run.done == 0 and s.eval_every:
             first = run.evaluate()
-            print(f"before: validation reward {first['reward']:.3f}, KScore {first['kscore']:.3f}", flush=True)
+            say(f"before: validation reward {first['reward']:.3f}, KScore {first['kscore']:.3f}")
         elif run.done == 0:
             run.keep_good()
         start = run.done
@@ -1417,14 +1462,14 @@ def evolve(s):
             except OSError as error:
                 raise ValueError(f"step {run.done} could not be kept ({error}); everything before it is on disk")
             left = (time.perf_counter() - begun) / (run.done - start) * (s.steps - run.done)
-            print(step_line(row) + f"  {left:.0f} s left", flush=True)
+            say(step_line(row) + f"  {left:.0f} s left")
             if "validation" in row:
                 write_evolution_report(run)
         write_evolution_report(run)
         run.write_policy("last")
-    print(f"wrote {os.path.join(s.out, 'log.jsonl')}, {os.path.join(s.out, 'report.html')}, "
-          f"{os.path.join(s.out, 'last')} and what was promoted, {os.path.join(s.out, 'policy')} "
-          f"({time.perf_counter() - begun:.0f} s)")
+    say(f"wrote {os.path.join(s.out, 'log.jsonl')}, {os.path.join(s.out, 'report.html')}, "
+        f"{os.path.join(s.out, 'last')} and what was promoted, {os.path.join(s.out, 'policy')} "
+        f"({time.perf_counter() - begun:.0f} s)")
     return run
 
 
@@ -1696,7 +1741,8 @@ def write_evolution_report(run):
                      f"<td>{e.step}</td>"
                      f"<td>{e.retrieved}</td><td>{e.audits}</td><td>{effect}</td></tr>")
     parts.append("</table>")
-    write_page(os.path.join(run.out, "report.html"), "GenEvolve: an evolution", "\n".join(parts))
+    if run.ranks.first:  # the others only helped to read their part of the weights
+        write_page(os.path.join(run.out, "report.html"), "GenEvolve: an evolution", "\n".join(parts))
 
 
 # ---- train-renderer, serve -------------------------------------------------------------------------------------------

@@ -26,11 +26,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer as FastTokenizer, decoders, models, pre_tokenizers, trainers
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 
@@ -157,6 +160,11 @@ class Qwen3(nn.Module):
             else:
                 x = block(x, cos, sin, attend)
         return self.norm(x)
+
+    def within(self, work, *arguments):
+        """work(self, *arguments) as one forward pass: where weights are sharded, they are whole inside. work returns
+        tensors (or None), in a tuple, for the pass to find its way back."""
+        return work(self, *arguments)
 
     def forward(self, ids):
         B, T = ids.shape
@@ -682,6 +690,10 @@ def hidden_states(net, sequences):
 
 def embed(net, sequences):
     """(S, C) float32: the last token's hidden state, L2-normalised (Qwen3-Embedding)."""
+    return net.within(last_hidden, sequences)
+
+
+def last_hidden(net, sequences):
     hidden, rows = hidden_states(net, sequences)
     return F.normalize(hidden[torch.stack([r[-1] for r in rows])].float(), dim=-1)
 
@@ -778,6 +790,98 @@ def token_logprobs_and_entropy(net, sequences, temperature=1.0, masks=None):
         place = torch.full((len(row),), len(pairs), device=device).masked_scatter_(wanted, place_wanted)
     values = chunked_logprobs(hidden[pairs // V], net.output_weight, pairs % V, temperature)
     return tuple(F.pad(v, (0, 1))[place].split(lengths) for v in values)
+
+
+# ---- Many processes --------------------------------------------------------------------------------------------------
+
+class Ranks:
+    """The processes that `torchrun --nproc-per-node N` started: they share the work and end with the same numbers.
+    Without torchrun there is one. Values travel as JSON: nothing here is pickled."""
+
+    def __init__(self, count=1, rank=0, device="cpu"):
+        self.count, self.rank, self.device = count, rank, device
+        self.mesh = dist.init_device_mesh(device, (count,)) if count > 1 else None
+
+    @classmethod
+    def started(cls, device="cpu"):
+        """As torchrun's environment says."""
+        count = int(os.environ.get("WORLD_SIZE", 1))
+        if count > 1 and not dist.is_initialized():
+            if device == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        return cls(count, int(os.environ.get("RANK", 0)), device)
+
+    @property
+    def first(self):
+        """Whether this process is the one that writes and prints."""
+        return self.rank == 0
+
+    def share(self, items):
+        """This process's part of a list: neighbours stay together, and the parts in order are the list."""
+        bounds = [len(items) * r // self.count for r in (self.rank, self.rank + 1)]
+        return items[slice(*bounds)]
+
+    def gather(self, value):
+        """[value of every process], in order; anything JSON can hold (nan included)."""
+        if self.count == 1:
+            return [value]
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
+        sizes = [torch.zeros(1, dtype=torch.long, device=self.device) for _ in range(self.count)]
+        dist.all_gather(sizes, torch.tensor([len(data)], device=self.device))
+        parts = [data.new_empty(max(map(int, sizes))) for _ in sizes]
+        dist.all_gather(parts, F.pad(data, (0, len(parts[0]) - len(data))))
+        return [json.loads(bytes(p[:int(n)].cpu().numpy())) for p, n in zip(parts, sizes)]
+
+    def wait(self):
+        """Go on when every process is here."""
+        if self.count > 1:
+            dist.barrier()
+
+    def shard(self, net):
+        """FSDP2: each process keeps a part of every parameter; a block's weights are whole only while it computes."""
+        if self.count > 1:
+            for module in [*net.blocks, net]:
+                fully_shard(module, mesh=self.mesh, reshard_after_forward=True)
+            register_fsdp_forward_method(net, "within")
+        return net
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.count > 1:
+            dist.destroy_process_group()
+
+
+def whole_tensor(x):
+    """A sharded tensor put together; any other as it is."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def laid_out_like(x, like):
+    """A whole tensor, sharded the way ``like`` is."""
+    return distribute_tensor(x, like.device_mesh, like.placements) if isinstance(like, DTensor) else x
+
+
+def write_shards(ranks, stem, tensors):
+    """This process's parts of the tensors, as stem-00001-of-0000N.safetensors; what is not sharded goes into the first.
+    Returns the file's path."""
+    mine = {k: v.to_local() if isinstance(v, DTensor) else v for k, v in tensors.items()
+            if ranks.first or isinstance(v, DTensor)}
+    path = f"{stem}-{ranks.rank + 1:05d}-of-{ranks.count:05d}.safetensors"
+    write_tensors(path, {k: v.detach().cpu().contiguous() for k, v in mine.items()})
+    return path
+
+
+def read_shards(paths):
+    """Whole tensors from the files of all processes, in order, however many read them now."""
+    parts = {}
+    for path in sorted(paths):
+        with open_tensors(path) as file:
+            for key in file.keys():
+                parts.setdefault(key, []).append(file.get_tensor(key))
+    return {k: v[0] if len(v) == 1 else torch.cat(v) for k, v in parts.items()}
 
 
 # ---- Sampling --------------------------------------------------------------------------------------------------------

@@ -3196,6 +3196,82 @@ def test_evolve_killed_and_restarted_ends_as_if_nothing_had_happened(tmp_path, c
     assert code == 2 and "--lr" in err  # another run's folder is not taken over
 
 
+def torchrun(count, *command):
+    """A command in ``count`` processes that talk over gloo."""
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), *map(str, command)],
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=genevolve.HERE, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+SHARED_UPDATE = """
+import dataclasses, sys, torch, distill, model
+torch.manual_seed(0)
+ranks = model.Ranks.started()
+new = lambda: model.Qwen3(model.Config(vocab_size=64, hidden_size=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_size=48))
+net, frozen, teacher = new(), new(), new()
+rows = []
+for i, length in enumerate((9, 3, 7, 5, 4)):  # of five rows two have a guide: with four processes some have none
+    prompt, said, guide = ([int(t) for t in torch.randint(64, (n,))] for n in (6, length, 4))
+    rows.append(distill.Row(prompt + said, [False] * 6 + [True] * length, float(i - 2), old=torch.full((length,), -4.1)))
+    if i in (1, 2):
+        rows[-1] = dataclasses.replace(rows[-1], teacher=guide + prompt + said, teacher_mask=[False] * 10 + [True] * length)
+net, frozen, teacher = (ranks.shard(n) for n in (net, frozen, teacher))
+found = {}
+for name, recipe in distill.RECIPES.items():
+    for way, more in (("apart", {}), ("together", {"together": True}), ("imitated", {"imitated": [(rows[0].tokens, rows[0].mask)]})):
+        first, second, said = distill.update_gradients(net, frozen, teacher, rows, recipe, limit=12, ranks=ranks, **more)
+        for label, part in (("first", first), ("second", second)):
+            found |= {f"{name} {way} {label} {i}": model.whole_tensor(g) for i, g in enumerate(part)}
+        found[f"{name} {way} said"] = torch.tensor([said[k] for k in sorted(said)], dtype=torch.float64)
+    cosine = distill.reverse_kl_cosine(net, teacher, rows, recipe)
+    found[f"{name} cosine"] = torch.tensor([cosine], dtype=torch.float64)
+if ranks.first:
+    model.write_tensors(sys.argv[1], found)
+with ranks:
+    pass
+"""
+
+
+def test_two_and_four_processes_give_the_gradients_of_one(tmp_path):
+    script = tmp_path / "update.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {genevolve.HERE!r})\n" + SHARED_UPDATE)
+    found = {}
+    for count in (1, 2, 4):
+        torchrun(count, script, tmp_path / f"{count}.safetensors")
+        found[count] = dict(model_tensors(tmp_path / f"{count}.safetensors"))
+    for name, alone in found[1].items():
+        assert alone.abs().max() > 0 or "together second" in name, name
+        for count in (2, 4):
+            assert torch.allclose(found[count][name], alone, rtol=1e-5, atol=1e-5 * float(alone.abs().max())), (name, count)
+
+
+def test_an_evolution_in_two_processes_is_the_one_in_one(tmp_path, capsys):
+    few_validation_rows(tmp_path)
+    program, logs = os.path.join(genevolve.HERE, "genevolve.py"), {}
+    for count in (1, 2):
+        out = tmp_path / str(count)
+        said = torchrun(count, program, *tiny_evolution(str(out), "--minibatches", 2))
+        assert said.count("step 3 ") == 1  # one process speaks
+        logs[count] = without_durations(out / "log.jsonl")
+    states = tmp_path / "2" / "checkpoints" / "000003"
+    assert len(list(states.glob("state-*-of-00002.safetensors"))) == 2
+    size = next((tmp_path / "1" / "checkpoints" / "000003").glob("state-*.safetensors")).stat().st_size
+    assert all(0.4 * size < p.stat().st_size < 0.6 * size for p in states.glob("state-*.safetensors"))  # a half each
+
+    def close(a, b):
+        if isinstance(a, dict):
+            return a.keys() == b.keys() and all(close(a[k], b[k]) for k in a)
+        return a == pytest.approx(b, rel=1e-4, abs=1e-6) if isinstance(a, float) else a == b
+    for one, two in zip(logs[1], logs[2], strict=True):
+        assert {k: (v, two.get(k)) for k, v in one.items() if not close(v, two.get(k))} == {}, one["step"]
+    for count in (1, 2):  # one process goes on with what one or two have left
+        code, out, err = agent_main(capsys, *tiny_evolution(str(tmp_path / str(count)), "--minibatches", 2), "--steps", 4)
+        assert code == 0 and "resuming after step 3" in out, err
+        logs[count] = without_durations(tmp_path / str(count) / "log.jsonl")
+    assert all(close(v, logs[2][3].get(k)) for k, v in logs[1][3].items())
+
+
 @pytest.mark.parametrize("harm", ("damaged checkpoint", "no line in the log"))
 def test_evolve_goes_on_after_damage(tmp_path, capsys, harm):
     few_validation_rows(tmp_path)
@@ -3204,7 +3280,7 @@ def test_evolve_goes_on_after_damage(tmp_path, capsys, harm):
     log, last = tmp_path / "run" / "log.jsonl", tmp_path / "run" / "last" / "model.safetensors"
     whole, weights = without_durations(log), dict(model_tensors(last))
     if harm == "damaged checkpoint":  # step three is done again, in the place of the damaged one
-        (tmp_path / "run" / "checkpoints" / "000003" / "state.safetensors").write_bytes(b"damaged")
+        next((tmp_path / "run" / "checkpoints" / "000003").glob("*.safetensors")).write_bytes(b"damaged")
     else:
         log.unlink()
     code, out, err = agent_main(capsys, *command)
