@@ -3,6 +3,7 @@
     python bench.py world       the Atlas itself: judge, renderer, skills, oracle, cold-started policy
     python bench.py quality     ablations of the training, with intervals
     python bench.py speed       side by side with peers (pip install -r requirements-peers.txt)
+    python bench.py released    the authors' own agent, renderer script and evaluator, unchanged, against serve
 
 Every command prints a table and writes the same numbers as JSON under --out. KScore is the paper's, with the text term
 dropped and the rest renormalised where no text is wanted, unless a table says otherwise. Nothing here is ever used
@@ -250,8 +251,11 @@ def world(settings):
 # ---- quality: what each part of the training is worth ----------------------------------------------------------------
 
 @dataclass
-class Quality(Bench):
-    """Ablations of the training on the held-out bench, with intervals; resumes run by run."""
+class Quality(Bench, genevolve.World):
+    """Ablations of the training on the held-out bench, with intervals; resumes run by run. With --suite, one policy on
+    the requests of any file."""
+    suite: str = flag("", "measure --policy on this file instead: released bench or RL rows, WISE's prompts, or what the "
+                          "released evaluator wrote")
     runs: str = flag(os.path.join("runs", "quality"), "folder for the training runs")
     arms: str = flag("", "comma-separated arms (default: all, in order)")
     seeds: int = flag(0, "training seeds of every arm (0: five for the main ones, three for the controls)")
@@ -440,8 +444,80 @@ def write_quality(results, rows, pairs, details):
     model.write_text(os.path.join(results, "quality.svg"), genevolve.svg_lines(curves, 720, 320))
 
 
+WORLD = [f for f in dataclasses.fields(genevolve.World) if f.name not in {g.name for g in dataclasses.fields(Bench)}]
+
+
+def evaluated_rows(path):
+    """What the released evaluator wrote, as rows for distill.summarize; None where the file is something else."""
+    rows = read(path) if path.endswith(".json") else None
+    rows = [r for r in rows or [] if isinstance(r, dict) and "summary_type" not in r]
+    if not rows or not all("eval_success" in r for r in rows):
+        return None
+    found = []
+    for row in rows:
+        told, scores = row | (row.get("meta") or {}), row.get("scores")
+        if scores:
+            scores = {d: None if d == "text_accuracy" and scores.get("text_accuracy_na") else float(scores[d])
+                      for d in distill.DIMENSIONS}
+            scores |= {"kscore": distill.kscore(**scores)}
+        found.append({k: told.get(k, "unknown") for k in ("id", "eval_type", "category", "difficulty")}
+                     | {"judgement": scores or None})
+    return found
+
+
+def suite_rows(settings):
+    """Attempts at every request of --suite, judged, as rows for distill.summarize; goes on where it stopped."""
+    requests, folder = genevolve.read_requests(settings.suite), genevolve.make_folder(os.path.join(settings.out, "suite"))
+    wise = [r for r in requests if "Prompt" in r and "prompt_id" in r]
+    if wise and not settings.judge:
+        raise ValueError("WISE's prompts have no ground truth: name a judge with --judge URL")
+    path = os.path.join(folder, "rows.jsonl")
+    done = [json.loads(line) for line in open(path, encoding="utf-8")] if os.path.exists(path) else []
+    left = [r for r in requests if r["id"] not in {d["id"] for d in done}][:8 if settings.quick else None]
+    chosen = {f.name: getattr(settings, f.name) for f in WORLD}
+    chosen |= {"sampling_steps": settings.steps, "guidance": settings.guidance, "device": settings.device}
+    with genevolve.Embedded(genevolve.Run(policy=settings.policy, out=folder, **chosen), folder) as parts:
+        for start in range(0, len(left), 32):
+            rows = left[start:start + 32]
+            attempts = parts.agent().run(rows, [7919 * (start + n) for n in range(len(rows))])
+            parts.studio.finish(attempts)
+            for t, row in zip(attempts, rows):
+                told = {k: row.get(k, "unknown") for k in ("eval_type", "category", "difficulty")}
+                scores = t.judgement and {k: t.judgement[k] for k in ("kscore",) + distill.DIMENSIONS}
+                done.append({"id": t.id} | told | {"judgement": scores, "valid": t.program is not None, "error": t.error})
+                if "Prompt" in row and "prompt_id" in row:
+                    done[-1]["category"] = distill.wise_category(row)
+                    try:
+                        done[-1]["wise"] = None if t.image is None else parts.studio.judge.score_wise(t.image, row)
+                    except tools.ToolError as error:  # missing, not zero
+                        done[-1] |= {"wise": None, "error": str(error)}
+            genevolve.write_lines(path, done)
+            print(f"{start + len(rows)}/{len(left)} requests", flush=True)
+    return done
+
+
+def suite_figures(settings):
+    """python bench.py quality --suite FILE"""
+    rows = evaluated_rows(settings.suite) or suite_rows(settings)
+    results = {"suite": settings.suite, "requests": len(rows)}
+    if any(r["judgement"] for r in rows):
+        results |= {"KScore": distill.summarize(rows), "KScore, missing text counts 0.5": distill.summarize(rows, "half")}
+    if wise := [r for r in rows if "wise" in r]:
+        empty = dict.fromkeys(("consistency", "realism", "aesthetic", "score"))
+        scores = [(r["wise"] or empty) | {"category": r["category"]} for r in wise]
+        results |= {f"WiScore, {v}": distill.wiscore(scores, v) for v in ("legacy", "verified")}
+    for label, values in results.items():
+        if isinstance(values, dict):
+            print_row(label, values.get("all", values))
+    model.write_json(os.path.join(genevolve.make_folder(settings.out), "suite.json"), results)
+
+
 def quality(settings):
     """python bench.py quality"""
+    if settings.suite:
+        return suite_figures(settings)
+    if strange := [f.name for f in WORLD if getattr(settings, f.name) != f.default]:
+        raise ValueError(f"--{strange[0].replace('_', '-')} goes with --suite: the ablations measure the embedded world")
     if settings.quick:
         settings.train_steps, settings.tune_steps, settings.seeds = 2, 0, 1
         settings.arms = settings.arms or "grpo,stable"
@@ -772,7 +848,60 @@ def speed(settings):
         model.write_json(path, found)
 
 
-COMMANDS = {"world": (Bench, world), "quality": (Quality, quality), "speed": (Speed, speed)}
+# ---- released: the authors' runtime against the local server ----------------------------------------------------------
+
+@dataclass
+class Released(Bench):
+    """The released agent, image script and evaluator, unchanged, against serve (pip install openai tqdm pillow)."""
+    runtime: str = flag("", "folder of a checkout of the released runtime (github.com/MeiGen-AI/GenEvolve)")
+    requests: int = flag(20, "bench requests")
+
+
+def released(settings):
+    """python bench.py released --runtime DIR"""
+    scripts = os.path.join(settings.runtime, "scripts")
+    if not settings.runtime or not os.path.isfile(os.path.join(scripts, "run_agent.py")):
+        raise ValueError("--runtime takes the folder of a checkout that has scripts/run_agent.py")
+    for package in ("openai", "tqdm", "PIL"):
+        need(package)
+    rows, out = genevolve.atlas_rows("bench")[:settings.requests], genevolve.make_folder(settings.out)
+    with tempfile.TemporaryDirectory() as folder:
+        requests = os.path.join(folder, "requests.jsonl")
+        genevolve.write_lines(requests, [{k: v for k, v in r.items() if k not in ("recipe", "_folder")} for r in rows])
+        command = [sys.executable, os.path.join(HERE, "genevolve.py"), "serve", "--port", "0", "--policy",
+                   settings.policy, "--out", folder]
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        try:
+            url = server.stdout.readline().split()[2].rstrip(":")
+            environment = os.environ | {"OPENAI_API_KEY": "none", "SERPER_API_KEY": "none", "SERPER_BASE_URL": url,
+                                        "IMAGE_DOWNLOAD_DIR": os.path.join(folder, "found")}
+            results = os.path.join(folder, "results.json")
+            for name, *flags in (
+                    ("run_agent.py", "--input", requests, "--output-dir", folder, "--base-url", f"{url}/v1"),
+                    ("generate_images.py", "--input", results, "--output-dir", folder, "--backend",
+                     "qwen-image-edit-service", "--service-url", url),
+                    ("evaluate_images.py", "--results", results, "--gt-root", os.path.join(HERE, "atlas"),
+                     "--api-base", f"{url}/v1")):
+                done = subprocess.run([sys.executable, os.path.join(scripts, name), *flags], env=environment,
+                                      capture_output=True, text=True)
+                if done.returncode:
+                    raise ValueError(f"{name} ended with {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
+        finally:
+            server.terminate()
+            server.wait()
+        records, judged = read(results), read(os.path.join(folder, "results_eval.json"))
+        summary = read(os.path.join(folder, "summary.json"))
+        ours = distill.summarize(evaluated_rows(os.path.join(folder, "results_eval.json")))
+    figures = {"requests": len(rows), "records": len(records), "programs": sum(bool(r["gen_prompt"]) for r in records),
+               "rendered": sum(bool(r["success"]) for r in records),
+               "judged": sum(bool(r.get("eval_success")) for r in judged if "summary_type" not in r),
+               "its overall": summary["all"]["overall"], "KScore of its scores": ours["all"]["overall"]}
+    print_row("the released runtime", figures)
+    model.write_json(os.path.join(out, "released.json"), figures)
+
+
+COMMANDS = {"world": (Bench, world), "quality": (Quality, quality), "speed": (Speed, speed),
+            "released": (Released, released)}
 
 
 if __name__ == "__main__":

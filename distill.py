@@ -451,6 +451,14 @@ holds: the facts found are in the prompt, exactly; the prompt calls its referenc
 image and says what each provides; it follows the advice of the guides that were read; every requirement of the \
 request stands in it as something that can be carried out and checked. Answer with one JSON object:
 {"rationale": "...", "sufficiency": 0}"""
+WISE_RUBRIC = """You judge a picture made for a prompt that takes knowledge of the world to understand. You see the \
+prompt, an explanation of what it means, and the picture. Give three scores, each 0 (fails), 1 (in part) or 2 (fully): \
+consistency: does the picture show what the prompt means, as the explanation says? realism: do things in it look and \
+behave as they do in the world? aesthetic: is it well composed and made? Answer with one JSON object: \
+{"consistency": 0, "realism": 0, "aesthetic": 0}"""
+WISE_VERIFIED_RUBRIC = """You judge a picture made for a prompt that takes knowledge of the world to understand. You see \
+the prompt, an explanation of what it means, and the picture. Is what the explanation says plainly there? Answer with \
+one JSON object: {"score": 1} if it is, {"score": 0} if not."""
 
 
 class ModelJudge:
@@ -487,6 +495,14 @@ class ModelJudge:
         failed = [constraint(k, v == 1, str(answer.get("rationale", ""))[:300]) for k, v in scores.items()
                   if v is not None]
         return {"kscore": kscore(*scores.values())} | scores | {"constraints": failed}
+
+    def score_wise(self, image, row):
+        """WISE's scores of a picture, by both versions (see ``wiscore``); a WISE prompt has no ground truth."""
+        parts = [{"type": "text", "text": f"Prompt: {row['question']}\nExplanation: {row.get('Explanation', '')}"},
+                 tools.image_part(image)]
+        legacy, verified = self.ask(WISE_RUBRIC, parts), self.ask(WISE_VERIFIED_RUBRIC, parts)
+        return {k: self.level(legacy, k, (0, 1, 2)) for k in ("consistency", "realism", "aesthetic")} | {
+            "score": self.level(verified, "score", (0, 1))}
 
     def score_program(self, trajectory):
         """(R_text, checks) of a trajectory's program."""
@@ -564,7 +580,17 @@ def summarize(rows, missing_text="renormalized"):
 
 
 WISE_LEGACY = {"cultural": 0.4, "time": 0.167, "space": 0.133, "biology": 0.1, "physics": 0.1, "chemistry": 0.1}
+WISE_LAST = {"cultural": 400, "time": 567, "space": 700, "biology": 800, "physics": 900, "chemistry": 1000}  # prompt_id
 WISE_VERIFIED = {"cultural": 0.4, "time": 0.12, "space": 0.12, "biology": 0.12, "physics": 0.12, "chemistry": 0.12}
+
+
+def wise_category(row):
+    """The category of a WISE row, which its files tell by the prompt's number."""
+    number = row.get("prompt_id")
+    category = next((c for c, last in WISE_LAST.items() if isinstance(number, int) and 0 < number <= last), None)
+    if category is None:
+        raise ValueError(f"prompt_id {number!r}: WISE's go from 1 to 1000")
+    return category
 
 
 def wiscore(rows, version):

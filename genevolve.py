@@ -442,7 +442,8 @@ def truth_of(row):
 # ---- Requests in, records out ----------------------------------------------------------------------------------------
 
 def read_requests(path):
-    """Rows of a .json (list) or .jsonl file, each with "id", "question" and its folder. Raises ValueError."""
+    """Rows of a .json (list) or .jsonl file, each with "id", "question" and its folder: the released bench and RL rows,
+    WISE's prompts (field Prompt), or anybody's. Raises ValueError."""
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file")
     with open(path, encoding="utf-8") as file:
@@ -454,10 +455,12 @@ def read_requests(path):
         raise ValueError(f"{path}: not valid JSON ({error})")
     rows = []
     for number, row in numbered:
-        if not isinstance(row, dict) or not isinstance(row.get("question") or row.get("prompt"), str):
+        text = next((row[k] for k in ("question", "prompt", "Prompt") if row.get(k)), None) if isinstance(row, dict) else 0
+        if not isinstance(text, str):
             raise ValueError(f"{path}, line {number}: no prompt or question")
-        question = check_request(row.get("question") or row["prompt"], f"{path}, line {number}: ")
-        rows.append({"id": f"{number:04d}"} | row | {"question": question, "_folder": os.path.dirname(path) or "."})
+        question = check_request(text, f"{path}, line {number}: ")
+        name = {"id": str(row.get("prompt_id", f"{number:04d}"))}  # WISE's, else the line
+        rows.append(name | row | {"question": question, "_folder": os.path.dirname(path) or "."})
     if not rows:
         raise ValueError(f"{path}: no requests in it")
     return rows
