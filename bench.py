@@ -477,6 +477,7 @@ def suite_rows(settings):
     chosen = {f.name: getattr(settings, f.name) for f in WORLD}
     chosen |= {"sampling_steps": settings.steps, "guidance": settings.guidance, "device": settings.device}
     with genevolve.Embedded(genevolve.Run(policy=settings.policy, out=folder, **chosen), folder) as parts:
+        parts.announce(len(left))
         for start in range(0, len(left), 32):
             rows = left[start:start + 32]
             attempts = parts.agent().run(rows, [7919 * (start + n) for n in range(len(rows))])

@@ -637,7 +637,8 @@ class World(Common):
                                 "wording costs)")
     temperature: float = flag(0.7, "temperature of the policy")
     top_p: float = flag(0.95, "nucleus of the policy")
-    max_calls: int = flag(0, "stop cleanly after so many paid calls (0: no limit)")
+    max_calls: int = flag(0, "stop cleanly after so many calls to outside services, all together (0: no limit)")
+    per_minute: int = flag(0, "calls a minute that each outside service gets at most (0: no limit)")
     record: str = flag("", "keep every outside call in this file")
     replay: str = flag("", "answer every outside call from this file, without network")
 
@@ -676,6 +677,7 @@ class Sft(Common):
     lr: float = flag(2.5e-3, "peak learning rate (1e-5 for a pretrained policy)")
     warmup: float = flag(0.02, "share of the steps in which the rate rises")
     weight_decay: float = flag(1e-6, "decoupled weight decay")
+    save_every: int = flag(200, "steps between checkpoints; a stopped run goes on from the last one")
     bf16: bool = flag(True, "matrix products in bfloat16 (weights stay float32)")
 
 
@@ -686,7 +688,12 @@ class TrainRenderer(Common):
     data: str = flag(os.path.join(HERE, "atlas"), "folder with scenes.safetensors and scenes.jsonl")
     vae_steps: int = flag(0, "optimizer steps of the VAE (0: its default)")
     steps: int = flag(0, "optimizer steps of the diffusion transformer (0: its default)")
+    start: str = flag("", "folder of a trained diffusion transformer to begin with (default: random weights)")
     compile: bool = flag(False, "torch.compile its layers (two minutes, then twice as fast; needs a C++ compiler)")
+
+
+# calls of one trajectory: about five turns, whose tools ask about four queries; a judge sees picture and program
+CALLS = {"policy": 5, "search": 4, "renderer": 1, "judge": 2}
 
 
 class Embedded:
@@ -696,12 +703,14 @@ class Embedded:
         self.settings = s = settings
         self.device = pick_device(s.device)
         self.tape = tools.Tape(record=s.record or None, replay=s.replay or None)
-        self.server = None if s.search else tools.Server(tools.Corpus(s.corpus)).start()
+        self.budget = tools.Budget(s.max_calls) if s.max_calls else None
+        self.server = None if s.search or s.replay else tools.Server(tools.Corpus(s.corpus)).start()
+        local = self.server.url if self.server else "http://127.0.0.1:1"  # a replay asks nobody
         self.policy = self.open_policy()
-        self.toolbox = tools.ToolBox(s.search or self.server.url, os.path.join(HERE, "skills"),
+        self.toolbox = tools.ToolBox(s.search or local, os.path.join(HERE, "skills"),
                                      os.environ.get("IMAGE_DOWNLOAD_DIR") or os.path.join(out, "cache"),
                                      api_key=os.environ.get("SERPER_API_KEY", ""), compact=self.policy.compact,
-                                     tape=self.tape, allow_private=not s.search, max_calls=s.max_calls or None)
+                                     allow_private=not s.search, **(self.paid() if s.search else {"tape": self.tape}))
         self.studio = Studio(self.open_renderer(), self.open_judge(), s.sampling_steps, guidance=s.guidance)
 
     def __enter__(self):
@@ -712,11 +721,27 @@ class Embedded:
             self.server.stop()
         self.tape.close()
 
+    def paid(self):
+        """What the clients of outside services have in common: one recording, one budget, and a limit for each."""
+        limiter = tools.Limiter(self.settings.per_minute) if self.settings.per_minute else None
+        return {"tape": self.tape, "budget": self.budget, "limiter": limiter}
+
+    def announce(self, requests):
+        """Say, before the first call, how many calls to outside services so many requests are likely to take."""
+        s = self.settings
+        outside = {"policy": s.policy.startswith(("http://", "https://")), "search": s.search, "judge": s.judge,
+                   "renderer": not isinstance(self.studio.renderer, diffusion.Renderer)}
+        expected = {name: requests * CALLS[name] for name, there in outside.items() if there}
+        if expected and not s.replay:
+            limit = f"; --max-calls stops at {s.max_calls}" if s.max_calls else ""
+            print(f"about {sum(expected.values())} outside calls expected "
+                  f"({', '.join(f'{name} {n}' for name, n in expected.items())}{limit})", file=sys.stderr, flush=True)
+
     def open_policy(self):
         s = self.settings
         sampling = Sampling(s.temperature, s.top_p)
         if s.policy.startswith(("http://", "https://")):
-            client = tools.ChatClient(s.policy, os.environ.get("OPENAI_API_KEY", ""), s.policy_model, tape=self.tape)
+            client = tools.ChatClient(s.policy, os.environ.get("OPENAI_API_KEY", ""), s.policy_model, **self.paid())
             return ChatPolicy(client, sampling)
         path = s.policy or os.path.join(HERE, "weights", "policy")
         net, tokenizer = model.load(path, self.device)
@@ -728,9 +753,9 @@ class Embedded:
         s = self.settings
         if s.renderer == "gemini":
             key = os.environ.get("GOOGLE_API_KEY") or os.environ.get("GEMINI_API_KEY", "")
-            return tools.GoogleRenderer(key, tape=self.tape)
+            return tools.GoogleRenderer(key, **self.paid())
         if s.renderer.startswith(("http://", "https://")):
-            return tools.RemoteRenderer(s.renderer.split(","), tape=self.tape)
+            return tools.RemoteRenderer(s.renderer.split(","), **self.paid())
         weights = os.path.join(HERE, "weights")
         return diffusion.Renderer.load(s.renderer or os.path.join(weights, "renderer"), os.path.join(weights, "vae"),
                                        self.device)
@@ -738,7 +763,7 @@ class Embedded:
     def open_judge(self):
         if self.settings.judge:
             client = tools.ChatClient(self.settings.judge, os.environ.get("OPENAI_API_KEY", ""),
-                                      self.settings.judge_model, tape=self.tape)
+                                      self.settings.judge_model, **self.paid())
             return distill.ModelJudge(client.complete)
         return distill.PixelJudge(read_world())
 
@@ -808,6 +833,7 @@ def run(s):
         agent = parts.agent(None if quiet else lambda trajectory, step: print_step(step))
         done, path = [], os.path.join(out, "results.json")
         make_folder(os.path.join(out, "images"))
+        parts.announce(len(rows))
         for at in range(0, len(rows), s.live):
             batch = rows[at:at + s.live]
             trajectories = agent.run(batch, [s.seed * 1_000_003 + at + i for i in range(len(batch))])
@@ -915,9 +941,15 @@ def sft(s):
     """python genevolve.py sft"""
     device, conversations = pick_device(s.device), read_demonstrations(s.data)
     torch.manual_seed(s.seed)
-    rng = np.random.default_rng(s.seed)
-    if s.init:
-        net, tokenizer = model.load(s.init, device)
+    state = os.path.join(make_folder(s.out), "resume.safetensors")
+    going_on = os.path.exists(state)
+    if going_on:
+        told, now = model.read_json(os.path.join(s.out, "training.json"))["settings"], diffusion.portable(asdict(s))
+        if changed := [k for k in now if told.get(k) != now[k] and k not in ("device", "save_every")]:
+            raise ValueError(f"{s.out} holds an unfinished run with another --{changed[0].replace('_', '-')} "
+                             f"({told.get(changed[0])!r}); remove {state} to start afresh")
+    if going_on or s.init:
+        net, tokenizer = model.load(s.out if going_on else s.init, device)
     else:
         with open(s.vocabulary, encoding="utf-8") as file:
             tokenizer = model.train_tokenizer(file.readlines(), s.vocab_size)
@@ -927,11 +959,13 @@ def sft(s):
     rows = [tokenizer.apply_chat_with_mask(c) for c in conversations]
     pools = rare_tokens(tokenizer, conversations)
     optimizer = torch.optim.AdamW(net.parameters(), lr=s.lr, betas=(0.9, 0.98), weight_decay=s.weight_decay)
-    make_folder(s.out)
-    stream, copies = batches(rows, s.batch_tokens, rng), 0 if s.init else s.copy_steps
-    total, start, log = copies + s.steps, time.perf_counter(), {}
-    for step in range(total):
-        warm = step < copies
+    stream, copies = batches(rows, s.batch_tokens, np.random.default_rng(s.seed)), 0 if s.init else s.copy_steps
+    done, earlier = resume_sft(state, net, optimizer) if going_on else (0, 0.0)
+    for _ in range(copies, done):
+        next(stream)  # what the demonstrations' steps so far have seen
+    total, start, log = copies + s.steps, time.perf_counter() - earlier, {}
+    for step in range(done, total):
+        warm, rng = step < copies, np.random.default_rng([s.seed, step])
         rate = s.lr * min(1.0, (step + 1) / 20) if warm else cosine(step - copies, s.steps, s.lr, s.warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -944,18 +978,36 @@ def sft(s):
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
+        elapsed = time.perf_counter() - start
         if step % 20 == 0 or step == total - 1:
-            elapsed = time.perf_counter() - start
             log = {"step": step, "stage": "copy" if warm else "sft", "loss": loss.item(),
                    "copy_loss": copied.item() if s.copy_weight and not warm else None, "grad_norm": norm.item(),
                    "lr": rate, "seconds": elapsed, "seconds_left": elapsed / (step + 1) * (total - step - 1)}
             print(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in log.items()), flush=True)
-        if (step + 1) % 200 == 0 or step == total - 1:
+        if (step + 1) % s.save_every == 0 or step == total - 1:
             model.save(s.out, net, tokenizer)
             model.write_json(os.path.join(s.out, "genevolve.json"),
                              {"protocol": "compact" if not s.init or is_compact(s.init) else "full"})
             model.write_json(os.path.join(s.out, "training.json"),
-                       {"command": diffusion.command_line(), "settings": diffusion.portable(asdict(s)), **log})
+                             {"command": diffusion.command_line(), "settings": diffusion.portable(asdict(s)), **log})
+            tensors = {"done": torch.tensor(step + 1), "seconds": torch.tensor(elapsed, dtype=torch.float64)}
+            for name, p in net.named_parameters():
+                tensors |= {f"net.{name}": p.detach()} | {f"{k}.{name}": v for k, v in optimizer.state[p].items()}
+            model.write_tensors(state, {k: v.cpu().contiguous() for k, v in tensors.items()})
+    os.remove(state)  # done: what it took to go on is of no more use
+
+
+@torch.no_grad()
+def resume_sft(path, net, optimizer):
+    """Weights and optimizer of an unfinished cold start -> (steps done, seconds they took)."""
+    with model.open_tensors(path) as file:
+        tensors = {k: file.get_tensor(k) for k in file.keys()}
+    for name, p in net.named_parameters():
+        p.copy_(tensors[f"net.{name}"])
+        optimizer.state[p] = {k: tensors[f"{k}.{name}"].to("cpu" if k == "step" else p.device)
+                              for k in ("step", "exp_avg", "exp_avg_sq")}
+    print(f"sft: resuming at step {int(tensors['done'])}", flush=True)
+    return int(tensors["done"]), float(tensors["seconds"])
 
 
 # ---- evolve: from its own attempts to a better policy ----------------------------------------------------------------
@@ -1108,7 +1160,10 @@ class Evolution:
         s, r, begun = self.settings, self.recipe, time.perf_counter()
         rows = self.requests(self.done)
         attempts, render_seconds = self.roll_out([row for row in rows for _ in range(s.rollouts)], 0)
-        rolled = time.perf_counter()
+        rolled, budget = time.perf_counter(), self.parts.budget
+        if budget and budget.spent >= budget.max_calls:  # what came back may be cut short: nothing to learn from
+            raise tools.BudgetExceeded(f"the budget of {budget.max_calls} calls is used up; all steps up to {self.done} "
+                                       "are kept, and the same command with a larger one goes on")
         groups = [attempts[i:i + s.rollouts] for i in range(0, len(attempts), s.rollouts)]
         rewards = torch.tensor([[t.reward for t in g] for g in groups], dtype=torch.float64)
         advantages = distill.group_advantages(rewards, r.std).float()
@@ -1390,7 +1445,7 @@ class Evolution:
     def identity(self):
         """The settings that make it this run; how long it goes on and where it runs may change."""
         return {k: v for k, v in asdict(self.settings).items()
-                if k not in ("steps", "out", "device", "memo", "record", "replay")}
+                if k not in ("steps", "out", "device", "memo", "record", "replay", "max_calls", "per_minute")}
 
     def newest(self):
         """state.json of the newest whole checkpoint with its "path", or None; damaged newer ones are said and removed,
@@ -1452,6 +1507,8 @@ def evolve(s):
     run, begun = Evolution(s), time.perf_counter()
     say = functools.partial(print, flush=True) if run.ranks.first else lambda text: None
     with run.parts, run.ranks:
+        checks = s.steps // s.eval_every - run.done // s.eval_every + (run.done == 0) if s.eval_every else 0
+        run.parts.announce((s.steps - run.done) * s.prompts_per_step * s.rollouts + checks * len(run.validation))
         if run.done == 0 and s.eval_every:
             first = run.evaluate()
             say(f"before: validation reward {first['reward']:.3f}, KScore {first['kscore']:.3f}")
@@ -1753,7 +1810,7 @@ def write_evolution_report(run):
 def train_renderer(s):
     """python genevolve.py train-renderer"""
     diffusion.train(s.data, s.out, seed=s.seed, device=pick_device(s.device), vae_steps=s.vae_steps, steps=s.steps,
-                    compile=s.compile)
+                    start=s.start, compile=s.compile)
 
 
 def serve(s):

@@ -499,7 +499,7 @@ class Limiter:
 
 
 class Budget:
-    """Counts calls that are sent, retries included; stops at ``max_calls``."""
+    """Counts calls that are sent, retries included; stops at ``max_calls``. All paid services may share one."""
 
     def __init__(self, max_calls):
         self.max_calls, self.spent, self.lock = max_calls, 0, threading.Lock()
@@ -1116,14 +1116,11 @@ class ToolBox:
     """
 
     def __init__(self, search_url, skills_dir, image_dir, api_key="", compact=False, allow_private=False, tape=None,
-                 max_calls=None, per_minute=None, timeout=15.0, deadline=60.0, retries=3, backoff=0.5,
-                 max_bytes=20 * 2**20):
+                 budget=None, limiter=None, timeout=15.0, deadline=60.0, retries=3, backoff=0.5, max_bytes=20 * 2**20):
         self.search_url, self.compact, self.image_dir = service_url(search_url, "search"), compact, image_dir
         self.skills, self.headers, self.deadline = read_skills(skills_dir), {"X-API-KEY": api_key}, deadline
-        self.budget = Budget(max_calls) if max_calls else None
         shared = {"timeout": timeout, "deadline": deadline, "retries": retries, "backoff": backoff, "tape": tape}
-        self.client = HttpClient("search", (api_key,), budget=self.budget,
-                                 limiter=Limiter(per_minute) if per_minute else None, **shared)
+        self.client = HttpClient("search", (api_key,), budget=budget, limiter=limiter, **shared)
         self.loader = HttpClient("download", guarded=True, own=self.search_url if allow_private else None,
                                  max_bytes=max_bytes, **shared)
         self.pool, self.lock, self.fetched = ThreadPoolExecutor(16, "tools"), threading.Lock(), {}
