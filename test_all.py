@@ -2865,12 +2865,12 @@ def test_another_look_of_the_subject_is_not_mistaken_for_it():
         assert judge(build.draw(other, rng)[0], truth, wanted)["visual_correctness"] == 0
 
 
-def test_jpeg_at_quality_100_with_full_chroma_changes_no_verdict():
+def test_jpeg_at_quality_100_changes_no_verdict_though_it_halves_the_chroma():
     Image = pytest.importorskip("PIL.Image")
     judge, same = pixel_judge(), []
     for _, _, truth, wanted in atlas_cases(60):
         buffer = io.BytesIO()
-        Image.fromarray(truth).save(buffer, "JPEG", quality=100, subsampling=0)  # halved chroma costs colours: see bench.py world
+        Image.fromarray(truth).save(buffer, "JPEG", quality=100, subsampling=2)
         same.append(judge(np.asarray(Image.open(buffer)), truth, wanted)["kscore"] == 1.0)
     assert np.mean(same) >= 0.99
 
@@ -3558,3 +3558,71 @@ def test_the_imitated_example_of_a_prompt_is_the_one_whose_lesson_is_remembered(
         for best, mark, kept in ((0.8, 1, 1), (0.6, 2, 1), (0.9, 3, 3)):  # a weaker lesson replaces neither
             run.remember([row], [[attempt(best, mark), attempt(0.1, 9)]])
             assert run.imitated([], run.memory.lookup([row["question"]])) == [([kept], [True])]
+
+
+def bench_main(capsys, *arguments):
+    code = genevolve.main([str(a) for a in arguments], bench.COMMANDS)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_a_suite_is_measured_from_released_rows_and_goes_on_where_it_stopped(tmp_path, capsys):
+    rows = genevolve.atlas_rows("validation")[:5]
+    shutil.copytree(os.path.join(genevolve.HERE, "atlas", "truth"), tmp_path / "truth",
+                    ignore=lambda _, names: [n for n in names if n not in {f"{r['id']}.png" for r in rows}])
+    keep = ("id", "question", "gt_image", "eval_type", "category", "difficulty", "recipe")
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({k: r[k] for k in keep}) for r in rows))
+    command = ["quality", "--suite", tmp_path / "rows.jsonl", "--out", tmp_path / "out", "--steps", 2]
+    code, out, err = bench_main(capsys, *command)
+    assert code == 0, err
+    found = json.loads((tmp_path / "out" / "suite.json").read_text())
+    assert found["KScore"]["all"]["rows"] == 5 and 0 < found["KScore"]["all"]["overall"] < 1
+    assert set(found["KScore"]["by_eval_type"]) == {r["eval_type"] for r in rows}
+    kept = tmp_path / "out" / "suite" / "rows.jsonl"
+    lines = kept.read_text().splitlines()
+    kept.write_text("\n".join(lines[:3]) + "\n")  # as if it had been stopped
+    code, out, err = bench_main(capsys, *command)
+    assert code == 0 and "2/2 requests" in out
+    code, _, err = bench_main(capsys, "quality", "--judge", "http://127.0.0.1:1", "--out", tmp_path / "x")
+    assert code == 2 and "--suite" in err
+
+
+def test_what_the_released_evaluator_writes_is_read(tmp_path, capsys):
+    scores = {"rationale": "", "faithfulness": 1, "visual_correctness": 0.5, "text_accuracy": 0.5, "aesthetics": 1, "overall": 0.6}
+    rows = [{"id": 1, "eval_success": True, "meta": {"eval_type": "quality"}, "scores": scores | {"text_accuracy_na": True}},
+            {"id": 2, "eval_success": True, "eval_type": "knowledge", "scores": scores},
+            {"id": 3, "eval_success": False, "eval_type": "knowledge", "scores": None},
+            {"summary_type": "overall_avg", "avg_scores": {}, "count": 2}]
+    (tmp_path / "results_eval.json").write_text(json.dumps(rows))
+    code, _, err = bench_main(capsys, "quality", "--suite", tmp_path / "results_eval.json", "--out", tmp_path)
+    assert code == 0, err
+    found = json.loads((tmp_path / "suite.json").read_text())
+    first, second = 0.4 / 0.6, 0.1 + 0.2 + 0.2 + 0.1  # the missing text is left out, or counts one half
+    assert found["KScore"]["all"]["overall"] == pytest.approx((first + second) / 2)
+    assert found["KScore"]["all"]["overall_missing_zero"] == pytest.approx((first + second) / 3)
+    assert found["KScore, missing text counts 0.5"]["all"]["overall"] == pytest.approx(0.6)
+    assert found["KScore"]["by_eval_type"]["quality"]["rows"] == 1
+
+
+def test_wise_prompts_get_both_scores_and_a_failed_judgement_is_missing(tmp_path, capsys):
+    question = genevolve.atlas_rows("validation")[0]["question"]
+    ids = (1, 400, 401, 567, 568, 700, 701, 801, 1000)
+    (tmp_path / "wise.json").write_text(json.dumps([
+        {"Prompt": question, "Explanation": f"what {i} means", "Category": "any", "Subcategory": "any", "prompt_id": i} for i in ids]))
+
+    def judge(text, images):
+        assert len(images) == 1 and "Explanation: what" in text
+        if "what 567 means" in text:
+            return "no JSON"
+        return {"consistency": 2, "realism": 1, "aesthetic": 0, "score": 1}
+    assert bench_main(capsys, "quality", "--suite", tmp_path / "wise.json", "--out", tmp_path / "out")[0] == 2  # no ground truth, no judge
+    with tools.Server(tools.Corpus(os.path.join(genevolve.HERE, "atlas", "corpus")), judge=judge) as server:
+        code, _, err = bench_main(capsys, "quality", "--suite", tmp_path / "wise.json", "--out", tmp_path / "out", "--judge", server.url,
+                                  "--steps", 1, "--policy", os.path.join(genevolve.HERE, "weights", "sft"))
+    assert code == 0, err
+    found = json.loads((tmp_path / "out" / "suite.json").read_text())
+    assert found["WiScore, legacy"]["cultural"] == pytest.approx((0.7 * 2 + 0.2) / 2)
+    assert found["WiScore, legacy"]["time"] == pytest.approx(0.8) and found["WiScore, verified"]["overall"] == pytest.approx(1.0)
+    done = [json.loads(line) for line in (tmp_path / "out" / "suite" / "rows.jsonl").read_text().splitlines()]
+    assert [r["category"] for r in done] == ["cultural"] * 2 + ["time"] * 2 + ["space"] * 2 + ["biology", "physics", "chemistry"]
+    assert all((r["wise"] is None) == (r["id"] == "567") for r in done if r["valid"])
