@@ -695,20 +695,23 @@ def turns_row(s):
 
 
 def logprob_row(s):
-    """log p and its gradient, 4,096 tokens, hidden 1,024, vocabulary 151,936. Memory includes the two
-    gradients, which both sides have to deliver."""
+    """Log-probs and their gradient, 4,096 tokens, hidden 1,024, vocabulary 151,936: with weights known beforehand (SFT)
+    and, "any loss", with the gradient that comes from a loss on top (GRPO, SDL). The gradients, which both sides have to
+    deliver, are taken off the memory."""
     n, c, v = (256, 64, 5000) if s.quick else (4096, 1024, 151936)
     torch.manual_seed(0)
     hidden, target = torch.randn(n, c).requires_grad_(), torch.randint(v, (n,))
-    weight = (torch.randn(v, c) * c**-0.5).requires_grad_()
+    weight, share = (torch.randn(v, c) * c**-0.5).requires_grad_(), torch.full((n,), 1 / n)
 
     def run(logps):
         logps().sum().backward()
         hidden.grad = weight.grad = None  # so that the next run starts without them
-    row = side_by_side(lambda: run(lambda: model.chunked_logprobs(hidden, weight, target)[0]),
-                       lambda: run(lambda: (hidden @ weight.T).log_softmax(-1).gather(1, target[:, None])),
-                       max(1, s.repeats - 1))
-    row["the gradients, MB"] = (hidden.nbytes + weight.nbytes) / 2**20  # part of both sides' memory
+    theirs = lambda: run(lambda: (hidden @ weight.T).log_softmax(-1).gather(1, target[:, None]))
+    row = side_by_side(lambda: run(lambda: model.weighted_logprobs(hidden, weight, target, share)), theirs, s.repeats)
+    other = side_by_side(lambda: run(lambda: model.chunked_logprobs(hidden, weight, target)[0]), theirs, 1)
+    row |= {f"any loss, {k}": other[k] for k in ("ours s", "ratio", "ours MB")}
+    row["the gradients, MB"] = gradients = (hidden.nbytes + weight.nbytes) / 2**20
+    row["memory ratio"] = (row["peer MB"] - gradients) / max(row["ours MB"] - gradients, 1)
     return row
 
 

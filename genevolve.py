@@ -913,8 +913,12 @@ def copy_loss(net, pools, rng, count, device):
 
 def sft_loss(net, rows):
     """Cross-entropy on assistant tokens only: L = -sum m log pi(y | h) / sum m. rows: [(ids, mask)]."""
-    logps, _ = model.token_logprobs_and_entropy(net, [ids for ids, _ in rows], masks=[mask for _, mask in rows])
-    return -torch.cat(logps).sum() / sum(sum(mask[1:]) for _, mask in rows)  # zero where the mask is off
+    hidden, places = model.hidden_states(net, [ids for ids, _ in rows])
+    device = hidden.device
+    before = torch.cat([at[:-1][torch.tensor(mask[1:], device=device)] for at, (_, mask) in zip(places, rows)])
+    said = torch.tensor([t for ids, mask in rows for t, m in zip(ids[1:], mask[1:]) if m], device=device)
+    share = torch.full((len(said),), 1 / len(said), device=device)
+    return -model.weighted_logprobs(hidden[before], net.output_weight, said, share)
 
 
 def batches(rows, batch_tokens, rng):
@@ -1032,7 +1036,8 @@ class Evolve(World):
     guides: str = flag("own", "what the teacher sees: own bundles, or the controls 'shuffled' and 'placebo'")
     match_ratio: float = flag(0.0, "norm of the experience gradient over GRPO's (0: as the recipe's weight makes it)")
     minibatches: int = flag(1, "updates a batch of trajectories is split into")
-    micro_tokens: int = flag(65536, "tokens a forward pass")
+    micro_tokens: int = flag(65536, "tokens a forward pass of one process")
+    checkpointing: bool = flag(False, "recompute activations in the backward pass instead of keeping them")
     bf16: bool = flag(False, "matrix products of the update in bfloat16")
     sampling_steps: int = flag(6, "sampling steps of the renderer")
     eval_every: int = flag(20, "steps between evaluations on validation requests (0: never)")
@@ -1084,9 +1089,12 @@ class Evolution:
         # what writes the trajectories is whole in every process, what is trained is sharded; alone they are one
         self.writer, alone = self.parts.policy.net, self.ranks.count == 1
         self.net = self.writer if alone else self.ranks.shard(copy.deepcopy(self.writer))
-        frozen = lambda: self.ranks.shard(copy.deepcopy(self.writer).eval().requires_grad_(False))
-        self.frozen = frozen()  # reference, and embedder of the memory
-        self.teacher = {"same": self.net, "frozen": self.frozen}.get(self.recipe.teacher) or frozen()
+        if s.rollouts_url and not alone:
+            self.writer.to("cpu")  # it only hands the weights over
+        self.net.checkpointing = s.checkpointing
+        other = lambda: self.ranks.shard(copy.deepcopy(self.writer).to(self.parts.device).requires_grad_(False))
+        self.frozen = other()  # reference, and embedder of the memory
+        self.teacher = {"same": self.net, "frozen": self.frozen}.get(self.recipe.teacher) or other()
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=s.lr, betas=(0.9, 0.95), weight_decay=0.0)
         r = self.recipe
         self.memory = distill.Memory(self.embed, r.capacity, r.gate, distill.entity_names if r.entity_free else None,
@@ -1445,7 +1453,8 @@ class Evolution:
     def identity(self):
         """The settings that make it this run; how long it goes on and where it runs may change."""
         return {k: v for k, v in asdict(self.settings).items()
-                if k not in ("steps", "out", "device", "memo", "record", "replay", "max_calls", "per_minute")}
+                if k not in ("steps", "out", "device", "memo", "record", "replay", "max_calls", "per_minute",
+                             "checkpointing")}
 
     def newest(self):
         """state.json of the newest whole checkpoint with its "path", or None; damaged newer ones are said and removed,

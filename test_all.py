@@ -155,6 +155,18 @@ def test_chunked_log_probs_and_entropy_equal_the_full_ones_with_gradients():
             assert (x - y).norm() < 1e-5 * y.norm()
 
 
+@pytest.mark.parametrize("rows", (7, 64))
+def test_weighted_logprobs_equal_the_full_matrix_in_value_and_gradient(rows):
+    torch.manual_seed(0)
+    h, w = (torch.randn(shape, requires_grad=True) for shape in ((50, 16), (97, 16)))
+    target, weights = torch.randint(97, (50,)), torch.randn(50)
+    full = ((h @ w.T).log_softmax(-1).gather(1, target[:, None]).squeeze(1) * weights).sum()
+    ours = model.weighted_logprobs(h, w, target, weights, rows)
+    assert torch.allclose(ours, full, atol=1e-4)
+    for x, y in zip(torch.autograd.grad(3 * ours, (h, w)), torch.autograd.grad(3 * full, (h, w))):
+        assert torch.allclose(x, y, atol=1e-4)
+
+
 def test_masked_log_probs_equal_the_unmasked_ones_and_are_zero_elsewhere():
     net, sequences = model_net(), [model_prompt(20, n) for n in range(3)]
     masks = [[t % 3 == 0 for t in range(20)] for _ in sequences]
@@ -3278,7 +3290,8 @@ def test_an_evolution_in_two_processes_is_the_one_in_one(tmp_path, capsys):
     program, logs = os.path.join(genevolve.HERE, "genevolve.py"), {}
     for count in (1, 2):
         out = tmp_path / str(count)
-        said = torchrun(count, program, *tiny_evolution(str(out), "--minibatches", 2))
+        more = ["--checkpointing"] if count == 2 else []  # changes what is kept, not what comes out
+        said = torchrun(count, program, *tiny_evolution(str(out), "--minibatches", 2), *more)
         assert said.count("step 3 ") == 1  # one process speaks
         logs[count] = without_durations(out / "log.jsonl")
     states = tmp_path / "2" / "checkpoints" / "000003"

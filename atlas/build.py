@@ -387,8 +387,8 @@ def misspell(rng, text):
 
 
 def loosen(rng, scene, aspect):
-    """What a plain wording turned into, four times out of five."""
-    if rng.random() < 0.2:
+    """What a plain wording turned into, nine times out of ten."""
+    if rng.random() < 0.1:
         return
     choices = {
         "place": lambda: rng.choice([q for q in QUARTERS if q != scene.place]),
@@ -419,8 +419,8 @@ def random_text(rng, kind=None):
 
 def random_aspects(rng, people):
     """A compatible set: at most one of each of the four groups."""
-    arrangement = rng.choice(("place", "body", "body" if people else "place", "")  # the harder, the more often
-                             + 2 * ("count",) + 3 * ("pair",) + 3 * ("shadow",))
+    arrangement = rng.choice(("place", "") + (3 if people else 1) * ("body",)  # the harder, the more often
+                             + 2 * ("pair", "shadow") + 3 * ("count",))
     aspects = [arrangement] if arrangement else []
     aspects += ["text"] * (rng.random() < 0.6)
     aspects += ["companions"] * (arrangement != "pair" and rng.random() < 0.45)
@@ -751,7 +751,7 @@ class Teacher:
         self.rng, self.corpus, self.skills = rng, corpus, skills
 
     def choose(self, advice, *alternatives):
-        """One of the decision phrases: the advised one if there is any, else each about equally often."""
+        """One of the decision phrases: the advised one if there is any, else one of the alternatives."""
         advised = [a for a in alternatives if a in advice]
         return self.rng.choice(advised if advised and self.rng.random() < 0.97 else alternatives)
 
@@ -762,7 +762,8 @@ class Teacher:
         audit, value, opening = dict.fromkeys(AUDIT, True), None, ""
         if fact:
             value, opening = self.look_up(row, guide, audit)
-        choice = self.choose(guide, *GUIDE["reference_selection_guidance"])
+        take = [f"Take the {TITLES[row['_look']]}", "Take the first result"]  # careful, lazy; seldom the other look
+        choice = self.choose(guide, *4 * take, *GUIDE["reference_selection_guidance"])
         references = []
         for number, entity in enumerate(row["_entities"]):
             thought = opening or ("Find the other pictures." if number else "Find the pictures.")
