@@ -181,15 +181,19 @@ def reference_figures(suite, settings):
 
 
 def skill_figures(suite, settings):
-    """Each skill's wording against plain wording of the same request, everything else exact."""
-    figures = {}
+    """Each skill's wording against plain wording of the same request, everything else exact, over the requests of all
+    splits: the renderer has seen none of them, and the bench alone has only ten with a body."""
+    figures, suites = {}, [suite] + ([] if settings.quick else [Suite(settings, s) for s in ("evolve", "validation")])
     for skill, dimension in DIMENSION.items():
-        rows = [n for n, o in enumerate(suite.oracle) if skill in o["probes"]]
-        exact = means(suite.score([(n, suite.oracle[n]["gen_prompt"], suite.references(n)) for n in rows]))
-        plain = means(suite.score([(n, suite.oracle[n]["probes"][skill], suite.references(n)) for n in rows]))
+        scores = {"exact": [], "plain": []}
+        for s in suites:
+            rows = [n for n, o in enumerate(s.oracle) if skill in o["probes"]]
+            scores["exact"] += s.score([(n, s.oracle[n]["gen_prompt"], s.references(n)) for n in rows])
+            scores["plain"] += s.score([(n, s.oracle[n]["probes"][skill], s.references(n)) for n in rows])
+        exact, plain = map(means, scores.values())
         figures[f"{skill}, exact minus plain"] = {
             "KScore": exact["kscore"] - plain["kscore"], dimension: exact[dimension] - plain[dimension],
-            "rows": len(rows)}
+            "rows": len(scores["plain"])}
     return figures
 
 
@@ -265,7 +269,7 @@ class Quality(Bench, genevolve.World):
 
 
 CHOICES = ("lr=2e-4", "lr=1e-4", "lr=4e-4")  # what arms without a second loss try
-WEIGHED = ("lr=4e-4,weight={0}", "lr=4e-4,weight={1}", "lr=8e-4,weight={0}")  # what arms with one try: as many
+WEIGHED = ("lr=2e-4,weight={0}", "lr=4e-4,weight={0}", "lr=4e-4,weight={1}")  # what arms with one try: as many
 # where nothing holds the policy at a high rate
 LIGHTLY = ("lr=2e-4,weight={0}", "lr=2e-4,weight={1}", "lr=4e-4,weight={0}")
 LABELS = {"grpo": "SFT + GRPO", "stable": "SFT + GRPO + SDL, stable",
