@@ -774,11 +774,16 @@ def training_row(s):
         second.step()
         second.zero_grad()
     row = side_by_side(ours, theirs, s.repeats)
-    tokens = sum(len(r.tokens) - 600 for r in rows) + 600 * len(rows) // 6  # a group's prompt once
-    inner = sum(p.numel() for n, p in net.named_parameters() if "embed" not in n)
+    def products(prompt):
+        """Floating-point operations of one forward pass over the trunk, a group's prompt once, attention included."""
+        c, groups = net.config, len(rows) // 6
+        inner = sum(p.numel() for n, p in net.named_parameters() if "embed" not in n)
+        lengths = [sum(r.mask) for r in rows]
+        seen = groups * prompt * (prompt + 1) / 2 + sum(n * prompt + n * (n + 1) / 2 for n in lengths)  # (query, key)
+        return 2 * inner * (groups * prompt + sum(lengths)) + 4 * c.layers * c.heads * c.head_dim * seen
     spoken = sum(sum(r.mask) for r in rows) * net.config.vocab_size * net.config.hidden_size
-    # 3 forward passes, student forward + 2 backward
-    row["GFLOP"] = (2 * inner * tokens * (3 + 3) + 2 * spoken * (3 + 4)) / 1e9
+    # old, reference, teacher; student forward and backward, twice a forward
+    row["GFLOP"] = (products(600) * (2 + 3) + products(720) + 2 * spoken * (3 + 3)) / 1e9
     return row
 
 

@@ -1517,7 +1517,8 @@ def evolve(s):
     say = functools.partial(print, flush=True) if run.ranks.first else lambda text: None
     with run.parts, run.ranks:
         checks = s.steps // s.eval_every - run.done // s.eval_every + (run.done == 0) if s.eval_every else 0
-        run.parts.announce((s.steps - run.done) * s.prompts_per_step * s.rollouts + checks * len(run.validation))
+        if run.ranks.first:
+            run.parts.announce((s.steps - run.done) * s.prompts_per_step * s.rollouts + checks * len(run.validation))
         if run.done == 0 and s.eval_every:
             first = run.evaluate()
             say(f"before: validation reward {first['reward']:.3f}, KScore {first['kscore']:.3f}")

@@ -32,8 +32,6 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer as FastTokenizer, decoders, models, pre_tokenizers, trainers
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 
@@ -880,6 +878,7 @@ class Ranks:
     def shard(self, net):
         """FSDP2: each process keeps a part of every parameter; a block's weights are whole only while it computes."""
         if self.count > 1:
+            from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # takes a second or two
             for module in [*net.blocks, net]:
                 fully_shard(module, mesh=self.mesh, reshard_after_forward=True)
             register_fsdp_forward_method(net, "within")
@@ -893,21 +892,28 @@ class Ranks:
             dist.destroy_process_group()
 
 
+def is_sharded(x):
+    """Whether this is a DTensor: this process's part of a tensor that all have together."""
+    return hasattr(x, "full_tensor")
+
+
 def whole_tensor(x):
     """A sharded tensor put together; any other as it is."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    return x.full_tensor() if is_sharded(x) else x
 
 
 def laid_out_like(x, like):
     """A whole tensor, sharded the way ``like`` is."""
-    return distribute_tensor(x, like.device_mesh, like.placements) if isinstance(like, DTensor) else x
+    if not is_sharded(like):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(x, like.device_mesh, like.placements)
 
 
 def write_shards(ranks, stem, tensors):
     """This process's parts of the tensors, as stem-00001-of-0000N.safetensors; what is not sharded goes into the first.
     Returns the file's path."""
-    mine = {k: v.to_local() if isinstance(v, DTensor) else v for k, v in tensors.items()
-            if ranks.first or isinstance(v, DTensor)}
+    mine = {k: v.to_local() if is_sharded(v) else v for k, v in tensors.items() if ranks.first or is_sharded(v)}
     path = f"{stem}-{ranks.rank + 1:05d}-of-{ranks.count:05d}.safetensors"
     write_tensors(path, {k: v.detach().cpu().contiguous() for k, v in mine.items()})
     return path
