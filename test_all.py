@@ -3237,7 +3237,7 @@ def test_evolve_killed_and_restarted_ends_as_if_nothing_had_happened(tmp_path, c
 
 def torchrun(count, *command):
     """A command in ``count`` processes that talk over gloo."""
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), *map(str, command)],
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), *map(str, command)],
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=genevolve.HERE, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
