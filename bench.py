@@ -668,9 +668,9 @@ def rollout_row(s):
     return row
 
 
-def turns_row(s):
-    """4 turns of 128 tokens with observations of 120 between them, 48 at once."""
-    net, new, turns = small_policy(s.quick), 16 if s.quick else 128, 4
+def turns_row(s, new=128):
+    """4 turns of ``new`` tokens with observations of 120 between them, 48 at once."""
+    net, new, turns = small_policy(s.quick), 16 if s.quick else new, 4
     peer, g = peer_policy(net), torch.Generator().manual_seed(0)
     prompts = [p for p in torch.randint(0, 2048, (8, 600), generator=g).tolist() for _ in range(6)]
     seen = torch.randint(0, 2048, (turns - 1, 48, 120), generator=g)
@@ -831,9 +831,11 @@ def scaling_row(s):
     return row
 
 
-SPEED = {"rollouts": rollout_row, "turns": turns_row, "log-probs": logprob_row, "training step": training_row,
+SPEED = {"rollouts": rollout_row, "turns": turns_row,
+         "short turns": lambda s: turns_row(s, 45),  # what the embedded policy says in a turn
+         "log-probs": logprob_row, "training step": training_row,
          "sampler": sampler_row, "scaling": scaling_row}
-TARGETS = {"rollouts": 6, "turns": 8, "log-probs": 1.2, "training step": 2.5, "sampler": 1.3}
+TARGETS = {"rollouts": 6, "turns": 8, "short turns": 8, "log-probs": 1.2, "training step": 2.5, "sampler": 1.3}
 
 
 def speed(settings):

@@ -488,12 +488,15 @@ class Block(nn.Module):
         k, v = (t.unflatten(-1, (self.heads, -1)) for t in self.condition_kv(tokens).chunk(2, -1))  # (S, K, D / K)
         return to_grid(self.condition_k_norm(k), prompts), to_grid(v, prompts)
 
-    def forward(self, x, modulation, keys, values, mask):
+    def forward(self, x, modulation, contexts):
+        """x (B, N, D), modulation (B, 6, D), contexts [(keys, values, mask)] for the rows from first to last."""
         scale1, shift1, gate1, scale2, shift2, gate2 = (modulation + self.offset).to(x.dtype)[:, :, None].unbind(1)
         qkv = self.qkv(self.norm(x) * (1 + scale1) + shift1)  # (B, N, 3D)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in qkv.chunk(3, -1))  # (B, K, N, D / K)
-        k, v = torch.cat([self.k_norm(k), keys], 2), torch.cat([v, values], 2)  # (B, K, N + T, D / K)
-        seen = attend(self.q_norm(q), k, v, mask)
+        sizes = [len(keys) for keys, _, _ in contexts]
+        seen = torch.cat([attend(q, torch.cat([k, keys], 2), torch.cat([v, values], 2), mask)  # (B, K, N, D / K)
+                          for q, k, v, (keys, values, mask) in
+                          zip(self.q_norm(q).split(sizes), self.k_norm(k).split(sizes), v.split(sizes), contexts)])
         x = x + (1 + gate1) * self.out(seen.transpose(1, 2).flatten(2))  # (B, N, D)
         return x + (1 + gate2) * self.mlp(self.norm(x) * (1 + scale2) + shift2)
 
@@ -546,12 +549,16 @@ class Transformer(nn.Module):
         return Condition(list(keys), list(values), prompts.mask)
 
     def forward(self, x, t, condition, with_classes=False):
-        """x_t (B, N, 4C), t (B,) in 0..1 -> x_0 (B, N, 4C), and the class logits (B, N, classes) if asked for."""
+        """x_t (B, N, 4C), t (B,) in 0..1 -> x_0 (B, N, 4C), and the class logits (B, N, classes) if asked for.
+
+        condition: a Condition, or several that follow each other along B: short ones need no padding to long ones.
+        """
+        conditions = condition if isinstance(condition, list) else [condition]
         modulation = self.time(time_features(t)).unflatten(-1, (6, -1))  # (B, 6, D)
-        mask = F.pad(condition.mask, (x.shape[1], 0), value=True)[:, None, None]  # (B, 1, 1, N + T)
+        masks = [F.pad(c.mask, (x.shape[1], 0), value=True)[:, None, None] for c in conditions]  # (B, 1, 1, N + T)
         x, logits = self.from_latents(x) + self.token, None
         for i, block in enumerate(self.blocks):
-            x = block(x, modulation, condition.keys[i], condition.values[i], mask)
+            x = block(x, modulation, [(c.keys[i], c.values[i], mask) for c, mask in zip(conditions, masks)])
             if with_classes and i == len(self.blocks) // 2:
                 logits = self.classes(x)
         x = self.to_latents(self.out_norm(x))
@@ -600,18 +607,18 @@ def integrate(velocity, x, times, sampler="euler", fresh=None, churn=0.6):
     return x
 
 
-def guided_velocity(net, condition, guidance):
+def guided_velocity(net, condition, nothing=None, guidance=1.0):
     """The velocity under classifier-free guidance, x_0 = x_0(nothing) + guidance (x_0(prompt) - x_0(nothing)).
 
-    With guidance 1 the condition holds B prompts; otherwise B prompts and then B empty ones, and one pass is for both.
+    condition holds B prompts; nothing, which guidance other than 1 needs, B empty ones, and one pass is for both.
     """
     def velocity(x, t):
-        rows = torch.full((len(condition.mask),), t, device=x.device)
+        rows = torch.full((len(x),), t, device=x.device)
         if guidance == 1:
             x0 = net(x, rows, condition)
         else:
-            prompt, nothing = net(torch.cat([x, x]), rows, condition).chunk(2)
-            x0 = nothing + guidance * (prompt - nothing)
+            told, untold = net(torch.cat([x, x]), torch.cat([rows, rows]), [condition, nothing]).chunk(2)
+            x0 = untold + guidance * (told - untold)
         return (x - x0) / t
     return velocity
 
@@ -676,9 +683,10 @@ class Renderer:
 
         def noise():
             return torch.stack([torch.randn(c.tokens, 4 * c.channels, generator=g) for g in generators]).to(device)
-        nothing = [] if guidance == 1 else [(row[0][:0], row[1][:0], row[2][:0]) for row in rows]
-        condition = self.net.encode(pack(rows + nothing, device))
-        velocity = guided_velocity(self.net, condition, guidance)
+        nothing = None
+        if guidance != 1:
+            nothing = self.net.encode(pack([(row[0][:0], row[1][:0], row[2][:0]) for row in rows], device))
+        velocity = guided_velocity(self.net, self.net.encode(pack(rows, device)), nothing, guidance)
         x = integrate(velocity, noise(), schedule(steps), sampler, noise)  # (B, N, 4C)
         return list(self.vae.to_images(unpatchify(x)).cpu().numpy())
 

@@ -820,8 +820,8 @@ def test_the_condition_is_the_same_whether_encoded_once_or_at_every_step():
     net, rows = diffusion_net(), [diffusion_row(), diffusion_row(3, 2, 1)]
     noise, times = torch.randn(2, 16, 8), diffusion.schedule(4)
     once = net.encode(diffusion.pack(rows))
-    kept = diffusion.integrate(diffusion.guided_velocity(net, once, 1), noise, times)
-    anew = diffusion.integrate(lambda x, t: diffusion.guided_velocity(net, net.encode(diffusion.pack(rows)), 1)(x, t), noise, times)
+    kept = diffusion.integrate(diffusion.guided_velocity(net, once), noise, times)
+    anew = diffusion.integrate(lambda x, t: diffusion.guided_velocity(net, net.encode(diffusion.pack(rows)))(x, t), noise, times)
     assert torch.equal(kept, anew)
 
 
@@ -860,14 +860,14 @@ def test_an_unknown_sampler_is_refused():
 def test_guidance_1_is_no_guidance_and_the_batched_pass_equals_two_passes():
     net, rows = diffusion_net(), [diffusion_row(), diffusion_row(3, 2, 1)]
     x, empty = torch.randn(2, 16, 8), [(r[0][:0], r[1][:0], r[2][:0]) for r in rows]
-    both, prompt, nothing = (net.encode(diffusion.pack(r)) for r in (rows + empty, rows, empty))
+    prompt, nothing = (net.encode(diffusion.pack(r)) for r in (rows, empty))
     t = torch.full((2,), 0.6)
     with torch.no_grad():
         a, b = net(x, t, prompt), net(x, t, nothing)
-        plain = diffusion.guided_velocity(net, prompt, 1)(x, 0.6)
+        plain = diffusion.guided_velocity(net, prompt)(x, 0.6)
         assert torch.equal(plain, (x - a) / 0.6)
         for guidance in (0.0, 1.0 + 1e-9, 3.0):
-            guided = diffusion.guided_velocity(net, both, guidance)(x, 0.6)
+            guided = diffusion.guided_velocity(net, prompt, nothing, guidance)(x, 0.6)
             assert torch.allclose(guided, (x - (b + guidance * (a - b))) / 0.6, atol=1e-4)
 
 
