@@ -258,8 +258,8 @@ def world(settings):
 class Quality(Bench, genevolve.World):
     """Ablations of the training on the held-out bench, with intervals; resumes run by run. With --suite, one policy on
     the requests of any file."""
-    suite: str = flag("", "measure --policy on this file instead: released bench or RL rows, WISE's prompts, or what the "
-                          "released evaluator wrote")
+    suite: str = flag("", "measure --policy on this file instead: released bench or RL rows, WISE's prompts, or "
+                          "what the released evaluator wrote")
     runs: str = flag(os.path.join("runs", "quality"), "folder for the training runs")
     arms: str = flag("", "comma-separated arms (default: all, in order)")
     seeds: int = flag(0, "training seeds of every arm (0: five for the main ones, three for the controls)")
@@ -471,7 +471,8 @@ def evaluated_rows(path):
 
 def suite_rows(settings):
     """Attempts at every request of --suite, judged, as rows for distill.summarize; goes on where it stopped."""
-    requests, folder = genevolve.read_requests(settings.suite), genevolve.make_folder(os.path.join(settings.out, "suite"))
+    requests = genevolve.read_requests(settings.suite)
+    folder = genevolve.make_folder(os.path.join(settings.out, "suite"))
     wise = [r for r in requests if "Prompt" in r and "prompt_id" in r]
     if wise and not settings.judge:
         raise ValueError("WISE's prompts have no ground truth: name a judge with --judge URL")
@@ -489,7 +490,8 @@ def suite_rows(settings):
             for t, row in zip(attempts, rows):
                 told = {k: row.get(k, "unknown") for k in ("eval_type", "category", "difficulty")}
                 scores = t.judgement and {k: t.judgement[k] for k in ("kscore",) + distill.DIMENSIONS}
-                done.append({"id": t.id} | told | {"judgement": scores, "valid": t.program is not None, "error": t.error})
+                done.append({"id": t.id} | told
+                            | {"judgement": scores, "valid": t.program is not None, "error": t.error})
                 if "Prompt" in row and "prompt_id" in row:
                     done[-1]["category"] = distill.wise_category(row)
                     try:
@@ -506,7 +508,8 @@ def suite_figures(settings):
     rows = evaluated_rows(settings.suite) or suite_rows(settings)
     results = {"suite": settings.suite, "requests": len(rows)}
     if any(r["judgement"] for r in rows):
-        results |= {"KScore": distill.summarize(rows), "KScore, missing text counts 0.5": distill.summarize(rows, "half")}
+        results |= {"KScore": distill.summarize(rows),
+                    "KScore, missing text counts 0.5": distill.summarize(rows, "half")}
     if wise := [r for r in rows if "wise" in r]:
         empty = dict.fromkeys(("consistency", "realism", "aesthetic", "score"))
         scores = [(r["wise"] or empty) | {"category": r["category"]} for r in wise]
@@ -522,7 +525,8 @@ def quality(settings):
     if settings.suite:
         return suite_figures(settings)
     if strange := [f.name for f in WORLD if getattr(settings, f.name) != f.default]:
-        raise ValueError(f"--{strange[0].replace('_', '-')} goes with --suite: the ablations measure the embedded world")
+        name = strange[0].replace("_", "-")
+        raise ValueError(f"--{name} goes with --suite: the ablations measure the embedded world")
     if settings.quick:
         settings.train_steps, settings.tune_steps, settings.seeds = 2, 0, 1
         settings.arms = settings.arms or "grpo,stable"
@@ -700,8 +704,8 @@ def turns_row(s, new=128):
 
 def logprob_row(s):
     """Log-probs and their gradient, 4,096 tokens, hidden 1,024, vocabulary 151,936: with weights known beforehand (SFT)
-    and, "any loss", with the gradient that comes from a loss on top (GRPO, SDL). The gradients, which both sides have to
-    deliver, are taken off the memory."""
+    and, "any loss", with the gradient that comes from a loss on top (GRPO, SDL). The gradients, which both sides have
+    to deliver, are taken off the memory."""
     n, c, v = (256, 64, 5000) if s.quick else (4096, 1024, 151936)
     torch.manual_seed(0)
     hidden, target = torch.randn(n, c).requires_grad_(), torch.randint(v, (n,))
@@ -863,7 +867,7 @@ def speed(settings):
         model.write_json(path, found)
 
 
-# ---- released: the authors' runtime against the local server ----------------------------------------------------------
+# ---- released: the authors' runtime against the local server ---------------------------------------------------------
 
 @dataclass
 class Released(Bench):

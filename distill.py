@@ -456,8 +456,8 @@ prompt, an explanation of what it means, and the picture. Give three scores, eac
 consistency: does the picture show what the prompt means, as the explanation says? realism: do things in it look and \
 behave as they do in the world? aesthetic: is it well composed and made? Answer with one JSON object: \
 {"consistency": 0, "realism": 0, "aesthetic": 0}"""
-WISE_VERIFIED_RUBRIC = """You judge a picture made for a prompt that takes knowledge of the world to understand. You see \
-the prompt, an explanation of what it means, and the picture. Is what the explanation says plainly there? Answer with \
+WISE_VERIFIED_RUBRIC = """You judge a picture made for a prompt that takes knowledge of the world to understand. You \
+see the prompt, an explanation of what it means, and the picture. Is what the explanation says plainly there? Answer with \
 one JSON object: {"score": 1} if it is, {"score": 0} if not."""
 
 

@@ -455,8 +455,8 @@ def read_requests(path):
         raise ValueError(f"{path}: not valid JSON ({error})")
     rows = []
     for number, row in numbered:
-        text = next((row[k] for k in ("question", "prompt", "Prompt") if row.get(k)), None) if isinstance(row, dict) else 0
-        if not isinstance(text, str):
+        named = [row[k] for k in ("question", "prompt", "Prompt") if row.get(k)] if isinstance(row, dict) else []
+        if not named or not isinstance(text := named[0], str):
             raise ValueError(f"{path}, line {number}: no prompt or question")
         question = check_request(text, f"{path}, line {number}: ")
         name = {"id": str(row.get("prompt_id", f"{number:04d}"))}  # WISE's, else the line
@@ -1170,7 +1170,7 @@ class Evolution:
         attempts, render_seconds = self.roll_out([row for row in rows for _ in range(s.rollouts)], 0)
         rolled, budget = time.perf_counter(), self.parts.budget
         if budget and budget.spent >= budget.max_calls:  # what came back may be cut short: nothing to learn from
-            raise tools.BudgetExceeded(f"the budget of {budget.max_calls} calls is used up; all steps up to {self.done} "
+            raise tools.BudgetExceeded(f"the budget of {budget.max_calls} calls is used up; the steps up to {self.done} "
                                        "are kept, and the same command with a larger one goes on")
         groups = [attempts[i:i + s.rollouts] for i in range(0, len(attempts), s.rollouts)]
         rewards = torch.tensor([[t.reward for t in g] for g in groups], dtype=torch.float64)
@@ -1406,8 +1406,9 @@ class Evolution:
         for name, p in self.net.named_parameters():
             p.copy_(model.laid_out_like(tensors[f"net.{name}"].to(p.device), p))
             state = {k: tensors.get(f"adam.{name}.{k}") for k in ("step", "exp_avg", "exp_avg_sq")}
-            self.optimizer.state[p] = {k: v.clone() if k == "step" else model.laid_out_like(v.to(p.device, copy=True), p)
-                                       for k, v in state.items() if v is not None}
+            self.optimizer.state[p] = {
+                k: v.clone() if k == "step" else model.laid_out_like(v.to(p.device, copy=True), p)
+                for k, v in state.items() if v is not None}
         if self.recipe.teacher == "ema":
             for name, p in self.teacher.named_parameters():
                 p.copy_(model.laid_out_like(tensors[f"teacher.{name}"].to(p.device), p))
@@ -1860,7 +1861,8 @@ def serve(s):
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
 COMMANDS = {"run": (Run, run), "sft": (Sft, sft), "train-renderer": (TrainRenderer, train_renderer),
-            "serve": (Serve, serve), "evolve": (Evolve, evolve), "promote": (Promote, promote), "export": (Export, export)}
+            "serve": (Serve, serve), "evolve": (Evolve, evolve), "promote": (Promote, promote),
+            "export": (Export, export)}
 
 
 class Parser(argparse.ArgumentParser):
