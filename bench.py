@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -422,14 +423,37 @@ def summarize_quality(folder, fixed):
         print_row(LABELS.get(name, name), row)
     for name, (change, low, high) in pairs.items():
         print(f"{name:<60} {change:+.3f}  [{low:+.3f}, {high:+.3f}]")
+    saved = {}
+    if "grpo" in details and "stable" in details:
+        target, all_of_it = mean_curve(details["grpo"])[-1][1], mean_curve(details["grpo"])[-1][0]
+        took = rollouts_to_reach(details["stable"], target)
+        saved = {"GRPO's last validation KScore": target, "GRPO's rollouts": all_of_it, "stable's rollouts": took,
+                 "share": took and took / all_of_it}
+        print_row("stable reaches GRPO's last score", saved)
     results = os.path.dirname(folder)
-    model.write_json(os.path.join(results, "quality.json"), {"rows": rows, "differences": pairs, "arms": details})
+    model.write_json(os.path.join(results, "quality.json"),
+                     {"rows": rows, "differences": pairs, "rollouts saved": saved, "arms": details})
     write_quality(results, rows, pairs, details)
 
 
 COLUMNS = {"KScore": "kscore", "F": "faithfulness", "V": "visual_correctness", "T": "text_accuracy", "A": "aesthetics",
            "knowledge": "knowledge", "quality": "quality", "novel": "novel", "valid": "valid", "calls": "tool calls",
            "rollouts": "rollouts", "seconds": "seconds", "seeds": "seeds"}
+
+
+def mean_curve(arm):
+    """[(rollouts, mean validation KScore over the arm's seeds)]."""
+    points = min(len(c) for c in arm["curves"])
+    return [(arm["curves"][0][i][0], mean([c[i][2] for c in arm["curves"]])) for i in range(points)]
+
+
+def rollouts_to_reach(arm, target):
+    """Rollouts after which the mean validation curve reaches ``target``, straight lines between checks; None if never."""
+    curve = mean_curve(arm)
+    for (x0, y0), (x1, y1) in zip(curve, curve[1:]):
+        if y1 >= target:
+            return x0 if y0 >= target else x0 + (x1 - x0) * (target - y0) / (y1 - y0)
+    return None
 
 
 def write_quality(results, rows, pairs, details):
@@ -441,13 +465,11 @@ def write_quality(results, rows, pairs, details):
     lines += ["", "| difference in KScore | mean | 95 % interval |", "| --- | --- | --- |"]
     lines += [f"| {name} | {change:+.3f} | {low:+.3f} to {high:+.3f} |" for name, (change, low, high) in pairs.items()]
     model.write_text(os.path.join(results, "quality.md"), "\n".join(lines) + "\n")
-    curves = {}
-    for arm, said in details.items():
-        points = min(len(c) for c in said["curves"])
-        curves[arm] = [(said["curves"][0][i][0], mean([c[i][2] for c in said["curves"]])) for i in range(points)]
+    curves = {arm: mean_curve(said) for arm, said in details.items()}
     model.write_text(os.path.join(results, "quality.svg"), genevolve.svg_lines(curves, 720, 320))
 
 
+WISE_SCORES = ("consistency", "realism", "aesthetic", "score")
 WORLD = [f for f in dataclasses.fields(genevolve.World) if f.name not in {g.name for g in dataclasses.fields(Bench)}]
 
 
@@ -472,7 +494,8 @@ def evaluated_rows(path):
 def suite_rows(settings):
     """Attempts at every request of --suite, judged, as rows for distill.summarize; goes on where it stopped."""
     requests = genevolve.read_requests(settings.suite)
-    folder = genevolve.make_folder(os.path.join(settings.out, "suite"))
+    name = zlib.crc32(f"{os.path.abspath(settings.suite)} {settings.policy}".encode())  # another suite, another folder
+    folder = genevolve.make_folder(os.path.join(settings.out, f"suite-{name:08x}"))
     wise = [r for r in requests if "Prompt" in r and "prompt_id" in r]
     if wise and not settings.judge:
         raise ValueError("WISE's prompts have no ground truth: name a judge with --judge URL")
@@ -494,8 +517,10 @@ def suite_rows(settings):
                             | {"judgement": scores, "valid": t.program is not None, "error": t.error})
                 if "Prompt" in row and "prompt_id" in row:
                     done[-1]["category"] = distill.wise_category(row)
+                    failed = t.program is None and t.termination != "error"
                     try:
-                        done[-1]["wise"] = None if t.image is None else parts.studio.judge.score_wise(t.image, row)
+                        done[-1]["wise"] = dict.fromkeys(WISE_SCORES, 0.0) if failed else \
+                            None if t.image is None else parts.studio.judge.score_wise(t.image, row)
                     except tools.ToolError as error:  # missing, not zero
                         done[-1] |= {"wise": None, "error": str(error)}
             genevolve.write_lines(path, done)
@@ -511,8 +536,7 @@ def suite_figures(settings):
         results |= {"KScore": distill.summarize(rows),
                     "KScore, missing text counts 0.5": distill.summarize(rows, "half")}
     if wise := [r for r in rows if "wise" in r]:
-        empty = dict.fromkeys(("consistency", "realism", "aesthetic", "score"))
-        scores = [(r["wise"] or empty) | {"category": r["category"]} for r in wise]
+        scores = [(r["wise"] or dict.fromkeys(WISE_SCORES)) | {"category": r["category"]} for r in wise]
         results |= {f"WiScore, {v}": distill.wiscore(scores, v) for v in ("legacy", "verified")}
     for label, values in results.items():
         if isinstance(values, dict):

@@ -3591,7 +3591,7 @@ def test_a_suite_is_measured_from_released_rows_and_goes_on_where_it_stopped(tmp
     found = json.loads((tmp_path / "out" / "suite.json").read_text())
     assert found["KScore"]["all"]["rows"] == 5 and 0 < found["KScore"]["all"]["overall"] < 1
     assert set(found["KScore"]["by_eval_type"]) == {r["eval_type"] for r in rows}
-    kept = tmp_path / "out" / "suite" / "rows.jsonl"
+    kept = next((tmp_path / "out").glob("suite-*/rows.jsonl"))
     lines = kept.read_text().splitlines()
     kept.write_text("\n".join(lines[:3]) + "\n")  # as if it had been stopped
     code, out, err = bench_main(capsys, *command)
@@ -3636,6 +3636,6 @@ def test_wise_prompts_get_both_scores_and_a_failed_judgement_is_missing(tmp_path
     found = json.loads((tmp_path / "out" / "suite.json").read_text())
     assert found["WiScore, legacy"]["cultural"] == pytest.approx((0.7 * 2 + 0.2) / 2)
     assert found["WiScore, legacy"]["time"] == pytest.approx(0.8) and found["WiScore, verified"]["overall"] == pytest.approx(1.0)
-    done = [json.loads(line) for line in (tmp_path / "out" / "suite" / "rows.jsonl").read_text().splitlines()]
+    done = [json.loads(line) for line in next((tmp_path / "out").glob("suite-*/rows.jsonl")).read_text().splitlines()]
     assert [r["category"] for r in done] == ["cultural"] * 2 + ["time"] * 2 + ["space"] * 2 + ["biology", "physics", "chemistry"]
     assert all((r["wise"] is None) == (r["id"] == "567") for r in done if r["valid"])
