@@ -1029,7 +1029,7 @@ class Evolve(World):
                                  "model.py)")
     recipe: str = flag("stable", "stable or paper: how experience becomes a gradient")
     set: str = flag("", "changes to the recipe, for instance weight=1,teacher=ema")
-    lr: float = flag(3e-4, "learning rate of AdamW (1e-6 for a pretrained policy)")
+    lr: float = flag(2e-4, "learning rate of AdamW (1e-6 for a pretrained policy)")
     grpo: bool = flag(True, "the group-relative policy gradient")
     imitate: str = flag("", "in place of experience: cross-entropy on each group's 'best' or on the 'memory' of the "
                             "nearest request")
