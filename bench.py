@@ -185,16 +185,17 @@ def skill_figures(suite, settings):
     """Each skill's wording against plain wording of the same request, everything else exact, over the requests of all
     splits: the renderer has seen none of them, and the bench alone has only ten with a body."""
     figures, suites = {}, [suite] + ([] if settings.quick else [Suite(settings, s) for s in ("evolve", "validation")])
+    whole = [s.score([(n, o["gen_prompt"], s.references(n)) for n, o in enumerate(s.oracle)]) for s in suites]
     for skill, dimension in DIMENSION.items():
-        scores = {"exact": [], "plain": []}
-        for s in suites:
+        exact, plain = [], []
+        for s, scores in zip(suites, whole):
             rows = [n for n, o in enumerate(s.oracle) if skill in o["probes"]]
-            scores["exact"] += s.score([(n, s.oracle[n]["gen_prompt"], s.references(n)) for n in rows])
-            scores["plain"] += s.score([(n, s.oracle[n]["probes"][skill], s.references(n)) for n in rows])
-        exact, plain = map(means, scores.values())
+            exact += [scores[n] for n in rows]
+            plain += s.score([(n, s.oracle[n]["probes"][skill], s.references(n)) for n in rows])
+        told, loose = means(exact), means(plain)
         figures[f"{skill}, exact minus plain"] = {
-            "KScore": exact["kscore"] - plain["kscore"], dimension: exact[dimension] - plain[dimension],
-            "rows": len(scores["plain"])}
+            "KScore": told["kscore"] - loose["kscore"], dimension: told[dimension] - loose[dimension],
+            "rows": len(plain)}
     return figures
 
 
