@@ -1284,10 +1284,13 @@ class Memory:
     def __len__(self):
         return len(self.entries)
 
+    def keyed(self, prompts):
+        """What of the prompts the embedder reads."""
+        return prompts if self.names is None else [without_names(p, self.names) for p in prompts]
+
     def embed_prompts(self, prompts):
         """(N, D), unit rows, on the CPU in float32."""
-        texts = prompts if self.names is None else [without_names(p, self.names) for p in prompts]
-        keys = self.embed(texts).detach().float().cpu()                                              # (N, D)
+        keys = self.embed(self.keyed(prompts)).detach().float().cpu()                                # (N, D)
         if keys.dim() != 2 or len(keys) != len(prompts):
             raise ValueError(f"the embedder gave the shape {tuple(keys.shape)} for {len(prompts)} prompts")
         return keys
@@ -1480,7 +1483,8 @@ RECIPES = {
         saturation="zero",        # should a k3 estimator be tried: no flipped gradients
         denominator="all", weight=1.0,  # at 3 it holds the student at its teacher's level, see bench.py quality
         teacher="frozen",         # a live teacher chases its own student and collapses
-        near_tie=0.02, entity_free=True)}  # the lesson is about the kind of request, not about its names
+        near_tie=0.02, entity_free=True,  # the lesson is about the kind of request, not about its names
+        gate=0.6)}                # of the embedded policy's bags of words
 
 
 def experience_loss(recipe, mask, logp=None, logp_old=None, logq=None, student_logits=None, teacher_logits=None,

@@ -671,6 +671,8 @@ class Sft(Common):
     layers: int = flag(4, "depth of a new policy")
     heads: int = flag(4, "query heads of a new policy (two key-value heads)")
     copy_weight: float = flag(0.3, "weight of the copying loss beside the demonstrations' (0 for a pretrained policy)")
+    copied_worth: float = flag(4.0, "what a token that has to be copied counts beside another (1 for a pretrained "
+                                    "policy)")
     copy_steps: int = flag(500, "warm-up steps on repeated random segments, which teach copying")
     steps: int = flag(900, "optimizer steps on demonstrations")
     batch_tokens: int = flag(8192, "tokens a step")
@@ -911,14 +913,15 @@ def copy_loss(net, pools, rng, count, device):
     return F.cross_entropy(logits.flatten(0, 1), segment[:, 1:].flatten())
 
 
-def sft_loss(net, rows):
-    """Cross-entropy on assistant tokens only: L = -sum m log pi(y | h) / sum m. rows: [(ids, mask)]."""
+def sft_loss(net, rows, worth=None):
+    """Cross-entropy on assistant tokens only: L = -sum m w log pi(y | h) / sum m w. rows: [(ids, mask)]; worth: (V,) w
+    of every token, None: 1."""
     hidden, places = model.hidden_states(net, [ids for ids, _ in rows])
     device = hidden.device
     before = torch.cat([at[:-1][torch.tensor(mask[1:], device=device)] for at, (_, mask) in zip(places, rows)])
     said = torch.tensor([t for ids, mask in rows for t, m in zip(ids[1:], mask[1:]) if m], device=device)
-    share = torch.full((len(said),), 1 / len(said), device=device)
-    return -model.weighted_logprobs(hidden[before], net.output_weight, said, share)
+    share = torch.ones(len(said), device=device) if worth is None else worth[said]                    # (M,)
+    return -model.weighted_logprobs(hidden[before], net.output_weight, said, share / share.sum())
 
 
 def batches(rows, batch_tokens, rng):
@@ -961,7 +964,8 @@ def sft(s):
                                        kv_heads=2, head_dim=32, mlp_size=s.hidden * 3, rope_theta=100.0,
                                        tie_embeddings=True)).to(device)
     rows = [tokenizer.apply_chat_with_mask(c) for c in conversations]
-    pools = rare_tokens(tokenizer, conversations)
+    pools, worth = rare_tokens(tokenizer, conversations), torch.ones(net.config.vocab_size, device=device)
+    worth[torch.tensor(pools[0], device=device)] = s.copied_worth
     optimizer = torch.optim.AdamW(net.parameters(), lr=s.lr, betas=(0.9, 0.98), weight_decay=s.weight_decay)
     stream, copies = batches(rows, s.batch_tokens, np.random.default_rng(s.seed)), 0 if s.init else s.copy_steps
     done, earlier = resume_sft(state, net, optimizer) if going_on else (0, 0.0)
@@ -974,9 +978,10 @@ def sft(s):
         for group in optimizer.param_groups:
             group["lr"] = rate
         with torch.autocast(device, torch.bfloat16, enabled=s.bf16):
-            loss = copy_loss(net, pools, rng, s.batch_tokens // 48, device) if warm else sft_loss(net, next(stream))
+            loss = copy_loss(net, pools, rng, s.batch_tokens // 48, device) if warm else \
+                sft_loss(net, next(stream), worth)
             if not warm and s.copy_weight:  # keep it alive while language is learned
-                copied = copy_loss(net, pools, rng, s.batch_tokens // 128, device)
+                copied = copy_loss(net, pools, rng, s.batch_tokens // 256, device)
                 loss = loss + s.copy_weight * copied
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -1096,7 +1101,7 @@ class Evolution:
         self.frozen = other()  # reference, and embedder of the memory
         self.teacher = {"same": self.net, "frozen": self.frozen}.get(self.recipe.teacher) or other()
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=s.lr, betas=(0.9, 0.95), weight_decay=0.0)
-        r = self.recipe
+        r, self.usual = self.recipe, None  # the mean bag of words
         self.memory = distill.Memory(self.embed, r.capacity, r.gate, distill.entity_names if r.entity_free else None,
                                      r.near_tie)
         self.phrases = read_world()["guide"] if self.parts.policy.compact else None
@@ -1128,8 +1133,16 @@ class Evolution:
 
     @torch.no_grad()
     def embed(self, texts):
-        """Requests -> unit rows, from the policy as it was at the start, so that keys never age."""
-        return model.embed(self.frozen, [self.tokenizer.encode(t) for t in texts])
+        """Requests -> unit rows, from the policy as it was at the start, so that keys never age.
+
+        The embedded policy's are bags of words, less what all requests have in common."""
+        ids = [self.tokenizer.encode(t) for t in texts]
+        if not self.parts.policy.compact:
+            return model.embed(self.frozen, ids)
+        if self.usual is None:
+            keyed = self.memory.keyed([row["question"] for row in self.rows])
+            self.usual = model.embed_words(self.frozen, [self.tokenizer.encode(t) for t in keyed]).mean(0)   # (C,)
+        return F.normalize(model.embed_words(self.frozen, ids) - self.usual, dim=-1)
 
     # -- one step --
 
@@ -1333,7 +1346,7 @@ class Evolution:
     # -- promotion and collapse --
 
     def evaluate(self):
-        """Rewards on validation requests, paired with those of the promoted policy; promotes what is not worse."""
+        """Rewards on validation requests, paired with the best promoted policy's; promotes what is not worse."""
         # always the same seeds
         attempts, _ = self.attempt(self.validation, [7919 * i + 1 for i in range(len(self.validation))])
         rewards = [t.reward for t in attempts]
@@ -1350,8 +1363,11 @@ class Evolution:
             change = change[~np.isnan(change)]
             figures |= {"change": distill.average(change.tolist()),
                         "standard_error": float(change.std() / max(len(change), 1) ** 0.5)}
-        if self.promoted is None or figures["change"] >= 0:  # not worse on the same requests with the same seeds
-            self.promoted, figures["promoted"] = rewards, True
+        # no worse than the best so far, on the same requests with the same seeds, than chance alone would have it
+        if self.promoted is None or figures["change"] >= -figures["standard_error"]:
+            if self.promoted is None or figures["change"] > 0:
+                self.promoted = rewards
+            figures["promoted"] = True
             self.keep_good()
             self.write_policy("policy", figures)
         else:

@@ -696,6 +696,17 @@ def last_hidden(net, sequences):
     return F.normalize(hidden[torch.stack([r[-1] for r in rows])].float(), dim=-1)
 
 
+def embed_words(net, sequences):
+    """(S, C) float32: the mean of the tokens' input embeddings, a bag of words. The last state of a small policy tells
+    what comes next, hardly what was asked."""
+    return net.within(mean_words, sequences)
+
+
+def mean_words(net, sequences):
+    device = net.embed.weight.device
+    return torch.stack([net.embed(torch.tensor(ids, device=device)).float().mean(0) for ids in sequences])
+
+
 class ChunkedLogprobs(torch.autograd.Function):
     """log softmax(h W^T / temperature)[target] and the entropy, without the (N, V) matrix, forward or backward.
 

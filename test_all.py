@@ -195,6 +195,14 @@ def test_embeddings_are_unit_vectors_that_do_not_depend_on_the_batch():
     assert torch.allclose(together.norm(dim=-1), torch.ones(3)) and torch.allclose(together, alone, atol=1e-5)
 
 
+def test_a_bag_of_words_knows_no_order():
+    net, sequences = model_net(), [model_prompt(n, n) for n in (4, 30)]
+    bags = model.embed_words(net, sequences)
+    assert torch.allclose(bags, model.embed_words(net, [list(reversed(s)) for s in sequences]), atol=1e-6)
+    assert torch.allclose(bags[1], net.embed.weight[torch.tensor(sequences[1])].mean(0), atol=1e-6)
+    assert not torch.allclose(bags[0], bags[1], atol=1e-3)
+
+
 # -- generation
 
 @torch.no_grad()
@@ -3136,11 +3144,11 @@ def test_sft_stopped_and_started_again_ends_with_the_same_weights(tmp_path, caps
     assert train("whole")[0] == 0
     calls, plain = [], genevolve.sft_loss
 
-    def stopped(net, rows):
+    def stopped(net, rows, worth):
         calls.append(1)
         if len(calls) == 4:  # the sixth step; the last checkpoint is the third's
             raise KeyboardInterrupt
-        return plain(net, rows)
+        return plain(net, rows, worth)
     monkeypatch.setattr(genevolve, "sft_loss", stopped)
     assert train("stopped")[0] == 130
     monkeypatch.setattr(genevolve, "sft_loss", plain)

@@ -688,10 +688,8 @@ GUIDE = {
         "Activate no skill": "Activate no skill at all, and go from the pictures straight to the final program "
                              "without any guide."},
     "reference_selection_guidance": {
-        "Take the present look": "Take the present look among the pictures found, whatever its place in the list of "
-                                 "results may be.",
-        "Take the early look": "Take the early look among the pictures found, whatever its place in the list of "
-                               "results may be.",
+        "Take the look asked for": "Take the look asked for among the pictures found, whatever its place in the list "
+                                   "of results may be.",
         "Take the first result": "Take the first result among the pictures found, and spend no thought on what its "
                                  "title says."},
     "prompt_program_guidance": {
@@ -711,7 +709,7 @@ def perfect_phrases(row):
     phrases = ["Ask for the exact fact", "Write the fact as found"] if row["_fact"] else []
     phrases += ["Follow the city"] if row["_fact"] == "city_year" else []
     phrases += [f"Activate {SKILL[a]}" for a in row["_scene"].aspects()]
-    return phrases + [f"Take the {TITLES[row['_look']]}", "Follow the skill wording"]
+    return phrases + ["Take the look asked for", "Follow the skill wording"]
 
 
 def random_phrases(rng, row):
@@ -762,24 +760,24 @@ class Teacher:
         audit, value, opening = dict.fromkeys(AUDIT, True), None, ""
         if fact:
             value, opening = self.look_up(row, guide, audit)
-        take = [f"Take the {TITLES[row['_look']]}", "Take the first result"]  # careful, lazy; seldom the other look
-        choice = self.choose(guide, *4 * take, *GUIDE["reference_selection_guidance"])
+        choice, look = self.choose(guide, *GUIDE["reference_selection_guidance"]), TITLES[row["_look"]]
         references = []
         for number, entity in enumerate(row["_entities"]):
             thought = opening or ("Find the other pictures." if number else "Find the pictures.")
-            query = entity.name + (f" {TITLES[row['_look']]}" if rng.random() < 0.15 else "")
+            query = entity.name + (f" {look}" if rng.random() < 0.15 else "")
             before = len(self.session.images)
             self.turn(thought, "image_search", {"query": query})
             opening = ""
             found = list(self.session.images.items())[before:]
-            wanted = [k for k, v in found if v["title"].endswith(choice.removeprefix("Take the "))]
+            wanted = [k for k, v in found if v["title"].endswith(look)] if choice == "Take the look asked for" else []
             references.append((wanted or [found[0][0]])[0])
-            audit["right reference"] &= self.session.images[references[-1]]["title"].endswith(TITLES[row["_look"]])
+            audit["right reference"] &= self.session.images[references[-1]]["title"].endswith(look)
         read = self.read_guides(scene, guide)
         audit["skills read"] = all(SKILL[a] in read for a in scene.aspects())
         follow = self.choose(guide, *GUIDE["prompt_program_guidance"])
         audit["skills followed"] = follow == "Follow the skill wording"
-        thoughts = ([] if read else ["Activate no skill"]) + [choice, follow]
+        told = f"{choice}, the {look}" if choice == "Take the look asked for" else choice  # advice names no look
+        thoughts = ([] if read else ["Activate no skill"]) + [told, follow]
         if fact:
             write = self.choose(guide, *GUIDE["failure_guards"]) if value else "Leave the fact open"
             audit["facts grounded"] = write == "Write the fact as found" and value == self.truth(row)
