@@ -742,7 +742,8 @@ class Teacher:
     """Writes demonstrations through the same search index and observation format that the agent meets.
 
     At every decision it takes the careful alternative or a lazy one, about equally often, and says which in its
-    thought; with a guide it takes what the guide advises (97 %), right or wrong.
+    thought; with a guide it takes what the guide advises, right or wrong. (Obeying in 97 of 100 decisions would make a
+    teacher out of the policy that is never surer than that, and seven decisions make a program.)
     """
 
     def __init__(self, rng, corpus, skills):
@@ -751,7 +752,7 @@ class Teacher:
     def choose(self, advice, *alternatives):
         """One of the decision phrases: the advised one if there is any, else one of the alternatives."""
         advised = [a for a in alternatives if a in advice]
-        return self.rng.choice(advised if advised and self.rng.random() < 0.97 else alternatives)
+        return self.rng.choice(advised or alternatives)
 
     def demonstrate(self, row, guide):
         """Messages of one trajectory (after the user's), the audit's six verdicts, and its program."""
@@ -824,7 +825,7 @@ class Teacher:
     def read_guides(self, scene, guide):
         """Query the guides of some of the skills that are needed, seldom of another one. Returns the skills read."""
         rng, advised = self.rng, [p.removeprefix("Activate ") for p in guide if p.startswith("Activate ")]
-        if advised and rng.random() < 0.97:
+        if advised:
             chosen = [s for s in advised if s in self.skills]
         else:
             chosen = [SKILL[a] for a in scene.aspects() if rng.random() < 0.5]
@@ -940,16 +941,27 @@ def world():
             "bodies": {"whole": list(BODY.values()), "broken": [rows(m) for m in broken]}}
 
 
+def demo_words(rng, seed):
+    """Name words for one world of demonstrations. Half end in syllables that no other split has: a policy that has seen
+    most pairs of syllables, and never the others, would hold those to be impossible."""
+    ends = ["".join(rng.choice(part) for part in ("bdfgklmnprstvz", "aeiou", "bdfgklmnprstvz")) for _ in range(600)]
+    words = sorted({rng.choice(FIRST) + end for end in ends} - {a + b.lower() for a, b in itertools.product(FIRST, SECOND)})
+    words += rng.sample(split_words(seed)["demos"], 1200 - len(words))
+    rng.shuffle(words)
+    return words
+
+
 def build_demos(count, seed):
     """Demonstrations with the paper's filters: structure first, then the six-dimension audit. Writes sft.jsonl."""
-    rng = random.Random(f"demos {seed}")
-    entities, cities = make_entities("demos", split_words(seed)["demos"], 60, seed)
-    corpus = tools.Corpus.from_texts(
-        [(title, section, text) for title, parts in articles(entities, cities).items() for section, text in parts],
-        image_titles(entities))
+    rng, written, valid = random.Random(f"demos {seed}"), [], 0
     skills = tools.read_skills(os.path.join(os.path.dirname(HERE), "skills"))
-    teacher, written, valid = Teacher(rng, corpus, skills), [], 0
     for number in range(count):
+        if number % 2500 == 0:  # a world of its own, so that copying a name is easier than remembering it
+            entities, cities = make_entities(f"demos {number}", demo_words(rng, seed), 60, seed)
+            corpus = tools.Corpus.from_texts([(title, section, text) for title, parts in
+                                              articles(entities, cities).items() for section, text in parts],
+                                             image_titles(entities))
+            teacher = Teacher(rng, corpus, skills)
         order = rng.sample(entities, 8)
         row = make_request(rng, order, rng.choice((1, 2, 3)), 0, "demo", novel_allowed=False)
         guided = rng.random() < 0.45
@@ -980,7 +992,8 @@ def write_vocabulary(rows):
     """vocabulary.txt, what the policy's tokenizer is trained on: the demonstrations with every invented name cut to its
     first syllable, and the syllables apart, often. So tokens are words and syllables, never whole names: a name that
     was never seen is spelled by the same tokens everywhere, and can be copied."""
-    name = re.compile(rf"\b({'|'.join(sorted(FIRST, key=len, reverse=True))})({'|'.join(SECOND)})\b")
+    kinds = "|".join(word for names in KINDS.values() for kind in names for word in kind.split())
+    name = re.compile(rf"\b(?!(?:{kinds})\b)({'|'.join(sorted(FIRST, key=len, reverse=True))})[a-z]{{2,5}}\b")
     with open(os.path.join(HERE, "vocabulary.txt"), "w", encoding="utf-8") as file:
         for row in rows:
             for message in row["messages"]:
