@@ -266,6 +266,7 @@ class Quality(Bench, genevolve.World):
     arms: str = flag("", "comma-separated arms (default: all, in order)")
     seeds: int = flag(0, "training seeds of every arm (0: five for the main ones, three for the controls)")
     train_steps: int = flag(60, "updates of a run")
+    early_steps: int = flag(10, "updates after which every run is measured a first time, before it flattens out")
     tune_steps: int = flag(30, "updates of a tuning run; every arm tries as many settings (0: take the first)")
     memo: str = flag("", "file of judgements that the runs share (default: one in --runs)")
 
@@ -291,6 +292,7 @@ ARMS = {  # arm -> (flags of evolve, settings tried on validation requests, seed
     "placebo": ({"guides": "placebo"}, (), 3)}
 CONTROLS = ("shuffled", "placebo")
 TUNING_SEED = 1000
+WINDOW = 10  # updates whose rollouts are compared together
 
 
 def slug(text):
@@ -404,14 +406,20 @@ COMPARED = (("grpo", "SFT"), ("stable", "SFT"), ("stable", "grpo"),
 def summarize_quality(folder, fixed):
     """quality.json from everything that is finished, and the table on the terminal."""
     rows, scores, details = {}, {}, {}
+    early, online = {}, {}  # on the bench after the first updates; of the rollouts themselves
+    points = lambda bench: [r["kscore"] for r in bench]
     for name, bench in fixed.items():
-        rows[name], scores[name] = table_row([bench]), np.array([[r["kscore"] for r in bench]])
+        rows[name], scores[name] = table_row([bench]), np.array([points(bench)])
+        early[name] = scores[name]
     for arm in ARMS:
         runs = [r for n in range(10) if (r := read(os.path.join(folder, f"{arm}-{n}.json")))]
         if runs:
             rows[arm] = table_row([r["bench"] for r in runs]) | {
                 "seeds": len(runs), "rollouts": runs[0]["rollouts"], "seconds": mean([r["seconds"] for r in runs])}
-            scores[arm] = np.array([[row["kscore"] for row in r["bench"]] for r in runs])
+            scores[arm] = np.array([points(r["bench"]) for r in runs])
+            early[arm] = np.array([points(r["early"]) for r in runs])
+            online[arm] = np.array([r["online"] for r in runs])                                    # (seeds, updates)
+            rows[arm]["early"] = float(early[arm].mean())
             tuning = read(os.path.join(folder, f"{arm}-tuning.json")) or {}
             details[arm] = {"setting": runs[0]["setting"], "tried": tuning.get("tried"),
                             "kscore by seed": [float(s.mean()) for s in scores[arm]],
@@ -419,11 +427,19 @@ def summarize_quality(folder, fixed):
                             "hit rate": [r["hit_rate"] for r in runs],
                             "right advice": [r["right_advice"] for r in runs],
                             "rolled back": [r["rolled_back"] for r in runs]}
-    pairs = {f"{a} - {b}": bootstrap(scores[a], scores[b]) for a, b in COMPARED if a in scores and b in scores}
+    pairs = {}
+    for a, b in COMPARED:
+        if a in scores and b in scores:
+            pairs[f"{a} - {b}"] = {"early": bootstrap(early[a], early[b]),
+                                   "at the end": bootstrap(scores[a], scores[b])}
+        if a in online and b in online:
+            windows = [slice(n, n + WINDOW) for n in range(0, online[a].shape[1], WINDOW)]
+            pairs[f"{a} - {b}"]["reward of rollouts"] = [bootstrap(online[a][:, w], online[b][:, w]) for w in windows]
     for name, row in rows.items():
         print_row(LABELS.get(name, name), row)
-    for name, (change, low, high) in pairs.items():
-        print(f"{name:<60} {change:+.3f}  [{low:+.3f}, {high:+.3f}]")
+    for name, pair in pairs.items():
+        for when in ("early", "at the end"):
+            print("{:<60} {:+.3f}  [{:+.3f}, {:+.3f}]".format(f"{name}, {when}", *pair[when]))
     saved = {}
     if "grpo" in details and "stable" in details:
         target, all_of_it = mean_curve(details["grpo"])[-1][1], mean_curve(details["grpo"])[-1][0]
@@ -437,7 +453,8 @@ def summarize_quality(folder, fixed):
     write_quality(results, rows, pairs, details)
 
 
-COLUMNS = {"KScore": "kscore", "F": "faithfulness", "V": "visual_correctness", "T": "text_accuracy", "A": "aesthetics",
+COLUMNS = {"early": "early", "KScore": "kscore", "F": "faithfulness", "V": "visual_correctness", "T": "text_accuracy",
+           "A": "aesthetics",
            "knowledge": "knowledge", "quality": "quality", "novel": "novel", "valid": "valid", "calls": "tool calls",
            "rollouts": "rollouts", "seconds": "seconds", "seeds": "seeds"}
 
@@ -463,8 +480,11 @@ def write_quality(results, rows, pairs, details):
     lines = ["| | " + " | ".join(COLUMNS) + " |", "| --- |" + " --- |" * len(COLUMNS)]
     lines += [f"| {LABELS.get(name, name)} | " + " | ".join(cell(row.get(k)) for k in COLUMNS.values()) + " |"
               for name, row in rows.items()]
-    lines += ["", "| difference in KScore | mean | 95 % interval |", "| --- | --- | --- |"]
-    lines += [f"| {name} | {change:+.3f} | {low:+.3f} to {high:+.3f} |" for name, (change, low, high) in pairs.items()]
+    told = lambda change, low, high: f"{change:+.3f} ({low:+.3f} to {high:+.3f})"
+    lines += ["", f"| difference (95 % interval) | KScore, early | KScore, at the end | reward of rollouts, {WINDOW} "
+                  "updates each |", "| --- | --- | --- | --- |"]
+    lines += [f"| {name} | {told(*pair['early'])} | {told(*pair['at the end'])} | "
+              + ", ".join(told(*w) for w in pair.get("reward of rollouts", ())) + " |" for name, pair in pairs.items()]
     model.write_text(os.path.join(results, "quality.md"), "\n".join(lines) + "\n")
     curves = {arm: mean_curve(said) for arm, said in details.items()}
     model.write_text(os.path.join(results, "quality.svg"), genevolve.svg_lines(curves, 720, 320))
@@ -567,6 +587,10 @@ def quality(settings):
             path = os.path.join(folder, f"{arm}-{seed}.json")
             if os.path.exists(path):
                 continue
+            half = path.replace(".json", "-early.json")  # on the bench after early_steps
+            if not os.path.exists(half):
+                run = evolution(settings, arm, setting, seed, min(settings.early_steps, settings.train_steps))
+                model.write_json(half, on_bench(os.path.join(run.out, "last"), settings, rows))
             run = evolution(settings, arm, setting, seed, settings.train_steps)
             log, last = run.log, os.path.join(run.out, "last")
             curve = validation_curve(log)
@@ -574,9 +598,11 @@ def quality(settings):
                 "arm": arm, "setting": setting, "seed": seed, "steps": len(log),
                 "rollouts": sum(r["rollouts"] for r in log),
                 "seconds": sum(r["seconds"] for r in log), "curve": curve, "bench": on_bench(last, settings, rows),
+                "early": read(half), "online": [r["reward"] for r in log],
                 "gradient_ratio": mean([r["gradient_ratio"] for r in log]),
                 "hit_rate": mean([r["hit_rate"] for r in log]), "right_advice": mean([r["right_advice"] for r in log]),
                 "rolled_back": [r["step"] for r in log if "rolled_back" in r]})
+            os.remove(half)
     summarize_quality(folder, fixed)
 
 
