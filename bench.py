@@ -279,7 +279,8 @@ LABELS = {"grpo": "SFT + GRPO", "stable": "SFT + GRPO + SDL, stable",
           "memory-imitation": "SFT + GRPO + imitation of the memory's best",
           "paper": "SFT + GRPO + SDL, paper", "best-imitation": "SFT + imitation of the group's best",
           "sdl-alone": "SFT + SDL alone, stable",
-          "shuffled": "stable, shuffled bundles", "placebo": "stable, placebo bundles"}
+          "shuffled": "stable, shuffled bundles", "placebo": "stable, placebo bundles",
+          "sdl-shuffled": "SDL alone, shuffled bundles", "sdl-placebo": "SDL alone, placebo bundles"}
 ARMS = {  # arm -> (flags of evolve, settings tried on validation requests, seeds)
     "grpo": ({"set": "weight=0"}, CHOICES, 5),
     "stable": ({}, tuple(c.format(1, 3) for c in WEIGHED), 5),
@@ -287,10 +288,13 @@ ARMS = {  # arm -> (flags of evolve, settings tried on validation requests, seed
     # the gate belongs to the embedder: 0.5 lets about as many keys with names through as 0.6 does without names
     "paper": ({"recipe": "paper", "set": "gate=0.5"}, tuple(c.format(0.01, 2) for c in LIGHTLY), 5),
     "best-imitation": ({"imitate": "best", "grpo": False}, CHOICES, 3),
-    "sdl-alone": ({"grpo": False}, tuple(c.format(1, 3) for c in WEIGHED), 3),
-    "shuffled": ({"guides": "shuffled"}, (), 3),  # the settings of stable, at its gradient-norm ratio
-    "placebo": ({"guides": "placebo"}, (), 3)}
-CONTROLS = ("shuffled", "placebo")
+    "sdl-alone": ({"grpo": False}, CHOICES, 3),  # Adam does not see the weight of a loss that is alone
+    # the settings of the arm that a control is of, beside GRPO at its gradient-norm ratio
+    "shuffled": ({"guides": "shuffled"}, (), 3),
+    "placebo": ({"guides": "placebo"}, (), 3),
+    "sdl-shuffled": ({"grpo": False, "guides": "shuffled"}, (), 3),
+    "sdl-placebo": ({"grpo": False, "guides": "placebo"}, (), 3)}
+CONTROLS = {"shuffled": "stable", "placebo": "stable", "sdl-shuffled": "sdl-alone", "sdl-placebo": "sdl-alone"}
 TUNING_SEED = 1000
 WINDOW = 10  # updates whose rollouts are compared together
 
@@ -331,8 +335,10 @@ def validation_curve(log):
 def tuned(settings, arm, folder):
     """The arm's best setting on validation requests, all tried ones with what they reached."""
     if arm in CONTROLS:
-        best = tuned(settings, "stable", folder)["best"]
-        ratio = read(os.path.join(folder, "stable-0.json"))
+        best = tuned(settings, CONTROLS[arm], folder)["best"]
+        if not ARMS[arm][0].get("grpo", True):
+            return {"best": best, "tried": {}}
+        ratio = read(os.path.join(folder, f"{CONTROLS[arm]}-0.json"))
         if ratio is None:
             raise ValueError(f"{arm}: needs a finished run of 'stable', whose gradient-norm ratio it takes")
         return {"best": f"{best},match_ratio={ratio['gradient_ratio']:.3g}", "tried": {}}
@@ -400,7 +406,8 @@ def bootstrap(first, second, draws=4000):
 
 COMPARED = (("grpo", "SFT"), ("stable", "SFT"), ("stable", "grpo"),
             ("stable", "memory-imitation"), ("paper", "grpo"), ("shuffled", "grpo"),
-            ("placebo", "grpo"), ("sdl-alone", "SFT"), ("best-imitation", "SFT"))
+            ("placebo", "grpo"), ("sdl-alone", "SFT"), ("sdl-shuffled", "SFT"), ("sdl-placebo", "SFT"),
+            ("sdl-alone", "sdl-shuffled"), ("best-imitation", "SFT"))
 
 
 def summarize_quality(folder, fixed):

@@ -16,6 +16,7 @@ What was designed into it, so that nobody mistakes it for a discovery:
 5. The scripted teacher decides at random between a good and a lazy alternative, about equally often. In 45 % of the
    demonstrations it carries a guide and obeys it, also where the guide is wrong: that is how a policy without any
    pretraining learns to read advice.
+   Half of their names have syllables of their own, so that a name has to be copied and cannot be remembered.
 6. One in five combinations of requirements occurs only on the bench.
 """
 import argparse
