@@ -488,10 +488,10 @@ def write_quality(results, rows, pairs, details):
     lines += [f"| {LABELS.get(name, name)} | " + " | ".join(cell(row.get(k)) for k in COLUMNS.values()) + " |"
               for name, row in rows.items()]
     told = lambda change, low, high: f"{change:+.3f} ({low:+.3f} to {high:+.3f})"
-    lines += ["", f"| difference (95 % interval) | KScore, early | KScore, at the end | reward of rollouts, {WINDOW} "
-                  "updates each |", "| --- | --- | --- | --- |"]
-    lines += [f"| {name} | {told(*pair['early'])} | {told(*pair['at the end'])} | "
-              + ", ".join(told(*w) for w in pair.get("reward of rollouts", ())) + " |" for name, pair in pairs.items()]
+    lines += ["", f"| difference (95 % interval) | reward of the rollouts of the first {WINDOW} updates | KScore, early | "
+                  "KScore, at the end |", "| --- | --- | --- | --- |"]
+    lines += [f"| {name} | {told(*pair['reward of rollouts'][0]) if 'reward of rollouts' in pair else ''} | "
+              f"{told(*pair['early'])} | {told(*pair['at the end'])} |" for name, pair in pairs.items()]
     model.write_text(os.path.join(results, "quality.md"), "\n".join(lines) + "\n")
     curves = {arm: mean_curve(said) for arm, said in details.items()}
     model.write_text(os.path.join(results, "quality.svg"), genevolve.svg_lines(curves, 720, 320))
