@@ -404,10 +404,10 @@ def bootstrap(first, second, draws=4000):
     return [float(change.mean()), *(float(q) for q in np.quantile(means, (0.025, 0.975)))]
 
 
-COMPARED = (("grpo", "SFT"), ("stable", "SFT"), ("stable", "grpo"),
-            ("stable", "memory-imitation"), ("paper", "grpo"), ("shuffled", "grpo"),
-            ("placebo", "grpo"), ("sdl-alone", "SFT"), ("sdl-shuffled", "SFT"), ("sdl-placebo", "SFT"),
-            ("sdl-alone", "sdl-shuffled"), ("best-imitation", "SFT"))
+COMPARED = (("grpo", "SFT"), ("stable", "SFT"), ("stable", "grpo"), ("stable", "memory-imitation"), ("paper", "grpo"),
+            ("shuffled", "grpo"), ("placebo", "grpo"), ("sdl-alone", "SFT"), ("sdl-alone", "grpo"),
+            ("sdl-alone", "sdl-shuffled"), ("sdl-shuffled", "SFT"), ("sdl-placebo", "SFT"), ("best-imitation", "SFT"))
+
 
 
 def summarize_quality(folder, fixed):

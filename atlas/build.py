@@ -946,7 +946,7 @@ def demo_words(rng, seed):
     """Name words for one world of demonstrations. Half end in syllables that no other split has: a policy that has seen
     most pairs of syllables, and never the others, would hold those to be impossible."""
     ends = ["".join(rng.choice(part) for part in ("bdfgklmnprstvz", "aeiou", "bdfgklmnprstvz")) for _ in range(600)]
-    words = sorted({rng.choice(FIRST) + end for end in ends} - {a + b.lower() for a, b in itertools.product(FIRST, SECOND)})
+    words = sorted({rng.choice(FIRST) + end for end in ends} - {a + b for a, b in itertools.product(FIRST, SECOND)})
     words += rng.sample(split_words(seed)["demos"], 1200 - len(words))
     rng.shuffle(words)
     return words
