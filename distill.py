@@ -1554,7 +1554,11 @@ def action_scores(net, sequences, masks, temperature, with_logits):
     wanted = torch.tensor([s[i] for s, p in zip(sequences, places) for i in p], device=logits.device)
     logs = F.log_softmax(logits, -1)
     logp, entropy = logs.gather(1, wanted[:, None]).squeeze(1), -(logs.exp() * logs).sum(-1)
-    back = lambda flat: pad_rows(flat.split([len(p) for p in places]))
+
+    def back(flat):
+        """(M, ...) -> (N, T, ...). One scatter: the backward of padding row by row copies the whole gradient N times."""
+        where = shape.view(shape.shape + (1,) * (flat.dim() - 1)).expand(shape.shape + flat.shape[1:])
+        return flat.new_zeros(where.shape).masked_scatter(where, flat)
     return shape, back(logp), back(entropy), back(logits)
 
 
@@ -1642,7 +1646,7 @@ def update_gradients(net, reference, teacher, rows, recipe, temperature=1.0, pol
                 wise = score_actions(teacher, [r.teacher for r in told], [r.teacher_mask for r in told], temperature,
                                      full)
             width = wise.mask.shape[1]
-            cut = lambda x: None if x is None else x[guided][:, :width]
+            cut = lambda x: x if x is None or len(guided) == len(x) else x[guided][:, :width]
             part, logp = cut(mask), cut(student.logp)
             distance = experience_loss(recipe, part, logp, cut(old), wise.logp, cut(student.logits), wise.logits,
                                        score=cut(student.entropy).detach(), normalizer=distilled)
