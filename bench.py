@@ -439,9 +439,11 @@ def summarize_quality(folder, fixed):
         if a in scores and b in scores:
             pairs[f"{a} - {b}"] = {"early": bootstrap(early[a], early[b]),
                                    "at the end": bootstrap(scores[a], scores[b])}
-        if a in online and b in online:
+        if a in online and b in online:  # a seed settles which requests come when: only the same seeds compare
+            seeds = min(len(online[a]), len(online[b]))
             windows = [slice(n, n + WINDOW) for n in range(0, online[a].shape[1], WINDOW)]
-            pairs[f"{a} - {b}"]["reward of rollouts"] = [bootstrap(online[a][:, w], online[b][:, w]) for w in windows]
+            pairs[f"{a} - {b}"]["reward of rollouts"] = [bootstrap(online[a][:seeds, w], online[b][:seeds, w])
+                                                         for w in windows]
     for name, row in rows.items():
         print_row(LABELS.get(name, name), row)
     for name, pair in pairs.items():
