@@ -17,6 +17,7 @@ import io
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -208,7 +209,19 @@ def on_bench(policy, settings, rows, guides=None):
             attempts = parts.agent().run(rows, [7919 * n for n in range(len(rows))], guides)
             parts.studio.finish(attempts)
     return [bench_row(row, t.judgement, t.program is not None, sum(s.kind == "tool_call" for s in t.steps), t.reward)
-            for t, row in zip(attempts, rows)]
+            | {"copied": copied(row, t)} for t, row in zip(attempts, rows)]
+
+
+def copied(row, trajectory):
+    """Whether a year or code word that an article told stands in the program letter by letter, spelling included. None:
+    there was none to find, it was not found, or the program leaves it open."""
+    wanted, program = row["recipe"]["wanted"], trajectory.program
+    text = wanted["text"] if wanted["fact"] not in ("", "number") else ""
+    if not text or program is None or not any(text in s.observation for s in trajectory.steps):
+        return None
+    written = re.findall(r'(?:text "|saying )(\w*)', program.gen_prompt)
+    spelled = re.findall(r"spelled ([\w-]*)", program.gen_prompt)
+    return set(written) == {text} and set(spelled) <= {"-".join(text)} if written else None
 
 
 def bench_row(row, scores, valid, calls, reward=None):
@@ -226,7 +239,9 @@ def policy_figures(suite, settings):
         done = on_bench(settings.policy, settings, suite.rows, given)
         figures[label] = means(done) | {
             "reward": mean([r["reward"] for r in done]), "valid programs": mean([float(r["valid"]) for r in done]),
-            "tool calls": mean([float(r["tool_calls"]) for r in done]), "seconds": time.perf_counter() - start}
+            "tool calls": mean([float(r["tool_calls"]) for r in done]),
+            "facts copied right": mean([float(r["copied"]) for r in done if r["copied"] is not None]),
+            "facts to copy": sum(r["copied"] is not None for r in done), "seconds": time.perf_counter() - start}
     return figures
 
 
@@ -304,7 +319,8 @@ def slug(text):
 
 
 def evolution(settings, arm, choice, seed, steps):
-    """Train one run (or go on with it). Returns the finished genevolve.Evolution."""
+    """Train one run (or go on with it). Returns the finished genevolve.Evolution; one that an earlier command has taken
+    further raises ValueError, for its policy is another one."""
     flags, changes = dict(ARMS[arm][0]), flags_of(choice)
     lr = float(changes.pop("lr", 4e-4))
     if "match_ratio" in changes:
@@ -312,9 +328,12 @@ def evolution(settings, arm, choice, seed, steps):
     flags["set"] = ",".join(filter(None, [flags.get("set", "")] + [f"{k}={v}" for k, v in changes.items()]))
     out = os.path.join(settings.runs, f"{arm}-{slug(choice)}-{seed}")
     memo = settings.memo or os.path.join(settings.runs, "memo.jsonl")
-    return genevolve.evolve(genevolve.Evolve(out=out, policy=settings.policy, steps=steps, seed=seed, lr=lr,
-                                             eval_every=10, bf16=True,
-                                             audit_every=0, memo=memo, device=settings.device, **flags))
+    run = genevolve.evolve(genevolve.Evolve(out=out, policy=settings.policy, steps=steps, seed=seed, lr=lr,
+                                            eval_every=10, bf16=True, audit_every=0, memo=memo, device=settings.device,
+                                            **flags))
+    if run.done > steps:
+        raise ValueError(f"{out} is at update {run.done} and {steps} were asked for; remove it or name another --runs")
+    return run
 
 
 def flags_of(choice):
@@ -475,7 +494,7 @@ def mean_curve(arm):
 
 
 def rollouts_to_reach(arm, target):
-    """Rollouts after which the mean validation curve reaches ``target``, straight lines between checks; None if never."""
+    """Rollouts after which the mean validation curve reaches ``target``, straight lines between checks, or None."""
     curve = mean_curve(arm)
     for (x0, y0), (x1, y1) in zip(curve, curve[1:]):
         if y1 >= target:
@@ -490,7 +509,7 @@ def write_quality(results, rows, pairs, details):
     lines += [f"| {LABELS.get(name, name)} | " + " | ".join(cell(row.get(k)) for k in COLUMNS.values()) + " |"
               for name, row in rows.items()]
     told = lambda change, low, high: f"{change:+.3f} ({low:+.3f} to {high:+.3f})"
-    lines += ["", f"| difference (95 % interval) | reward of the rollouts of the first {WINDOW} updates | KScore, early | "
+    lines += ["", f"| difference (95 % interval) | reward of the rollouts, first {WINDOW} updates | KScore, early | "
                   "KScore, at the end |", "| --- | --- | --- | --- |"]
     lines += [f"| {name} | {told(*pair['reward of rollouts'][0]) if 'reward of rollouts' in pair else ''} | "
               f"{told(*pair['early'])} | {told(*pair['at the end'])} |" for name, pair in pairs.items()]
@@ -596,10 +615,10 @@ def quality(settings):
             path = os.path.join(folder, f"{arm}-{seed}.json")
             if os.path.exists(path):
                 continue
-            half = path.replace(".json", "-early.json")  # on the bench after early_steps
-            if not os.path.exists(half):
+            early = path.replace(".json", "-early.json")
+            if not os.path.exists(early):
                 run = evolution(settings, arm, setting, seed, min(settings.early_steps, settings.train_steps))
-                model.write_json(half, on_bench(os.path.join(run.out, "last"), settings, rows))
+                model.write_json(early, on_bench(os.path.join(run.out, "last"), settings, rows))
             run = evolution(settings, arm, setting, seed, settings.train_steps)
             log, last = run.log, os.path.join(run.out, "last")
             curve = validation_curve(log)
@@ -607,11 +626,11 @@ def quality(settings):
                 "arm": arm, "setting": setting, "seed": seed, "steps": len(log),
                 "rollouts": sum(r["rollouts"] for r in log),
                 "seconds": sum(r["seconds"] for r in log), "curve": curve, "bench": on_bench(last, settings, rows),
-                "early": read(half), "online": [r["reward"] for r in log],
+                "early": read(early), "online": [r["reward"] for r in log],
                 "gradient_ratio": mean([r["gradient_ratio"] for r in log]),
                 "hit_rate": mean([r["hit_rate"] for r in log]), "right_advice": mean([r["right_advice"] for r in log]),
                 "rolled_back": [r["step"] for r in log if "rolled_back" in r]})
-            os.remove(half)
+            os.remove(early)
     summarize_quality(folder, fixed)
 
 

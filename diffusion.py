@@ -315,8 +315,8 @@ ORDINALS = {"first": -1, "second": -2}  # the reference picture that a word name
 
 def pieces(caption):
     """Caption -> [(piece, place)]. The characters of a string in capitals or digits, or of one spelled with hyphens,
-    are pieces of their own, upper-cased, with places 1, 2, 3, ... Words are lower-cased and have place 0; from an ordinal
-    to the end of its sentence they have that ordinal's negative one, as they speak of the picture that it names."""
+    are pieces of their own, upper-cased, with places 1, 2, 3, ... Words are lower-cased and have place 0; from an
+    ordinal to the end of its sentence they have that ordinal's negative one, as they speak of the picture it names."""
     found, spoken_of = [], 0
     for match in PIECE.finditer(caption):
         text = match.group()

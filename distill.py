@@ -457,8 +457,8 @@ consistency: does the picture show what the prompt means, as the explanation say
 behave as they do in the world? aesthetic: is it well composed and made? Answer with one JSON object: \
 {"consistency": 0, "realism": 0, "aesthetic": 0}"""
 WISE_VERIFIED_RUBRIC = """You judge a picture made for a prompt that takes knowledge of the world to understand. You \
-see the prompt, an explanation of what it means, and the picture. Is what the explanation says plainly there? Answer with \
-one JSON object: {"score": 1} if it is, {"score": 0} if not."""
+see the prompt, an explanation of what it means, and the picture. Is what the explanation says plainly there? Answer \
+with one JSON object: {"score": 1} if it is, {"score": 0} if not."""
 
 
 class ModelJudge:
@@ -1484,7 +1484,7 @@ RECIPES = {
         denominator="all", weight=1.0,  # at 3 it holds the student at its teacher's level, see bench.py quality
         teacher="frozen",         # a live teacher chases its own student and collapses
         near_tie=0.02, entity_free=True,  # the lesson is about the kind of request, not about its names
-        gate=0.6)}                # of the embedded policy's bags of words
+        gate=0.6)}                # fits the embedded policy's bags of words; another embedder wants its own
 
 
 def experience_loss(recipe, mask, logp=None, logp_old=None, logq=None, student_logits=None, teacher_logits=None,
@@ -1530,8 +1530,13 @@ class Scores:
 
 
 def pad_rows(rows):
-    """Tensors (T_i, ...) -> one tensor (N, max T, ...), zeros behind."""
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    """Tensors (T_i, ...) -> one tensor (N, max T, ...), zeros behind.
+
+    One scatter: the backward pass of filling row by row copies the whole gradient once a row."""
+    flat, lengths = torch.cat(list(rows)), torch.tensor([len(r) for r in rows])
+    where = torch.arange(int(lengths.max())) < lengths[:, None]                                           # (N, T)
+    where = where.to(flat.device).view(where.shape + (1,) * (flat.dim() - 1)).expand(where.shape + flat.shape[1:])
+    return flat.new_zeros(where.shape).masked_scatter(where, flat)
 
 
 def score_actions(net, sequences, masks, temperature=1.0, with_logits=False):
@@ -1554,11 +1559,7 @@ def action_scores(net, sequences, masks, temperature, with_logits):
     wanted = torch.tensor([s[i] for s, p in zip(sequences, places) for i in p], device=logits.device)
     logs = F.log_softmax(logits, -1)
     logp, entropy = logs.gather(1, wanted[:, None]).squeeze(1), -(logs.exp() * logs).sum(-1)
-
-    def back(flat):
-        """(M, ...) -> (N, T, ...). One scatter: the backward of padding row by row copies the whole gradient N times."""
-        where = shape.view(shape.shape + (1,) * (flat.dim() - 1)).expand(shape.shape + flat.shape[1:])
-        return flat.new_zeros(where.shape).masked_scatter(where, flat)
+    back = lambda flat: pad_rows(flat.split([len(p) for p in places]))
     return shape, back(logp), back(entropy), back(logits)
 
 

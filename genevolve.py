@@ -1183,8 +1183,8 @@ class Evolution:
         attempts, render_seconds = self.roll_out([row for row in rows for _ in range(s.rollouts)], 0)
         rolled, budget = time.perf_counter(), self.parts.budget
         if budget and budget.spent >= budget.max_calls:  # what came back may be cut short: nothing to learn from
-            raise tools.BudgetExceeded(f"the budget of {budget.max_calls} calls is used up; the steps up to {self.done} "
-                                       "are kept, and the same command with a larger one goes on")
+            raise tools.BudgetExceeded(f"the budget of {budget.max_calls} calls is used up; the steps up to "
+                                       f"{self.done} are kept, and the same command with a larger one goes on")
         groups = [attempts[i:i + s.rollouts] for i in range(0, len(attempts), s.rollouts)]
         rewards = torch.tensor([[t.reward for t in g] for g in groups], dtype=torch.float64)
         advantages = distill.group_advantages(rewards, r.std).float()
@@ -1787,7 +1787,8 @@ def microscope(run, t, bundle):
     liked, gap = teacher.logits[0].argmax(-1).tolist(), gap[0].tolist()
     p, q = student.logp[0].exp().tolist(), teacher.logp[0].exp().tolist()
     parts = ["<h2>Token microscope</h2><p>Green: the teacher, with the guide in its context, finds the student's token "
-             "more likely than the student does; red: less. Underlined: distilled. Small: the token that the teacher prefers.</p>",
+             "more likely than the student does; red: less. Underlined: distilled. Small: the token that the teacher "
+             "prefers.</p>",
              f"<p>{html.escape(t.question)}</p><pre>{html.escape(bundle.markdown())}</pre>"]
     places, number, word = [i for i, m in enumerate(t.mask) if m], -1, run.tokenizer.decode
     for n, i in enumerate(places):

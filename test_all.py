@@ -195,6 +195,21 @@ def test_embeddings_are_unit_vectors_that_do_not_depend_on_the_batch():
     assert torch.allclose(together.norm(dim=-1), torch.ones(3)) and torch.allclose(together, alone, atol=1e-5)
 
 
+def test_tokens_to_be_copied_count_more_in_sft():
+    net, rows = model_net(), [(model_prompt(12, 1), [False] * 5 + [True] * 7), (model_prompt(9, 2), [False] * 3 + [True] * 6)]
+    worth = torch.ones(net.config.vocab_size)
+    worth[::3] = 4.0
+    total, weights = 0.0, 0.0
+    for ids, mask in rows:
+        logp = net(torch.tensor([ids]))[0].log_softmax(-1)
+        for t in range(1, len(ids)):
+            if mask[t]:
+                total, weights = total + worth[ids[t]] * logp[t - 1, ids[t]], weights + worth[ids[t]]
+    assert torch.allclose(genevolve.sft_loss(net, rows, worth), -total / weights, atol=1e-5)
+    assert torch.allclose(genevolve.sft_loss(net, rows), genevolve.sft_loss(net, rows, torch.full_like(worth, 2.0)), atol=1e-6)
+    assert not torch.allclose(genevolve.sft_loss(net, rows), genevolve.sft_loss(net, rows, worth), atol=1e-3)
+
+
 def test_a_bag_of_words_knows_no_order():
     net, sequences = model_net(), [model_prompt(n, n) for n in (4, 30)]
     bags = model.embed_words(net, sequences)
@@ -2023,6 +2038,37 @@ def distill_trajectory(reward, prompt="Velmar Bridge as in the first reference i
                               images=images)
 
 
+@pytest.mark.parametrize("shape", [(), (7,)])
+def test_padding_rows_equals_torchs_and_gives_every_row_its_gradient(shape):
+    g = torch.Generator().manual_seed(0)
+    rows = [torch.randn(n, *shape, generator=g).requires_grad_() for n in (3, 0, 5, 1)]
+    padded = distill.pad_rows(rows)
+    assert torch.equal(padded, torch.nn.utils.rnn.pad_sequence(rows, batch_first=True))
+    upstream = torch.randn(padded.shape, generator=g)
+    padded.backward(upstream)
+    assert all(torch.equal(r.grad, upstream[i, :len(r)]) for i, r in enumerate(rows))
+
+
+def test_promotion_compares_with_the_best_so_far_and_allows_for_chance_alone(monkeypatch):
+    """Paired on the same requests: a drop within one standard error is promoted, a larger one is not, and no drop
+    lowers the bar for the next."""
+    monkeypatch.setattr(genevolve, "show", lambda *_: None)
+    kept, base = [], np.linspace(0.2, 0.8, 64)
+    run = SimpleNamespace(
+        validation=[{}] * 64, promoted=None, out="", done=1, ranks=SimpleNamespace(first=True),
+        studio=SimpleNamespace(finish=lambda _: None), memory=SimpleNamespace(lookup=lambda asked, count: [None] * len(asked)),
+        keep_good=lambda: None, write_policy=lambda name, figures: kept.append(figures))
+    def check(rewards):
+        attempts = [SimpleNamespace(reward=float(r), question="", judgement={"kscore": 1.0}, program=object()) for r in rewards]
+        run.attempt = lambda rows, seeds: (attempts, 0.0)
+        return genevolve.Evolution.evaluate(run)["promoted"]
+    noise = np.where(np.arange(64) % 2, 0.1, -0.1)  # paired difference: standard error 0.0125
+    assert check(base) and check(base + noise - 0.012)       # 0.012 worse on average: chance would do that
+    assert not check(base + noise - 0.020)                   # compared with the first, not with the one before
+    assert run.promoted == base.tolist() and check(base + 0.01) and run.promoted != base.tolist()
+    assert not check(base) and len(kept) == 3                # 0.01 worse everywhere: no chance in it
+
+
 GUIDE_TEXT = 'Count aloud. Say: "Exactly three separate copies: one, two, three." with the number wanted.'
 TITLES = ("Velmar Bridge, early look", "Velmar Bridge, present look", "Velmar Bridge, replica")
 FOUND = "\n".join(f"{i}. IMG_{i:03d} {title}" for i, title in enumerate(TITLES, 1))
@@ -3499,6 +3545,49 @@ def test_the_paired_bootstrap_finds_a_difference_and_none_where_there_is_none():
     assert change == pytest.approx(0.1) and low == pytest.approx(0.1) and high == pytest.approx(0.1)
     change, low, high = bench.bootstrap(rng.random((3, 160)), rng.random((1, 160)))
     assert low < 0 < high
+
+
+def test_rollout_rewards_are_compared_with_those_of_the_same_seed_only(tmp_path):
+    folder = str(tmp_path / "quality")
+    os.makedirs(folder)
+    point = dict.fromkeys(("kscore",) + distill.DIMENSIONS, 1.0)
+    row = point | {"eval_type": "knowledge", "novel": False, "valid": True, "tool_calls": 1}
+    def write(arm, seed, online):
+        model.write_json(os.path.join(folder, f"{arm}-{seed}.json"), {
+            "bench": [row], "early": [row], "online": [online] * bench.WINDOW, "rollouts": 480, "seconds": 1.0, "setting": "",
+            "curve": [[480, 1.0, 1.0, 1.0]], "gradient_ratio": 1.0, "hit_rate": 1.0, "right_advice": 1.0, "rolled_back": []})
+    write("grpo", 0, 0.5), write("grpo", 1, 0.9), write("paper", 0, 0.6)
+    bench.summarize_quality(folder, {"SFT": [row]})
+    found = model.read_json(str(tmp_path / "quality.json"))["differences"]
+    assert found["paper - grpo"]["reward of rollouts"][0] == pytest.approx([0.1] * 3)  # seed 1 has no part in it
+    assert "reward of rollouts" not in found["grpo - SFT"]
+
+
+def test_names_of_demonstrations_are_in_no_other_split():
+    splits, words = build.split_words(0), build.demo_words(random.Random(3), 0)
+    assert len(words) == len(set(words)) == 1200
+    assert not set(words) & {w for name, split in splits.items() if name != "demos" for w in split}
+    assert len(set(words) - set(splits["demos"])) > 400  # with syllables of their own
+
+
+def test_a_run_that_went_further_is_not_measured_as_an_earlier_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(genevolve, "evolve", lambda s: SimpleNamespace(done=5, out=s.out))
+    settings = bench.Quality(runs=str(tmp_path))
+    assert bench.evolution(settings, "grpo", "lr=2e-4", 0, 5).done == 5
+    with pytest.raises(ValueError, match="is at update 5 and 3 were asked for"):
+        bench.evolution(settings, "grpo", "lr=2e-4", 0, 3)
+
+
+@pytest.mark.parametrize("prompt, verdict", [
+    ('A sign with the text "1665", spelled 1-6-6-5.', True), ("With a sign saying 1665.", True),
+    ('A sign with the text "1656", spelled 1-6-5-6.', False), ('A sign with the text "1665", spelled 1-6-5-6.', False),
+    ("With its founding year on a sign.", None)])
+def test_a_fact_counts_as_copied_only_letter_by_letter(prompt, verdict):
+    row = {"recipe": {"wanted": {"fact": "city_year", "text": "1665"}}}
+    told = distill_step("search", {"queries": ["founding year of Kelmar"]}, "The founding year of Kelmar is 1665.", "")
+    assert bench.copied(row, distill_trajectory(1.0, prompt, steps=[told])) is verdict
+    assert bench.copied(row, distill_trajectory(1.0, prompt)) is None  # no article told it
+    assert bench.copied(row, distill_trajectory(0.0, "", steps=[told])) is None
 
 
 def test_a_foreign_runtime_completes_atlas_requests_against_serve(tmp_path):
