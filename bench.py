@@ -278,7 +278,7 @@ class Quality(Bench, genevolve.World):
     suite: str = flag("", "measure --policy on this file instead: released bench or RL rows, WISE's prompts, or "
                           "what the released evaluator wrote")
     runs: str = flag(os.path.join("runs", "quality"), "folder for the training runs")
-    arms: str = flag("", "comma-separated arms (default: all, in order)")
+    arms: str = flag("", "comma-separated arms, or sensitivity (default: all, in order)")
     seeds: int = flag(0, "training seeds of every arm (0: five for the main ones, three for the controls)")
     train_steps: int = flag(60, "updates of a run")
     early_steps: int = flag(10, "updates after which every run is measured a first time, before it flattens out")
@@ -310,6 +310,12 @@ ARMS = {  # arm -> (flags of evolve, settings tried on validation requests, seed
     "sdl-shuffled": ({"grpo": False, "guides": "shuffled"}, (), 3),
     "sdl-placebo": ({"grpo": False, "guides": "placebo"}, (), 3)}
 CONTROLS = {"shuffled": "stable", "placebo": "stable", "sdl-shuffled": "sdl-alone", "sdl-placebo": "sdl-alone"}
+SENSITIVITY = (  # stable with one thing changed, one seed each
+    "weight=0.3", "weight=3", "weight=3,anneal=16", "teacher=ema", "teacher=same", "estimator=reverse_kl",
+    "estimator=k3_live,selection=sampled", "selection=sampled,top_fraction=0.1", "selection=sampled,top_fraction=0.5",
+    "gate=0.4", "gate=0.8", "rollouts=3,prompts_per_step=16", "rollouts=12,prompts_per_step=4",
+    "aggregation=seq-mean-token-sum", "standard=false")
+EVOLVE = {"lr": float, "match_ratio": float, "rollouts": int, "prompts_per_step": int}  # what a setting may say to it
 TUNING_SEED = 1000
 WINDOW = 10  # updates whose rollouts are compared together
 
@@ -321,14 +327,16 @@ def slug(text):
 def evolution(settings, arm, choice, seed, steps):
     """Train one run (or go on with it). Returns the finished genevolve.Evolution; one that an earlier command has taken
     further raises ValueError, for its policy is another one."""
-    flags, changes = dict(ARMS[arm][0]), flags_of(choice)
-    lr = float(changes.pop("lr", 4e-4))
-    if "match_ratio" in changes:
-        flags["match_ratio"] = float(changes.pop("match_ratio"))
-    flags["set"] = ",".join(filter(None, [flags.get("set", "")] + [f"{k}={v}" for k, v in changes.items()]))
+    flags, changes, recipe = dict(ARMS[arm][0]), flags_of(choice), []
+    for name, value in changes.items():  # a flag of evolve, or a field of the recipe
+        if name in EVOLVE:
+            flags[name] = EVOLVE[name](value)
+        else:
+            recipe.append(f"{name}={value}")
+    flags["set"] = ",".join(filter(None, [flags.get("set", "")] + recipe))
     out = os.path.join(settings.runs, f"{arm}-{slug(choice)}-{seed}")
     memo = settings.memo or os.path.join(settings.runs, "memo.jsonl")
-    run = genevolve.evolve(genevolve.Evolve(out=out, policy=settings.policy, steps=steps, seed=seed, lr=lr,
+    run = genevolve.evolve(genevolve.Evolve(out=out, policy=settings.policy, steps=steps, seed=seed,
                                             eval_every=10, bf16=True, audit_every=0, memo=memo, device=settings.device,
                                             **flags))
     if run.done > steps:
@@ -372,6 +380,30 @@ def tuned(settings, arm, folder):
     found = {"best": max(tried, key=tried.get) if tried else choices[0], "tried": tried}
     model.write_json(path, found)
     return found
+
+
+def sensitivity(settings, folder):
+    """sensitivity.json: what one change to ``stable`` does within a tuning run, beside stable and GRPO of that seed."""
+    path = os.path.join(folder, "sensitivity.json")
+    found = read(path) or {}
+    for name in ("grpo", "stable"):
+        if run := read(os.path.join(folder, f"{name}-0.json")):
+            found[name] = {"reward of rollouts": run["online"][:settings.tune_steps],
+                           "validation": [p[2] for p in run["curve"] if p[0] <= 48 * settings.tune_steps]}
+    best = flags_of(tuned(settings, "stable", folder)["best"])
+    for change in SENSITIVITY:
+        if change not in found:
+            choice = ",".join(f"{k}={v}" for k, v in (best | flags_of(change)).items())
+            log = evolution(settings, "stable", choice, 0, settings.tune_steps).log
+            found[change] = {"reward of rollouts": [r["reward"] for r in log],
+                             "validation": [p[2] for p in validation_curve(log)],
+                             "hit rate": mean([r["hit_rate"] for r in log]),
+                             "gradient ratio": mean([r["gradient_ratio"] for r in log])}
+            model.write_json(path, found)
+    for name, row in found.items():
+        windows = [row["reward of rollouts"][n:n + WINDOW] for n in range(0, settings.tune_steps, WINDOW)]
+        print_row(name, {f"updates {n * WINDOW + 1} to {n * WINDOW + len(w)}": mean(w) for n, w in enumerate(windows)}
+                  | {"validation KScore": row["validation"][-1]})
 
 
 def read(path):
@@ -603,13 +635,16 @@ def quality(settings):
     if settings.quick:
         settings.train_steps, settings.tune_steps, settings.seeds = 2, 0, 1
         settings.arms = settings.arms or "grpo,stable"
-    names = [a.strip() for a in settings.arms.split(",")] if settings.arms else list(ARMS)
-    if unknown := [a for a in names if a not in ARMS]:
-        raise ValueError(f"unknown arm {unknown[0]!r}: must be of {', '.join(ARMS)}")
+    names = [a.strip() for a in settings.arms.split(",")] if settings.arms else [*ARMS, "sensitivity"]
+    if unknown := [a for a in names if a not in ARMS and a != "sensitivity"]:
+        raise ValueError(f"unknown arm {unknown[0]!r}: must be of {', '.join(ARMS)}, sensitivity")
     folder = genevolve.make_folder(os.path.join(settings.out, "quality"))
     rows = genevolve.atlas_rows("bench")[:24 if settings.quick else None]
     fixed = fixed_rows(settings, folder, rows)
     for arm in names:
+        if arm == "sensitivity":
+            sensitivity(settings, folder)
+            continue
         setting = tuned(settings, arm, folder)["best"]
         for seed in range(settings.seeds or ARMS[arm][2]):
             path = os.path.join(folder, f"{arm}-{seed}.json")

@@ -22,12 +22,13 @@ Letters: N trajectories (rows), T tokens of a row, V vocabulary, G groups, K rol
 M masked tokens. p, q: the student's and the teacher's probability of a token; l = log p - log q.
 """
 import difflib
+import itertools
 import json
 import math
 import random
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -1456,6 +1457,7 @@ class Recipe:
     aggregation: str = "token-mean"   # or "seq-mean-token-sum"
     denominator: str = "selected"     # or "all" assistant tokens of guided rows
     weight: float = 2.0               # of L_SDL beside L_GRPO
+    anneal: int = 0                   # updates over which the weight falls to zero, in a straight line (0: it stays)
     teacher: str = "same"             # weights: "same" (gradient stopped), "ema" or "frozen" at the start
     ema_decay: float = 0.98           # of the "ema" teacher, per step
     std: str = "population"           # in the advantage
@@ -1473,6 +1475,13 @@ class Recipe:
         for name, choices in RECIPE_CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} {getattr(self, name)!r}: must be one of {', '.join(choices)}")
+        if self.anneal < 0:
+            raise ValueError(f"anneal {self.anneal}: must not be negative")
+
+    def at(self, step):
+        """The recipe of update ``step`` (0 is the first), its weight annealed: a teacher that was ahead at the start is
+        let go before it holds the student back ("kickstarting", arXiv 1803.03835)."""
+        return replace(self, weight=self.weight * max(0.0, 1 - step / self.anneal)) if self.anneal else self
 
 
 RECIPES = {
@@ -1573,15 +1582,25 @@ def distilled_count(rows, recipe):
     return sum(math.ceil(recipe.top_fraction * n - 1e-9) for n in lengths)
 
 
+# On a CPU activations of more than some tens of MB go back to the system after every use, and a page fault for every
+# 4 KB of them took a fifth of the time.
+MICRO_TOKENS = {"cpu": 6144}
+
+
 def micro_batches(rows, limit):
-    """Neighbouring rows in pieces of at most ``limit`` tokens (at least one row each); neighbours share prompts."""
-    pieces, size = [[]], 0
-    for row in rows:
-        if pieces[-1] and size + len(row.tokens) > limit:
-            pieces.append([])
-            size = 0
-        pieces[-1].append(row)
-        size += len(row.tokens)
+    """Neighbouring rows in pieces of at most ``limit`` tokens (at least one row each). What a row shares with the one
+    before counts once, as it is computed once; so a group, the rows of one prompt, stays whole where it fits."""
+    pieces, filled, before = [[]], 0, []
+    for _, group in itertools.groupby(rows, lambda r: r.tokens[:(r.mask + [True]).index(True)]):
+        group, fresh = list(group), []
+        for row in group:
+            fresh.append(len(row.tokens) - model.common_prefix(before, row.tokens))
+            before = row.tokens
+        for i, row in enumerate(group):
+            if pieces[-1] and filled + (fresh[i] if i else sum(fresh)) > limit:
+                pieces.append([])
+            filled = filled + fresh[i] if pieces[-1] else len(row.tokens)
+            pieces[-1].append(row)
     return pieces
 
 
@@ -1608,7 +1627,7 @@ def add_gradients(total, loss, parameters, keep=False):
                 p.grad = None
 
 
-def update_gradients(net, reference, teacher, rows, recipe, temperature=1.0, policy=True, limit=65536, counts=None,
+def update_gradients(net, reference, teacher, rows, recipe, temperature=1.0, policy=True, limit=None, counts=None,
                      imitated=(), together=False, ranks=None):
     """Gradients of L_GRPO and of what stands beside it, over one batch of trajectories, micro-batch by micro-batch.
 
@@ -1622,6 +1641,7 @@ def update_gradients(net, reference, teacher, rows, recipe, temperature=1.0, pol
     first, second = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
     live, every, distilled = counts or step_counts(rows, recipe)
     full, sums = recipe.estimator in FULL_ESTIMATORS, Counter()
+    limit = limit or MICRO_TOKENS.get(parameters[0].device.type, 65536)
     for micro_batch in micro_batches(rows, limit * ranks.count):
         piece, counted = dealt(micro_batch, ranks)
         guided = [i for i, r in enumerate(piece) if r.teacher is not None] if recipe.weight and not imitated else []

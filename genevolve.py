@@ -30,6 +30,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import threading
 import time
 import zlib
@@ -494,9 +495,8 @@ def record(trajectory, image_path):
 def make_folder(path):
     try:
         os.makedirs(path, exist_ok=True)
-        with open(os.path.join(path, ".writable"), "w"):
+        with tempfile.NamedTemporaryFile(dir=path):  # another process may be asking at the same time
             pass
-        os.remove(os.path.join(path, ".writable"))
     except OSError as error:
         raise ValueError(f"{path}: cannot write there ({error.strerror})")
     return path
@@ -1041,7 +1041,7 @@ class Evolve(World):
     guides: str = flag("own", "what the teacher sees: own bundles, or the controls 'shuffled' and 'placebo'")
     match_ratio: float = flag(0.0, "norm of the experience gradient over GRPO's (0: as the recipe's weight makes it)")
     minibatches: int = flag(1, "updates a batch of trajectories is split into")
-    micro_tokens: int = flag(65536, "tokens a forward pass of one process")
+    micro_tokens: int = flag(0, "tokens a forward pass of one process, a shared beginning once (0: as the device likes)")
     checkpointing: bool = flag(False, "recompute activations in the backward pass instead of keeping them")
     bf16: bool = flag(False, "matrix products of the update in bfloat16")
     sampling_steps: int = flag(6, "sampling steps of the renderer")
@@ -1252,7 +1252,7 @@ class Evolution:
     def learning_row(self, t, advantage, guide):
         """What the update needs of a trajectory; with a guide, also the teacher's view of it."""
         row = distill.Row(t.tokens, t.mask, advantage)
-        if guide is not None and not self.settings.imitate and self.recipe.weight:
+        if guide is not None and not self.settings.imitate and self.recipe.at(self.done).weight:
             opening = self.tokenizer.apply_chat(distill.teacher_messages(t.messages[:2], guide),
                                                 add_generation_prompt=True)
             row.teacher, row.teacher_mask = distill.teacher_tokens(t.tokens, t.mask, t.prompt_length, opening)
@@ -1270,7 +1270,7 @@ class Evolution:
 
     def learn(self, batch, imitated):
         """One update, or one a minibatch. Returns what the log says about it."""
-        s, r = self.settings, self.recipe
+        s, r = self.settings, self.recipe.at(self.done)
         size = -(-len(batch) // s.minibatches)
         pieces = [batch[i:i + size] for i in range(0, len(batch), size)]
         autocast = lambda: torch.autocast(self.parts.device, torch.bfloat16, enabled=s.bf16)

@@ -6,6 +6,7 @@ Parity checks against transformers, PEFT and Pillow run where those packages are
 """
 import base64
 import collections
+import concurrent.futures
 import copy
 import dataclasses
 import gc
@@ -3507,6 +3508,33 @@ def test_an_update_does_not_depend_on_its_micro_batches(name):
     assert distill.gradient_norm(distill.update_gradients(net, reference, reference, bare, recipe)[1]) == 0  # no bundle: exactly 0
 
 
+def test_micro_batches_keep_groups_whole_and_count_a_shared_beginning_once():
+    row = lambda prompt, *said: distill.Row(list(prompt) + list(said), [False] * len(prompt) + [True] * len(said), 1.0)
+    first = [row((1, 2, 3), 7, i) for i in range(3)]                      # 5 + 1 + 1 tokens in the stream
+    second = [row((1, 9), i) for i in range(4)]                           # 2 + 1 + 1 + 1: the 1 is the row before's
+    lengths = lambda limit: [len(piece) for piece in distill.micro_batches(first + second, limit)]
+    assert lengths(12) == [7] and lengths(11) == [3, 4] and lengths(7) == [3, 4]
+    assert lengths(6) == [2, 1, 4]                                        # a group that does not fit is split ...
+    assert lengths(1) == [1] * 7                                          # ... and a row never is
+    for limit in range(1, 13):
+        assert sum(distill.micro_batches(first + second, limit), []) == first + second
+    nothing_said = distill.Row([1, 2], [False, False], 0.0)
+    assert distill.micro_batches([nothing_said, nothing_said], 100) == [[nothing_said, nothing_said]]
+
+
+def test_an_annealed_weight_falls_to_zero_and_the_teacher_is_not_asked_any_more(tmp_path, capsys):
+    recipe = dataclasses.replace(distill.RECIPES["stable"], weight=3.0, anneal=4)
+    assert [recipe.at(n).weight for n in range(6)] == [3.0, 2.25, 1.5, 0.75, 0.0, 0.0]
+    assert distill.RECIPES["stable"].at(10**6) is distill.RECIPES["stable"]
+    with pytest.raises(ValueError, match="anneal"):
+        dataclasses.replace(recipe, anneal=-1)
+    few_validation_rows(tmp_path)
+    code, _, err = agent_main(capsys, *tiny_evolution(str(tmp_path / "run"), "--eval-every", 0, "--audit-every", 0), "--set", "anneal=2")
+    assert code == 0, err
+    losses = [json.loads(line)["sdl_loss"] for line in open(tmp_path / "run" / "log.jsonl")]
+    assert any(x is not None for x in losses[:2]) and losses[2:] == [None] * len(losses[2:]) and len(losses) > 2
+
+
 def test_teacher_equal_to_student_teaches_nothing_and_gradients_flow_only_into_the_student():
     torch.manual_seed(0)
     net = model.Qwen3(model.Config(vocab_size=50, hidden_size=32, layers=1, heads=2, kv_heads=1, head_dim=16, mlp_size=64))
@@ -3576,6 +3604,36 @@ def test_a_run_that_went_further_is_not_measured_as_an_earlier_one(tmp_path, mon
     assert bench.evolution(settings, "grpo", "lr=2e-4", 0, 5).done == 5
     with pytest.raises(ValueError, match="is at update 5 and 3 were asked for"):
         bench.evolution(settings, "grpo", "lr=2e-4", 0, 3)
+
+
+def test_a_setting_reaches_the_flag_or_the_recipe_that_it_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(genevolve, "evolve", lambda s: SimpleNamespace(done=1, out=s.out, settings=s))
+    told = bench.evolution(bench.Quality(runs=str(tmp_path)), "paper", "lr=1e-4,rollouts=3,match_ratio=0.5,weight=2", 7, 1).settings
+    assert (told.lr, told.rollouts, told.match_ratio, told.seed, told.recipe, told.set) == (1e-4, 3, 0.5, 7, "paper", "gate=0.5,weight=2")
+
+
+def test_the_sensitivity_table_changes_one_thing_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    asked = []
+    def run(settings, arm, choice, seed, steps):
+        asked.append(choice)
+        row = {"reward": 0.5, "hit_rate": 1.0, "gradient_ratio": 1.0, "rollouts": 48, "rollout_seconds": 1.0, "render_seconds": 1.0, "update_seconds": 1.0}
+        return SimpleNamespace(log=[row] * (steps - 1) + [row | {"validation": {"kscore": 0.7, "reward": 0.6}}])
+    monkeypatch.setattr(bench, "evolution", run)
+    model.write_json(str(tmp_path / "stable-tuning.json"), {"best": "lr=2e-4,weight=1", "tried": {}})
+    model.write_json(str(tmp_path / "sensitivity.json"), {bench.SENSITIVITY[0]: {"reward of rollouts": [0.1], "validation": [0.1]}})
+    bench.sensitivity(bench.Quality(tune_steps=4), str(tmp_path))
+    found = model.read_json(str(tmp_path / "sensitivity.json"))
+    assert list(found) == list(bench.SENSITIVITY) and found[bench.SENSITIVITY[0]]["validation"] == [0.1]  # done before
+    assert len(asked) == len(bench.SENSITIVITY) - 1 and asked[0] == "lr=2e-4,weight=3" and "lr=2e-4,weight=1,teacher=ema" in asked
+    assert found["teacher=ema"]["validation"] == [0.7]
+    for change in bench.SENSITIVITY:  # all of them are settings that exist
+        genevolve.read_recipe("stable", ",".join(f"{k}={v}" for k, v in bench.flags_of(change).items() if k not in bench.EVOLVE))
+
+
+def test_two_processes_may_ask_for_one_folder_at_a_time(tmp_path):
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        assert set(pool.map(lambda _: genevolve.make_folder(str(tmp_path / "out")), range(400))) == {str(tmp_path / "out")}
+    assert os.listdir(tmp_path / "out") == []
 
 
 @pytest.mark.parametrize("prompt, verdict", [
