@@ -455,10 +455,10 @@ def bootstrap(first, second, draws=4000):
     return [float(change.mean()), *(float(q) for q in np.quantile(means, (0.025, 0.975)))]
 
 
-COMPARED = (("grpo", "SFT"), ("stable", "SFT"), ("stable", "grpo"), ("stable", "memory-imitation"), ("paper", "grpo"),
-            ("shuffled", "grpo"), ("placebo", "grpo"), ("sdl-alone", "SFT"), ("sdl-alone", "grpo"),
+COMPARED = (("grpo", "SFT"), ("stable", "SFT"), ("stable", "grpo"), ("stable", "memory-imitation"),
+            ("memory-imitation", "grpo"), ("paper", "grpo"), ("shuffled", "grpo"), ("placebo", "grpo"),
+            ("stable", "shuffled"), ("stable", "placebo"), ("sdl-alone", "SFT"), ("sdl-alone", "grpo"),
             ("sdl-alone", "sdl-shuffled"), ("sdl-shuffled", "SFT"), ("sdl-placebo", "SFT"), ("best-imitation", "SFT"))
-
 
 
 def summarize_quality(folder, fixed):
