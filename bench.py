@@ -690,9 +690,16 @@ def memory_mb(name):
         return None
 
 
+def release_memory():
+    """Give what the allocator holds of freed memory back to the system (glibc), so that the next peak counts it."""
+    gc.collect()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def timed(work):
     """(seconds, peak memory in MB above what was there before, result)."""
-    gc.collect()
+    release_memory()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -713,26 +720,16 @@ def timed(work):
     return seconds, None if before is None else after - before, result
 
 
-def release_memory():
-    """Give what the allocator holds of freed memory back to the system (glibc), so that the next peak counts it."""
-    gc.collect()
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
-
-
 def side_by_side(ours, peer, repeats):
-    """Alternating runs after one of each, which gives the memory and no time; ratios are peer / ours of neighbours."""
-    memory = []
-    for work in (ours, peer):
-        release_memory()
-        memory.append(timed(work)[1])
+    """Alternating runs after one of each that is not counted; ratios are peer / ours of neighbouring runs."""
+    ours(), peer()
     runs = [(timed(ours), timed(peer)) for _ in range(repeats)]
     ratios = sorted(b[0] / a[0] for a, b in runs)
     middle = lambda values: float(np.median([v for v in values]))
     row = {"ours s": middle([a[0] for a, _ in runs]), "peer s": middle([b[0] for _, b in runs]),
            "ratio": middle(ratios), "ratio low": ratios[0], "ratio high": ratios[-1]}
-    if memory[0] is not None:
-        a, b = (max(1.0, used) for used in memory)
+    if runs[0][0][1] is not None:
+        a, b = (max(1.0, *(run[side][1] for run in runs)) for side in (0, 1))
         row |= {"ours MB": a, "peer MB": b, "memory ratio": b / a}
     return row
 
