@@ -1079,6 +1079,9 @@ class Evolution:
             raise ValueError("--imitate takes best or memory, --guides takes own, shuffled or placebo")
         self.out, self.recipe = make_folder(s.out), read_recipe(s.recipe, s.set)
         self.ranks = model.Ranks.started(pick_device(s.device))
+        if pick_device(s.device) == "cpu":  # else threads add into one place in any order (an index's backward)
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = False
         if self.ranks.count > 1 and (s.record or s.replay):
             raise ValueError("--record and --replay follow one process, not several")
         s.policy = s.policy or os.path.join(HERE, "weights", "sft")
