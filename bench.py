@@ -276,21 +276,20 @@ def world(settings):
 class Quality(Bench, genevolve.World):
     """Ablations of the training on the held-out bench, with intervals; resumes run by run. With --suite, one policy on
     the requests of any file."""
+    policy: str = flag("", "policy folder that every arm starts from (default: weights/rare; for --suite weights/sft)")
     suite: str = flag("", "measure --policy on this file instead: released bench or RL rows, WISE's prompts, or "
                           "what the released evaluator wrote")
     runs: str = flag(os.path.join("runs", "quality"), "folder for the training runs")
     arms: str = flag("", "comma-separated arms, or sensitivity (default: all, in order)")
     seeds: int = flag(0, "training seeds of every arm (0: five for the main ones, three for the controls)")
     train_steps: int = flag(60, "updates of a run")
-    early_steps: int = flag(10, "updates after which every run is measured a first time, before it flattens out")
+    early_steps: int = flag(20, "updates after which every run is measured a first time, before it flattens out")
     tune_steps: int = flag(30, "updates of a tuning run; every arm tries as many settings (0: take the first)")
     memo: str = flag("", "file of judgements that the runs share (default: one in --runs)")
 
 
 CHOICES = ("lr=2e-4", "lr=1e-4", "lr=4e-4")  # what arms without a second loss try
-WEIGHED = ("lr=2e-4,weight={0}", "lr=4e-4,weight={0}", "lr=4e-4,weight={1}")  # what arms with one try: as many
-# where nothing holds the policy at a high rate
-LIGHTLY = ("lr=2e-4,weight={0}", "lr=2e-4,weight={1}", "lr=4e-4,weight={0}")
+WEIGHED = ("lr=2e-4,weight={0}", "lr=2e-4,weight={1}", "lr=4e-4,weight={0}")  # what arms with one try: as many
 LABELS = {"grpo": "SFT + GRPO", "stable": "SFT + GRPO + SDL, stable",
           "memory-imitation": "SFT + GRPO + imitation of the memory's best",
           "paper": "SFT + GRPO + SDL, paper", "best-imitation": "SFT + imitation of the group's best",
@@ -300,9 +299,9 @@ LABELS = {"grpo": "SFT + GRPO", "stable": "SFT + GRPO + SDL, stable",
 ARMS = {  # arm -> (flags of evolve, settings tried on validation requests, seeds)
     "grpo": ({"set": "weight=0"}, CHOICES, 5),
     "stable": ({}, tuple(c.format(1, 3) for c in WEIGHED), 5),
-    "memory-imitation": ({"imitate": "memory"}, tuple(c.format(0.1, 0.3) for c in LIGHTLY), 5),
+    "memory-imitation": ({"imitate": "memory"}, tuple(c.format(0.1, 0.3) for c in WEIGHED), 5),
     # the gate belongs to the embedder: 0.5 lets about as many keys with names through as 0.6 does without names
-    "paper": ({"recipe": "paper", "set": "gate=0.5"}, tuple(c.format(0.01, 2) for c in LIGHTLY), 5),
+    "paper": ({"recipe": "paper", "set": "gate=0.5"}, tuple(c.format(0.01, 2) for c in WEIGHED), 5),
     "best-imitation": ({"imitate": "best", "grpo": False}, CHOICES, 3),
     "sdl-alone": ({"grpo": False}, CHOICES, 3),  # Adam does not see the weight of a loss that is alone
     # the settings of the arm that a control is of, beside GRPO at its gradient-norm ratio
@@ -628,6 +627,7 @@ def suite_figures(settings):
 
 def quality(settings):
     """python bench.py quality"""
+    settings.policy = settings.policy or os.path.join(HERE, "weights", "sft" if settings.suite else "rare")
     if settings.suite:
         return suite_figures(settings)
     if strange := [f.name for f in WORLD if getattr(settings, f.name) != f.default]:

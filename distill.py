@@ -1440,7 +1440,7 @@ def ema_update(teacher, student, decay):
 FULL_ESTIMATORS = ("forward_kl", "reverse_kl", "topk_tail")  # over the vocabulary: they need logits
 RECIPE_CHOICES = {"estimator": SAMPLED_ESTIMATORS + FULL_ESTIMATORS, "selection": SELECTIONS,
                   "saturation": ("clamp", "zero"), "aggregation": AGGREGATIONS, "denominator": ("selected", "all"),
-                  "teacher": ("same", "ema", "frozen"), "std": ("population", "sample")}
+                  "score": ("entropy", "advice"), "teacher": ("same", "ema", "frozen"), "std": ("population", "sample")}
 
 
 @dataclass(frozen=True)
@@ -1449,6 +1449,8 @@ class Recipe:
     estimator: str = "k3_live"        # SAMPLED_ESTIMATORS or FULL_ESTIMATORS (topk_tail: reverse KL over top_k + rest)
     selection: str = "sampled"        # which positions: "sampled", "position" (score: entropy), "all"
     top_fraction: float = 0.1         # of a row's tokens, unless selection is "all"
+    score: str = "entropy"            # of selection "position": "entropy" or "advice", see ``teacher_scores``
+    threshold: float | None = None    # of the score, in nats; all positions that reach it (None: the top fraction)
     ratio_cap: float = 2.0            # of rho
     k3_clamp: float = 10.0            # of k3
     saturation: str = "clamp"         # what the clamp does: "clamp" (literal) or "zero"
@@ -1477,6 +1479,17 @@ class Recipe:
                 raise ValueError(f"{name} {getattr(self, name)!r}: must be one of {', '.join(choices)}")
         if self.anneal < 0:
             raise ValueError(f"anneal {self.anneal}: must not be negative")
+        if self.threshold is not None and (self.selection != "position" or self.denominator != "all"):
+            raise ValueError("threshold: goes with selection 'position' and denominator 'all'")
+
+    @property
+    def reads_plain(self):
+        """Whether the teacher's view without the guide is wanted, too."""
+        return self.selection == "position" and self.score == "advice"
+
+    @property
+    def reads_logits(self):
+        return self.estimator in FULL_ESTIMATORS or self.reads_plain
 
     def at(self, step):
         """The recipe of update ``step`` (0 is the first), its weight annealed: a teacher that was ahead at the start is
@@ -1488,24 +1501,26 @@ RECIPES = {
     "paper": Recipe(),
     "stable": Recipe(
         estimator="forward_kl",   # covers what the teacher wants; reverse KL locked the entropy in
-        selection="all",          # picking by the sampled token's |l| is biased
+        # picking by the sampled token's |l| is biased; all positions hold the student where its teacher started
+        selection="position", score="advice", threshold=0.1,
         saturation="zero",        # should a k3 estimator be tried: no flipped gradients
-        denominator="all", weight=1.0,  # at 3 it holds the student at its teacher's level, see bench.py quality
+        denominator="all", weight=1.0,
+        standard=False,           # what best and worst agree on is as often wrong as it is right
         teacher="frozen",         # a live teacher chases its own student and collapses
         near_tie=0.02, entity_free=True,  # the lesson is about the kind of request, not about its names
         gate=0.6)}                # fits the embedded policy's bags of words; another embedder wants its own
 
 
 def experience_loss(recipe, mask, logp=None, logp_old=None, logq=None, student_logits=None, teacher_logits=None,
-                    score=None, normalizer=None, threshold=None):
+                    score=None, normalizer=None):
     """L_SDL by a recipe's estimator. Sampled ones read logp, logp_old, logq (N, T); those over the vocabulary read both
     logits (N, T, V), and the log-probs only for selection "sampled". mask, score and what follows: see ``sdl_loss``."""
     r = recipe
     if r.estimator in SAMPLED_ESTIMATORS:
         return sdl_loss(logp, logp_old, logq, mask, r.estimator, r.selection, r.top_fraction, score, r.ratio_cap,
-                        r.k3_clamp, r.saturation, r.token_cap, r.aggregation, r.denominator, normalizer, threshold)
+                        r.k3_clamp, r.saturation, r.token_cap, r.aggregation, r.denominator, normalizer, r.threshold)
     gap = clean(logq, mask) - clean(logp, mask) if r.selection == "sampled" else None
-    chosen = select_tokens(gap, mask, r.selection, r.top_fraction, score, threshold)                     # (N, T)
+    chosen = select_tokens(gap, mask, r.selection, r.top_fraction, score, r.threshold)                   # (N, T)
     direction, top_k = ("forward" if r.estimator == "forward_kl" else "reverse",
                         r.top_k if r.estimator == "topk_tail" else None)
     kl = position_kl(student_logits[chosen], teacher_logits[chosen], direction, top_k)                   # (M,)
@@ -1570,6 +1585,32 @@ def action_scores(net, sequences, masks, temperature, with_logits):
     logp, entropy = logs.gather(1, wanted[:, None]).squeeze(1), -(logs.exp() * logs).sum(-1)
     back = lambda flat: pad_rows(flat.split([len(p) for p in places]))
     return shape, back(logp), back(entropy), back(logits)
+
+
+def take(scores, places):
+    """The Scores of some of the rows, no wider than these need."""
+    if len(places) == len(scores.mask):
+        return scores
+    width = int(scores.mask[places].sum(1).max())
+    cut = lambda x: x if x is None else x[places][:, :width]
+    return Scores(cut(scores.mask), cut(scores.logp), cut(scores.entropy), cut(scores.logits))
+
+
+def teacher_scores(teacher, student, rows, recipe, temperature=1.0, plain=None):
+    """(the teacher's Scores of guided rows, the score by which selection "position" chooses); no gradient.
+
+    student: Scores of the same rows. plain: the teacher's Scores of them without a guide, where they are known. The
+    score (N, T) is the student's entropy, or "advice": KL(pi_E(.|h~) || pi_E(.|h)), how much the guide changes the
+    teacher's mind. It is zero wherever the guide is silent; there a teacher whose weights are not the student's would
+    teach nothing but what it was.
+    """
+    with torch.no_grad():
+        wise = score_actions(teacher, [r.teacher for r in rows], [r.teacher_mask for r in rows], temperature,
+                             recipe.reads_logits)
+        if not recipe.reads_plain:
+            return wise, student.entropy.detach()
+        plain = plain or score_actions(teacher, [r.tokens for r in rows], [r.mask for r in rows], temperature, True)
+        return wise, position_kl(plain.logits, wise.logits, "forward")                                    # (N, T)
 
 
 def distilled_count(rows, recipe):
@@ -1640,20 +1681,22 @@ def update_gradients(net, reference, teacher, rows, recipe, temperature=1.0, pol
     ranks, parameters = ranks or model.Ranks(), [p for p in net.parameters() if p.requires_grad]
     first, second = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
     live, every, distilled = counts or step_counts(rows, recipe)
-    full, sums = recipe.estimator in FULL_ESTIMATORS, Counter()
+    sums = Counter()
     limit = limit or MICRO_TOKENS.get(parameters[0].device.type, 65536)
     for micro_batch in micro_batches(rows, limit * ranks.count):
         piece, counted = dealt(micro_batch, ranks)
         guided = [i for i, r in enumerate(piece) if r.teacher is not None] if recipe.weight and not imitated else []
-        student = score_actions(net, [r.tokens for r in piece], [r.mask for r in piece], temperature,
-                                full and bool(guided))
+        tokens, masks = [r.tokens for r in piece], [r.mask for r in piece]
+        student = score_actions(net, tokens, masks, temperature, recipe.reads_logits and bool(guided))
         mask = student.mask & torch.tensor(counted, device=student.mask.device)[:, None]                  # (N, T)
         now = student.logp.detach()
         old = pad_rows([row if r.old is None else r.old.to(row) for r, row in zip(piece, now)])
-        loss, advantages = None, torch.tensor([r.advantage for r in piece], device=mask.device)
+        loss, plain, advantages = None, None, torch.tensor([r.advantage for r in piece], device=mask.device)
         if policy:
+            twice = recipe.reads_plain and teacher is reference and bool(guided)
             with torch.no_grad():
-                ref = score_actions(reference, [r.tokens for r in piece], [r.mask for r in piece], temperature)
+                ref = score_actions(reference, tokens, masks, temperature, twice)
+            plain = take(ref, guided) if twice else None
             loss = grpo_loss(student.logp, old, ref.logp, advantages, mask, recipe.clip, recipe.beta,
                              recipe.aggregation, (live, every))
             sums["grpo_loss"] += float(loss.detach())
@@ -1662,20 +1705,17 @@ def update_gradients(net, reference, teacher, rows, recipe, temperature=1.0, pol
             for r in piece:
                 if r.teacher is not None:
                     check_same_actions(r.tokens, r.mask, r.teacher, r.teacher_mask)
-            told = [piece[i] for i in guided]
-            with torch.no_grad():
-                wise = score_actions(teacher, [r.teacher for r in told], [r.teacher_mask for r in told], temperature,
-                                     full)
-            width = wise.mask.shape[1]
-            cut = lambda x: x if x is None or len(guided) == len(x) else x[guided][:, :width]
-            part, logp = cut(mask), cut(student.logp)
-            distance = experience_loss(recipe, part, logp, cut(old), wise.logp, cut(student.logits), wise.logits,
-                                       score=cut(student.entropy).detach(), normalizer=distilled)
+            learner = take(student, guided)
+            wise, score = teacher_scores(teacher, learner, [piece[i] for i in guided], recipe, temperature, plain)
+            part, before = (x[guided][:, :learner.mask.shape[1]] for x in (mask, old))
+            distance = experience_loss(recipe, part, learner.logp, before, wise.logp, learner.logits, wise.logits,
+                                       score=score, normalizer=distilled)
             sums["sdl_loss"] += float(distance.detach())
             weigh = int(part.sum())
             if weigh:
-                said = token_statistics(logp.detach(), cut(old), wise.logp, part, recipe.selection, recipe.top_fraction,
-                                        cut(student.entropy).detach(), recipe.ratio_cap, recipe.k3_clamp, recipe.clip)
+                said = token_statistics(learner.logp.detach(), before, wise.logp, part, recipe.selection,
+                                        recipe.top_fraction, score, recipe.ratio_cap,
+                                        recipe.k3_clamp, recipe.clip, recipe.threshold)
                 sums.update({k: v * weigh for k, v in said.items()})
             sums["guided_tokens"] += weigh
         if together and guided:
@@ -1712,10 +1752,9 @@ def reverse_kl_cosine(net, teacher, rows, recipe, temperature=1.0):
         return math.nan
     parameters = [p for p in net.parameters() if p.requires_grad]
     student = score_actions(net, [r.tokens for r in rows], [r.mask for r in rows], temperature, True)
-    with torch.no_grad():
-        wise = score_actions(teacher, [r.teacher for r in rows], [r.teacher_mask for r in rows], temperature, True)
+    wise, score = teacher_scores(teacher, student, rows, replace(recipe, estimator="reverse_kl"), temperature)
     used = experience_loss(recipe, student.mask, student.logp, student.logp.detach(), wise.logp, student.logits,
-                           wise.logits, score=student.entropy.detach())
+                           wise.logits, score=score)
     exact = full_kl_loss(student.logits, wise.logits, student.mask, "reverse")
     gradients = [[torch.zeros_like(p) for p in parameters] for _ in range(2)]
     for total, loss in zip(gradients, (used, exact)):

@@ -2575,13 +2575,24 @@ def test_recipes_reduce_to_the_losses_they_name():
     got = distill.experience_loss(distill.RECIPES["paper"], mask, logp, old, q)
     assert torch.equal(got, distill.sdl_loss(logp, old, q, mask))
     student, teacher = torch.randn(5, 40, 6, dtype=torch.float64), torch.randn(5, 40, 6, dtype=torch.float64)
-    got = distill.experience_loss(distill.RECIPES["stable"], mask, student_logits=student, teacher_logits=teacher)
+    stable, score = distill.RECIPES["stable"], torch.rand(5, 40)
+    got = distill.experience_loss(stable, mask, student_logits=student, teacher_logits=teacher, score=score)
+    advised = mask & (score >= stable.threshold)
+    assert 0 < advised.sum() < mask.sum()
+    assert torch.allclose(got, distill.full_kl_loss(student, teacher, advised, "forward", normalizer=mask.sum()))
+    everywhere = dataclasses.replace(stable, selection="all", threshold=None)
+    got = distill.experience_loss(everywhere, mask, student_logits=student, teacher_logits=teacher)
     assert torch.allclose(got, distill.full_kl_loss(student, teacher, mask, "forward"))
 
 
-def test_a_recipe_with_an_unknown_name_is_refused():
+def test_a_recipe_with_an_unknown_name_or_a_threshold_without_a_score_is_refused():
     with pytest.raises(ValueError, match="estimator 'kl'"):
         distill.Recipe(estimator="kl")
+    with pytest.raises(ValueError, match="score 'reward'"):
+        distill.Recipe(score="reward")
+    for change in ({"selection": "all", "denominator": "all"}, {"selection": "position", "denominator": "selected"}):
+        with pytest.raises(ValueError, match="threshold"):
+            distill.Recipe(threshold=0.1, **change)
 
 
 # ---- comparison ------------------------------------------------------------------------------------------------------
@@ -3181,6 +3192,17 @@ def test_sft_runs_on_a_tiny_budget(tmp_path, capsys, monkeypatch):
     assert tokenizer.size == net.config.vocab_size and json.loads((tmp_path / "policy" / "training.json").read_text())["step"] == 3
 
 
+@pytest.mark.parametrize("care", (0.0, 0.2, 1.0))
+def test_the_scripted_teacher_is_as_careful_as_asked_and_obeys_advice_all_the_same(care):
+    rng, skills = random.Random(1), tools.read_skills(os.path.join(genevolve.HERE, "skills"))
+    teacher = build.Teacher(rng, None, skills, care)
+    for careful, *lazy in build.GUIDE["reference_selection_guidance"], build.GUIDE["prompt_program_guidance"]:
+        taken = [teacher.choose([], careful, *lazy) == careful for _ in range(2000)]
+        assert sum(taken) / 2000 == pytest.approx(care, abs=0.03)
+        assert {teacher.choose([lazy[0]], careful, *lazy) for _ in range(20)} == {lazy[0]}
+        assert {teacher.choose([careful], careful, *lazy) for _ in range(20)} == {careful}
+
+
 def test_sft_stopped_and_started_again_ends_with_the_same_weights(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(build, "HERE", str(tmp_path))
     os.makedirs(tmp_path / "atlas"), shutil.copytree(os.path.join(genevolve.HERE, "skills"), tmp_path.parent / "skills", dirs_exist_ok=True)
@@ -3533,6 +3555,29 @@ def test_an_annealed_weight_falls_to_zero_and_the_teacher_is_not_asked_any_more(
     assert code == 0, err
     losses = [json.loads(line)["sdl_loss"] for line in open(tmp_path / "run" / "log.jsonl")]
     assert any(x is not None for x in losses[:2]) and losses[2:] == [None] * len(losses[2:]) and len(losses) > 2
+
+
+@pytest.mark.parametrize("estimator", ("forward_kl", "k3_live"))
+def test_where_the_guide_is_silent_a_frozen_teacher_does_not_pull_the_student_back(estimator):
+    torch.manual_seed(0)
+    net = model.Qwen3(model.Config(vocab_size=50, hidden_size=32, layers=1, heads=2, kv_heads=1, head_dim=16, mlp_size=64))
+    frozen, advice = copy.deepcopy(net), dataclasses.replace(distill.RECIPES["stable"], estimator=estimator, threshold=1e-5)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    rows = update_rows(net, torch.Generator().manual_seed(1))
+    silent = [dataclasses.replace(r, teacher=r.tokens, teacher_mask=r.mask) for r in rows]
+    everywhere = dataclasses.replace(advice, selection="all", threshold=None)
+    norm = lambda rows, recipe, **more: distill.gradient_norm(distill.update_gradients(net, frozen, frozen, rows, recipe, **more)[1])
+    assert norm(silent, everywhere) > 1e-4 and norm(silent, advice) == 0
+    assert norm(rows, advice) > 1e-4  # with a guide it does teach
+    assert norm(rows, advice, policy=False) == pytest.approx(norm(rows, advice), rel=1e-5)  # whoever scored without it
+    told = [r for r in rows if r.teacher]
+    student = distill.score_actions(net, [r.tokens for r in told], [r.mask for r in told], 1.0, True)
+    wise, score = distill.teacher_scores(frozen, student, told, advice)
+    plain = distill.score_actions(frozen, [r.tokens for r in told], [r.mask for r in told], 1.0, True)
+    assert score.shape == student.mask.shape and not score.requires_grad
+    assert torch.allclose(score, distill.position_kl(plain.logits, wise.logits, "forward"))  # KL(with guide || without)
 
 
 def test_teacher_equal_to_student_teaches_nothing_and_gradients_flow_only_into_the_student():

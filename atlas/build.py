@@ -9,13 +9,13 @@ What was designed into it, so that nobody mistakes it for a discovery:
 1. A subject's look is a random 8x8 sprite. Words cannot convey it; it has to be copied from a reference image, and
    every subject has three pictures (present look, early look, replica) of which a request wants one.
 2. A fact (a year, a code word, a number) is random too; it stands in one section of one article, or two hops away.
-3. Captions come in two wordings. A *plain* wording ("three of them") was drawn loosely four times out of five, as web
+3. Captions come in two wordings. A *plain* wording ("three of them") was drawn loosely nine times out of ten, as web
    captions are loose; the *exact* wording of a skill guide ("Exactly three separate copies: one, two, three.") was
    drawn exactly. The renderer learns this from pictures; no weakness is coded into it.
 4. What a caption leaves open stays open: position inside a quarter, backdrop, sign, pose, where companions stand.
-5. The scripted teacher decides at random between a good and a lazy alternative, about equally often. In 45 % of the
-   demonstrations it carries a guide and obeys it, also where the guide is wrong: that is how a policy without any
-   pretraining learns to read advice.
+5. The scripted teacher decides at random between a careful and a lazy alternative, about equally often, or, with
+   --care 0.2, carefully once in five times: then what is right is rare. In 45 % of the demonstrations it carries a
+   guide and obeys it, also where the guide is wrong: that is how a policy without any pretraining learns to read advice.
    Half of their names have syllables of their own, so that a name has to be copied and cannot be remembered.
 6. One in five combinations of requirements occurs only on the bench.
 """
@@ -736,24 +736,25 @@ def bullets_of(phrases):
 
 # ---- The scripted teacher: demonstrations of mixed quality -----------------------------------------------------------
 
+CARE = 0.5  # share of the decisions that the scripted teacher takes carefully, without advice
 AUDIT = ("facts grounded", "right reference", "skills read", "skills followed", "no idle calls", "plan kept")
 
 
 class Teacher:
     """Writes demonstrations through the same search index and observation format that the agent meets.
 
-    At every decision it takes the careful alternative or a lazy one, about equally often, and says which in its
+    At every decision it takes the careful alternative with probability ``care``, else a lazy one, and says which in its
     thought; with a guide it takes what the guide advises, right or wrong. (Obeying in 97 of 100 decisions would make a
     teacher out of the policy that is never surer than that, and seven decisions make a program.)
     """
 
-    def __init__(self, rng, corpus, skills):
-        self.rng, self.corpus, self.skills = rng, corpus, skills
+    def __init__(self, rng, corpus, skills, care=CARE):
+        self.rng, self.corpus, self.skills, self.care = rng, corpus, skills, care
 
-    def choose(self, advice, *alternatives):
-        """One of the decision phrases: the advised one if there is any, else one of the alternatives."""
-        advised = [a for a in alternatives if a in advice]
-        return self.rng.choice(advised or alternatives)
+    def choose(self, advice, careful, *lazy):
+        """One of the decision phrases: the advised one if there is any, else the careful or a lazy one."""
+        advised = [a for a in (careful, *lazy) if a in advice]
+        return self.rng.choice(advised or ((careful,) if self.rng.random() < self.care else lazy))
 
     def demonstrate(self, row, guide):
         """Messages of one trajectory (after the user's), the audit's six verdicts, and its program."""
@@ -829,7 +830,7 @@ class Teacher:
         if advised:
             chosen = [s for s in advised if s in self.skills]
         else:
-            chosen = [SKILL[a] for a in scene.aspects() if rng.random() < 0.5]
+            chosen = [SKILL[a] for a in scene.aspects() if rng.random() < self.care]
             chosen += [rng.choice(sorted(self.skills))] if rng.random() < 0.06 else []
         for skill in list(dict.fromkeys(chosen)):
             self.turn(f"Activate {skill}.", "query_knowledge", {"skill_name": skill})
@@ -952,7 +953,7 @@ def demo_words(rng, seed):
     return words
 
 
-def build_demos(count, seed):
+def build_demos(count, seed, care=CARE):
     """Demonstrations with the paper's filters: structure first, then the six-dimension audit. Writes sft.jsonl."""
     rng, written, valid = random.Random(f"demos {seed}"), [], 0
     skills = tools.read_skills(os.path.join(os.path.dirname(HERE), "skills"))
@@ -962,7 +963,7 @@ def build_demos(count, seed):
             corpus = tools.Corpus.from_texts([(title, section, text) for title, parts in
                                               articles(entities, cities).items() for section, text in parts],
                                              image_titles(entities))
-            teacher = Teacher(rng, corpus, skills)
+            teacher = Teacher(rng, corpus, skills, care)
         order = rng.sample(entities, 8)
         row = make_request(rng, order, rng.choice((1, 2, 3)), 0, "demo", novel_allowed=False)
         guided = rng.random() < 0.45
@@ -1007,11 +1008,14 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=0, help="write the renderer's training file instead")
     parser.add_argument("--demos", type=int, default=0, help="write the policy's demonstrations instead")
+    parser.add_argument("--care", type=float, default=CARE, help="share of careful decisions in the demonstrations")
     arguments = parser.parse_args()
+    if not 0 <= arguments.care <= 1:
+        parser.error(f"--care {arguments.care}: must lie between 0 and 1")
     if arguments.scenes:
         build_scenes(arguments.scenes, arguments.seed)
     if arguments.demos:
-        build_demos(arguments.demos, arguments.seed)
+        build_demos(arguments.demos, arguments.seed, arguments.care)
     if not arguments.scenes and not arguments.demos:
         build_world(arguments.seed)
 
