@@ -1782,12 +1782,13 @@ def gallery(out):
 def microscope(run, t, bundle):
     """A trajectory's tokens, coloured by log q - log p: what the teacher, who read the guide, likes more or less."""
     opening = run.tokenizer.apply_chat(distill.teacher_messages(t.messages[:2], bundle), add_generation_prompt=True)
-    tokens, mask = distill.teacher_tokens(t.tokens, t.mask, t.prompt_length, opening)
+    row = distill.Row(t.tokens, t.mask, 0.0, *distill.teacher_tokens(t.tokens, t.mask, t.prompt_length, opening))
     student = distill.score_actions(run.net, [t.tokens], [t.mask], run.settings.temperature, True)
-    teacher = distill.score_actions(run.teacher, [tokens], [mask], run.settings.temperature, True)
+    whole = dataclasses.replace(run.recipe, estimator="reverse_kl")  # whatever the recipe reads, logits are shown
+    teacher, score = distill.teacher_scores(run.teacher, student, [row], whole, run.settings.temperature)
     gap = teacher.logp - student.logp
-    chosen = distill.select_tokens(gap, student.mask, run.recipe.selection, run.recipe.top_fraction,
-                                   student.entropy)[0].tolist()
+    chosen = distill.select_tokens(gap, student.mask, run.recipe.selection, run.recipe.top_fraction, score,
+                                   run.recipe.threshold)[0].tolist()
     liked, gap = teacher.logits[0].argmax(-1).tolist(), gap[0].tolist()
     p, q = student.logp[0].exp().tolist(), teacher.logp[0].exp().tolist()
     parts = ["<h2>Token microscope</h2><p>Green: the teacher, with the guide in its context, finds the student's token "
