@@ -311,13 +311,14 @@ ARMS = {  # arm -> (flags of evolve, settings tried on validation requests, seed
     "sdl-placebo": ({"grpo": False, "guides": "placebo"}, (), 3)}
 CONTROLS = {"shuffled": "stable", "placebo": "stable", "sdl-shuffled": "sdl-alone", "sdl-placebo": "sdl-alone"}
 SENSITIVITY = (  # stable with one thing changed, one seed each
-    "weight=0.3", "weight=3", "weight=3,anneal=16", "teacher=ema", "teacher=same", "estimator=reverse_kl",
-    "estimator=k3_live,selection=sampled", "selection=sampled,top_fraction=0.1", "selection=sampled,top_fraction=0.5",
-    "gate=0.4", "gate=0.8", "rollouts=3,prompts_per_step=16", "rollouts=12,prompts_per_step=4",
-    "aggregation=seq-mean-token-sum", "standard=false")
+    "selection=all,threshold=none", "standard=true", "weight=0.3", "weight=3", "threshold=none", "threshold=1",
+    "score=entropy,threshold=none", "selection=sampled,threshold=none", "teacher=ema", "teacher=same",
+    "estimator=reverse_kl", "estimator=k3_live", "gate=0.4", "gate=0.8", "rollouts=3,prompts_per_step=16",
+    "rollouts=12,prompts_per_step=4", "entity_free=false,gate=0.5", "near_tie=0",
+    "aggregation=seq-mean-token-sum,weight=0.007")
 EVOLVE = {"lr": float, "match_ratio": float, "rollouts": int, "prompts_per_step": int}  # what a setting may say to it
 TUNING_SEED = 1000
-WINDOW = 10  # updates whose rollouts are compared together
+WINDOW = 20  # updates whose rollouts are compared together
 
 
 def slug(text):
@@ -398,12 +399,18 @@ def sensitivity(settings, folder):
             found[change] = {"reward of rollouts": [r["reward"] for r in log],
                              "validation": [p[2] for p in validation_curve(log)],
                              "hit rate": mean([r["hit_rate"] for r in log]),
-                             "gradient ratio": mean([r["gradient_ratio"] for r in log])}
+                             "gradient ratio": median([r["gradient_ratio"] for r in log])}
             model.write_json(path, found)
     for name, row in found.items():
         windows = [row["reward of rollouts"][n:n + WINDOW] for n in range(0, settings.tune_steps, WINDOW)]
         print_row(name, {f"updates {n * WINDOW + 1} to {n * WINDOW + len(w)}": mean(w) for n, w in enumerate(windows)}
                   | {"validation KScore": row["validation"][-1]})
+
+
+def median(values):
+    """Median of the values that are there (not None), or None."""
+    kept = [v for v in values if v is not None]
+    return float(np.median(kept)) if kept else None
 
 
 def read(path):
@@ -481,7 +488,7 @@ def summarize_quality(folder, fixed):
             tuning = read(os.path.join(folder, f"{arm}-tuning.json")) or {}
             details[arm] = {"setting": runs[0]["setting"], "tried": tuning.get("tried"),
                             "kscore by seed": [float(s.mean()) for s in scores[arm]],
-                            "curves": [r["curve"] for r in runs], "gradient ratio": [r["gradient_ratio"] for r in runs],
+                            "curves": [r["curve"] for r in runs], "hits": [r["hits"] for r in runs], "gradient ratio": [r["gradient_ratio"] for r in runs],
                             "hit rate": [r["hit_rate"] for r in runs],
                             "right advice": [r["right_advice"] for r in runs],
                             "rolled back": [r["rolled_back"] for r in runs]}
@@ -502,10 +509,11 @@ def summarize_quality(folder, fixed):
             print("{:<60} {:+.3f}  [{:+.3f}, {:+.3f}]".format(f"{name}, {when}", *pair[when]))
     saved = {}
     if "grpo" in details and "stable" in details:
-        target, all_of_it = mean_curve(details["grpo"])[-1][1], mean_curve(details["grpo"])[-1][0]
-        took = rollouts_to_reach(details["stable"], target)
-        saved = {"GRPO's last validation KScore": target, "GRPO's rollouts": all_of_it, "stable's rollouts": took,
-                 "share": took and took / all_of_it}
+        for column, unit in enumerate(("rollouts", "seconds")):
+            cost, target = mean_curve(details["grpo"], column)[-1]
+            took = cost_to_reach(details["stable"], target, column)
+            saved |= {"GRPO's last validation KScore": target, f"GRPO's {unit}": cost, f"stable's {unit}": took,
+                      f"share of {unit}": took and took / cost}
         print_row("stable reaches GRPO's last score", saved)
     results = os.path.dirname(folder)
     model.write_json(os.path.join(results, "quality.json"),
@@ -519,15 +527,16 @@ COLUMNS = {"early": "early", "KScore": "kscore", "F": "faithfulness", "V": "visu
            "rollouts": "rollouts", "seconds": "seconds", "seeds": "seeds"}
 
 
-def mean_curve(arm):
-    """[(rollouts, mean validation KScore over the arm's seeds)]."""
+def mean_curve(arm, column=0):
+    """[(rollouts (column 0) or seconds (1), validation KScore)], means over the arm's seeds."""
     points = min(len(c) for c in arm["curves"])
-    return [(arm["curves"][0][i][0], mean([c[i][2] for c in arm["curves"]])) for i in range(points)]
+    return [tuple(mean([c[i][k] for c in arm["curves"]]) for k in (column, 2)) for i in range(points)]
 
 
-def rollouts_to_reach(arm, target):
-    """Rollouts after which the mean validation curve reaches ``target``, straight lines between checks, or None."""
-    curve = mean_curve(arm)
+def cost_to_reach(arm, target, column=0):
+    """Rollouts (column 0) or seconds (1) after which the mean validation curve reaches ``target``, straight lines
+    between checks, or None."""
+    curve = mean_curve(arm, column)
     for (x0, y0), (x1, y1) in zip(curve, curve[1:]):
         if y1 >= target:
             return x0 if y0 >= target else x0 + (x1 - x0) * (target - y0) / (y1 - y0)
@@ -541,13 +550,22 @@ def write_quality(results, rows, pairs, details):
     lines += [f"| {LABELS.get(name, name)} | " + " | ".join(cell(row.get(k)) for k in COLUMNS.values()) + " |"
               for name, row in rows.items()]
     told = lambda change, low, high: f"{change:+.3f} ({low:+.3f} to {high:+.3f})"
-    lines += ["", f"| difference (95 % interval) | reward of the rollouts, first {WINDOW} updates | KScore, early | "
-                  "KScore, at the end |", "| --- | --- | --- | --- |"]
-    lines += [f"| {name} | {told(*pair['reward of rollouts'][0]) if 'reward of rollouts' in pair else ''} | "
-              f"{told(*pair['early'])} | {told(*pair['at the end'])} |" for name, pair in pairs.items()]
+    windows = max((len(pair.get("reward of rollouts", ())) for pair in pairs.values()), default=0)
+    heads = [f"reward of the rollouts, updates {n * WINDOW + 1} to {(n + 1) * WINDOW}" for n in range(windows)]
+    lines += ["", f"| difference (95 % interval) | {' | '.join(heads + ['KScore, early', 'KScore, at the end'])} |",
+              "| --- |" + " --- |" * (windows + 2)]
+    for name, pair in pairs.items():
+        changes = [*pair.get("reward of rollouts", [None] * windows), pair["early"], pair["at the end"]]
+        lines.append(f"| {name} | " + " | ".join(told(*c) if c else "" for c in changes) + " |")
     model.write_text(os.path.join(results, "quality.md"), "\n".join(lines) + "\n")
-    curves = {arm: mean_curve(said) for arm, said in details.items()}
-    model.write_text(os.path.join(results, "quality.svg"), genevolve.svg_lines(curves, 720, 320))
+    shown = {arm: said for arm, said in details.items() if ARMS[arm][2] == 5}  # the main ones
+    for name, column in (("quality.svg", 0), ("quality-seconds.svg", 1)):
+        drawing = genevolve.svg_lines({arm: mean_curve(said, column) for arm, said in shown.items()}, 720, 320,
+                                      {arm: [[(c[column], c[2]) for c in curve] for curve in said["curves"]]
+                                       for arm, said in shown.items()})
+        model.write_text(os.path.join(results, name), drawing)
+    hits = {arm: [(n + 1, mean(step)) for n, step in enumerate(zip(*said["hits"]))] for arm, said in shown.items()}
+    model.write_text(os.path.join(results, "quality-hits.svg"), genevolve.svg_lines(hits, 720, 200))
 
 
 WISE_SCORES = ("consistency", "realism", "aesthetic", "score")
@@ -663,7 +681,8 @@ def quality(settings):
                 "rollouts": sum(r["rollouts"] for r in log),
                 "seconds": sum(r["seconds"] for r in log), "curve": curve, "bench": on_bench(last, settings, rows),
                 "early": read(early), "online": [r["reward"] for r in log],
-                "gradient_ratio": mean([r["gradient_ratio"] for r in log]),
+                "gradient_ratio": median([r["gradient_ratio"] for r in log]),  # a mean is at the mercy of dead groups
+                "hits": [r["hit_rate"] for r in log],
                 "hit_rate": mean([r["hit_rate"] for r in log]), "right_advice": mean([r["right_advice"] for r in log]),
                 "rolled_back": [r["step"] for r in log if "rolled_back" in r]})
             os.remove(early)

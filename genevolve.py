@@ -1727,19 +1727,23 @@ def curve(title, series, width=420, height=130):
     return f"<figure>{drawing}<figcaption>{html.escape(title)}</figcaption></figure>" if drawing else ""
 
 
-def svg_lines(series, width, height):
-    """SVG of {label: [(x, y)]}, missing values (None) left out; the axis labels are the extremes."""
-    points = [p for line in series.values() for p in line if p[1] is not None]
+def svg_lines(series, width, height, faint=None):
+    """SVG of {label: [(x, y)]}, missing values (None) left out; the axis labels are the extremes. faint: {label: lines}
+    drawn thinly in the label's ink, such as the single runs behind a mean."""
+    thin = faint or {}
+    points = [p for line in [*series.values(), *sum(thin.values(), [])] for p in line if p[1] is not None]
     if not points:
         return ""
     (left, right), (low, high) = ((min(v), max(v)) for v in zip(*points))
     place = lambda x, y: (f"{40 + (x - left) / max(right - left, 1e-9) * (width - 50):.1f},"
                           f"{height - 18 - (y - low) / max(high - low, 1e-9) * (height - 30):.1f}")
-    lines = "".join(f'<polyline fill="none" stroke="{ink}" stroke-width="1.5" points="'
-                    + " ".join(place(x, y) for x, y in line if y is not None) + '"/>'
-                    for ink, line in zip(INKS, series.values()))
-    keys = " ".join(f'<tspan fill="{ink}">{html.escape(label.replace("_", " "))}</tspan>'
-                    for ink, label in zip(INKS, series))
+    drawn = lambda line, ink, style: (f'<polyline fill="none" stroke="{ink}" {style} points="'
+                                      + " ".join(place(x, y) for x, y in line if y is not None) + '"/>')
+    inks = dict(zip(series, INKS))
+    lines = "".join(drawn(line, inks[label], 'stroke-width="0.8" opacity="0.35"')
+                    for label, runs in thin.items() for line in runs)
+    lines += "".join(drawn(line, inks[label], 'stroke-width="1.5"') for label, line in series.items())
+    keys = " ".join(f'<tspan fill="{inks[label]}">{html.escape(label.replace("_", " "))}</tspan>' for label in series)
     return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-size="10" '
             f'font-family="sans-serif">'
             f'<text x="40" y="9">{keys}</text>{lines}<text x="0" y="20">{high:.3g}</text><text x="0" '

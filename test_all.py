@@ -3628,7 +3628,7 @@ def test_rollout_rewards_are_compared_with_those_of_the_same_seed_only(tmp_path)
     def write(arm, seed, online):
         model.write_json(os.path.join(folder, f"{arm}-{seed}.json"), {
             "bench": [row], "early": [row], "online": [online] * bench.WINDOW, "rollouts": 480, "seconds": 1.0, "setting": "",
-            "curve": [[480, 1.0, 1.0, 1.0]], "gradient_ratio": 1.0, "hit_rate": 1.0, "right_advice": 1.0, "rolled_back": []})
+            "curve": [[480, 1.0, 1.0, 1.0]], "gradient_ratio": 1.0, "hit_rate": 1.0, "hits": [1.0] * bench.WINDOW, "right_advice": 1.0, "rolled_back": []})
     write("grpo", 0, 0.5), write("grpo", 1, 0.9), write("paper", 0, 0.6)
     bench.summarize_quality(folder, {"SFT": [row]})
     found = model.read_json(str(tmp_path / "quality.json"))["differences"]
@@ -3669,7 +3669,7 @@ def test_the_sensitivity_table_changes_one_thing_and_goes_on_where_it_stopped(tm
     bench.sensitivity(bench.Quality(tune_steps=4), str(tmp_path))
     found = model.read_json(str(tmp_path / "sensitivity.json"))
     assert list(found) == list(bench.SENSITIVITY) and found[bench.SENSITIVITY[0]]["validation"] == [0.1]  # done before
-    assert len(asked) == len(bench.SENSITIVITY) - 1 and asked[0] == "lr=2e-4,weight=3" and "lr=2e-4,weight=1,teacher=ema" in asked
+    assert len(asked) == len(bench.SENSITIVITY) - 1 and asked[0] == "lr=2e-4,weight=1,standard=true" and "lr=2e-4,weight=1,teacher=ema" in asked
     assert found["teacher=ema"]["validation"] == [0.7]
     for change in bench.SENSITIVITY:  # all of them are settings that exist
         genevolve.read_recipe("stable", ",".join(f"{k}={v}" for k, v in bench.flags_of(change).items() if k not in bench.EVOLVE))
