@@ -488,7 +488,7 @@ def summarize_quality(folder, fixed):
             tuning = read(os.path.join(folder, f"{arm}-tuning.json")) or {}
             details[arm] = {"setting": runs[0]["setting"], "tried": tuning.get("tried"),
                             "kscore by seed": [float(s.mean()) for s in scores[arm]],
-                            "curves": [r["curve"] for r in runs], "hits": [r["hits"] for r in runs], "gradient ratio": [r["gradient_ratio"] for r in runs],
+                            "curves": [r["curve"] for r in runs], "hits": [r.get("hits", []) for r in runs], "gradient ratio": [r["gradient_ratio"] for r in runs],
                             "hit rate": [r["hit_rate"] for r in runs],
                             "right advice": [r["right_advice"] for r in runs],
                             "rolled back": [r["rolled_back"] for r in runs]}
@@ -565,7 +565,8 @@ def write_quality(results, rows, pairs, details):
                                        for arm, said in shown.items()})
         model.write_text(os.path.join(results, name), drawing)
     hits = {arm: [(n + 1, mean(step)) for n, step in enumerate(zip(*said["hits"]))] for arm, said in shown.items()}
-    model.write_text(os.path.join(results, "quality-hits.svg"), genevolve.svg_lines(hits, 720, 200))
+    model.write_text(os.path.join(results, "quality-hits.svg"),
+                     genevolve.svg_lines({arm: line for arm, line in hits.items() if line}, 720, 200))
 
 
 WISE_SCORES = ("consistency", "realism", "aesthetic", "score")
