@@ -407,6 +407,13 @@ def sensitivity(settings, folder):
                   | {"validation KScore": row["validation"][-1]})
 
 
+def start_ratio(run):
+    """Median ratio of the gradient norms, SDL's over GRPO's, as if the weight had not faded. (A mean is at the mercy of
+    updates in which nearly every group is dead.)"""
+    fades = [run.recipe.fade(n) for n in range(len(run.log))]
+    return median([r["gradient_ratio"] and r["gradient_ratio"] / f for r, f in zip(run.log, fades) if f])
+
+
 def median(values):
     """Median of the values that are there (not None), or None."""
     kept = [v for v in values if v is not None]
@@ -682,7 +689,7 @@ def quality(settings):
                 "rollouts": sum(r["rollouts"] for r in log),
                 "seconds": sum(r["seconds"] for r in log), "curve": curve, "bench": on_bench(last, settings, rows),
                 "early": read(early), "online": [r["reward"] for r in log],
-                "gradient_ratio": median([r["gradient_ratio"] for r in log]),  # a mean is at the mercy of dead groups
+                "gradient_ratio": start_ratio(run),
                 "hits": [r["hit_rate"] for r in log],
                 "hit_rate": mean([r["hit_rate"] for r in log]), "right_advice": mean([r["right_advice"] for r in log]),
                 "rolled_back": [r["step"] for r in log if "rolled_back" in r]})

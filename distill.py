@@ -17,6 +17,8 @@ Departures from the paper, each with its reason:
 3. ``Recipe`` names what the sources leave open or contradict: estimator, saturation, aggregation, denominator, teacher.
    ``RECIPES["paper"]`` is literal, ``RECIPES["stable"]`` is what holds for small policies, with its reasons.
 4. Memory may be keyed by the request with its names taken out, so that a lesson reaches requests of the same kind.
+5. ``stable`` distils the positions at which the guide changes the teacher's own mind (``teacher_scores``), one or two
+   tokens in a hundred: elsewhere a frozen teacher has nothing to say but what the student was when it started.
 
 Letters: N trajectories (rows), T tokens of a row, V vocabulary, G groups, K rollouts a group, D embedding width,
 M masked tokens. p, q: the student's and the teacher's probability of a token; l = log p - log q.
@@ -1491,10 +1493,14 @@ class Recipe:
     def reads_logits(self):
         return self.estimator in FULL_ESTIMATORS or self.reads_plain
 
+    def fade(self, step):
+        """What is left of the weight at update ``step`` (0 is the first): a teacher that was ahead at the start is let
+        go before it holds the student back ("kickstarting", arXiv 1803.03835)."""
+        return max(0.0, 1 - step / self.anneal) if self.anneal else 1.0
+
     def at(self, step):
-        """The recipe of update ``step`` (0 is the first), its weight annealed: a teacher that was ahead at the start is
-        let go before it holds the student back ("kickstarting", arXiv 1803.03835)."""
-        return replace(self, weight=self.weight * max(0.0, 1 - step / self.anneal)) if self.anneal else self
+        """The recipe of update ``step``, its weight faded."""
+        return replace(self, weight=self.weight * self.fade(step)) if self.anneal else self
 
 
 RECIPES = {
@@ -1505,6 +1511,7 @@ RECIPES = {
         selection="position", score="advice", threshold=0.1,
         saturation="zero",        # should a k3 estimator be tried: no flipped gradients
         denominator="all", weight=1.0,
+        anneal=40,                # a lesson from a request nearby is wrong in some things: in the end reward decides
         standard=False,           # what best and worst agree on is as often wrong as it is right
         teacher="frozen",         # a live teacher chases its own student and collapses
         near_tie=0.02, entity_free=True,  # the lesson is about the kind of request, not about its names

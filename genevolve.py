@@ -1039,7 +1039,8 @@ class Evolve(World):
     imitate: str = flag("", "in place of experience: cross-entropy on each group's 'best' or on the 'memory' of the "
                             "nearest request")
     guides: str = flag("own", "what the teacher sees: own bundles, or the controls 'shuffled' and 'placebo'")
-    match_ratio: float = flag(0.0, "norm of the experience gradient over GRPO's (0: as the recipe's weight makes it)")
+    match_ratio: float = flag(0.0, "norm of the experience gradient over GRPO's, faded as the weight is (0: as the recipe's "
+                                   "weight makes it)")
     minibatches: int = flag(1, "updates a batch of trajectories is split into")
     micro_tokens: int = flag(0, "tokens a forward pass of one process, a shared beginning once (0: 6,144 on a CPU, "
                                 "65,536 on a GPU)")
@@ -1297,7 +1298,8 @@ class Evolution:
                     self.net, self.frozen, self.teacher, piece, r, s.temperature, s.grpo, s.micro_tokens,
                     imitated=imitated, ranks=self.ranks)
             lengths = distill.gradient_norm(first), distill.gradient_norm(second)
-            weight = s.match_ratio * lengths[0] / lengths[1] if s.match_ratio and lengths[1] else r.weight
+            matched = s.match_ratio * self.recipe.fade(self.done)
+            weight = matched * lengths[0] / lengths[1] if s.match_ratio and lengths[1] else r.weight
             ratios.append(weight * lengths[1] / lengths[0] if lengths[0] else math.nan)
             for p, a, b in zip(parameters, first, second):
                 p.grad = a.add_(b, alpha=weight)
