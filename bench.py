@@ -495,7 +495,8 @@ def summarize_quality(folder, fixed):
             tuning = read(os.path.join(folder, f"{arm}-tuning.json")) or {}
             details[arm] = {"setting": runs[0]["setting"], "tried": tuning.get("tried"),
                             "kscore by seed": [float(s.mean()) for s in scores[arm]],
-                            "curves": [r["curve"] for r in runs], "hits": [r.get("hits", []) for r in runs], "gradient ratio": [r["gradient_ratio"] for r in runs],
+                            "curves": [r["curve"] for r in runs], "hits": [r.get("hits", []) for r in runs],
+                            "gradient ratio": [r["gradient_ratio"] for r in runs],
                             "hit rate": [r["hit_rate"] for r in runs],
                             "right advice": [r["right_advice"] for r in runs],
                             "rolled back": [r["rolled_back"] for r in runs]}

@@ -1511,7 +1511,7 @@ RECIPES = {
         selection="position", score="advice", threshold=0.1,
         saturation="zero",        # should a k3 estimator be tried: no flipped gradients
         denominator="all", weight=1.0,
-        anneal=40,                # a lesson from a request nearby is wrong in some things: in the end reward decides
+        anneal=60,                # a frozen teacher is ahead at the start and no better than GRPO in the end
         standard=False,           # what best and worst agree on is as often wrong as it is right
         teacher="frozen",         # a live teacher chases its own student and collapses
         near_tie=0.02, entity_free=True,  # the lesson is about the kind of request, not about its names

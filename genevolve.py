@@ -1039,8 +1039,8 @@ class Evolve(World):
     imitate: str = flag("", "in place of experience: cross-entropy on each group's 'best' or on the 'memory' of the "
                             "nearest request")
     guides: str = flag("own", "what the teacher sees: own bundles, or the controls 'shuffled' and 'placebo'")
-    match_ratio: float = flag(0.0, "norm of the experience gradient over GRPO's, faded as the weight is (0: as the recipe's "
-                                   "weight makes it)")
+    match_ratio: float = flag(0.0, "norm of the experience gradient over GRPO's, faded as the weight is (0: what the "
+                                   "recipe's weight makes it)")
     minibatches: int = flag(1, "updates a batch of trajectories is split into")
     micro_tokens: int = flag(0, "tokens a forward pass of one process, a shared beginning once (0: 6,144 on a CPU, "
                                 "65,536 on a GPU)")

@@ -3547,7 +3547,8 @@ def test_micro_batches_keep_groups_whole_and_count_a_shared_beginning_once():
 def test_an_annealed_weight_falls_to_zero_and_the_teacher_is_not_asked_any_more(tmp_path, capsys):
     recipe = dataclasses.replace(distill.RECIPES["stable"], weight=3.0, anneal=4)
     assert [recipe.at(n).weight for n in range(6)] == [3.0, 2.25, 1.5, 0.75, 0.0, 0.0]
-    assert distill.RECIPES["stable"].at(10**6) is distill.RECIPES["stable"]
+    assert [recipe.fade(n) for n in (0, 1, 4, 5)] == [1.0, 0.75, 0.0, 0.0]
+    assert distill.RECIPES["paper"].at(10**6) is distill.RECIPES["paper"] and distill.RECIPES["paper"].fade(10**6) == 1
     with pytest.raises(ValueError, match="anneal"):
         dataclasses.replace(recipe, anneal=-1)
     few_validation_rows(tmp_path)

@@ -14,8 +14,8 @@ What was designed into it, so that nobody mistakes it for a discovery:
    drawn exactly. The renderer learns this from pictures; no weakness is coded into it.
 4. What a caption leaves open stays open: position inside a quarter, backdrop, sign, pose, where companions stand.
 5. The scripted teacher decides at random between a careful and a lazy alternative, about equally often, or, with
-   --care 0.2, carefully once in five times: then what is right is rare. In 45 % of the demonstrations it carries a
-   guide and obeys it, also where the guide is wrong: that is how a policy without any pretraining learns to read advice.
+   --care 0.1, carefully once in ten times: then what is right is rare. In 45 % of the demonstrations it carries a
+   guide and obeys it, right or wrong: that is how a policy without any pretraining learns to read advice.
    Half of their names have syllables of their own, so that a name has to be copied and cannot be remembered.
 6. One in five combinations of requirements occurs only on the bench.
 """
