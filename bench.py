@@ -289,19 +289,21 @@ class Quality(Bench, genevolve.World):
 
 
 CHOICES = ("lr=2e-4", "lr=1e-4", "lr=4e-4")  # what arms without a second loss try
-WEIGHED = ("lr=2e-4,weight={0}", "lr=2e-4,weight={1}", "lr=4e-4,weight={0}")  # what arms with one try: as many
-LABELS = {"grpo": "SFT + GRPO", "stable": "SFT + GRPO + SDL, stable",
+WEIGHED = ("lr=2e-4,weight=1", "lr=2e-4,weight=3", "lr=4e-4,weight=1")  # what stable tries: as many
+LABELS = {"grpo": "SFT + GRPO, lr as tuned", "grpo-2e-4": "SFT + GRPO, lr 2e-4", "stable": "SFT + GRPO + SDL, stable",
           "memory-imitation": "SFT + GRPO + imitation of the memory's best",
           "paper": "SFT + GRPO + SDL, paper", "best-imitation": "SFT + imitation of the group's best",
           "sdl-alone": "SFT + SDL alone, stable",
           "shuffled": "stable, shuffled bundles", "placebo": "stable, placebo bundles",
           "sdl-shuffled": "SDL alone, shuffled bundles", "sdl-placebo": "SDL alone, placebo bundles"}
 ARMS = {  # arm -> (flags of evolve, settings tried on validation requests, seeds)
-    "grpo": ({"set": "weight=0"}, CHOICES, 5),
-    "stable": ({}, tuple(c.format(1, 3) for c in WEIGHED), 5),
-    "memory-imitation": ({"imitate": "memory"}, tuple(c.format(0.1, 0.3) for c in WEIGHED), 5),
+    "grpo": ({"set": "weight=0"}, CHOICES, 2),
+    # a tuning run favours a rate that is too high for twice as many updates; this one is the rate of the arms below
+    "grpo-2e-4": ({"set": "weight=0"}, ("lr=2e-4",), 5),
+    "stable": ({}, WEIGHED, 5),
+    "memory-imitation": ({"imitate": "memory"}, tuple(f"lr=2e-4,weight={w}" for w in (0.1, 0.3, 1)), 5),
     # the gate belongs to the embedder: 0.5 lets about as many keys with names through as 0.6 does without names
-    "paper": ({"recipe": "paper", "set": "gate=0.5"}, tuple(c.format(0.01, 2) for c in WEIGHED), 5),
+    "paper": ({"recipe": "paper", "set": "gate=0.5"}, tuple(f"lr=2e-4,weight={w}" for w in (0.01, 0.1, 2)), 5),
     "best-imitation": ({"imitate": "best", "grpo": False}, CHOICES, 3),
     "sdl-alone": ({"grpo": False}, CHOICES, 3),  # Adam does not see the weight of a loss that is alone
     # the settings of the arm that a control is of, beside GRPO at its gradient-norm ratio
@@ -373,8 +375,8 @@ def tuned(settings, arm, folder):
     path = os.path.join(folder, f"{arm}-tuning.json")
     if found := read(path):
         return found
-    tried, choices = {}, ARMS[arm][1] if settings.tune_steps else ARMS[arm][1][:1]
-    for choice in choices if settings.tune_steps else ():
+    tried, choices = {}, ARMS[arm][1]
+    for choice in choices if settings.tune_steps and len(choices) > 1 else ():
         run = evolution(settings, arm, choice, TUNING_SEED, settings.tune_steps)
         reached = [row["validation"]["kscore"] for row in run.log if row.get("validation")]
         tried[choice] = mean(reached[-2:])
@@ -387,7 +389,7 @@ def sensitivity(settings, folder):
     """sensitivity.json: what one change to ``stable`` does within a tuning run, beside stable and GRPO of that seed."""
     path = os.path.join(folder, "sensitivity.json")
     found = read(path) or {}
-    for name in ("grpo", "stable"):
+    for name in (BASE, "stable"):
         if run := read(os.path.join(folder, f"{name}-0.json")):
             found[name] = {"reward of rollouts": run["online"][:settings.tune_steps],
                            "validation": [p[2] for p in run["curve"] if p[0] <= 48 * settings.tune_steps]}
@@ -469,10 +471,11 @@ def bootstrap(first, second, draws=4000):
     return [float(change.mean()), *(float(q) for q in np.quantile(means, (0.025, 0.975)))]
 
 
-COMPARED = (("grpo", "SFT"), ("stable", "SFT"), ("stable", "grpo"), ("stable", "memory-imitation"),
-            ("memory-imitation", "grpo"), ("paper", "grpo"), ("shuffled", "grpo"), ("placebo", "grpo"),
-            ("stable", "shuffled"), ("stable", "placebo"), ("sdl-alone", "SFT"), ("sdl-alone", "grpo"),
-            ("sdl-alone", "sdl-shuffled"), ("sdl-shuffled", "SFT"), ("sdl-placebo", "SFT"), ("best-imitation", "SFT"))
+BASE = "grpo-2e-4"  # what the other arms are compared with
+COMPARED = (*((arm, "SFT") for arm in ("grpo", BASE, "stable", "sdl-alone", "sdl-shuffled", "best-imitation")),
+            *((arm, BASE) for arm in ("stable", "memory-imitation", "paper", "shuffled", "placebo", "sdl-alone")),
+            ("stable", "grpo"), ("stable", "memory-imitation"), ("stable", "shuffled"), ("stable", "placebo"),
+            ("sdl-alone", "sdl-shuffled"))
 
 
 def summarize_quality(folder, fixed):
@@ -516,9 +519,9 @@ def summarize_quality(folder, fixed):
         for when in ("early", "at the end"):
             print("{:<60} {:+.3f}  [{:+.3f}, {:+.3f}]".format(f"{name}, {when}", *pair[when]))
     saved = {}
-    if "grpo" in details and "stable" in details:
+    if BASE in details and "stable" in details:
         for column, unit in enumerate(("rollouts", "seconds")):
-            cost, target = mean_curve(details["grpo"], column)[-1]
+            cost, target = mean_curve(details[BASE], column)[-1]
             took = cost_to_reach(details["stable"], target, column)
             saved |= {"GRPO's last validation KScore": target, f"GRPO's {unit}": cost, f"stable's {unit}": took,
                       f"share of {unit}": took and took / cost}
@@ -662,7 +665,7 @@ def quality(settings):
         raise ValueError(f"--{name} goes with --suite: the ablations measure the embedded world")
     if settings.quick:
         settings.train_steps, settings.tune_steps, settings.seeds = 2, 0, 1
-        settings.arms = settings.arms or "grpo,stable"
+        settings.arms = settings.arms or f"{BASE},stable"
     names = [a.strip() for a in settings.arms.split(",")] if settings.arms else [*ARMS, "sensitivity"]
     if unknown := [a for a in names if a not in ARMS and a != "sensitivity"]:
         raise ValueError(f"unknown arm {unknown[0]!r}: must be of {', '.join(ARMS)}, sensitivity")

@@ -3630,11 +3630,11 @@ def test_rollout_rewards_are_compared_with_those_of_the_same_seed_only(tmp_path)
         model.write_json(os.path.join(folder, f"{arm}-{seed}.json"), {
             "bench": [row], "early": [row], "online": [online] * bench.WINDOW, "rollouts": 480, "seconds": 1.0, "setting": "",
             "curve": [[480, 1.0, 1.0, 1.0]], "gradient_ratio": 1.0, "hit_rate": 1.0, "hits": [1.0] * bench.WINDOW, "right_advice": 1.0, "rolled_back": []})
-    write("grpo", 0, 0.5), write("grpo", 1, 0.9), write("paper", 0, 0.6)
+    write(bench.BASE, 0, 0.5), write(bench.BASE, 1, 0.9), write("paper", 0, 0.6)
     bench.summarize_quality(folder, {"SFT": [row]})
     found = model.read_json(str(tmp_path / "quality.json"))["differences"]
-    assert found["paper - grpo"]["reward of rollouts"][0] == pytest.approx([0.1] * 3)  # seed 1 has no part in it
-    assert "reward of rollouts" not in found["grpo - SFT"]
+    assert found[f"paper - {bench.BASE}"]["reward of rollouts"][0] == pytest.approx([0.1] * 3)  # seed 1 has no part in it
+    assert "reward of rollouts" not in found[f"{bench.BASE} - SFT"]
 
 
 def test_names_of_demonstrations_are_in_no_other_split():
