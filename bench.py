@@ -6,8 +6,8 @@
     python bench.py released    the authors' own agent, renderer script and evaluator, unchanged, against serve
 
 Every command prints a table and writes the same numbers as JSON under --out. KScore is the paper's, with the text term
-dropped and the rest renormalised where no text is wanted, unless a table says otherwise. Nothing here is ever used
-for training or for choosing a setting.
+dropped and the rest renormalised where no text is wanted, unless a table says otherwise. What is measured on bench
+requests is never used for training or for choosing a setting.
 """
 import copy
 import ctypes
@@ -281,10 +281,10 @@ class Quality(Bench, genevolve.World):
                           "what the released evaluator wrote")
     runs: str = flag(os.path.join("runs", "quality"), "folder for the training runs")
     arms: str = flag("", "comma-separated arms, or sensitivity (default: all, in order)")
-    seeds: int = flag(0, "training seeds of every arm (0: five for the main ones, three for the controls)")
+    seeds: int = flag(0, "training seeds of every arm (0: as many as the table of arms says)")
     train_steps: int = flag(60, "updates of a run")
     early_steps: int = flag(20, "updates after which every run is measured a first time, before it flattens out")
-    tune_steps: int = flag(30, "updates of a tuning run; every arm tries as many settings (0: take the first)")
+    tune_steps: int = flag(30, "updates of a tuning run; every tuned arm tries three settings (0: take the first)")
     memo: str = flag("", "file of judgements that the runs share (default: one in --runs)")
 
 
@@ -305,12 +305,13 @@ ARMS = {  # arm -> (flags of evolve, settings tried on validation requests, seed
     # the gate belongs to the embedder: 0.5 lets about as many keys with names through as 0.6 does without names
     "paper": ({"recipe": "paper", "set": "gate=0.5"}, tuple(f"lr=2e-4,weight={w}" for w in (0.01, 0.1, 2)), 5),
     "best-imitation": ({"imitate": "best", "grpo": False}, CHOICES, 3),
-    "sdl-alone": ({"grpo": False}, CHOICES, 3),  # Adam does not see the weight of a loss that is alone
+    # Adam does not see the weight of a loss that is alone
+    "sdl-alone": ({"grpo": False, "set": "anneal=0"}, CHOICES, 3),
     # the settings of the arm that a control is of, beside GRPO at its gradient-norm ratio
     "shuffled": ({"guides": "shuffled"}, (), 3),
     "placebo": ({"guides": "placebo"}, (), 3),
-    "sdl-shuffled": ({"grpo": False, "guides": "shuffled"}, (), 3),
-    "sdl-placebo": ({"grpo": False, "guides": "placebo"}, (), 3)}
+    "sdl-shuffled": ({"grpo": False, "set": "anneal=0", "guides": "shuffled"}, (), 3),
+    "sdl-placebo": ({"grpo": False, "set": "anneal=0", "guides": "placebo"}, (), 3)}
 CONTROLS = {"shuffled": "stable", "placebo": "stable", "sdl-shuffled": "sdl-alone", "sdl-placebo": "sdl-alone"}
 SENSITIVITY = (  # stable with one thing changed, one seed each
     "selection=all,threshold=none", "standard=true", "weight=0.3", "weight=3", "threshold=none", "threshold=1",
@@ -371,7 +372,7 @@ def tuned(settings, arm, folder):
         ratio = read(os.path.join(folder, f"{CONTROLS[arm]}-0.json"))
         if ratio is None:
             raise ValueError(f"{arm}: needs a finished run of 'stable', whose gradient-norm ratio it takes")
-        return {"best": f"{best},match_ratio={ratio['gradient_ratio']:.3g}", "tried": {}}
+        return {"best": f"{best},match_ratio={ratio['unfaded_ratio']:.3g}", "tried": {}}
     path = os.path.join(folder, f"{arm}-tuning.json")
     if found := read(path):
         return found
@@ -397,11 +398,11 @@ def sensitivity(settings, folder):
     for change in SENSITIVITY:
         if change not in found:
             choice = ",".join(f"{k}={v}" for k, v in (best | flags_of(change)).items())
-            log = evolution(settings, "stable", choice, 0, settings.tune_steps).log
+            log = (run := evolution(settings, "stable", choice, 0, settings.tune_steps)).log
             found[change] = {"reward of rollouts": [r["reward"] for r in log],
                              "validation": [p[2] for p in validation_curve(log)],
                              "hit rate": mean([r["hit_rate"] for r in log]),
-                             "gradient ratio": median([r["gradient_ratio"] for r in log])}
+                             "unfaded ratio": unfaded_ratio(run)}
             model.write_json(path, found)
     for name, row in found.items():
         windows = [row["reward of rollouts"][n:n + WINDOW] for n in range(0, settings.tune_steps, WINDOW)]
@@ -409,11 +410,11 @@ def sensitivity(settings, folder):
                   | {"validation KScore": row["validation"][-1]})
 
 
-def start_ratio(run):
+def unfaded_ratio(run):
     """Median ratio of the gradient norms, SDL's over GRPO's, as if the weight had not faded. (A mean is at the mercy of
     updates in which nearly every group is dead.)"""
-    fades = [run.recipe.fade(n) for n in range(len(run.log))]
-    return median([r["gradient_ratio"] and r["gradient_ratio"] / f for r, f in zip(run.log, fades) if f])
+    ratios = [(row["gradient_ratio"], run.recipe.fade(n)) for n, row in enumerate(run.log)]
+    return median([ratio / fade for ratio, fade in ratios if ratio and fade])
 
 
 def median(values):
@@ -472,6 +473,7 @@ def bootstrap(first, second, draws=4000):
 
 
 BASE = "grpo-2e-4"  # what the other arms are compared with
+MAIN = (BASE, "stable", "memory-imitation", "paper")  # the arms that are drawn
 COMPARED = (*((arm, "SFT") for arm in ("grpo", BASE, "stable", "sdl-alone", "sdl-shuffled", "best-imitation")),
             *((arm, BASE) for arm in ("stable", "memory-imitation", "paper", "shuffled", "placebo", "sdl-alone")),
             ("stable", "grpo"), ("stable", "memory-imitation"), ("stable", "shuffled"), ("stable", "placebo"),
@@ -499,15 +501,16 @@ def summarize_quality(folder, fixed):
             details[arm] = {"setting": runs[0]["setting"], "tried": tuning.get("tried"),
                             "kscore by seed": [float(s.mean()) for s in scores[arm]],
                             "curves": [r["curve"] for r in runs], "hits": [r.get("hits", []) for r in runs],
-                            "gradient ratio": [r["gradient_ratio"] for r in runs],
+                            "unfaded ratio": [r["unfaded_ratio"] for r in runs],
                             "hit rate": [r["hit_rate"] for r in runs],
                             "right advice": [r["right_advice"] for r in runs],
                             "rolled back": [r["rolled_back"] for r in runs]}
     pairs = {}
     for a, b in COMPARED:
-        if a in scores and b in scores:
-            pairs[f"{a} - {b}"] = {"early": bootstrap(early[a], early[b]),
-                                   "at the end": bootstrap(scores[a], scores[b])}
+        if a in scores and b in scores:  # trained arms by the seeds that both have; the others have none
+            seeds = min(len(scores[x]) for x in (a, b) if x in ARMS)
+            pairs[f"{a} - {b}"] = {when: bootstrap(found[a][:seeds], found[b][:seeds])
+                                   for when, found in (("early", early), ("at the end", scores))}
         if a in online and b in online:  # a seed settles which requests come when: only the same seeds compare
             seeds = min(len(online[a]), len(online[b]))
             windows = [slice(n, n + WINDOW) for n in range(0, online[a].shape[1], WINDOW)]
@@ -521,7 +524,8 @@ def summarize_quality(folder, fixed):
     saved = {}
     if BASE in details and "stable" in details:
         for column, unit in enumerate(("rollouts", "seconds")):
-            cost, target = mean_curve(details[BASE], column)[-1]
+            target = mean_curve(details[BASE], column)[-1][1]
+            cost = cost_to_reach(details[BASE], target, column)
             took = cost_to_reach(details["stable"], target, column)
             saved |= {"GRPO's last validation KScore": target, f"GRPO's {unit}": cost, f"stable's {unit}": took,
                       f"share of {unit}": took and took / cost}
@@ -548,9 +552,11 @@ def cost_to_reach(arm, target, column=0):
     """Rollouts (column 0) or seconds (1) after which the mean validation curve reaches ``target``, straight lines
     between checks, or None."""
     curve = mean_curve(arm, column)
+    if curve[0][1] >= target:
+        return curve[0][0]
     for (x0, y0), (x1, y1) in zip(curve, curve[1:]):
         if y1 >= target:
-            return x0 if y0 >= target else x0 + (x1 - x0) * (target - y0) / (y1 - y0)
+            return x0 + (x1 - x0) * (target - y0) / (y1 - y0)
     return None
 
 
@@ -569,15 +575,15 @@ def write_quality(results, rows, pairs, details):
         changes = [*pair.get("reward of rollouts", [None] * windows), pair["early"], pair["at the end"]]
         lines.append(f"| {name} | " + " | ".join(told(*c) if c else "" for c in changes) + " |")
     model.write_text(os.path.join(results, "quality.md"), "\n".join(lines) + "\n")
-    shown = {arm: said for arm, said in details.items() if ARMS[arm][2] == 5}  # the main ones
-    for name, column in (("quality.svg", 0), ("quality-seconds.svg", 1)):
+    shown = {arm: details[arm] for arm in MAIN if arm in details}
+    for column, (name, across) in enumerate((("quality.svg", "rollouts"), ("quality-seconds.svg", "seconds"))):
         drawing = genevolve.svg_lines({arm: mean_curve(said, column) for arm, said in shown.items()}, 720, 320,
                                       {arm: [[(c[column], c[2]) for c in curve] for curve in said["curves"]]
-                                       for arm, said in shown.items()})
+                                       for arm, said in shown.items()}, across)
         model.write_text(os.path.join(results, name), drawing)
     hits = {arm: [(n + 1, mean(step)) for n, step in enumerate(zip(*said["hits"]))] for arm, said in shown.items()}
     model.write_text(os.path.join(results, "quality-hits.svg"),
-                     genevolve.svg_lines({arm: line for arm, line in hits.items() if line}, 720, 200))
+                     genevolve.svg_lines({arm: line for arm, line in hits.items() if line}, 720, 200, across="updates"))
 
 
 WISE_SCORES = ("consistency", "realism", "aesthetic", "score")
@@ -669,7 +675,7 @@ def quality(settings):
     names = [a.strip() for a in settings.arms.split(",")] if settings.arms else [*ARMS, "sensitivity"]
     if unknown := [a for a in names if a not in ARMS and a != "sensitivity"]:
         raise ValueError(f"unknown arm {unknown[0]!r}: must be of {', '.join(ARMS)}, sensitivity")
-    folder = genevolve.make_folder(os.path.join(settings.out, "quality"))
+    folder = genevolve.make_folder(os.path.join(settings.out, "quality-quick" if settings.quick else "quality"))
     rows = genevolve.atlas_rows("bench")[:24 if settings.quick else None]
     fixed = fixed_rows(settings, folder, rows)
     for arm in names:
@@ -693,7 +699,7 @@ def quality(settings):
                 "rollouts": sum(r["rollouts"] for r in log),
                 "seconds": sum(r["seconds"] for r in log), "curve": curve, "bench": on_bench(last, settings, rows),
                 "early": read(early), "online": [r["reward"] for r in log],
-                "gradient_ratio": start_ratio(run),
+                "unfaded_ratio": unfaded_ratio(run),
                 "hits": [r["hit_rate"] for r in log],
                 "hit_rate": mean([r["hit_rate"] for r in log]), "right_advice": mean([r["right_advice"] for r in log]),
                 "rolled_back": [r["step"] for r in log if "rolled_back" in r]})

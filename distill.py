@@ -1449,8 +1449,8 @@ RECIPE_CHOICES = {"estimator": SAMPLED_ESTIMATORS + FULL_ESTIMATORS, "selection"
 class Recipe:
     """How experience becomes a gradient. The defaults are the paper's, read literally."""
     estimator: str = "k3_live"        # SAMPLED_ESTIMATORS or FULL_ESTIMATORS (topk_tail: reverse KL over top_k + rest)
-    selection: str = "sampled"        # which positions: "sampled", "position" (score: entropy), "all"
-    top_fraction: float = 0.1         # of a row's tokens, unless selection is "all"
+    selection: str = "sampled"        # which positions: "sampled", "position" (by the score), "all"
+    top_fraction: float = 0.1         # of a row's tokens, unless selection is "all" or there is a threshold
     score: str = "entropy"            # of selection "position": "entropy" or "advice", see ``teacher_scores``
     threshold: float | None = None    # of the score, in nats; all positions that reach it (None: the top fraction)
     ratio_cap: float = 2.0            # of rho
@@ -1482,7 +1482,8 @@ class Recipe:
         if self.anneal < 0:
             raise ValueError(f"anneal {self.anneal}: must not be negative")
         if self.threshold is not None and (self.selection != "position" or self.denominator != "all"):
-            raise ValueError("threshold: goes with selection 'position' and denominator 'all'")
+            raise ValueError("threshold: goes with selection 'position' and denominator 'all', which is known before "
+                             "any forward pass")
 
     @property
     def reads_plain(self):
@@ -1491,6 +1492,7 @@ class Recipe:
 
     @property
     def reads_logits(self):
+        """Whether the loss needs the student's and the teacher's whole logits, not only the sampled tokens'."""
         return self.estimator in FULL_ESTIMATORS or self.reads_plain
 
     def fade(self, step):
@@ -1603,17 +1605,20 @@ def take(scores, places):
     return Scores(cut(scores.mask), cut(scores.logp), cut(scores.entropy), cut(scores.logits))
 
 
-def teacher_scores(teacher, student, rows, recipe, temperature=1.0, plain=None):
+def teacher_scores(teacher, student, rows, recipe, temperature=1.0, plain=None, with_logits=False):
     """(the teacher's Scores of guided rows, the score by which selection "position" chooses); no gradient.
 
-    student: Scores of the same rows. plain: the teacher's Scores of them without a guide, where they are known. The
-    score (N, T) is the student's entropy, or "advice": KL(pi_E(.|h~) || pi_E(.|h)), how much the guide changes the
-    teacher's mind. It is zero wherever the guide is silent; there a teacher whose weights are not the student's would
-    teach nothing but what it was.
+    student: Scores of the same rows. plain: the teacher's Scores of them without a guide, where they are known.
+    with_logits: keep the logits even if the recipe does not read them.
+
+    The score (N, T) is the student's entropy, or "advice": KL(pi_E(.|h~) || pi_E(.|h)), how much the guide changes the
+    teacher's mind. It is near zero wherever the guide is silent; there a teacher whose weights are not the student's
+    would teach nothing but what it was. (A guide that was written from the very group that it teaches makes the score
+    depend on how that group's attempts went on.)
     """
     with torch.no_grad():
         wise = score_actions(teacher, [r.teacher for r in rows], [r.teacher_mask for r in rows], temperature,
-                             recipe.reads_logits)
+                             with_logits or recipe.reads_logits)
         if not recipe.reads_plain:
             return wise, student.entropy.detach()
         plain = plain or score_actions(teacher, [r.tokens for r in rows], [r.mask for r in rows], temperature, True)
@@ -1700,6 +1705,7 @@ def update_gradients(net, reference, teacher, rows, recipe, temperature=1.0, pol
         old = pad_rows([row if r.old is None else r.old.to(row) for r, row in zip(piece, now)])
         loss, plain, advantages = None, None, torch.tensor([r.advantage for r in piece], device=mask.device)
         if policy:
+            # a reference that is the teacher, too, gives both of its views without guides in one pass
             twice = recipe.reads_plain and teacher is reference and bool(guided)
             with torch.no_grad():
                 ref = score_actions(reference, tokens, masks, temperature, twice)
@@ -1708,6 +1714,9 @@ def update_gradients(net, reference, teacher, rows, recipe, temperature=1.0, pol
                              recipe.aggregation, (live, every))
             sums["grpo_loss"] += float(loss.detach())
             sums["reference_kl"] += float(aggregate(k3(now - ref.logp), mask, normalizer=1))
+            ratio = live_ratio(now, old, None)
+            outside = (ratio < 1 - recipe.clip[0]) | (ratio > 1 + recipe.clip[1])
+            sums["clipped"] += int((outside & mask).sum())
         if guided:
             for r in piece:
                 if r.teacher is not None:
@@ -1718,13 +1727,13 @@ def update_gradients(net, reference, teacher, rows, recipe, temperature=1.0, pol
             distance = experience_loss(recipe, part, learner.logp, before, wise.logp, learner.logits, wise.logits,
                                        score=score, normalizer=distilled)
             sums["sdl_loss"] += float(distance.detach())
-            weigh = int(part.sum())
-            if weigh:
+            if told := int(part.sum()):
                 said = token_statistics(learner.logp.detach(), before, wise.logp, part, recipe.selection,
                                         recipe.top_fraction, score, recipe.ratio_cap,
                                         recipe.k3_clamp, recipe.clip, recipe.threshold)
-                sums.update({k: v * weigh for k, v in said.items()})
-            sums["guided_tokens"] += weigh
+                chosen = said["selected"] * told  # counts, so that micro-batches add up
+                sums.update({"guided_tokens": told, "gap": said["gap"] * told, "selected": chosen,
+                             "saturated": said["saturated"] * chosen, "capped": said["capped"] * chosen})
         if together and guided:
             loss, guided = (0 if loss is None else loss) + recipe.weight * distance, []
         if loss is not None:  # FSDP averages gradients over processes, the denominators want their sum
@@ -1759,7 +1768,7 @@ def reverse_kl_cosine(net, teacher, rows, recipe, temperature=1.0):
         return math.nan
     parameters = [p for p in net.parameters() if p.requires_grad]
     student = score_actions(net, [r.tokens for r in rows], [r.mask for r in rows], temperature, True)
-    wise, score = teacher_scores(teacher, student, rows, replace(recipe, estimator="reverse_kl"), temperature)
+    wise, score = teacher_scores(teacher, student, rows, recipe, temperature, with_logits=True)
     used = experience_loss(recipe, student.mask, student.logp, student.logp.detach(), wise.logp, student.logits,
                            wise.logits, score=score)
     exact = full_kl_loss(student.logits, wise.logits, student.mask, "reverse")

@@ -1193,7 +1193,7 @@ class Evolution:
         groups = [attempts[i:i + s.rollouts] for i in range(0, len(attempts), s.rollouts)]
         rewards = torch.tensor([[t.reward for t in g] for g in groups], dtype=torch.float64)
         advantages = distill.group_advantages(rewards, r.std).float()
-        pairs = self.remember(rows, groups)
+        pairs = self.remember(rows, groups)  # first, so that a group learns from its own lesson, too
         entries = self.memory.lookup([row["question"] for row in rows])
         guides = self.chosen_guides(entries)
         batch = [self.learning_row(t, a.item(), guide) for g, line, guide in zip(groups, advantages, guides)
@@ -1214,6 +1214,8 @@ class Evolution:
                "response_tokens": distill.average([float(sum(t.mask)) for t in attempts]), "rollouts": len(attempts),
                "pairs": pairs, "memory": len(self.memory),
                "hit_rate": distill.average([float(e is not None) for e in entries]),
+               "own_lessons": distill.average([float(e is not None and e.prompt == row["question"])
+                                               for row, e in zip(rows, entries)]),
                "right_advice": self.right_advice(rows, guides)} | learned
         if audited:
             row["lesson_audit"] = audited
@@ -1223,7 +1225,7 @@ class Evolution:
                 "update_seconds": time.perf_counter() - rolled}
         if s.eval_every and self.done % s.eval_every == 0:
             row["validation"] = self.evaluate()
-        row = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}  # missing is null
+        row = without_nan(row)
         self.log.append(row)
         if reason := self.collapse():
             row["rolled_back"] = reason
@@ -1289,7 +1291,7 @@ class Evolution:
                 for b, logp in zip(piece, sum(self.ranks.gather(told), [])):
                     b.old = torch.tensor(logp)
         with autocast():
-            cosine = distill.reverse_kl_cosine(self.net, self.teacher, [b for b in batch if b.teacher][::12][:4], r,
+            cosine = distill.reverse_kl_cosine(self.net, self.teacher, self.sample([b for b in batch if b.teacher]), r,
                                                s.temperature)
         sums, ratios, norms, parameters = Counter(), [], [], list(self.net.parameters())
         for piece in pieces:
@@ -1311,14 +1313,26 @@ class Evolution:
             if r.teacher == "ema":
                 distill.ema_update(self.teacher, self.net, r.ema_decay)
         self.optimizer.zero_grad(set_to_none=True)
-        told = sums["guided_tokens"] or math.nan
+        told, chosen = sums["guided_tokens"] or math.nan, sums["selected"] or math.nan
         return {"entropy": sums["entropy"] / sums["tokens"],
                 "reference_kl": sums["reference_kl"] / sums["tokens"] if s.grpo else math.nan,
                 "grpo_loss": sums["grpo_loss"] / len(pieces) if s.grpo else math.nan,
                 "sdl_loss": sums["sdl_loss"] / len(pieces) if sums["guided_tokens"] else math.nan,
-                **{k: sums[k] / told for k in ("selected", "saturated", "capped", "clipped", "gap")},
+                "selected": sums["selected"] / told, "gap": sums["gap"] / told,
+                "saturated": sums["saturated"] / chosen if "k3" in r.estimator else math.nan,
+                "capped": sums["capped"] / chosen if r.estimator in distill.SAMPLED_ESTIMATORS else math.nan,
+                "clipped": sums["clipped"] / sums["tokens"] if s.grpo else math.nan, "weight": r.weight,
                 "gradient_norm": distill.average(norms), "gradient_ratio": distill.average(ratios),
                 "reverse_kl_cosine": cosine, "lr": s.lr * self.lr_scale}
+
+    @staticmethod
+    def sample(rows, count=4, limit=2048):
+        """A few rows, spread over the groups, of at most ``limit`` action tokens together: their whole logits fit."""
+        kept = []
+        for row in rows[::max(1, len(rows) // count)][:count]:
+            limit -= sum(row.mask)
+            kept += [row] * (limit >= 0)
+        return kept
 
     def right_advice(self, rows, guides):
         """Share of a guide's bullets that the world knows to be right for the request; nan where it knows nothing."""
@@ -1475,9 +1489,10 @@ class Evolution:
 
     def identity(self):
         """The settings that make it this run; how long it goes on and where it runs may change."""
-        return {k: v for k, v in asdict(self.settings).items()
-                if k not in ("steps", "out", "device", "memo", "record", "replay", "max_calls", "per_minute",
-                             "checkpointing")}
+        settings = {k: v for k, v in asdict(self.settings).items()
+                    if k not in ("steps", "out", "device", "memo", "record", "replay", "max_calls", "per_minute",
+                                 "checkpointing")}
+        return settings | {"recipe_fields": asdict(self.recipe) | {"clip": list(self.recipe.clip)}}  # as JSON has them
 
     def newest(self):
         """state.json of the newest whole checkpoint with its "path", or None; damaged newer ones are said and removed,
@@ -1576,6 +1591,12 @@ def step_line(row):
         v = row["validation"]
         text += f"\n  validation reward {v['reward']:.3f}, KScore {v['kscore']:.3f}" + ", promoted" * v["promoted"]
     return text + (f"\n  rolled back: {row['rolled_back']}" if "rolled_back" in row else "")
+
+
+def without_nan(row):
+    """A log's row: what is missing is null, in its parts as well."""
+    value = lambda v: without_nan(v) if isinstance(v, dict) else None if isinstance(v, float) and math.isnan(v) else v
+    return {k: value(v) for k, v in row.items()}
 
 
 def number(value):
@@ -1729,9 +1750,9 @@ def curve(title, series, width=420, height=130):
     return f"<figure>{drawing}<figcaption>{html.escape(title)}</figcaption></figure>" if drawing else ""
 
 
-def svg_lines(series, width, height, faint=None):
+def svg_lines(series, width, height, faint=None, across=""):
     """SVG of {label: [(x, y)]}, missing values (None) left out; the axis labels are the extremes. faint: {label: lines}
-    drawn thinly in the label's ink, such as the single runs behind a mean."""
+    drawn thinly in the label's ink, such as the single runs behind a mean. across: what x is."""
     thin = faint or {}
     points = [p for line in [*series.values(), *sum(thin.values(), [])] for p in line if p[1] is not None]
     if not points:
@@ -1750,8 +1771,8 @@ def svg_lines(series, width, height, faint=None):
             f'font-family="sans-serif">'
             f'<text x="40" y="9">{keys}</text>{lines}<text x="0" y="20">{high:.3g}</text><text x="0" '
             f'y="{height - 18}">{low:.3g}</text>'
-            f'<text x="40" y="{height - 4}">{left:g}</text><text x="{width - 30}" '
-            f'y="{height - 4}">{right:g}</text></svg>')
+            f'<text x="40" y="{height - 4}">{left:g}</text><text x="{width / 2:g}" y="{height - 4}">'
+            f'{html.escape(across)}</text><text x="{width - 30}" y="{height - 4}">{right:.4g}</text></svg>')
 
 
 def show(out, when, trajectories):
@@ -1790,16 +1811,16 @@ def microscope(run, t, bundle):
     opening = run.tokenizer.apply_chat(distill.teacher_messages(t.messages[:2], bundle), add_generation_prompt=True)
     row = distill.Row(t.tokens, t.mask, 0.0, *distill.teacher_tokens(t.tokens, t.mask, t.prompt_length, opening))
     student = distill.score_actions(run.net, [t.tokens], [t.mask], run.settings.temperature, True)
-    whole = dataclasses.replace(run.recipe, estimator="reverse_kl")  # whatever the recipe reads, logits are shown
-    teacher, score = distill.teacher_scores(run.teacher, student, [row], whole, run.settings.temperature)
+    teacher, score = distill.teacher_scores(run.teacher, student, [row], run.recipe, run.settings.temperature,
+                                            with_logits=True)
     gap = teacher.logp - student.logp
     chosen = distill.select_tokens(gap, student.mask, run.recipe.selection, run.recipe.top_fraction, score,
                                    run.recipe.threshold)[0].tolist()
     liked, gap = teacher.logits[0].argmax(-1).tolist(), gap[0].tolist()
     p, q = student.logp[0].exp().tolist(), teacher.logp[0].exp().tolist()
     parts = ["<h2>Token microscope</h2><p>Green: the teacher, with the guide in its context, finds the student's token "
-             "more likely than the student does; red: less. Underlined: distilled. Small: the token that the teacher "
-             "prefers.</p>",
+             "more likely than the student does; red: less. Underlined: what the recipe distils of such a row. Small: "
+             "the token that the teacher prefers.</p>",
              f"<p>{html.escape(t.question)}</p><pre>{html.escape(bundle.markdown())}</pre>"]
     places, number, word = [i for i, m in enumerate(t.mask) if m], -1, run.tokenizer.decode
     for n, i in enumerate(places):

@@ -3629,7 +3629,7 @@ def test_rollout_rewards_are_compared_with_those_of_the_same_seed_only(tmp_path)
     def write(arm, seed, online):
         model.write_json(os.path.join(folder, f"{arm}-{seed}.json"), {
             "bench": [row], "early": [row], "online": [online] * bench.WINDOW, "rollouts": 480, "seconds": 1.0, "setting": "",
-            "curve": [[480, 1.0, 1.0, 1.0]], "gradient_ratio": 1.0, "hit_rate": 1.0, "hits": [1.0] * bench.WINDOW, "right_advice": 1.0, "rolled_back": []})
+            "curve": [[480, 1.0, 1.0, 1.0]], "unfaded_ratio": 1.0, "hit_rate": 1.0, "hits": [1.0] * bench.WINDOW, "right_advice": 1.0, "rolled_back": []})
     write(bench.BASE, 0, 0.5), write(bench.BASE, 1, 0.9), write("paper", 0, 0.6)
     bench.summarize_quality(folder, {"SFT": [row]})
     found = model.read_json(str(tmp_path / "quality.json"))["differences"]
@@ -3663,7 +3663,7 @@ def test_the_sensitivity_table_changes_one_thing_and_goes_on_where_it_stopped(tm
     def run(settings, arm, choice, seed, steps):
         asked.append(choice)
         row = {"reward": 0.5, "hit_rate": 1.0, "gradient_ratio": 1.0, "rollouts": 48, "rollout_seconds": 1.0, "render_seconds": 1.0, "update_seconds": 1.0}
-        return SimpleNamespace(log=[row] * (steps - 1) + [row | {"validation": {"kscore": 0.7, "reward": 0.6}}])
+        return SimpleNamespace(recipe=distill.RECIPES["stable"], log=[row] * (steps - 1) + [row | {"validation": {"kscore": 0.7, "reward": 0.6}}])
     monkeypatch.setattr(bench, "evolution", run)
     model.write_json(str(tmp_path / "stable-tuning.json"), {"best": "lr=2e-4,weight=1", "tried": {}})
     model.write_json(str(tmp_path / "sensitivity.json"), {bench.SENSITIVITY[0]: {"reward of rollouts": [0.1], "validation": [0.1]}})
