@@ -898,8 +898,10 @@ class Ranks:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
         if self.count > 1:
+            if kind is None:
+                dist.barrier()  # none tears the connections down while another still talks
             dist.destroy_process_group()
 
 
