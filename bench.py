@@ -313,7 +313,7 @@ ARMS = {  # arm -> (flags of evolve, settings tried on validation requests, seed
     "sdl-shuffled": ({"grpo": False, "set": "anneal=0", "guides": "shuffled"}, (), 3),
     "sdl-placebo": ({"grpo": False, "set": "anneal=0", "guides": "placebo"}, (), 3)}
 CONTROLS = {"shuffled": "stable", "placebo": "stable", "sdl-shuffled": "sdl-alone", "sdl-placebo": "sdl-alone"}
-SENSITIVITY = (  # stable with one thing changed, one seed each
+SENSITIVITY = (  # stable with one thing changed (and what no longer goes with it), one seed each
     "selection=all,threshold=none", "standard=true", "weight=0.3", "weight=3", "threshold=none", "threshold=1",
     "score=entropy,threshold=none", "selection=sampled,threshold=none", "teacher=ema", "teacher=same",
     "estimator=reverse_kl", "estimator=k3_live", "gate=0.4", "gate=0.8", "rollouts=3,prompts_per_step=16",
@@ -671,11 +671,12 @@ def quality(settings):
         raise ValueError(f"--{name} goes with --suite: the ablations measure the embedded world")
     if settings.quick:
         settings.train_steps, settings.tune_steps, settings.seeds = 2, 0, 1
+        settings.out, settings.runs = (os.path.join(x, "quick") for x in (settings.out, settings.runs))
         settings.arms = settings.arms or f"{BASE},stable"
     names = [a.strip() for a in settings.arms.split(",")] if settings.arms else [*ARMS, "sensitivity"]
     if unknown := [a for a in names if a not in ARMS and a != "sensitivity"]:
         raise ValueError(f"unknown arm {unknown[0]!r}: must be of {', '.join(ARMS)}, sensitivity")
-    folder = genevolve.make_folder(os.path.join(settings.out, "quality-quick" if settings.quick else "quality"))
+    folder = genevolve.make_folder(os.path.join(settings.out, "quality"))
     rows = genevolve.atlas_rows("bench")[:24 if settings.quick else None]
     fixed = fixed_rows(settings, folder, rows)
     for arm in names:

@@ -1514,7 +1514,7 @@ RECIPES = {
         saturation="zero",        # should a k3 estimator be tried: no flipped gradients
         denominator="all", weight=1.0,
         anneal=60,                # a frozen teacher is ahead at the start and no better than GRPO in the end
-        standard=False,           # what best and worst agree on is as often wrong as it is right
+        standard=False,           # where what is right is rare, best and worst mostly agree on what is lazy
         teacher="frozen",         # a live teacher chases its own student and collapses
         near_tie=0.02, entity_free=True,  # the lesson is about the kind of request, not about its names
         gate=0.6)}                # fits the embedded policy's bags of words; another embedder wants its own

@@ -1492,7 +1492,8 @@ class Evolution:
         settings = {k: v for k, v in asdict(self.settings).items()
                     if k not in ("steps", "out", "device", "memo", "record", "replay", "max_calls", "per_minute",
                                  "checkpointing")}
-        return settings | {"recipe_fields": asdict(self.recipe) | {"clip": list(self.recipe.clip)}}  # as JSON has them
+        recipe = asdict(self.recipe) | {"clip": list(self.recipe.clip)}  # as JSON has it
+        return settings | {f"set {k}": v for k, v in recipe.items()}  # a name's meaning may change between versions
 
     def newest(self):
         """state.json of the newest whole checkpoint with its "path", or None; damaged newer ones are said and removed,

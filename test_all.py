@@ -3544,6 +3544,15 @@ def test_micro_batches_keep_groups_whole_and_count_a_shared_beginning_once():
     assert distill.micro_batches([nothing_said, nothing_said], 100) == [[nothing_said, nothing_said]]
 
 
+def test_a_run_does_not_go_on_under_a_recipe_whose_meaning_has_changed(tmp_path, capsys, monkeypatch):
+    few_validation_rows(tmp_path)
+    command = [*tiny_evolution(str(tmp_path / "run"), "--eval-every", 0, "--audit-every", 0), "--steps", 1]
+    assert agent_main(capsys, *command)[0] == 0 and agent_main(capsys, *command)[0] == 0
+    monkeypatch.setitem(distill.RECIPES, "stable", dataclasses.replace(distill.RECIPES["stable"], threshold=0.5))
+    code, _, err = agent_main(capsys, *command)
+    assert code == 2 and "another --set threshold (0.1)" in err
+
+
 def test_an_annealed_weight_falls_to_zero_and_the_teacher_is_not_asked_any_more(tmp_path, capsys):
     recipe = dataclasses.replace(distill.RECIPES["stable"], weight=3.0, anneal=4)
     assert [recipe.at(n).weight for n in range(6)] == [3.0, 2.25, 1.5, 0.75, 0.0, 0.0]
@@ -3635,6 +3644,27 @@ def test_rollout_rewards_are_compared_with_those_of_the_same_seed_only(tmp_path)
     found = model.read_json(str(tmp_path / "quality.json"))["differences"]
     assert found[f"paper - {bench.BASE}"]["reward of rollouts"][0] == pytest.approx([0.1] * 3)  # seed 1 has no part in it
     assert "reward of rollouts" not in found[f"{bench.BASE} - SFT"]
+
+
+def test_what_a_score_cost_is_read_off_the_mean_curve():
+    arm = {"curves": [[[480, 10.0, 0.4, 0], [960, 20.0, 0.6, 0]], [[480, 30.0, 0.6, 0], [960, 40.0, 1.0, 0]]]}  # means 0.5, 0.8
+    assert bench.mean_curve(arm) == [(480, 0.5), (960, 0.8)] and bench.mean_curve(arm, 1) == [(20, 0.5), (30, 0.8)]
+    assert bench.cost_to_reach(arm, 0.65) == pytest.approx(720) and bench.cost_to_reach(arm, 0.65, 1) == pytest.approx(25)
+    assert bench.cost_to_reach(arm, 0.3) == 480 and bench.cost_to_reach(arm, 0.9) is None
+
+
+def test_the_ratio_of_a_fading_weight_is_told_as_if_it_had_not_faded():
+    recipe = dataclasses.replace(distill.RECIPES["stable"], anneal=4)  # 1, 0.75, 0.5, 0.25, 0
+    log = [{"gradient_ratio": r} for r in (None, 1.5, 0.5, 1.0, 0.0)]
+    assert bench.unfaded_ratio(SimpleNamespace(recipe=recipe, log=log)) == 2.0  # of 2, 1 and 4
+    assert bench.unfaded_ratio(SimpleNamespace(recipe=recipe, log=log[:1])) is None
+
+
+def test_a_log_row_has_null_for_what_is_missing_at_any_depth_and_few_rows_are_looked_at_whole():
+    assert genevolve.without_nan({"a": math.nan, "b": {"c": math.nan, "d": 1.0}}) == {"a": None, "b": {"c": None, "d": 1.0}}
+    rows = [distill.Row([0] * 8, [True] * 8) for _ in range(12)]
+    assert [id(r) for r in genevolve.Evolution.sample(rows)] == [id(rows[i]) for i in (0, 3, 6, 9)]
+    assert len(genevolve.Evolution.sample(rows, limit=17)) == 2 and genevolve.Evolution.sample([]) == []
 
 
 def test_names_of_demonstrations_are_in_no_other_split():
