@@ -856,12 +856,12 @@ def token_statistics(logp, logp_old, logq, mask, selection="sampled", top_fracti
 
 def gradient_norm(gradients):
     """Norm of a list of gradients, None counting as 0."""
-    return math.sqrt(sum(float(model.whole_tensor(g.double().square().sum())) for g in gradients if g is not None))
+    return math.sqrt(sum(float(model.full_tensor(g.double().square().sum())) for g in gradients if g is not None))
 
 
 def gradient_cosine(first, second):
     """Cosine of two lists of gradients over the same parameters, None counting as 0; nan if either vanishes."""
-    product = sum(float(model.whole_tensor((a.double() * b.double()).sum())) for a, b in zip(first, second)
+    product = sum(float(model.full_tensor((a.double() * b.double()).sum())) for a, b in zip(first, second)
                   if a is not None and b is not None)
     length = gradient_norm(first) * gradient_norm(second)
     return product / length if length else math.nan
@@ -1575,7 +1575,7 @@ def pad_rows(rows):
 def score_actions(net, sequences, masks, temperature=1.0, with_logits=False):
     """Scores of the masked tokens. The same code for student, old, reference and teacher, so that equal weights and
     contexts give equal numbers. with_logits keeps the (N, T, V) logits; without, they never exist as a whole."""
-    return Scores(*net.within(action_scores, sequences, masks, temperature, with_logits))
+    return Scores(*net.forward_with(action_scores, sequences, masks, temperature, with_logits))
 
 
 def action_scores(net, sequences, masks, temperature, with_logits):
@@ -1657,13 +1657,13 @@ def micro_batches(rows, limit):
     return pieces
 
 
-def dealt(rows, ranks):
+def dealt(rows, processes):
     """This process's part of a micro-batch -> (rows, whether each counts).
 
     Sharded weights are put together by all processes at once, so all of them take the same passes: one that has no
     rows, or none with a guide where others have some, borrows a row that does not count.
     """
-    mine, guided = ranks.share(rows), [r for r in rows if r.teacher is not None]
+    mine, guided = processes.shard_list(rows), [r for r in rows if r.teacher is not None]
     counts = [True] * len(mine)
     if not mine or guided and all(r.teacher is None for r in mine):
         mine, counts = mine + (guided or rows)[:1], counts + [False]
@@ -1681,22 +1681,22 @@ def add_gradients(total, loss, parameters, keep=False):
 
 
 def update_gradients(net, reference, teacher, rows, recipe, temperature=1.0, policy=True, limit=None, counts=None,
-                     imitated=(), together=False, ranks=None):
+                     imitated=(), together=False, processes=None):
     """Gradients of L_GRPO and of what stands beside it, over one batch of trajectories, micro-batch by micro-batch.
 
-    rows: [Row], the same in every process of ``ranks``. reference and teacher are networks (teacher may be ``net``: the
+    rows: [Row], the same in every process of ``processes``. reference and teacher are networks (teacher may be ``net``: the
     paper's). policy: whether L_GRPO is wanted. imitated: [(tokens, mask)]; if given, cross-entropy on them takes the
     place of L_SDL. counts: denominators (live, all, distilled); None: these rows are all. Returns (gradients of
     L_GRPO, gradients of L_SDL, statistics), sums over all processes; L = L_GRPO + weight L_SDL is put together by the
     caller, who knows both norms, or, with ``together``, in one backward pass: the first gradients are those of L.
     """
-    ranks, parameters = ranks or model.Ranks(), [p for p in net.parameters() if p.requires_grad]
+    processes, parameters = processes or model.ProcessGroup(), [p for p in net.parameters() if p.requires_grad]
     first, second = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
     live, every, distilled = counts or step_counts(rows, recipe)
     sums = Counter()
     limit = limit or MICRO_TOKENS.get(parameters[0].device.type, 65536)
-    for micro_batch in micro_batches(rows, limit * ranks.count):
-        piece, counted = dealt(micro_batch, ranks)
+    for micro_batch in micro_batches(rows, limit * processes.size):
+        piece, counted = dealt(micro_batch, processes)
         guided = [i for i, r in enumerate(piece) if r.teacher is not None] if recipe.weight and not imitated else []
         tokens, masks = [r.tokens for r in piece], [r.mask for r in piece]
         student = score_actions(net, tokens, masks, temperature, recipe.reads_logits and bool(guided))
@@ -1737,19 +1737,19 @@ def update_gradients(net, reference, teacher, rows, recipe, temperature=1.0, pol
         if together and guided:
             loss, guided = (0 if loss is None else loss) + recipe.weight * distance, []
         if loss is not None:  # FSDP averages gradients over processes, the denominators want their sum
-            add_gradients(first, loss * ranks.count, parameters, keep=bool(guided))
+            add_gradients(first, loss * processes.size, parameters, keep=bool(guided))
         if guided:
-            add_gradients(second, distance * ranks.count, parameters)
+            add_gradients(second, distance * processes.size, parameters)
         sums["entropy"] += float(aggregate(student.entropy.detach(), mask, normalizer=1))
         sums["tokens"] += int(mask.sum())
     if imitated:
         total = sum(sum(mask) for _, mask in imitated)
-        mine = ranks.share(list(imitated)) or imitated[:1]
-        counted = float(bool(ranks.share(list(imitated))))
+        mine = processes.shard_list(list(imitated)) or imitated[:1]
+        counted = float(bool(processes.shard_list(list(imitated))))
         told = score_actions(net, [t for t, _ in mine], [m for _, m in mine], temperature)
-        add_gradients(second, -counted * ranks.count * aggregate(told.logp, told.mask, normalizer=total), parameters)
+        add_gradients(second, -counted * processes.size * aggregate(told.logp, told.mask, normalizer=total), parameters)
     everywhere = Counter()
-    for part in ranks.gather(sums):
+    for part in processes.all_gather_objects(sums):
         everywhere.update(part)
     return first, second, dict(everywhere)
 

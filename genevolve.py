@@ -1079,11 +1079,11 @@ class Evolution:
         if s.imitate not in ("", "best", "memory") or s.guides not in ("own", "shuffled", "placebo"):
             raise ValueError("--imitate takes best or memory, --guides takes own, shuffled or placebo")
         self.out, self.recipe = make_folder(s.out), read_recipe(s.recipe, s.set)
-        self.ranks = model.Ranks.started(pick_device(s.device))
+        self.processes = model.ProcessGroup.from_env(pick_device(s.device))
         if pick_device(s.device) == "cpu":  # else threads add into one place in any order (an index's backward)
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.utils.deterministic.fill_uninitialized_memory = False
-        if self.ranks.count > 1 and (s.record or s.replay):
+        if self.processes.size > 1 and (s.record or s.replay):
             raise ValueError("--record and --replay follow one process, not several")
         s.policy = s.policy or os.path.join(HERE, "weights", "sft")
         self.rows, self.validation = read_requests(s.data), read_requests(s.validation)
@@ -1097,12 +1097,12 @@ class Evolution:
             self.parts.policy = RolloutPolicy(client, local.net, local.tokenizer, local.sampling, local.compact)
         self.studio, self.agent, self.tokenizer = self.parts.studio, self.parts.agent(), self.parts.policy.tokenizer
         # what writes the trajectories is whole in every process, what is trained is sharded; alone they are one
-        self.writer, alone = self.parts.policy.net, self.ranks.count == 1
-        self.net = self.writer if alone else self.ranks.shard(copy.deepcopy(self.writer))
+        self.writer, alone = self.parts.policy.net, self.processes.size == 1
+        self.net = self.writer if alone else self.processes.shard(copy.deepcopy(self.writer))
         if s.rollouts_url and not alone:
             self.writer.to("cpu")  # it only hands the weights over
         self.net.checkpointing = s.checkpointing
-        other = lambda: self.ranks.shard(copy.deepcopy(self.writer).to(self.parts.device).requires_grad_(False))
+        other = lambda: self.processes.shard(copy.deepcopy(self.writer).to(self.parts.device).requires_grad_(False))
         self.frozen = other()  # reference, and embedder of the memory
         self.teacher = {"same": self.net, "frozen": self.frozen}.get(self.recipe.teacher) or other()
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=s.lr, betas=(0.9, 0.95), weight_decay=0.0)
@@ -1124,9 +1124,9 @@ class Evolution:
         """Hand the weights to what writes the trajectories; a server that goes on with the old ones is an error."""
         for mine, p in zip(self.writer.parameters(), self.net.parameters()):
             if mine is not p:
-                mine.copy_(model.whole_tensor(p))
-        if not self.settings.rollouts_url or not self.ranks.first:
-            return self.ranks.wait()
+                mine.copy_(model.full_tensor(p))
+        if not self.settings.rollouts_url or not self.processes.is_main:
+            return self.processes.barrier()
         folder = os.path.abspath(os.path.join(self.out, "served"))
         path = os.path.join(folder, f"{self.done:06d}-{len(os.listdir(folder)) if os.path.isdir(folder) else 0}")
         save_policy(path, self.writer, self.tokenizer, self.parts.policy.compact, {"step": self.done})
@@ -1134,7 +1134,7 @@ class Evolution:
         for old in os.listdir(folder):
             if os.path.join(folder, old) != path:
                 shutil.rmtree(os.path.join(folder, old))
-        self.ranks.wait()
+        self.processes.barrier()
 
     @torch.no_grad()
     def embed(self, texts):
@@ -1166,15 +1166,15 @@ class Evolution:
 
     def attempt(self, rows, seeds, guides=None):
         """(judged trajectories, one a row; seconds of rendering). Every process writes its share and sees all."""
-        share = self.ranks.share
+        share = self.processes.shard_list
         mine = self.agent.run(share(rows), share(seeds), share(guides) if guides else None)
         written = time.perf_counter()
         self.studio.finish(mine, pictures=False)
         seconds = time.perf_counter() - written
-        if self.ranks.count == 1:
+        if self.processes.size == 1:
             return mine, seconds
         fresh = dict(list(self.studio.scores.items())[self.memo_seen:])
-        parts = self.ranks.gather([[t.to_json() for t in mine], fresh])
+        parts = self.processes.all_gather_objects([[t.to_json() for t in mine], fresh])
         for _, scores in parts:  # in one order everywhere
             self.studio.scores = {k: v for k, v in self.studio.scores.items() if k not in scores} | scores
         self.memo_seen = len(self.studio.scores)
@@ -1283,12 +1283,12 @@ class Evolution:
         autocast = lambda: torch.autocast(self.parts.device, torch.bfloat16, enabled=s.bf16)
         if len(pieces) > 1:  # the first update changes what wrote the others
             for piece in pieces:
-                mine, counted = distill.dealt(piece, self.ranks)
+                mine, counted = distill.dealt(piece, self.processes)
                 with torch.no_grad(), autocast():
                     old = distill.score_actions(self.net, [b.tokens for b in mine], [b.mask for b in mine],
                                                 s.temperature)
                 told = [x[m].tolist() for x, m, c in zip(old.logp, old.mask, counted) if c]
-                for b, logp in zip(piece, sum(self.ranks.gather(told), [])):
+                for b, logp in zip(piece, sum(self.processes.all_gather_objects(told), [])):
                     b.old = torch.tensor(logp)
         with autocast():
             cosine = distill.reverse_kl_cosine(self.net, self.teacher, self.sample([b for b in batch if b.teacher]), r,
@@ -1298,14 +1298,14 @@ class Evolution:
             with autocast():
                 first, second, said = distill.update_gradients(
                     self.net, self.frozen, self.teacher, piece, r, s.temperature, s.grpo, s.micro_tokens,
-                    imitated=imitated, ranks=self.ranks)
+                    imitated=imitated, processes=self.processes)
             lengths = distill.gradient_norm(first), distill.gradient_norm(second)
             matched = s.match_ratio * self.recipe.fade(self.done)
             weight = matched * lengths[0] / lengths[1] if s.match_ratio and lengths[1] else r.weight
             ratios.append(weight * lengths[1] / lengths[0] if lengths[0] else math.nan)
             for p, a, b in zip(parameters, first, second):
                 p.grad = a.add_(b, alpha=weight)
-            norms.append(float(model.whole_tensor(torch.nn.utils.clip_grad_norm_(parameters, 1.0))))
+            norms.append(float(model.full_tensor(torch.nn.utils.clip_grad_norm_(parameters, 1.0))))
             for group in self.optimizer.param_groups:
                 group["lr"] = s.lr * self.lr_scale
             self.optimizer.step()
@@ -1370,7 +1370,7 @@ class Evolution:
         # always the same seeds
         attempts, _ = self.attempt(self.validation, [7919 * i + 1 for i in range(len(self.validation))])
         rewards = [t.reward for t in attempts]
-        if self.ranks.first:
+        if self.processes.is_main:
             self.studio.finish(attempts[:6])
             show(self.out, "after" if self.done else "before", attempts[:6])
         entries = self.memory.lookup([t.question for t in attempts], count=False)
@@ -1396,12 +1396,12 @@ class Evolution:
 
     def keep_good(self):
         """Remember the weights that a collapse goes back to."""
-        path = model.write_shards(self.ranks, os.path.join(self.out, f"good-{self.done:06d}"), self.weights())
-        self.good = self.ranks.gather(os.path.basename(path))
+        path = model.write_shards(self.processes, os.path.join(self.out, f"good-{self.done:06d}"), self.weights())
+        self.good = self.processes.all_gather_objects(os.path.basename(path))
 
     def write_policy(self, name, figures=None):
         """The policy as a folder of the run."""
-        if self.ranks.first:
+        if self.processes.is_main:
             save_policy(os.path.join(self.out, name), self.writer, self.tokenizer, self.parts.policy.compact,
                         {"command": diffusion.command_line(), "step": self.done, "validation": figures})
 
@@ -1440,18 +1440,18 @@ class Evolution:
     @torch.no_grad()
     def load_weights(self, tensors):
         for name, p in self.net.named_parameters():
-            p.copy_(model.laid_out_like(tensors[f"net.{name}"].to(p.device), p))
+            p.copy_(model.distribute_like(tensors[f"net.{name}"].to(p.device), p))
             state = {k: tensors.get(f"adam.{name}.{k}") for k in ("step", "exp_avg", "exp_avg_sq")}
             self.optimizer.state[p] = {
-                k: v.clone() if k == "step" else model.laid_out_like(v.to(p.device, copy=True), p)
+                k: v.clone() if k == "step" else model.distribute_like(v.to(p.device, copy=True), p)
                 for k, v in state.items() if v is not None}
         if self.recipe.teacher == "ema":
             for name, p in self.teacher.named_parameters():
-                p.copy_(model.laid_out_like(tensors[f"teacher.{name}"].to(p.device), p))
+                p.copy_(model.distribute_like(tensors[f"teacher.{name}"].to(p.device), p))
 
     def save(self, row):
         """A checkpoint of the finished step, whole or not at all; then the log's line; the last two stay."""
-        first, (memory, keys) = self.ranks.first, self.memory.state_dict()
+        first, (memory, keys) = self.processes.is_main, self.memory.state_dict()
         folder = os.path.join(self.out, "checkpoints")
         temporary, final = os.path.join(folder, "unfinished"), os.path.join(folder, f"{self.done:06d}")
         if first:
@@ -1461,12 +1461,12 @@ class Evolution:
             self.memo_kept += len(fresh)
             shutil.rmtree(temporary, ignore_errors=True)
             os.makedirs(temporary)
-        self.ranks.wait()
-        path = model.write_shards(self.ranks, os.path.join(temporary, "state"),
+        self.processes.barrier()
+        path = model.write_shards(self.processes, os.path.join(temporary, "state"),
                                   self.weights() | {f"memory.{k}": v for k, v in keys.items()})
-        sums = dict(self.ranks.gather([os.path.basename(path), checksum(path)]))
+        sums = dict(self.processes.all_gather_objects([os.path.basename(path), checksum(path)]))
         if not first:
-            return self.ranks.wait()
+            return self.processes.barrier()
         model.write_json(os.path.join(temporary, "state.json"), {
             "settings": self.identity(), "row": row, "checksums": sums, "step": self.done,
             "lr_scale": self.lr_scale, "good": self.good, "calm": self.calm, "promoted": self.promoted,
@@ -1485,7 +1485,7 @@ class Evolution:
         for old in goods:
             if not old.startswith(tuple(steps)):
                 os.remove(os.path.join(self.out, old))
-        self.ranks.wait()
+        self.processes.barrier()
 
     def identity(self):
         """The settings that make it this run; how long it goes on and where it runs may change."""
@@ -1518,17 +1518,17 @@ class Evolution:
     def resume(self):
         """Go on from the newest whole checkpoint, if there is one."""
         for turn in (True, False):  # the first process mends what is there before the others look at it
-            if self.ranks.first == turn:
+            if self.processes.is_main == turn:
                 state = self.newest()
                 # judgements of a step that a kill undid are forgotten with it, unless other runs share the file
                 count = None if self.settings.memo else state["memo"] if state else 0
                 scores = read_memo(self.memo_file, self.parts.studio, count)
-            self.ranks.wait()
+            self.processes.barrier()
         self.studio.scores.update(scores)
         self.memo_kept = len(scores)
         log = os.path.join(self.out, "log.jsonl")
         if state is None:
-            if os.path.exists(log) and self.ranks.first:
+            if os.path.exists(log) and self.processes.is_main:
                 os.remove(log)
             return
         changed = [k for k, v in self.identity().items() if state["settings"].get(k) != v]
@@ -1545,7 +1545,7 @@ class Evolution:
             with open(log, encoding="utf-8") as file:
                 lines = [json.loads(line) for line in file if line.endswith("\n")]
         self.log = [line for line in lines if line["step"] < self.done] + [state["row"]]
-        if self.ranks.first:
+        if self.processes.is_main:
             write_lines(log, self.log)
             print(f"resuming after step {self.done}", flush=True)
 
@@ -1553,10 +1553,10 @@ class Evolution:
 def evolve(s):
     """python genevolve.py evolve"""
     run, begun = Evolution(s), time.perf_counter()
-    say = functools.partial(print, flush=True) if run.ranks.first else lambda text: None
-    with run.parts, run.ranks:
+    say = functools.partial(print, flush=True) if run.processes.is_main else lambda text: None
+    with run.parts, run.processes:
         checks = s.steps // s.eval_every - run.done // s.eval_every + (run.done == 0) if s.eval_every else 0
-        if run.ranks.first:
+        if run.processes.is_main:
             run.parts.announce((s.steps - run.done) * s.prompts_per_step * s.rollouts + checks * len(run.validation))
         if run.done == 0 and s.eval_every:
             first = run.evaluate()
@@ -1862,7 +1862,7 @@ def write_evolution_report(run):
                      f"<td>{e.step}</td>"
                      f"<td>{e.retrieved}</td><td>{e.audits}</td><td>{effect}</td></tr>")
     parts.append("</table>")
-    if run.ranks.first:  # the others only helped to read their part of the weights
+    if run.processes.is_main:  # the others only helped to read their part of the weights
         write_page(os.path.join(run.out, "report.html"), "GenEvolve: an evolution", "\n".join(parts))
 
 

@@ -6,7 +6,7 @@
     logps = model.token_logprobs(net, [prompt + d.tokens for d in done], temperature=0.7)
 
 One network, three ways to attend. The trunk runs over a flat stream of N tokens with no padding and leaves attention to
-a callable `attend(layer, q, k, v)`: rows of equal length (`Qwen3.forward`), a packed prefix tree (`Packed`, to train),
+a callable `attend(layer, q, k, v)`: rows of equal length (`Qwen3.forward`), a packed prefix tree (`PrefixTree`, to train),
 or a cache (`Engine`, to sample). Everything else - norms, projections, rotary phases - is written once.
 
 Departures from the usual: q, k, v (and gate, up) are stored as one matrix and cut apart only in files; nucleus sampling
@@ -159,7 +159,7 @@ class Qwen3(nn.Module):
                 x = block(x, cos, sin, attend)
         return self.norm(x)
 
-    def within(self, work, *arguments):
+    def forward_with(self, work, *arguments):
         """work(self, *arguments) as one forward pass: where weights are sharded, they are whole inside. work returns
         tensors (or None), in a tuple, for the pass to find its way back."""
         return work(self, *arguments)
@@ -639,7 +639,7 @@ def branch_points(shared, start):
     return kept
 
 
-class Packed:
+class PrefixTree:
     """Sequences as one flat stream in which a prefix that neighbours share stands once.
 
     The stream is cut into segments; a segment attends to its ancestors (`chains`) and, causally, to itself. So a prompt
@@ -682,13 +682,13 @@ def hidden_states(net, sequences):
 
     Row t predicts token t + 1. Neighbouring sequences with a common prefix share its rows.
     """
-    packed = Packed(sequences, net.embed.weight.device)
+    packed = PrefixTree(sequences, net.embed.weight.device)
     return net.trunk(packed.ids, packed.positions, packed.attend), packed.rows
 
 
 def embed(net, sequences):
     """(S, C) float32: the last token's hidden state, L2-normalised (Qwen3-Embedding)."""
-    return net.within(last_hidden, sequences)
+    return net.forward_with(last_hidden, sequences)
 
 
 def last_hidden(net, sequences):
@@ -699,7 +699,7 @@ def last_hidden(net, sequences):
 def embed_words(net, sequences):
     """(S, C) float32: the mean of the tokens' input embeddings, a bag of words. The last state of a small policy tells
     what comes next, hardly what was asked."""
-    return net.within(mean_words, sequences)
+    return net.forward_with(mean_words, sequences)
 
 
 def mean_words(net, sequences):
@@ -842,64 +842,64 @@ def token_logprobs_and_entropy(net, sequences, temperature=1.0, masks=None):
 
 # ---- Many processes --------------------------------------------------------------------------------------------------
 
-class Ranks:
+class ProcessGroup:
     """The processes that `torchrun --nproc-per-node N` started: they share the work and end with the same numbers.
     Without torchrun there is one. Values travel as JSON: nothing here is pickled."""
 
-    def __init__(self, count=1, rank=0, device="cpu"):
-        self.count, self.rank, self.device = count, rank, device
-        self.mesh = dist.init_device_mesh(device, (count,)) if count > 1 else None
+    def __init__(self, size=1, rank=0, device="cpu"):
+        self.size, self.rank, self.device = size, rank, device
+        self.mesh = dist.init_device_mesh(device, (size,)) if size > 1 else None
 
     @classmethod
-    def started(cls, device="cpu"):
+    def from_env(cls, device="cpu"):
         """As torchrun's environment says."""
-        count = int(os.environ.get("WORLD_SIZE", 1))
-        if count > 1 and not dist.is_initialized():
+        size = int(os.environ.get("WORLD_SIZE", 1))
+        if size > 1 and not dist.is_initialized():
             if device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl" if device == "cuda" else "gloo")
-        return cls(count, int(os.environ.get("RANK", 0)), device)
+        return cls(size, int(os.environ.get("RANK", 0)), device)
 
     @property
-    def first(self):
+    def is_main(self):
         """Whether this process is the one that writes and prints."""
         return self.rank == 0
 
-    def share(self, items):
+    def shard_list(self, items):
         """This process's part of a list: neighbours stay together, and the parts in order are the list."""
-        bounds = [len(items) * r // self.count for r in (self.rank, self.rank + 1)]
+        bounds = [len(items) * r // self.size for r in (self.rank, self.rank + 1)]
         return items[slice(*bounds)]
 
-    def gather(self, value):
+    def all_gather_objects(self, value):
         """[value of every process], in order; anything JSON can hold (nan included)."""
-        if self.count == 1:
+        if self.size == 1:
             return [value]
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
-        sizes = [torch.zeros(1, dtype=torch.long, device=self.device) for _ in range(self.count)]
+        sizes = [torch.zeros(1, dtype=torch.long, device=self.device) for _ in range(self.size)]
         dist.all_gather(sizes, torch.tensor([len(data)], device=self.device))
         parts = [data.new_empty(max(map(int, sizes))) for _ in sizes]
         dist.all_gather(parts, F.pad(data, (0, len(parts[0]) - len(data))))
         return [json.loads(bytes(p[:int(n)].cpu().numpy())) for p, n in zip(parts, sizes)]
 
-    def wait(self):
+    def barrier(self):
         """Go on when every process is here."""
-        if self.count > 1:
+        if self.size > 1:
             dist.barrier()
 
     def shard(self, net):
         """FSDP2: each process keeps a part of every parameter; a block's weights are whole only while it computes."""
-        if self.count > 1:
+        if self.size > 1:
             from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # takes a second or two
             for module in [*net.blocks, net]:
                 fully_shard(module, mesh=self.mesh, reshard_after_forward=True)
-            register_fsdp_forward_method(net, "within")
+            register_fsdp_forward_method(net, "forward_with")
         return net
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, *_):
-        if self.count > 1:
+        if self.size > 1:
             if kind is None:
                 dist.barrier()  # none tears the connections down while another still talks
             dist.destroy_process_group()
@@ -910,12 +910,12 @@ def is_sharded(x):
     return hasattr(x, "full_tensor")
 
 
-def whole_tensor(x):
+def full_tensor(x):
     """A sharded tensor put together; any other as it is."""
     return x.full_tensor() if is_sharded(x) else x
 
 
-def laid_out_like(x, like):
+def distribute_like(x, like):
     """A whole tensor, sharded the way ``like`` is."""
     if not is_sharded(like):
         return x
@@ -923,11 +923,11 @@ def laid_out_like(x, like):
     return distribute_tensor(x, like.device_mesh, like.placements)
 
 
-def write_shards(ranks, stem, tensors):
+def write_shards(processes, stem, tensors):
     """This process's parts of the tensors, as stem-00001-of-0000N.safetensors; what is not sharded goes into the first.
     Returns the file's path."""
-    mine = {k: v.to_local() if is_sharded(v) else v for k, v in tensors.items() if ranks.first or is_sharded(v)}
-    path = f"{stem}-{ranks.rank + 1:05d}-of-{ranks.count:05d}.safetensors"
+    mine = {k: v.to_local() if is_sharded(v) else v for k, v in tensors.items() if processes.is_main or is_sharded(v)}
+    path = f"{stem}-{processes.rank + 1:05d}-of-{processes.size:05d}.safetensors"
     write_tensors(path, {k: v.detach().cpu().contiguous() for k, v in mine.items()})
     return path
 
@@ -1314,7 +1314,7 @@ class Engine:
         state += [[0, 0, s.cached if s else 0, 0] for s in self.owners[n:self.slots]]
         self.row_state.copy_(torch.tensor(state).T)
         self.row_settings[:, :n] = torch.tensor([[s.temperature, s.top_p] for s in self.active], device=self.device).T
-        self.layout = Layout.build(self.slots, self.shape[1], groups, self.device, self.keys.dtype) if groups else None
+        self.layout = PrefixGroups.build(self.slots, self.shape[1], groups, self.device, self.keys.dtype) if groups else None
         self.dirty = False
 
     def _decode(self):
@@ -1362,7 +1362,7 @@ class Engine:
         n, longest = min(round_up(n, 8), self.slots), min(round_up(longest, 256), self.capacity)
         key = n, longest, layout and (layout.members.shape, layout.bias.shape)
         if key not in self.graphs:
-            static, saved = layout and Layout(*(t.clone() for t in layout.tensors())), self.row_state.clone()
+            static, saved = layout and PrefixGroups(*(t.clone() for t in layout.tensors())), self.row_state.clone()
             side, graph = torch.cuda.Stream(self.device), torch.cuda.CUDAGraph()
             side.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(side):      # warm up; what this writes to the cache lies behind every row's end
@@ -1403,7 +1403,7 @@ def attend_with_lse(q, k, v, bias):
 
 
 @dataclass
-class Layout:
+class PrefixGroups:
     """Which rows share which prompt, as a table: a group's queries meet their prefix in one product."""
     members: torch.Tensor   # (G J M,) where in (B J,) a group's queries stand; a short group is filled with place 0
     place: torch.Tensor     # (slots J,) the inverse: where in (G J M,) a row's queries stand
@@ -1426,7 +1426,7 @@ class Layout:
             place[rows] = np.arange(len(rows))[:, None] + (g * J + heads) * M
             bias[g, ..., :len(prefix.tokens)] = alone[rows] = 0
         members, place, bias, alone = (torch.from_numpy(x).to(device) for x in (members, place, bias, alone))
-        return Layout(members.view(-1), place.view(-1), bias.to(dtype), alone)
+        return PrefixGroups(members.view(-1), place.view(-1), bias.to(dtype), alone)
 
     def attend(self, q, keys, values):
         """q (B, J, R, D), prefix keys and values (rows, J, capacity, D) -> (out (B, J, R, D), lse (B, J, R))."""

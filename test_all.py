@@ -109,7 +109,7 @@ def test_packed_log_probs_equal_padded_ones():
 def test_packing_computes_a_shared_prompt_once():
     prompt, other = model_prompt(50), model_prompt(50, 1)
     sequences = [prompt + model_prompt(10, n + 2) for n in range(4)] + [other + model_prompt(10, n + 9) for n in range(4)]
-    packed = model.Packed(sequences, "cpu")
+    packed = model.PrefixTree(sequences, "cpu")
     assert len(packed.ids) == 2 * 50 + 8 * 10
     assert all(packed.ids[r].tolist() == s for r, s in zip(packed.rows, sequences))
     assert all(packed.positions[r].tolist() == list(range(len(s))) for r, s in zip(packed.rows, sequences))
@@ -121,7 +121,7 @@ def test_packing_rebuilds_any_family_of_sequences():
         stems = [[rng.randrange(2) for _ in range(rng.randrange(1, 60))] for _ in range(3)]
         sequences = [rng.choice(stems)[:rng.randrange(1, 60)] + [rng.randrange(2) for _ in range(rng.randrange(0, 30))]
                      for _ in range(8)]
-        packed = model.Packed(sequences, "cpu")
+        packed = model.PrefixTree(sequences, "cpu")
         for rows, s in zip(packed.rows, sequences):
             assert packed.ids[rows].tolist() == s and packed.positions[rows].tolist() == list(range(len(s)))
         assert sum(packed.sizes) == len(packed.ids) <= sum(map(len, sequences))
@@ -2056,7 +2056,7 @@ def test_promotion_compares_with_the_best_so_far_and_allows_for_chance_alone(mon
     monkeypatch.setattr(genevolve, "show", lambda *_: None)
     kept, base = [], np.linspace(0.2, 0.8, 64)
     run = SimpleNamespace(
-        validation=[{}] * 64, promoted=None, out="", done=1, ranks=SimpleNamespace(first=True),
+        validation=[{}] * 64, promoted=None, out="", done=1, processes=SimpleNamespace(is_main=True),
         studio=SimpleNamespace(finish=lambda _: None), memory=SimpleNamespace(lookup=lambda asked, count: [None] * len(asked)),
         keep_good=lambda: None, write_policy=lambda name, figures: kept.append(figures))
     def check(rewards):
@@ -3323,7 +3323,7 @@ def torchrun(count, *command):
 SHARED_UPDATE = """
 import dataclasses, sys, torch, distill, model
 torch.manual_seed(0)
-ranks = model.Ranks.started()
+processes = model.ProcessGroup.from_env()
 new = lambda: model.Qwen3(model.Config(vocab_size=64, hidden_size=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_size=48))
 net, frozen, teacher = new(), new(), new()
 rows = []
@@ -3332,19 +3332,19 @@ for i, length in enumerate((9, 3, 7, 5, 4)):  # of five rows two have a guide: w
     rows.append(distill.Row(prompt + said, [False] * 6 + [True] * length, float(i - 2), old=torch.full((length,), -4.1)))
     if i in (1, 2):
         rows[-1] = dataclasses.replace(rows[-1], teacher=guide + prompt + said, teacher_mask=[False] * 10 + [True] * length)
-net, frozen, teacher = (ranks.shard(n) for n in (net, frozen, teacher))
+net, frozen, teacher = (processes.shard(n) for n in (net, frozen, teacher))
 found = {}
 for name, recipe in distill.RECIPES.items():
     for way, more in (("apart", {}), ("together", {"together": True}), ("imitated", {"imitated": [(rows[0].tokens, rows[0].mask)]})):
-        first, second, said = distill.update_gradients(net, frozen, teacher, rows, recipe, limit=12, ranks=ranks, **more)
+        first, second, said = distill.update_gradients(net, frozen, teacher, rows, recipe, limit=12, processes=processes, **more)
         for label, part in (("first", first), ("second", second)):
-            found |= {f"{name} {way} {label} {i}": model.whole_tensor(g) for i, g in enumerate(part)}
+            found |= {f"{name} {way} {label} {i}": model.full_tensor(g) for i, g in enumerate(part)}
         found[f"{name} {way} said"] = torch.tensor([said[k] for k in sorted(said)], dtype=torch.float64)
     cosine = distill.reverse_kl_cosine(net, teacher, rows, recipe)
     found[f"{name} cosine"] = torch.tensor([cosine], dtype=torch.float64)
-if ranks.first:
+if processes.is_main:
     model.write_tensors(sys.argv[1], found)
-with ranks:
+with processes:
     pass
 """
 
