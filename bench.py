@@ -206,9 +206,9 @@ def on_bench(policy, settings, rows, guides=None):
     with tempfile.TemporaryDirectory() as folder:
         chosen = genevolve.Run(policy=policy, out=folder, sampling_steps=settings.steps, guidance=settings.guidance,
                                device=settings.device)
-        with genevolve.Embedded(chosen, folder) as parts:
+        with genevolve.Components(chosen, folder) as parts:
             attempts = parts.agent().run(rows, [7919 * n for n in range(len(rows))], guides)
-            parts.studio.finish(attempts)
+            parts.scorer.render_and_score(attempts)
     return [bench_row(row, t.judgement, t.program is not None, sum(s.kind == "tool_call" for s in t.steps), t.reward)
             | {"copied": copied(row, t)} for t, row in zip(attempts, rows)]
 
@@ -273,7 +273,7 @@ def world(settings):
 # ---- quality: what each part of the training is worth ----------------------------------------------------------------
 
 @dataclass
-class Quality(Bench, genevolve.World):
+class Quality(Bench, genevolve.ComponentFlags):
     """Ablations of the training on the held-out bench, with intervals; resumes run by run. With --suite, one policy on
     the requests of any file."""
     policy: str = flag("", "policy folder that every arm starts from (default: weights/rare; for --suite weights/sft)")
@@ -343,8 +343,8 @@ def evolution(settings, arm, choice, seed, steps):
     run = genevolve.evolve(genevolve.Evolve(out=out, policy=settings.policy, steps=steps, seed=seed,
                                             eval_every=10, bf16=True, audit_every=0, memo=memo, device=settings.device,
                                             **flags))
-    if run.done > steps:
-        raise ValueError(f"{out} is at update {run.done} and {steps} were asked for; remove it or name another --runs")
+    if run.steps_done > steps:
+        raise ValueError(f"{out} is at update {run.steps_done} and {steps} were asked for; remove it or name another --runs")
     return run
 
 
@@ -587,7 +587,7 @@ def write_quality(results, rows, pairs, details):
 
 
 WISE_SCORES = ("consistency", "realism", "aesthetic", "score")
-WORLD = [f for f in dataclasses.fields(genevolve.World) if f.name not in {g.name for g in dataclasses.fields(Bench)}]
+WORLD = [f for f in dataclasses.fields(genevolve.ComponentFlags) if f.name not in {g.name for g in dataclasses.fields(Bench)}]
 
 
 def evaluated_rows(path):
@@ -621,12 +621,12 @@ def suite_rows(settings):
     left = [r for r in requests if r["id"] not in {d["id"] for d in done}][:8 if settings.quick else None]
     chosen = {f.name: getattr(settings, f.name) for f in WORLD}
     chosen |= {"sampling_steps": settings.steps, "guidance": settings.guidance, "device": settings.device}
-    with genevolve.Embedded(genevolve.Run(policy=settings.policy, out=folder, **chosen), folder) as parts:
+    with genevolve.Components(genevolve.Run(policy=settings.policy, out=folder, **chosen), folder) as parts:
         parts.announce(len(left))
         for start in range(0, len(left), 32):
             rows = left[start:start + 32]
             attempts = parts.agent().run(rows, [7919 * (start + n) for n in range(len(rows))])
-            parts.studio.finish(attempts)
+            parts.scorer.render_and_score(attempts)
             for t, row in zip(attempts, rows):
                 told = {k: row.get(k, "unknown") for k in ("eval_type", "category", "difficulty")}
                 scores = t.judgement and {k: t.judgement[k] for k in ("kscore",) + distill.DIMENSIONS}
@@ -637,7 +637,7 @@ def suite_rows(settings):
                     failed = t.program is None and t.termination != "error"
                     try:
                         done[-1]["wise"] = dict.fromkeys(WISE_SCORES, 0.0) if failed else \
-                            None if t.image is None else parts.studio.judge.score_wise(t.image, row)
+                            None if t.image is None else parts.scorer.judge.score_wise(t.image, row)
                     except tools.ToolError as error:  # missing, not zero
                         done[-1] |= {"wise": None, "error": str(error)}
             genevolve.write_lines(path, done)
@@ -884,14 +884,14 @@ def logprob_row(s):
 
 
 def training_batch(quick):
-    """8 groups x 6, prompt 600, guide 120, responses of 50 to 500 tokens: [distill.Row]."""
+    """8 groups x 6, prompt 600, guide 120, responses of 50 to 500 tokens: [distill.TrainingRow]."""
     rng, rows = np.random.default_rng(0), []
     for _ in range(2 if quick else 8):
         prompt, guide = rng.integers(0, 2048, 600).tolist(), rng.integers(0, 2048, 120).tolist()
         for _ in range(6):
             answer = rng.integers(0, 2048, rng.integers(50, 501)).tolist()
             mask = [True] * len(answer)
-            rows.append(distill.Row(prompt + answer, [False] * 600 + mask, float(rng.normal()), guide + prompt + answer,
+            rows.append(distill.TrainingRow(prompt + answer, [False] * 600 + mask, float(rng.normal()), guide + prompt + answer,
                                     [False] * 720 + mask))
     return rows
 
@@ -906,7 +906,7 @@ def training_row(s):
     def ours():
         with torch.no_grad():
             old = distill.score_actions(net, [r.tokens for r in rows], [r.mask for r in rows])
-        told = [dataclasses.replace(r, old=x[m]) for r, x, m in zip(rows, old.logp, old.mask)]
+        told = [dataclasses.replace(r, logp_old=x[m]) for r, x, m in zip(rows, old.logp, old.mask)]
         together, _, _ = distill.update_gradients(net, frozen, net, told, recipe, together=True)
         for p, g in zip(net.parameters(), together):
             p.grad = g
@@ -915,7 +915,7 @@ def training_row(s):
 
     def padded(net, part, teacher=False):
         """log p of the actions, (B, T), from full logits over the padded batch."""
-        tokens, masks = ([r.teacher if teacher else r.tokens for r in part],
+        tokens, masks = ([r.teacher_tokens if teacher else r.tokens for r in part],
                          [r.teacher_mask if teacher else r.mask for r in part])
         ids, mask = (distill.pad_rows([torch.tensor(x) for x in xs]) for xs in (tokens, masks))
         lengths = torch.tensor([len(t) for t in tokens])

@@ -645,14 +645,14 @@ AGGREGATIONS = ("token-mean", "seq-mean-token-sum")
 LOG_BOUND = 20.0  # exp is taken of at most this: e^20 is finite in float32, and so is its square
 
 
-def wide(x):
+def upcast(x):
     """bfloat16 and float16 -> float32; wider types stay."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def clean(x, mask):
+def masked(x, mask):
     """Widen, and put 0 where the mask is False, so that nan or inf there reaches neither the value nor a gradient."""
-    return torch.where(mask, wide(x), 0.0)
+    return torch.where(mask, upcast(x), 0.0)
 
 
 def k3(l):
@@ -684,7 +684,7 @@ def aggregate(values, mask, aggregation="token-mean", normalizer=None):
     return total / at_least_one(own if normalizer is None else normalizer)
 
 
-def live_mask(advantages, mask):
+def policy_mask(advantages, mask):
     """Tokens of the rows that have a policy gradient (advantage not 0): what L_GRPO's first term divides by."""
     return mask & (advantages != 0)[:, None]
 
@@ -696,14 +696,14 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, clip=(0.20, 0.28), bet
     logp (with gradient), logp_old, logp_ref: (N, T), log-probabilities of the sampled tokens; advantages (N,); mask
     bool (N, T). K_ref = k3(log p - sg log p_ref). Rows with advantage 0 (dead groups, missing rewards) are not counted
     by the first term's denominator, but the reference KL is taken over all rows. ``normalizer``: one global count for
-    both terms, or a pair (count of ``live_mask``, count of the mask). Returns a scalar, float32 or wider.
+    both terms, or a pair (count of ``policy_mask``, count of the mask). Returns a scalar, float32 or wider.
     """
-    logp, old, ref = clean(logp, mask), clean(logp_old, mask).detach(), clean(logp_ref, mask).detach()     # (N, T)
+    logp, old, ref = masked(logp, mask), masked(logp_old, mask).detach(), masked(logp_ref, mask).detach()     # (N, T)
     first, second = normalizer if isinstance(normalizer, (tuple, list)) else (normalizer, normalizer)
-    advantages = wide(advantages)
+    advantages = upcast(advantages)
     ratio = (logp - old).clamp(-LOG_BOUND, LOG_BOUND).exp()
     gain = torch.minimum(ratio * advantages[:, None], ratio.clamp(1 - clip[0], 1 + clip[1]) * advantages[:, None])
-    loss = -aggregate(gain, live_mask(advantages, mask), aggregation, first)
+    loss = -aggregate(gain, policy_mask(advantages, mask), aggregation, first)
     return loss + beta * aggregate(k3(logp - ref), mask, aggregation, second) if beta else loss
 
 
@@ -727,13 +727,13 @@ def select_tokens(gap, mask, selection="sampled", top_fraction=0.1, score=None, 
         return mask
     if selection == "position" and threshold is not None:
         return mask & (score >= threshold)
-    ranked = wide(score if selection == "position" else gap.abs()).nan_to_num(0.0)
+    ranked = upcast(score if selection == "position" else gap.abs()).nan_to_num(0.0)
     order = torch.where(mask, ranked, -math.inf).argsort(dim=-1, descending=True, stable=True)       # (N, T)
     keep = (top_fraction * mask.sum(-1, keepdim=True).double() - 1e-9).ceil()                        # (N, 1)
     return mask & (order.argsort(-1) < keep)                                                         # rank in the row
 
 
-def live_ratio(logp, logp_old, cap):
+def importance_ratio(logp, logp_old, cap):
     """rho = min(p / sg p_old, cap), its gradient 0 above the cap. cap None: none but the numerical bound."""
     bound = LOG_BOUND if cap is None else math.log(cap)
     return (logp - logp_old).clamp(-LOG_BOUND, bound).exp()
@@ -747,7 +747,7 @@ def is_saturated(l, k3_clamp):
 def sdl_terms(logp, logp_old, logq, estimator, ratio_cap, k3_clamp, saturation, token_cap):
     """Token losses (N, T) of ``sdl_loss``. The comments say c, the factor of grad log p on the sampled token."""
     l = logp - logq
-    rho = live_ratio(logp, logp_old, ratio_cap)
+    rho = importance_ratio(logp, logp_old, ratio_cap)
     if estimator == "surrogate":
         return (rho * l).detach() * logp                                                       # c = min(rho, 2) l
     if estimator == "k2":
@@ -789,7 +789,7 @@ def sdl_loss(logp, logp_old, logq, mask, estimator="k3_live", selection="sampled
         raise ValueError(f"saturation {saturation!r}: clamp or zero; denominator {denominator!r}: selected or all")
     if estimator == "surrogate" and token_cap is not None:
         raise ValueError("token_cap needs a token loss that is a distance; the surrogate's is not")
-    logp, old, logq = clean(logp, mask), clean(logp_old, mask).detach(), clean(logq, mask).detach()      # (N, T)
+    logp, old, logq = masked(logp, mask), masked(logp_old, mask).detach(), masked(logq, mask).detach()      # (N, T)
     chosen = select_tokens(logq - logp, mask, selection, top_fraction, score, threshold)                # (N, T)
     terms = sdl_terms(logp, old, logq, estimator, ratio_cap, k3_clamp, saturation, token_cap)
     count = count_tokens(mask if denominator == "all" else chosen, aggregation) if normalizer is None else normalizer
@@ -798,7 +798,7 @@ def sdl_loss(logp, logp_old, logq, mask, estimator="k3_live", selection="sampled
 
 def with_tail(logits, index):
     """log-probs of the tokens in ``index`` (..., k) and of all others together: (..., V) -> (..., k + 1)."""
-    logp = F.log_softmax(wide(logits), -1)
+    logp = F.log_softmax(upcast(logits), -1)
     rest = logp.scatter(-1, index, -math.inf).logsumexp(-1, keepdim=True)
     return torch.cat([logp.gather(-1, index), rest], -1)
 
@@ -817,7 +817,7 @@ def position_kl(student_logits, teacher_logits, direction, top_k=None):
         index = leading.topk(top_k, -1).indices                                               # (..., k)
         logp, logq = with_tail(student_logits, index), with_tail(teacher_logits, index)       # (..., k + 1)
     else:
-        logp, logq = (F.log_softmax(wide(x), -1) for x in (student_logits, teacher_logits))   # (..., V)
+        logp, logq = (F.log_softmax(upcast(x), -1) for x in (student_logits, teacher_logits))   # (..., V)
     first, second = (logq, logp) if direction == "forward" else (logp, logq)
     return (first.exp() * (first - second)).sum(-1)                                           # (...)
 
@@ -830,7 +830,7 @@ def full_kl_loss(student_logits, teacher_logits, mask, direction, top_k=None, no
 
 def position_entropy(logits):
     """Entropy in nats of every position: (..., V) -> (...)."""
-    logp = F.log_softmax(wide(logits), -1)
+    logp = F.log_softmax(upcast(logits), -1)
     return -(logp.exp() * logp).sum(-1)
 
 
@@ -843,9 +843,9 @@ def token_statistics(logp, logp_old, logq, mask, selection="sampled", top_fracti
     capped: share of the selected with rho above the cap. clipped: share of the mask with u outside GRPO's clip range.
     gap: mean |log q - log p| over the mask; gap_selected: over the selected.
     """
-    logp, old, logq = (clean(x, mask) for x in (logp, logp_old, logq))
+    logp, old, logq = (masked(x, mask) for x in (logp, logp_old, logq))
     chosen = select_tokens(logq - logp, mask, selection, top_fraction, score, threshold)
-    ratio = live_ratio(logp, old, None)
+    ratio = importance_ratio(logp, old, None)
     share = lambda what, of: float(aggregate(what.double(), of))
     size = (logq - logp).abs()
     return {"selected": share(chosen, mask), "saturated": share(is_saturated(logp - logq, k3_clamp), chosen),
@@ -1467,7 +1467,7 @@ class Recipe:
     std: str = "population"           # in the advantage
     clip: tuple = (0.20, 0.28)        # of GRPO's ratio
     beta: float = 1e-3                # of the reference KL
-    gap: float = 0.20                 # least R(best) - R(worst) of a lesson
+    min_reward_gap: float = 0.20      # least R(best) - R(worst) of a lesson
     pairs: int = 8                    # lessons a step, at most
     capacity: int = 500               # of the memory
     gate: float = 0.84                # least cosine; belongs to Qwen3-Embedding, fit it for another embedder
@@ -1486,14 +1486,14 @@ class Recipe:
                              "any forward pass")
 
     @property
-    def reads_plain(self):
+    def reads_unguided(self):
         """Whether the teacher's view without the guide is wanted, too."""
         return self.selection == "position" and self.score == "advice"
 
     @property
     def reads_logits(self):
         """Whether the loss needs the student's and the teacher's whole logits, not only the sampled tokens'."""
-        return self.estimator in FULL_ESTIMATORS or self.reads_plain
+        return self.estimator in FULL_ESTIMATORS or self.reads_unguided
 
     def fade(self, step):
         """What is left of the weight at update ``step`` (0 is the first): a teacher that was ahead at the start is let
@@ -1528,7 +1528,7 @@ def experience_loss(recipe, mask, logp=None, logp_old=None, logq=None, student_l
     if r.estimator in SAMPLED_ESTIMATORS:
         return sdl_loss(logp, logp_old, logq, mask, r.estimator, r.selection, r.top_fraction, score, r.ratio_cap,
                         r.k3_clamp, r.saturation, r.token_cap, r.aggregation, r.denominator, normalizer, r.threshold)
-    gap = clean(logq, mask) - clean(logp, mask) if r.selection == "sampled" else None
+    gap = masked(logq, mask) - masked(logp, mask) if r.selection == "sampled" else None
     chosen = select_tokens(gap, mask, r.selection, r.top_fraction, score, r.threshold)                   # (N, T)
     direction, top_k = ("forward" if r.estimator == "forward_kl" else "reverse",
                         r.top_k if r.estimator == "topk_tail" else None)
@@ -1543,18 +1543,18 @@ def experience_loss(recipe, mask, logp=None, logp_old=None, logq=None, student_l
 # ---- One update step: from trajectories to a gradient ----------------------------------------------------------------
 
 @dataclass
-class Row:
+class TrainingRow:
     """What an update needs of one trajectory. The teacher's opening is longer by the guide; None: it got no guide."""
     tokens: list                  # ids of the whole conversation
     mask: list                    # True: written by the policy
     advantage: float = 0.0        # 0: no policy gradient
-    teacher: list | None = None   # the same conversation under the teacher's opening
+    teacher_tokens: list | None = None   # the same conversation under the teacher's opening
     teacher_mask: list | None = None
-    old: torch.Tensor | None = None  # (T,) log p of the actions; None: the policy in training wrote them, u = 1
+    logp_old: torch.Tensor | None = None  # (T,) log p of the actions; None: the policy in training wrote them, u = 1
 
 
 @dataclass
-class Scores:
+class TokenScores:
     """One network's view of the action tokens of N rows, in order, padded to the longest row."""
     mask: torch.Tensor            # (N, T) bool
     logp: torch.Tensor            # (N, T) log-probabilities of the tokens
@@ -1573,13 +1573,13 @@ def pad_rows(rows):
 
 
 def score_actions(net, sequences, masks, temperature=1.0, with_logits=False):
-    """Scores of the masked tokens. The same code for student, old, reference and teacher, so that equal weights and
+    """TokenScores of the masked tokens. The same code for student, old, reference and teacher, so that equal weights and
     contexts give equal numbers. with_logits keeps the (N, T, V) logits; without, they never exist as a whole."""
-    return Scores(*net.forward_with(action_scores, sequences, masks, temperature, with_logits))
+    return TokenScores(*net.forward_with(action_scores, sequences, masks, temperature, with_logits))
 
 
 def action_scores(net, sequences, masks, temperature, with_logits):
-    """The fields of Scores, computed inside one forward pass of the network."""
+    """The fields of TokenScores, computed inside one forward pass of the network."""
     places = [[i for i, m in enumerate(mask) if m] for mask in masks]
     shape = pad_rows([torch.ones(len(p), dtype=torch.bool) for p in places]).to(net.embed.weight.device)   # (N, T)
     if not with_logits:
@@ -1596,19 +1596,19 @@ def action_scores(net, sequences, masks, temperature, with_logits):
     return shape, back(logp), back(entropy), back(logits)
 
 
-def take(scores, places):
-    """The Scores of some of the rows, no wider than these need."""
+def select_rows(scores, places):
+    """The TokenScores of some of the rows, no wider than these need."""
     if len(places) == len(scores.mask):
         return scores
     width = int(scores.mask[places].sum(1).max())
     cut = lambda x: x if x is None else x[places][:, :width]
-    return Scores(cut(scores.mask), cut(scores.logp), cut(scores.entropy), cut(scores.logits))
+    return TokenScores(cut(scores.mask), cut(scores.logp), cut(scores.entropy), cut(scores.logits))
 
 
-def teacher_scores(teacher, student, rows, recipe, temperature=1.0, plain=None, with_logits=False):
-    """(the teacher's Scores of guided rows, the score by which selection "position" chooses); no gradient.
+def teacher_scores(teacher, student, rows, recipe, temperature=1.0, unguided=None, with_logits=False):
+    """(the teacher's TokenScores of guided rows, the score by which selection "position" chooses); no gradient.
 
-    student: Scores of the same rows. plain: the teacher's Scores of them without a guide, where they are known.
+    student: TokenScores of the same rows. unguided: the teacher's TokenScores of them without a guide, where they are known.
     with_logits: keep the logits even if the recipe does not read them.
 
     The score (N, T) is the student's entropy, or "advice": KL(pi_E(.|h~) || pi_E(.|h)), how much the guide changes the
@@ -1617,17 +1617,17 @@ def teacher_scores(teacher, student, rows, recipe, temperature=1.0, plain=None, 
     depend on how that group's attempts went on.)
     """
     with torch.no_grad():
-        wise = score_actions(teacher, [r.teacher for r in rows], [r.teacher_mask for r in rows], temperature,
+        guided_scores = score_actions(teacher, [r.teacher_tokens for r in rows], [r.teacher_mask for r in rows], temperature,
                              with_logits or recipe.reads_logits)
-        if not recipe.reads_plain:
-            return wise, student.entropy.detach()
-        plain = plain or score_actions(teacher, [r.tokens for r in rows], [r.mask for r in rows], temperature, True)
-        return wise, position_kl(plain.logits, wise.logits, "forward")                                    # (N, T)
+        if not recipe.reads_unguided:
+            return guided_scores, student.entropy.detach()
+        unguided = unguided or score_actions(teacher, [r.tokens for r in rows], [r.mask for r in rows], temperature, True)
+        return guided_scores, position_kl(unguided.logits, guided_scores.logits, "forward")                                    # (N, T)
 
 
 def distilled_count(rows, recipe):
     """The denominator of L_SDL over all rows, before any forward pass: micro-batches and processes share it."""
-    lengths = [sum(r.mask) for r in rows if r.teacher is not None]
+    lengths = [sum(r.mask) for r in rows if r.teacher_tokens is not None]
     if recipe.aggregation == "seq-mean-token-sum":
         return len(lengths)
     if recipe.denominator == "all" or recipe.selection == "all":
@@ -1657,15 +1657,15 @@ def micro_batches(rows, limit):
     return pieces
 
 
-def dealt(rows, processes):
+def local_rows(rows, processes):
     """This process's part of a micro-batch -> (rows, whether each counts).
 
     Sharded weights are put together by all processes at once, so all of them take the same passes: one that has no
     rows, or none with a guide where others have some, borrows a row that does not count.
     """
-    mine, guided = processes.shard_list(rows), [r for r in rows if r.teacher is not None]
+    mine, guided = processes.shard_list(rows), [r for r in rows if r.teacher_tokens is not None]
     counts = [True] * len(mine)
-    if not mine or guided and all(r.teacher is None for r in mine):
+    if not mine or guided and all(r.teacher_tokens is None for r in mine):
         mine, counts = mine + (guided or rows)[:1], counts + [False]
     return mine, counts
 
@@ -1684,7 +1684,7 @@ def update_gradients(net, reference, teacher, rows, recipe, temperature=1.0, pol
                      imitated=(), together=False, processes=None):
     """Gradients of L_GRPO and of what stands beside it, over one batch of trajectories, micro-batch by micro-batch.
 
-    rows: [Row], the same in every process of ``processes``. reference and teacher are networks (teacher may be ``net``: the
+    rows: [TrainingRow], the same in every process of ``processes``. reference and teacher are networks (teacher may be ``net``: the
     paper's). policy: whether L_GRPO is wanted. imitated: [(tokens, mask)]; if given, cross-entropy on them takes the
     place of L_SDL. counts: denominators (live, all, distilled); None: these rows are all. Returns (gradients of
     L_GRPO, gradients of L_SDL, statistics), sums over all processes; L = L_GRPO + weight L_SDL is put together by the
@@ -1696,39 +1696,39 @@ def update_gradients(net, reference, teacher, rows, recipe, temperature=1.0, pol
     sums = Counter()
     limit = limit or MICRO_TOKENS.get(parameters[0].device.type, 65536)
     for micro_batch in micro_batches(rows, limit * processes.size):
-        piece, counted = dealt(micro_batch, processes)
-        guided = [i for i, r in enumerate(piece) if r.teacher is not None] if recipe.weight and not imitated else []
+        piece, counted = local_rows(micro_batch, processes)
+        guided = [i for i, r in enumerate(piece) if r.teacher_tokens is not None] if recipe.weight and not imitated else []
         tokens, masks = [r.tokens for r in piece], [r.mask for r in piece]
         student = score_actions(net, tokens, masks, temperature, recipe.reads_logits and bool(guided))
         mask = student.mask & torch.tensor(counted, device=student.mask.device)[:, None]                  # (N, T)
         now = student.logp.detach()
-        old = pad_rows([row if r.old is None else r.old.to(row) for r, row in zip(piece, now)])
-        loss, plain, advantages = None, None, torch.tensor([r.advantage for r in piece], device=mask.device)
+        old = pad_rows([row if r.logp_old is None else r.logp_old.to(row) for r, row in zip(piece, now)])
+        loss, unguided, advantages = None, None, torch.tensor([r.advantage for r in piece], device=mask.device)
         if policy:
             # a reference that is the teacher, too, gives both of its views without guides in one pass
-            twice = recipe.reads_plain and teacher is reference and bool(guided)
+            twice = recipe.reads_unguided and teacher is reference and bool(guided)
             with torch.no_grad():
                 ref = score_actions(reference, tokens, masks, temperature, twice)
-            plain = take(ref, guided) if twice else None
+            unguided = select_rows(ref, guided) if twice else None
             loss = grpo_loss(student.logp, old, ref.logp, advantages, mask, recipe.clip, recipe.beta,
                              recipe.aggregation, (live, every))
             sums["grpo_loss"] += float(loss.detach())
             sums["reference_kl"] += float(aggregate(k3(now - ref.logp), mask, normalizer=1))
-            ratio = live_ratio(now, old, None)
+            ratio = importance_ratio(now, old, None)
             outside = (ratio < 1 - recipe.clip[0]) | (ratio > 1 + recipe.clip[1])
             sums["clipped"] += int((outside & mask).sum())
         if guided:
             for r in piece:
-                if r.teacher is not None:
-                    check_same_actions(r.tokens, r.mask, r.teacher, r.teacher_mask)
-            learner = take(student, guided)
-            wise, score = teacher_scores(teacher, learner, [piece[i] for i in guided], recipe, temperature, plain)
+                if r.teacher_tokens is not None:
+                    check_same_actions(r.tokens, r.mask, r.teacher_tokens, r.teacher_mask)
+            learner = select_rows(student, guided)
+            guided_scores, score = teacher_scores(teacher, learner, [piece[i] for i in guided], recipe, temperature, unguided)
             part, before = (x[guided][:, :learner.mask.shape[1]] for x in (mask, old))
-            distance = experience_loss(recipe, part, learner.logp, before, wise.logp, learner.logits, wise.logits,
+            distance = experience_loss(recipe, part, learner.logp, before, guided_scores.logp, learner.logits, guided_scores.logits,
                                        score=score, normalizer=distilled)
             sums["sdl_loss"] += float(distance.detach())
             if told := int(part.sum()):
-                said = token_statistics(learner.logp.detach(), before, wise.logp, part, recipe.selection,
+                said = token_statistics(learner.logp.detach(), before, guided_scores.logp, part, recipe.selection,
                                         recipe.top_fraction, score, recipe.ratio_cap,
                                         recipe.k3_clamp, recipe.clip, recipe.threshold)
                 chosen = said["selected"] * told  # counts, so that micro-batches add up
@@ -1763,15 +1763,15 @@ def step_counts(rows, recipe):
 def reverse_kl_cosine(net, teacher, rows, recipe, temperature=1.0):
     """Cosine between the gradient of L_SDL as the recipe estimates it and that of the reverse KL over the vocabulary
     (what the paper's loss estimates), on the same rows. nan without guided rows."""
-    rows = [r for r in rows if r.teacher is not None]
+    rows = [r for r in rows if r.teacher_tokens is not None]
     if not rows:
         return math.nan
     parameters = [p for p in net.parameters() if p.requires_grad]
     student = score_actions(net, [r.tokens for r in rows], [r.mask for r in rows], temperature, True)
-    wise, score = teacher_scores(teacher, student, rows, recipe, temperature, with_logits=True)
-    used = experience_loss(recipe, student.mask, student.logp, student.logp.detach(), wise.logp, student.logits,
-                           wise.logits, score=score)
-    exact = full_kl_loss(student.logits, wise.logits, student.mask, "reverse")
+    guided_scores, score = teacher_scores(teacher, student, rows, recipe, temperature, with_logits=True)
+    used = experience_loss(recipe, student.mask, student.logp, student.logp.detach(), guided_scores.logp, student.logits,
+                           guided_scores.logits, score=score)
+    exact = full_kl_loss(student.logits, guided_scores.logits, student.mask, "reverse")
     gradients = [[torch.zeros_like(p) for p in parameters] for _ in range(2)]
     for total, loss in zip(gradients, (used, exact)):
         add_gradients(total, loss, parameters, keep=True)

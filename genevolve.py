@@ -355,7 +355,7 @@ class Agent:
 
 # ---- From programs to judged pictures -------------------------------------------------------------------------------
 
-class Studio:
+class Scorer:
     """Renders programs and judges the pictures; what was rendered and judged once is remembered.
 
     renderer: has ``render(prompts, references, seeds) -> images``. judge: None, or has ``score(image, truth, row)`` and
@@ -370,7 +370,7 @@ class Studio:
         self.open = tools.read_image if local else lambda path: path  # a remote renderer gets the files untouched
         self.options = {"steps": steps, "guidance": guidance} if local else {"steps": steps}
 
-    def finish(self, trajectories, pictures=True):
+    def render_and_score(self, trajectories, pictures=True):
         """Set image (where pictures are wanted), judgement and reward of every trajectory; what is new is rendered in
         one batch."""
         keys = [self.key(t) if t.program is not None else None for t in trajectories]
@@ -388,7 +388,7 @@ class Studio:
                 self.images[key] = image
             if key not in self.scores:
                 try:
-                    self.scores[key] = self.look(image, trajectory.row)
+                    self.scores[key] = self.score_image(image, trajectory.row)
                 except tools.ToolError as error:  # this judgement failed: missing too
                     trajectory.error = str(error)
         for key, t in zip(keys, trajectories):
@@ -410,11 +410,11 @@ class Studio:
             trajectory.error = str(error)
             return None, []
 
-    def look(self, image, row):
+    def score_image(self, image, row):
         """The picture's scores, or None where there is nothing to judge it against."""
         return self.judge.score(image, truth_of(row), row) if self.judge and row.get("gt_image") else None
 
-    def name(self):
+    def fingerprint(self):
         """What a file of judgements belongs to: renderer, steps, judge."""
         weights = self.renderer.net.state_dict().values() if isinstance(self.renderer, diffusion.Renderer) else []
         crc = 0
@@ -621,7 +621,7 @@ class Common:
 
 
 @dataclass
-class World(Common):
+class ComponentFlags(Common):
     """Which policy, which world, which renderer: each is the embedded one or a real one."""
     policy: str = flag("", "policy folder, or URL of an OpenAI-compatible endpoint (default: the promoted one, "
                            "weights/policy)")
@@ -644,7 +644,7 @@ class World(Common):
 
 
 @dataclass
-class Run(World):
+class Run(ComponentFlags):
     """The agent at work."""
     request: str = flag(None, "what to picture (default: one that needs everything)", positional=True)
     input: str = flag("", "a .json or .jsonl file of requests, field prompt or question")
@@ -653,7 +653,7 @@ class Run(World):
 
 
 @dataclass
-class Serve(World):
+class Serve(ComponentFlags):
     """Search, images, chat, renderer and judge over HTTP."""
     host: str = flag("127.0.0.1", "address to bind to")
     port: int = flag(8765, "port (0: any free one)")
@@ -698,7 +698,7 @@ class TrainRenderer(Common):
 CALLS = {"policy": 5, "search": 4, "renderer": 1, "judge": 2}
 
 
-class Embedded:
+class Components:
     """The pieces a command asked for, local or remote, opened together and closed together."""
 
     def __init__(self, settings, out):
@@ -713,7 +713,7 @@ class Embedded:
                                      os.environ.get("IMAGE_DOWNLOAD_DIR") or os.path.join(out, "cache"),
                                      api_key=os.environ.get("SERPER_API_KEY", ""), compact=self.policy.compact,
                                      allow_private=not s.search, **(self.paid() if s.search else {"tape": self.tape}))
-        self.studio = Studio(self.open_renderer(), self.open_judge(), s.sampling_steps, guidance=s.guidance)
+        self.scorer = Scorer(self.open_renderer(), self.open_judge(), s.sampling_steps, guidance=s.guidance)
 
     def __enter__(self):
         return self
@@ -732,7 +732,7 @@ class Embedded:
         """Say, before the first call, how many calls to outside services so many requests are likely to take."""
         s = self.settings
         outside = {"policy": s.policy.startswith(("http://", "https://")), "search": s.search, "judge": s.judge,
-                   "renderer": not isinstance(self.studio.renderer, diffusion.Renderer)}
+                   "renderer": not isinstance(self.scorer.renderer, diffusion.Renderer)}
         expected = {name: requests * CALLS[name] for name, there in outside.items() if there}
         if expected and not s.replay:
             limit = f"; --max-calls stops at {s.max_calls}" if s.max_calls else ""
@@ -829,7 +829,7 @@ def run(s):
     judged = ("recipe", "gt_image", "_folder")  # what the judge needs to know of an Atlas request
     rows = [r | {k: known[r["question"]][k] for k in judged} if r["question"] in known else r for r in rows]
     quiet = s.json or s.input
-    with Embedded(s, out) as parts:
+    with Components(s, out) as parts:
         if not quiet:
             print(rows[0]["question"])
         agent = parts.agent(None if quiet else lambda trajectory, step: print_step(step))
@@ -839,7 +839,7 @@ def run(s):
         for at in range(0, len(rows), s.live):
             batch = rows[at:at + s.live]
             trajectories = agent.run(batch, [s.seed * 1_000_003 + at + i for i in range(len(batch))])
-            parts.studio.finish(trajectories)
+            parts.scorer.render_and_score(trajectories)
             done += trajectories
             save_results(out, done, single=not s.input)
             if s.input and not s.json:
@@ -1022,7 +1022,7 @@ def resume_sft(path, net, optimizer):
 # ---- evolve: from its own attempts to a better policy ----------------------------------------------------------------
 
 @dataclass
-class Evolve(World):
+class Evolve(ComponentFlags):
     """Self-evolution: roll out, render, judge, compare, remember, teach, update. Resumes by itself."""
     out: str = flag(os.path.join("runs", "evolve"), "folder of the run; the same command goes on where it stopped")
     data: str = flag(os.path.join(HERE, "atlas", "evolve.jsonl"), "requests to learn from")
@@ -1087,50 +1087,50 @@ class Evolution:
             raise ValueError("--record and --replay follow one process, not several")
         s.policy = s.policy or os.path.join(HERE, "weights", "sft")
         self.rows, self.validation = read_requests(s.data), read_requests(s.validation)
-        self.parts = Embedded(s, self.out)
-        if isinstance(self.parts.policy, ChatPolicy):
+        self.components = Components(s, self.out)
+        if isinstance(self.components.policy, ChatPolicy):
             raise ValueError("evolve trains a policy folder; --policy URL is only for run")
         if s.rollouts_url:
-            local = self.parts.policy
+            local = self.components.policy
             client = tools.SGLangClient(s.rollouts_url, os.environ.get("OPENAI_API_KEY", ""))
             client.health()
-            self.parts.policy = RolloutPolicy(client, local.net, local.tokenizer, local.sampling, local.compact)
-        self.studio, self.agent, self.tokenizer = self.parts.studio, self.parts.agent(), self.parts.policy.tokenizer
+            self.components.policy = RolloutPolicy(client, local.net, local.tokenizer, local.sampling, local.compact)
+        self.scorer, self.agent, self.tokenizer = self.components.scorer, self.components.agent(), self.components.policy.tokenizer
         # what writes the trajectories is whole in every process, what is trained is sharded; alone they are one
-        self.writer, alone = self.parts.policy.net, self.processes.size == 1
-        self.net = self.writer if alone else self.processes.shard(copy.deepcopy(self.writer))
+        self.rollout_net, alone = self.components.policy.net, self.processes.size == 1
+        self.net = self.rollout_net if alone else self.processes.shard(copy.deepcopy(self.rollout_net))
         if s.rollouts_url and not alone:
-            self.writer.to("cpu")  # it only hands the weights over
+            self.rollout_net.to("cpu")  # it only hands the weights over
         self.net.checkpointing = s.checkpointing
-        other = lambda: self.processes.shard(copy.deepcopy(self.writer).to(self.parts.device).requires_grad_(False))
-        self.frozen = other()  # reference, and embedder of the memory
-        self.teacher = {"same": self.net, "frozen": self.frozen}.get(self.recipe.teacher) or other()
+        other = lambda: self.processes.shard(copy.deepcopy(self.rollout_net).to(self.components.device).requires_grad_(False))
+        self.reference = other()  # reference, and embedder of the memory
+        self.teacher = {"same": self.net, "frozen": self.reference}.get(self.recipe.teacher) or other()
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=s.lr, betas=(0.9, 0.95), weight_decay=0.0)
-        r, self.usual = self.recipe, None  # the mean bag of words
+        r, self.mean_embedding = self.recipe, None  # the mean bag of words
         self.memory = distill.Memory(self.embed, r.capacity, r.gate, distill.entity_names if r.entity_free else None,
                                      r.near_tie)
-        self.phrases = read_world()["guide"] if self.parts.policy.compact else None
+        self.phrases = read_world()["guide"] if self.components.policy.compact else None
         self.advice = read_oracle()
-        self.done, self.lr_scale, self.good, self.calm = 0, 1.0, None, 0
+        self.steps_done, self.lr_scale, self.promoted_files, self.window_start = 0, 1.0, None, 0
         # rows; prompt -> best (tokens, mask); validation rewards
-        self.log, self.examples, self.promoted, self.specimen = [], {}, None, None
+        self.log, self.examples, self.promoted, self.example = [], {}, None, None
         self.memo_file, self.memo_kept = s.memo or os.path.join(self.out, "memo.jsonl"), 0
         self.resume()
-        self.memo_seen = len(self.studio.scores)
-        self.serve_weights()
+        self.memo_seen = len(self.scorer.scores)
+        self.sync_weights()
 
     @torch.no_grad()
-    def serve_weights(self):
+    def sync_weights(self):
         """Hand the weights to what writes the trajectories; a server that goes on with the old ones is an error."""
-        for mine, p in zip(self.writer.parameters(), self.net.parameters()):
+        for mine, p in zip(self.rollout_net.parameters(), self.net.parameters()):
             if mine is not p:
                 mine.copy_(model.full_tensor(p))
         if not self.settings.rollouts_url or not self.processes.is_main:
             return self.processes.barrier()
         folder = os.path.abspath(os.path.join(self.out, "served"))
-        path = os.path.join(folder, f"{self.done:06d}-{len(os.listdir(folder)) if os.path.isdir(folder) else 0}")
-        save_policy(path, self.writer, self.tokenizer, self.parts.policy.compact, {"step": self.done})
-        self.parts.policy.client.update_weights(path)
+        path = os.path.join(folder, f"{self.steps_done:06d}-{len(os.listdir(folder)) if os.path.isdir(folder) else 0}")
+        save_policy(path, self.rollout_net, self.tokenizer, self.components.policy.compact, {"step": self.steps_done})
+        self.components.policy.client.update_weights(path)
         for old in os.listdir(folder):
             if os.path.join(folder, old) != path:
                 shutil.rmtree(os.path.join(folder, old))
@@ -1142,12 +1142,12 @@ class Evolution:
 
         The embedded policy's are bags of words, less what all requests have in common."""
         ids = [self.tokenizer.encode(t) for t in texts]
-        if not self.parts.policy.compact:
-            return model.embed(self.frozen, ids)
-        if self.usual is None:
+        if not self.components.policy.compact:
+            return model.embed(self.reference, ids)
+        if self.mean_embedding is None:
             keyed = self.memory.keyed([row["question"] for row in self.rows])
-            self.usual = model.embed_words(self.frozen, [self.tokenizer.encode(t) for t in keyed]).mean(0)   # (C,)
-        return F.normalize(model.embed_words(self.frozen, ids) - self.usual, dim=-1)
+            self.mean_embedding = model.embed_words(self.reference, [self.tokenizer.encode(t) for t in keyed]).mean(0)   # (C,)
+        return F.normalize(model.embed_words(self.reference, ids) - self.mean_embedding, dim=-1)
 
     # -- one step --
 
@@ -1161,35 +1161,35 @@ class Evolution:
 
     def roll_out(self, rows, stream, guides=None):
         """Judged trajectories, one a row. stream: int that tells apart the uses of randomness within a step."""
-        base = zlib.crc32(f"{self.settings.seed} {self.done} {stream}".encode()) << 16
-        return self.attempt(rows, [base + i for i in range(len(rows))], guides)
+        base = zlib.crc32(f"{self.settings.seed} {self.steps_done} {stream}".encode()) << 16
+        return self.sample_trajectories(rows, [base + i for i in range(len(rows))], guides)
 
-    def attempt(self, rows, seeds, guides=None):
+    def sample_trajectories(self, rows, seeds, guides=None):
         """(judged trajectories, one a row; seconds of rendering). Every process writes its share and sees all."""
         share = self.processes.shard_list
         mine = self.agent.run(share(rows), share(seeds), share(guides) if guides else None)
         written = time.perf_counter()
-        self.studio.finish(mine, pictures=False)
+        self.scorer.render_and_score(mine, pictures=False)
         seconds = time.perf_counter() - written
         if self.processes.size == 1:
             return mine, seconds
-        fresh = dict(list(self.studio.scores.items())[self.memo_seen:])
+        fresh = dict(list(self.scorer.scores.items())[self.memo_seen:])
         parts = self.processes.all_gather_objects([[t.to_json() for t in mine], fresh])
         for _, scores in parts:  # in one order everywhere
-            self.studio.scores = {k: v for k, v in self.studio.scores.items() if k not in scores} | scores
-        self.memo_seen = len(self.studio.scores)
+            self.scorer.scores = {k: v for k, v in self.scorer.scores.items() if k not in scores} | scores
+        self.memo_seen = len(self.scorer.scores)
         return [distill.Trajectory.from_json(t, row)
                 for t, row in zip((t for told, _ in parts for t in told), rows)], seconds
 
     def step(self):
         """Rollouts -> pictures -> rewards -> lessons -> gradient -> new weights. Returns the log's row."""
         s, r, begun = self.settings, self.recipe, time.perf_counter()
-        rows = self.requests(self.done)
+        rows = self.requests(self.steps_done)
         attempts, render_seconds = self.roll_out([row for row in rows for _ in range(s.rollouts)], 0)
-        rolled, budget = time.perf_counter(), self.parts.budget
+        rolled, budget = time.perf_counter(), self.components.budget
         if budget and budget.spent >= budget.max_calls:  # what came back may be cut short: nothing to learn from
             raise tools.BudgetExceeded(f"the budget of {budget.max_calls} calls is used up; the steps up to "
-                                       f"{self.done} are kept, and the same command with a larger one goes on")
+                                       f"{self.steps_done} are kept, and the same command with a larger one goes on")
         groups = [attempts[i:i + s.rollouts] for i in range(0, len(attempts), s.rollouts)]
         rewards = torch.tensor([[t.reward for t in g] for g in groups], dtype=torch.float64)
         advantages = distill.group_advantages(rewards, r.std).float()
@@ -1199,13 +1199,13 @@ class Evolution:
         batch = [self.learning_row(t, a.item(), guide) for g, line, guide in zip(groups, advantages, guides)
                  for t, a in zip(g, line) if any(t.mask)]
         if not batch:
-            raise tools.ToolError(f"step {self.done + 1}: no trajectory was written "
+            raise tools.ToolError(f"step {self.steps_done + 1}: no trajectory was written "
                                   f"({attempts[0].error or 'no tokens'})")
         # before the update: with and without the guide by the same weights
-        audited = self.audit(rows, entries, rewards) if s.audit_every and (self.done + 1) % s.audit_every == 0 else None
-        learned = self.learn(batch, self.imitated(groups, entries))
+        audited = self.audit(rows, entries, rewards) if s.audit_every and (self.steps_done + 1) % s.audit_every == 0 else None
+        learned = self.update(batch, self.imitated(groups, entries))
         valid = rewards[~rewards.isnan()]
-        row = {"step": self.done + 1, "reward": distill.average(valid.tolist()),
+        row = {"step": self.steps_done + 1, "reward": distill.average(valid.tolist()),
                "spread": distill.average((spread := spreads(rewards)).tolist()),
                "dead_groups": float((spread <= 1e-6).double().mean()), "missing": int(rewards.isnan().sum()),
                "kscore": distill.average([t.judgement["kscore"] for t in attempts if t.judgement]),
@@ -1219,28 +1219,28 @@ class Evolution:
                "right_advice": self.right_advice(rows, guides)} | learned
         if audited:
             row["lesson_audit"] = audited
-        self.done += 1
-        self.serve_weights()
+        self.steps_done += 1
+        self.sync_weights()
         row |= {"rollout_seconds": rolled - begun - render_seconds, "render_seconds": render_seconds,
                 "update_seconds": time.perf_counter() - rolled}
-        if s.eval_every and self.done % s.eval_every == 0:
+        if s.eval_every and self.steps_done % s.eval_every == 0:
             row["validation"] = self.evaluate()
         row = without_nan(row)
         self.log.append(row)
         if reason := self.collapse():
             row["rolled_back"] = reason
-            self.roll_back()
+            self.restore_promoted()
         row["seconds"] = time.perf_counter() - begun
         return row
 
     def remember(self, rows, groups):
         """Compare best and worst of every group, keep what the widest gaps teach. Returns how many there were."""
-        pairs = [(row, pair) for row, g in zip(rows, groups) if (pair := distill.select_pair(g, self.recipe.gap))]
+        pairs = [(row, pair) for row, g in zip(rows, groups) if (pair := distill.select_pair(g, self.recipe.min_reward_gap))]
         pairs.sort(key=lambda x: x[1][1].reward - x[1][0].reward)  # stable: of equals, the first
         for row, (best, worst) in pairs[:self.recipe.pairs]:
             bundle = distill.summarize_pair(row["question"], best, worst, self.phrases)
             bundle = bundle if self.recipe.standard else bundle.differing()
-            if self.memory.add(row["question"], bundle, best.reward, worst.reward, self.done):
+            if self.memory.add(row["question"], bundle, best.reward, worst.reward, self.steps_done):
                 self.examples[row["question"]] = [best.tokens, best.mask]
         kept = {e.prompt for e in self.memory.entries}
         self.examples = {k: v for k, v in self.examples.items() if k in kept}
@@ -1251,18 +1251,18 @@ class Evolution:
         guides = [e.bundle if e else None for e in entries]
         if self.settings.guides == "shuffled":
             return distill.shuffled(guides, [e.bundle for e in self.memory.entries],
-                                    f"{self.settings.seed} {self.done}")
+                                    f"{self.settings.seed} {self.steps_done}")
         if self.settings.guides == "placebo":
             return [distill.placebo(g, lambda t: len(self.tokenizer.encode(t))) if g else None for g in guides]
         return guides
 
     def learning_row(self, t, advantage, guide):
         """What the update needs of a trajectory; with a guide, also the teacher's view of it."""
-        row = distill.Row(t.tokens, t.mask, advantage)
-        if guide is not None and not self.settings.imitate and self.recipe.at(self.done).weight:
+        row = distill.TrainingRow(t.tokens, t.mask, advantage)
+        if guide is not None and not self.settings.imitate and self.recipe.at(self.steps_done).weight:
             opening = self.tokenizer.apply_chat(distill.teacher_messages(t.messages[:2], guide),
                                                 add_generation_prompt=True)
-            row.teacher, row.teacher_mask = distill.teacher_tokens(t.tokens, t.mask, t.prompt_length, opening)
+            row.teacher_tokens, row.teacher_mask = distill.teacher_tokens(t.tokens, t.mask, t.prompt_length, opening)
         return row
 
     def imitated(self, groups, entries):
@@ -1275,32 +1275,32 @@ class Evolution:
             return [tuple(self.examples[e.prompt]) for e in entries if e is not None]
         return []
 
-    def learn(self, batch, imitated):
+    def update(self, batch, imitated):
         """One update, or one a minibatch. Returns what the log says about it."""
-        s, r = self.settings, self.recipe.at(self.done)
+        s, r = self.settings, self.recipe.at(self.steps_done)
         size = -(-len(batch) // s.minibatches)
         pieces = [batch[i:i + size] for i in range(0, len(batch), size)]
-        autocast = lambda: torch.autocast(self.parts.device, torch.bfloat16, enabled=s.bf16)
+        autocast = lambda: torch.autocast(self.components.device, torch.bfloat16, enabled=s.bf16)
         if len(pieces) > 1:  # the first update changes what wrote the others
             for piece in pieces:
-                mine, counted = distill.dealt(piece, self.processes)
+                mine, counted = distill.local_rows(piece, self.processes)
                 with torch.no_grad(), autocast():
                     old = distill.score_actions(self.net, [b.tokens for b in mine], [b.mask for b in mine],
                                                 s.temperature)
                 told = [x[m].tolist() for x, m, c in zip(old.logp, old.mask, counted) if c]
                 for b, logp in zip(piece, sum(self.processes.all_gather_objects(told), [])):
-                    b.old = torch.tensor(logp)
+                    b.logp_old = torch.tensor(logp)
         with autocast():
-            cosine = distill.reverse_kl_cosine(self.net, self.teacher, self.sample([b for b in batch if b.teacher]), r,
+            cosine = distill.reverse_kl_cosine(self.net, self.teacher, self.spread_subset([b for b in batch if b.teacher_tokens]), r,
                                                s.temperature)
         sums, ratios, norms, parameters = Counter(), [], [], list(self.net.parameters())
         for piece in pieces:
             with autocast():
                 first, second, said = distill.update_gradients(
-                    self.net, self.frozen, self.teacher, piece, r, s.temperature, s.grpo, s.micro_tokens,
+                    self.net, self.reference, self.teacher, piece, r, s.temperature, s.grpo, s.micro_tokens,
                     imitated=imitated, processes=self.processes)
             lengths = distill.gradient_norm(first), distill.gradient_norm(second)
-            matched = s.match_ratio * self.recipe.fade(self.done)
+            matched = s.match_ratio * self.recipe.fade(self.steps_done)
             weight = matched * lengths[0] / lengths[1] if s.match_ratio and lengths[1] else r.weight
             ratios.append(weight * lengths[1] / lengths[0] if lengths[0] else math.nan)
             for p, a, b in zip(parameters, first, second):
@@ -1326,7 +1326,7 @@ class Evolution:
                 "reverse_kl_cosine": cosine, "lr": s.lr * self.lr_scale}
 
     @staticmethod
-    def sample(rows, count=4, limit=2048):
+    def spread_subset(rows, count=4, limit=2048):
         """A few rows, spread over the groups, of at most ``limit`` action tokens together: their whole logits fit."""
         kept = []
         for row in rows[::max(1, len(rows) // count)][:count]:
@@ -1368,13 +1368,13 @@ class Evolution:
     def evaluate(self):
         """Rewards on validation requests, paired with the best promoted policy's; promotes what is not worse."""
         # always the same seeds
-        attempts, _ = self.attempt(self.validation, [7919 * i + 1 for i in range(len(self.validation))])
+        attempts, _ = self.sample_trajectories(self.validation, [7919 * i + 1 for i in range(len(self.validation))])
         rewards = [t.reward for t in attempts]
         if self.processes.is_main:
-            self.studio.finish(attempts[:6])
-            show(self.out, "after" if self.done else "before", attempts[:6])
+            self.scorer.render_and_score(attempts[:6])
+            show(self.out, "after" if self.steps_done else "before", attempts[:6])
         entries = self.memory.lookup([t.question for t in attempts], count=False)
-        self.specimen = next(((t, e.bundle) for t, e in zip(attempts, entries) if e and t.program), None)
+        self.example = next(((t, e.bundle) for t, e in zip(attempts, entries) if e and t.program), None)
         figures = {"reward": distill.average(rewards),
                    "kscore": distill.average([t.judgement["kscore"] for t in attempts if t.judgement]),
                    "validity": distill.average([float(t.program is not None) for t in attempts])}
@@ -1388,26 +1388,26 @@ class Evolution:
             if self.promoted is None or figures["change"] > 0:
                 self.promoted = rewards
             figures["promoted"] = True
-            self.keep_good()
+            self.save_promoted()
             self.write_policy("policy", figures)
         else:
             figures["promoted"] = False
         return figures
 
-    def keep_good(self):
+    def save_promoted(self):
         """Remember the weights that a collapse goes back to."""
-        path = model.write_shards(self.processes, os.path.join(self.out, f"good-{self.done:06d}"), self.weights())
-        self.good = self.processes.all_gather_objects(os.path.basename(path))
+        path = model.write_shards(self.processes, os.path.join(self.out, f"good-{self.steps_done:06d}"), self.weights())
+        self.promoted_files = self.processes.all_gather_objects(os.path.basename(path))
 
     def write_policy(self, name, figures=None):
         """The policy as a folder of the run."""
         if self.processes.is_main:
-            save_policy(os.path.join(self.out, name), self.writer, self.tokenizer, self.parts.policy.compact,
-                        {"command": diffusion.command_line(), "step": self.done, "validation": figures})
+            save_policy(os.path.join(self.out, name), self.rollout_net, self.tokenizer, self.components.policy.compact,
+                        {"command": diffusion.command_line(), "step": self.steps_done, "validation": figures})
 
     def collapse(self):
         """What fell past its bound within the last steps, or ""."""
-        rows = self.log[self.calm:]
+        rows = self.log[self.window_start:]
         if len(rows) < 2 * WINDOW:
             return ""
         def window(key, end):
@@ -1420,11 +1420,11 @@ class Evolution:
             return f"reward fell to {window('reward', len(rows)):.3f} from {best:.3f}"
         return ""
 
-    def roll_back(self):
+    def restore_promoted(self):
         """Back to the promoted weights and their optimizer, with half the learning rate. Memory and data go on."""
-        self.load_weights(model.read_shards([os.path.join(self.out, name) for name in self.good]))
-        self.lr_scale, self.calm = self.lr_scale / 2, len(self.log)
-        self.serve_weights()
+        self.load_weights(model.read_shards([os.path.join(self.out, name) for name in self.promoted_files]))
+        self.lr_scale, self.window_start = self.lr_scale / 2, len(self.log)
+        self.sync_weights()
 
     # -- checkpoints --
 
@@ -1453,9 +1453,9 @@ class Evolution:
         """A checkpoint of the finished step, whole or not at all; then the log's line; the last two stay."""
         first, (memory, keys) = self.processes.is_main, self.memory.state_dict()
         folder = os.path.join(self.out, "checkpoints")
-        temporary, final = os.path.join(folder, "unfinished"), os.path.join(folder, f"{self.done:06d}")
+        temporary, final = os.path.join(folder, "unfinished"), os.path.join(folder, f"{self.steps_done:06d}")
         if first:
-            fresh = list(self.studio.scores.items())[self.memo_kept:]
+            fresh = list(self.scorer.scores.items())[self.memo_kept:]
             with open(self.memo_file, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps([k, v]) + "\n" for k, v in fresh)
             self.memo_kept += len(fresh)
@@ -1468,8 +1468,8 @@ class Evolution:
         if not first:
             return self.processes.barrier()
         model.write_json(os.path.join(temporary, "state.json"), {
-            "settings": self.identity(), "row": row, "checksums": sums, "step": self.done,
-            "lr_scale": self.lr_scale, "good": self.good, "calm": self.calm, "promoted": self.promoted,
+            "settings": self.identity(), "row": row, "checksums": sums, "step": self.steps_done,
+            "lr_scale": self.lr_scale, "promoted_files": self.promoted_files, "window_start": self.window_start, "promoted": self.promoted,
             "memory": memory, "examples": self.examples, "memo": self.memo_kept})
         for name in os.listdir(temporary):
             with open(os.path.join(temporary, name), "rb") as file:
@@ -1495,7 +1495,7 @@ class Evolution:
         recipe = asdict(self.recipe) | {"clip": list(self.recipe.clip)}  # as JSON has it
         return settings | {f"set {k}": v for k, v in recipe.items()}  # a name's meaning may change between versions
 
-    def newest(self):
+    def latest_checkpoint(self):
         """state.json of the newest whole checkpoint with its "path", or None; damaged newer ones are said and removed,
         for their steps are done again."""
         folder = os.path.join(self.out, "checkpoints")
@@ -1519,12 +1519,12 @@ class Evolution:
         """Go on from the newest whole checkpoint, if there is one."""
         for turn in (True, False):  # the first process mends what is there before the others look at it
             if self.processes.is_main == turn:
-                state = self.newest()
+                state = self.latest_checkpoint()
                 # judgements of a step that a kill undid are forgotten with it, unless other runs share the file
                 count = None if self.settings.memo else state["memo"] if state else 0
-                scores = read_memo(self.memo_file, self.parts.studio, count)
+                scores = read_memo(self.memo_file, self.components.scorer, count)
             self.processes.barrier()
-        self.studio.scores.update(scores)
+        self.scorer.scores.update(scores)
         self.memo_kept = len(scores)
         log = os.path.join(self.out, "log.jsonl")
         if state is None:
@@ -1538,39 +1538,39 @@ class Evolution:
         tensors = model.read_shards([os.path.join(state["path"], name) for name in state["checksums"]])
         self.load_weights(tensors)
         self.memory.load_state(state["memory"], {"keys": tensors["memory.keys"]})
-        self.done, self.lr_scale, self.good, self.calm = (state[k] for k in ("step", "lr_scale", "good", "calm"))
+        self.steps_done, self.lr_scale, self.promoted_files, self.window_start = (state[k] for k in ("step", "lr_scale", "promoted_files", "window_start"))
         self.promoted, self.examples = state["promoted"], state["examples"]
         lines = []
         if os.path.exists(log):  # a kill may have come between a checkpoint and its line
             with open(log, encoding="utf-8") as file:
                 lines = [json.loads(line) for line in file if line.endswith("\n")]
-        self.log = [line for line in lines if line["step"] < self.done] + [state["row"]]
+        self.log = [line for line in lines if line["step"] < self.steps_done] + [state["row"]]
         if self.processes.is_main:
             write_lines(log, self.log)
-            print(f"resuming after step {self.done}", flush=True)
+            print(f"resuming after step {self.steps_done}", flush=True)
 
 
 def evolve(s):
     """python genevolve.py evolve"""
     run, begun = Evolution(s), time.perf_counter()
     say = functools.partial(print, flush=True) if run.processes.is_main else lambda text: None
-    with run.parts, run.processes:
-        checks = s.steps // s.eval_every - run.done // s.eval_every + (run.done == 0) if s.eval_every else 0
+    with run.components, run.processes:
+        checks = s.steps // s.eval_every - run.steps_done // s.eval_every + (run.steps_done == 0) if s.eval_every else 0
         if run.processes.is_main:
-            run.parts.announce((s.steps - run.done) * s.prompts_per_step * s.rollouts + checks * len(run.validation))
-        if run.done == 0 and s.eval_every:
+            run.components.announce((s.steps - run.steps_done) * s.prompts_per_step * s.rollouts + checks * len(run.validation))
+        if run.steps_done == 0 and s.eval_every:
             first = run.evaluate()
             say(f"before: validation reward {first['reward']:.3f}, KScore {first['kscore']:.3f}")
-        elif run.done == 0:
-            run.keep_good()
-        start = run.done
-        while run.done < s.steps:
+        elif run.steps_done == 0:
+            run.save_promoted()
+        start = run.steps_done
+        while run.steps_done < s.steps:
             row = run.step()
             try:
                 run.save(row)
             except OSError as error:
-                raise ValueError(f"step {run.done} could not be kept ({error}); everything before it is on disk")
-            left = (time.perf_counter() - begun) / (run.done - start) * (s.steps - run.done)
+                raise ValueError(f"step {run.steps_done} could not be kept ({error}); everything before it is on disk")
+            left = (time.perf_counter() - begun) / (run.steps_done - start) * (s.steps - run.steps_done)
             say(step_line(row) + f"  {left:.0f} s left")
             if "validation" in row:
                 write_evolution_report(run)
@@ -1584,10 +1584,10 @@ def evolve(s):
 
 def step_line(row):
     """A step in one line."""
-    text = (f"step {row['step']}  reward {number(row['reward'])}  KScore {number(row['kscore'])}  valid "
-            f"{number(row['validity'])}  "
-            f"entropy {number(row['entropy'])}  hits {number(row['hit_rate'])}  sdl {number(row['sdl_loss'])}  "
-            f"ratio {number(row['gradient_ratio'])}  {row['seconds']:.1f} s")
+    text = (f"step {row['step']}  reward {fmt(row['reward'])}  KScore {fmt(row['kscore'])}  valid "
+            f"{fmt(row['validity'])}  "
+            f"entropy {fmt(row['entropy'])}  hits {fmt(row['hit_rate'])}  sdl {fmt(row['sdl_loss'])}  "
+            f"ratio {fmt(row['gradient_ratio'])}  {row['seconds']:.1f} s")
     if "validation" in row:
         v = row["validation"]
         text += f"\n  validation reward {v['reward']:.3f}, KScore {v['kscore']:.3f}" + ", promoted" * v["promoted"]
@@ -1600,7 +1600,7 @@ def without_nan(row):
     return {k: value(v) for k, v in row.items()}
 
 
-def number(value):
+def fmt(value):
     return "-" if value is None else f"{value:.3f}"
 
 
@@ -1643,15 +1643,15 @@ def write_lines(path, rows):
     model.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def read_memo(path, studio, count):
+def read_memo(path, scorer, count):
     """Judgements that runs share: key -> scores. The first line names renderer and steps; another's is refused.
     count: lines that the checkpoint knew (None: all); what a killed step wrote after them is cut off."""
     if not os.path.exists(path):
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        write_lines(path, [studio.name()])
+        write_lines(path, [scorer.fingerprint()])
     with open(path, encoding="utf-8") as file:
         head, *lines = [json.loads(line) for line in file if line.endswith("\n")]
-    if head != studio.name():
+    if head != scorer.fingerprint():
         raise ValueError(f"{path}: judgements of another renderer; remove it or name another --memo")
     lines = lines[:count]
     write_lines(path, [head, *lines])
@@ -1810,7 +1810,7 @@ def gallery(out):
 def microscope(run, t, bundle):
     """A trajectory's tokens, coloured by log q - log p: what the teacher, who read the guide, likes more or less."""
     opening = run.tokenizer.apply_chat(distill.teacher_messages(t.messages[:2], bundle), add_generation_prompt=True)
-    row = distill.Row(t.tokens, t.mask, 0.0, *distill.teacher_tokens(t.tokens, t.mask, t.prompt_length, opening))
+    row = distill.TrainingRow(t.tokens, t.mask, 0.0, *distill.teacher_tokens(t.tokens, t.mask, t.prompt_length, opening))
     student = distill.score_actions(run.net, [t.tokens], [t.mask], run.settings.temperature, True)
     teacher, score = distill.teacher_scores(run.teacher, student, [row], run.recipe, run.settings.temperature,
                                             with_logits=True)
@@ -1851,8 +1851,8 @@ def write_evolution_report(run):
     checks = [(row["step"], row["validation"]) for row in run.log if row.get("validation")]
     parts.append(curve("validation", {k: [(step, v[k]) for step, v in checks] for k in ("reward", "kscore")}))
     parts.append(gallery(run.out))
-    if run.specimen:
-        parts.append(microscope(run, *run.specimen))
+    if run.example:
+        parts.append(microscope(run, *run.example))
     parts.append("<h2>Lessons</h2><table><tr><th>kind of "
                  "request</th><th>best</th><th>gap</th><th>step</th><th>retrieved</th><th>audits</th>"
                  "<th>effect</th><th>placebo</th></tr>")
@@ -1877,7 +1877,7 @@ def train_renderer(s):
 def serve(s):
     """python genevolve.py serve"""
     out = make_folder(s.out)
-    with Embedded(s, out) as parts:
+    with Components(s, out) as parts:
         lock, known = threading.Lock(), known_requests()
 
         def policy(request):
@@ -1888,15 +1888,15 @@ def serve(s):
 
         def renderer(prompt, references, seed, steps, width, height):
             with lock:
-                image = parts.studio.renderer.render([prompt], [references], [seed],
-                                                     **parts.studio.options | {"steps": min(steps, 40)})[0]
+                image = parts.scorer.renderer.render([prompt], [references], [seed],
+                                                     **parts.scorer.options | {"steps": min(steps, 40)})[0]
             return diffusion.resize(image, min(height, 256), min(width, 256))
 
         def judge(text, images):
             row = next((r for question, r in known.items() if question in text), None)
             if row is None or len(images) != 2:
                 raise ValueError("the pixel judge needs two pictures and the text of an Atlas request")
-            scores = parts.studio.judge.score(images[0], images[1], row)
+            scores = parts.scorer.judge.score(images[0], images[1], row)
             failed = [c["detail"] for c in scores["constraints"] if not c["passed"]]
             return {"rationale": "; ".join(failed) or "all constraints hold",
                     **{k: scores[k] or 0.0 for k in distill.DIMENSIONS},

@@ -2056,12 +2056,12 @@ def test_promotion_compares_with_the_best_so_far_and_allows_for_chance_alone(mon
     monkeypatch.setattr(genevolve, "show", lambda *_: None)
     kept, base = [], np.linspace(0.2, 0.8, 64)
     run = SimpleNamespace(
-        validation=[{}] * 64, promoted=None, out="", done=1, processes=SimpleNamespace(is_main=True),
-        studio=SimpleNamespace(finish=lambda _: None), memory=SimpleNamespace(lookup=lambda asked, count: [None] * len(asked)),
-        keep_good=lambda: None, write_policy=lambda name, figures: kept.append(figures))
+        validation=[{}] * 64, promoted=None, out="", steps_done=1, processes=SimpleNamespace(is_main=True),
+        scorer=SimpleNamespace(render_and_score=lambda _: None), memory=SimpleNamespace(lookup=lambda asked, count: [None] * len(asked)),
+        save_promoted=lambda: None, write_policy=lambda name, figures: kept.append(figures))
     def check(rewards):
         attempts = [SimpleNamespace(reward=float(r), question="", judgement={"kscore": 1.0}, program=object()) for r in rewards]
-        run.attempt = lambda rows, seeds: (attempts, 0.0)
+        run.sample_trajectories = lambda rows, seeds: (attempts, 0.0)
         return genevolve.Evolution.evaluate(run)["promoted"]
     noise = np.where(np.arange(64) % 2, 0.1, -0.1)  # paired difference: standard error 0.0125
     assert check(base) and check(base + noise - 0.012)       # 0.012 worse on average: chance would do that
@@ -2296,7 +2296,7 @@ def test_dead_rows_do_not_dilute_the_policy_gradient():
 def test_micro_batches_with_a_global_normalizer_add_up_to_the_whole(aggregation):
     logp, old, q, ref, mask = distill_rows()
     advantages = torch.tensor([1.0, -1.0, 0.5, 0.0, -0.3], dtype=torch.float64)
-    pair = [distill.count_tokens(m, aggregation) for m in (distill.live_mask(advantages, mask), mask)]
+    pair = [distill.count_tokens(m, aggregation) for m in (distill.policy_mask(advantages, mask), mask)]
     whole = distill.grpo_loss(logp, old, ref, advantages, mask, beta=0.1, aggregation=aggregation)
     options = {"beta": 0.1, "aggregation": aggregation, "normalizer": pair}
     parts = sum(distill.grpo_loss(logp[s], old[s], ref[s], advantages[s], mask[s], **options)
@@ -3329,9 +3329,9 @@ net, frozen, teacher = new(), new(), new()
 rows = []
 for i, length in enumerate((9, 3, 7, 5, 4)):  # of five rows two have a guide: with four processes some have none
     prompt, said, guide = ([int(t) for t in torch.randint(64, (n,))] for n in (6, length, 4))
-    rows.append(distill.Row(prompt + said, [False] * 6 + [True] * length, float(i - 2), old=torch.full((length,), -4.1)))
+    rows.append(distill.TrainingRow(prompt + said, [False] * 6 + [True] * length, float(i - 2), logp_old=torch.full((length,), -4.1)))
     if i in (1, 2):
-        rows[-1] = dataclasses.replace(rows[-1], teacher=guide + prompt + said, teacher_mask=[False] * 10 + [True] * length)
+        rows[-1] = dataclasses.replace(rows[-1], teacher_tokens=guide + prompt + said, teacher_mask=[False] * 10 + [True] * length)
 net, frozen, teacher = (processes.shard(n) for n in (net, frozen, teacher))
 found = {}
 for name, recipe in distill.RECIPES.items():
@@ -3480,7 +3480,7 @@ def test_promotion_and_its_undoing(tmp_path, capsys):
 def evolution_of(rewards, **row):
     """An Evolution with nothing but a log."""
     run = object.__new__(genevolve.Evolution)
-    run.log, run.calm = [{"reward": r, "validity": 1.0, "entropy": 0.1} | row for r in rewards], 0
+    run.log, run.window_start = [{"reward": r, "validity": 1.0, "entropy": 0.1} | row for r in rewards], 0
     return run
 
 
@@ -3492,7 +3492,7 @@ def test_a_collapse_is_noticed():
     for row in run.log[-5:]:
         row["validity"] = 0.3
     assert "validity" in run.collapse()
-    run.calm = 10  # after a roll-back the windows start again
+    run.window_start = 10  # after a roll-back the windows start again
     assert run.collapse() == ""
 
 
@@ -3506,7 +3506,7 @@ def update_rows(net, generator, count=6, guide=5):
         mask = [False] * 20 + [True] * 5 + [False] * 2 + [True] * (len(answer) - 7)
         extra = prompt[:guide]
         told = (extra + prompt + answer, [False] * guide + mask) if n % 2 else (None, None)
-        rows.append(distill.Row(prompt + answer, mask, [1.0, -0.5, 0.0][n % 3], *told))
+        rows.append(distill.TrainingRow(prompt + answer, mask, [1.0, -0.5, 0.0][n % 3], *told))
     return rows
 
 
@@ -3525,13 +3525,13 @@ def test_an_update_does_not_depend_on_its_micro_batches(name):
     apart = lambda a, b: distill.gradient_norm([x - y for x, y in zip(a, b)]) / distill.gradient_norm(a)
     assert all(distill.gradient_norm(a) > 0 and apart(a, b) < 1e-5 for a, b in zip(whole[:2], parts[:2]))
     assert apart([a + recipe.weight * b for a, b in zip(*whole[:2])], both) < 1e-5
-    assert parts[2]["guided_tokens"] == sum(sum(r.mask) for r in rows if r.teacher)
-    bare = [dataclasses.replace(r, teacher=None, teacher_mask=None) for r in rows]
+    assert parts[2]["guided_tokens"] == sum(sum(r.mask) for r in rows if r.teacher_tokens)
+    bare = [dataclasses.replace(r, teacher_tokens=None, teacher_mask=None) for r in rows]
     assert distill.gradient_norm(distill.update_gradients(net, reference, reference, bare, recipe)[1]) == 0  # no bundle: exactly 0
 
 
 def test_micro_batches_keep_groups_whole_and_count_a_shared_beginning_once():
-    row = lambda prompt, *said: distill.Row(list(prompt) + list(said), [False] * len(prompt) + [True] * len(said), 1.0)
+    row = lambda prompt, *said: distill.TrainingRow(list(prompt) + list(said), [False] * len(prompt) + [True] * len(said), 1.0)
     first = [row((1, 2, 3), 7, i) for i in range(3)]                      # 5 + 1 + 1 tokens in the stream
     second = [row((1, 9), i) for i in range(4)]                           # 2 + 1 + 1 + 1: the 1 is the row before's
     lengths = lambda limit: [len(piece) for piece in distill.micro_batches(first + second, limit)]
@@ -3540,7 +3540,7 @@ def test_micro_batches_keep_groups_whole_and_count_a_shared_beginning_once():
     assert lengths(1) == [1] * 7                                          # ... and a row never is
     for limit in range(1, 13):
         assert sum(distill.micro_batches(first + second, limit), []) == first + second
-    nothing_said = distill.Row([1, 2], [False, False], 0.0)
+    nothing_said = distill.TrainingRow([1, 2], [False, False], 0.0)
     assert distill.micro_batches([nothing_said, nothing_said], 100) == [[nothing_said, nothing_said]]
 
 
@@ -3576,13 +3576,13 @@ def test_where_the_guide_is_silent_a_frozen_teacher_does_not_pull_the_student_ba
         for p in net.parameters():
             p.add_(0.05 * torch.randn_like(p))
     rows = update_rows(net, torch.Generator().manual_seed(1))
-    silent = [dataclasses.replace(r, teacher=r.tokens, teacher_mask=r.mask) for r in rows]
+    silent = [dataclasses.replace(r, teacher_tokens=r.tokens, teacher_mask=r.mask) for r in rows]
     everywhere = dataclasses.replace(advice, selection="all", threshold=None)
     norm = lambda rows, recipe, **more: distill.gradient_norm(distill.update_gradients(net, frozen, frozen, rows, recipe, **more)[1])
     assert norm(silent, everywhere) > 1e-4 and norm(silent, advice) == 0
     assert norm(rows, advice) > 1e-4  # with a guide it does teach
     assert norm(rows, advice, policy=False) == pytest.approx(norm(rows, advice), rel=1e-5)  # whoever scored without it
-    told = [r for r in rows if r.teacher]
+    told = [r for r in rows if r.teacher_tokens]
     student = distill.score_actions(net, [r.tokens for r in told], [r.mask for r in told], 1.0, True)
     wise, score = distill.teacher_scores(frozen, student, told, advice)
     plain = distill.score_actions(frozen, [r.tokens for r in told], [r.mask for r in told], 1.0, True)
@@ -3593,7 +3593,7 @@ def test_where_the_guide_is_silent_a_frozen_teacher_does_not_pull_the_student_ba
 def test_teacher_equal_to_student_teaches_nothing_and_gradients_flow_only_into_the_student():
     torch.manual_seed(0)
     net = model.Qwen3(model.Config(vocab_size=50, hidden_size=32, layers=1, heads=2, kv_heads=1, head_dim=16, mlp_size=64))
-    rows = [dataclasses.replace(r, teacher=r.tokens, teacher_mask=r.mask) for r in update_rows(net, torch.Generator().manual_seed(1))]
+    rows = [dataclasses.replace(r, teacher_tokens=r.tokens, teacher_mask=r.mask) for r in update_rows(net, torch.Generator().manual_seed(1))]
     second, said = distill.update_gradients(net, net, net, rows, distill.RECIPES["stable"])[1:]
     assert distill.gradient_norm(second) < 1e-6 and abs(said["sdl_loss"]) < 1e-6
     assert all(p.grad is None for p in net.parameters())
@@ -3662,9 +3662,9 @@ def test_the_ratio_of_a_fading_weight_is_told_as_if_it_had_not_faded():
 
 def test_a_log_row_has_null_for_what_is_missing_at_any_depth_and_few_rows_are_looked_at_whole():
     assert genevolve.without_nan({"a": math.nan, "b": {"c": math.nan, "d": 1.0}}) == {"a": None, "b": {"c": None, "d": 1.0}}
-    rows = [distill.Row([0] * 8, [True] * 8) for _ in range(12)]
-    assert [id(r) for r in genevolve.Evolution.sample(rows)] == [id(rows[i]) for i in (0, 3, 6, 9)]
-    assert len(genevolve.Evolution.sample(rows, limit=17)) == 2 and genevolve.Evolution.sample([]) == []
+    rows = [distill.TrainingRow([0] * 8, [True] * 8) for _ in range(12)]
+    assert [id(r) for r in genevolve.Evolution.spread_subset(rows)] == [id(rows[i]) for i in (0, 3, 6, 9)]
+    assert len(genevolve.Evolution.spread_subset(rows, limit=17)) == 2 and genevolve.Evolution.spread_subset([]) == []
 
 
 def test_names_of_demonstrations_are_in_no_other_split():
@@ -3675,7 +3675,7 @@ def test_names_of_demonstrations_are_in_no_other_split():
 
 
 def test_a_run_that_went_further_is_not_measured_as_an_earlier_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(genevolve, "evolve", lambda s: SimpleNamespace(done=5, out=s.out))
+    monkeypatch.setattr(genevolve, "evolve", lambda s: SimpleNamespace(steps_done=5, out=s.out))
     settings = bench.Quality(runs=str(tmp_path))
     assert bench.evolution(settings, "grpo", "lr=2e-4", 0, 5).done == 5
     with pytest.raises(ValueError, match="is at update 5 and 3 were asked for"):
@@ -3683,7 +3683,7 @@ def test_a_run_that_went_further_is_not_measured_as_an_earlier_one(tmp_path, mon
 
 
 def test_a_setting_reaches_the_flag_or_the_recipe_that_it_names(tmp_path, monkeypatch):
-    monkeypatch.setattr(genevolve, "evolve", lambda s: SimpleNamespace(done=1, out=s.out, settings=s))
+    monkeypatch.setattr(genevolve, "evolve", lambda s: SimpleNamespace(steps_done=1, out=s.out, settings=s))
     told = bench.evolution(bench.Quality(runs=str(tmp_path)), "paper", "lr=1e-4,rollouts=3,match_ratio=0.5,weight=2", 7, 1).settings
     assert (told.lr, told.rollouts, told.match_ratio, told.seed, told.recipe, told.set) == (1e-4, 3, 0.5, 7, "paper", "gate=0.5,weight=2")
 
@@ -3727,7 +3727,7 @@ def test_a_fact_counts_as_copied_only_letter_by_letter(prompt, verdict):
 def test_a_foreign_runtime_completes_atlas_requests_against_serve(tmp_path):
     """Full system prompt, wordy observations and whole guides, over HTTP; the server reduces them for the small policy."""
     settings = genevolve.Run(out=str(tmp_path), sampling_steps=2)
-    with genevolve.Embedded(settings, str(tmp_path)) as parts:
+    with genevolve.Components(settings, str(tmp_path)) as parts:
         server = tools.Server(tools.Corpus(settings.corpus), policy=parts.policy.reply).start()
         try:
             client = tools.ChatClient(server.url, model="anything")
@@ -3781,9 +3781,9 @@ def test_trajectories_from_a_serving_engine(tmp_path, capsys):
 
 def test_a_service_that_failed_leaves_the_reward_missing_and_a_bad_answer_does_not():
     row = genevolve.atlas_rows("validation")[0]
-    studio = genevolve.Studio(None, pixel_judge())
+    scorer = genevolve.Scorer(None, pixel_judge())
     made = [distill.Trajectory(row["id"], row["question"], row, termination=end) for end in ("error", "no_answer", "max_rounds_reached")]
-    studio.finish(made)
+    scorer.render_and_score(made)
     assert math.isnan(made[0].reward) and made[0].judgement is None
     assert all(t.reward == 0 and t.judgement["kscore"] == 0 for t in made[1:])
 
@@ -3792,7 +3792,7 @@ def test_the_imitated_example_of_a_prompt_is_the_one_whose_lesson_is_remembered(
     few_validation_rows(tmp_path)
     settings = genevolve.Evolve(out=str(tmp_path / "run"), validation=str(tmp_path / "validation.jsonl"), imitate="memory")
     run = genevolve.Evolution(settings)
-    with run.parts:
+    with run.components:
         row = run.rows[0]
 
         def attempt(reward, mark):
