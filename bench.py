@@ -29,6 +29,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+import atlas.judge
+import atlas.world
 import diffusion
 import distill
 import genevolve
@@ -59,12 +61,12 @@ class Suite:
     """Bench rows with their oracle programs, a renderer and the pixel judge; pictures are made in batches."""
 
     def __init__(self, settings, split="bench"):
-        self.rows = genevolve.atlas_rows(split)[:24 if settings.quick else None]
-        oracle = genevolve.read_oracle()
+        self.rows = atlas.world.requests(split)[:24 if settings.quick else None]
+        oracle = atlas.world.oracle()
         self.oracle = [oracle[row["id"]] for row in self.rows]
         weights = os.path.join(HERE, "weights")
         self.renderer = diffusion.Renderer.load(os.path.join(weights, "renderer"), os.path.join(weights, "vae"))
-        self.judge = distill.PixelJudge(genevolve.read_world())
+        self.judge = atlas.judge.PixelJudge(atlas.world.vocabulary())
         self.steps, self.guidance = settings.steps, settings.guidance
 
     def references(self, number):
@@ -266,7 +268,7 @@ def world(settings):
         for label, values in part(suite, settings).items():
             results[label] = values
             print_row(label, values)
-    genevolve.make_folder(settings.out)
+    model.make_folder(settings.out)
     model.write_json(os.path.join(settings.out, "world.json"), results)
 
 
@@ -610,9 +612,9 @@ def evaluated_rows(path):
 
 def suite_rows(settings):
     """Attempts at every request of --suite, judged, as rows for distill.summarize; goes on where it stopped."""
-    requests = genevolve.read_requests(settings.suite)
+    requests = tools.read_requests(settings.suite)
     name = zlib.crc32(f"{os.path.abspath(settings.suite)} {settings.policy}".encode())  # another suite, another folder
-    folder = genevolve.make_folder(os.path.join(settings.out, f"suite-{name:08x}"))
+    folder = model.make_folder(os.path.join(settings.out, f"suite-{name:08x}"))
     wise = [r for r in requests if "Prompt" in r and "prompt_id" in r]
     if wise and not settings.judge:
         raise ValueError("WISE's prompts have no ground truth: name a judge with --judge URL")
@@ -640,7 +642,7 @@ def suite_rows(settings):
                             None if t.image is None else parts.scorer.judge.score_wise(t.image, row)
                     except tools.ToolError as error:  # missing, not zero
                         done[-1] |= {"wise": None, "error": str(error)}
-            genevolve.write_lines(path, done)
+            model.write_lines(path, done)
             print(f"{start + len(rows)}/{len(left)} requests", flush=True)
     return done
 
@@ -658,7 +660,7 @@ def suite_figures(settings):
     for label, values in results.items():
         if isinstance(values, dict):
             print_row(label, values.get("all", values))
-    model.write_json(os.path.join(genevolve.make_folder(settings.out), "suite.json"), results)
+    model.write_json(os.path.join(model.make_folder(settings.out), "suite.json"), results)
 
 
 def quality(settings):
@@ -676,8 +678,8 @@ def quality(settings):
     names = [a.strip() for a in settings.arms.split(",")] if settings.arms else [*ARMS, "sensitivity"]
     if unknown := [a for a in names if a not in ARMS and a != "sensitivity"]:
         raise ValueError(f"unknown arm {unknown[0]!r}: must be of {', '.join(ARMS)}, sensitivity")
-    folder = genevolve.make_folder(os.path.join(settings.out, "quality"))
-    rows = genevolve.atlas_rows("bench")[:24 if settings.quick else None]
+    folder = model.make_folder(os.path.join(settings.out, "quality"))
+    rows = atlas.world.requests("bench")[:24 if settings.quick else None]
     fixed = fixed_rows(settings, folder, rows)
     for arm in names:
         if arm == "sensitivity":
@@ -1007,8 +1009,8 @@ def speed(settings):
     names = [n.strip() for n in settings.rows.split(",")] if settings.rows else list(SPEED)
     if unknown := [n for n in names if n not in SPEED]:
         raise ValueError(f"unknown row {unknown[0]!r}: must be of {', '.join(SPEED)}")
-    path = os.path.join(genevolve.make_folder(settings.out), "speed.json")
-    found = (read(path) or {}) | {"machine": machine(genevolve.pick_device(settings.device))
+    path = os.path.join(model.make_folder(settings.out), "speed.json")
+    found = (read(path) or {}) | {"machine": machine(model.pick_device(settings.device))
                                   | {"threads": torch.get_num_threads(), "torch": torch.__version__,
                                      "quick": settings.quick}}
     peak, band = found["machine"]["matrix product, GFLOP/s"], found["machine"]["memory, GB/s"]
@@ -1043,10 +1045,10 @@ def released(settings):
         raise ValueError("--runtime takes the folder of a checkout that has scripts/run_agent.py")
     for package in ("openai", "tqdm", "PIL"):
         need(package)
-    rows, out = genevolve.atlas_rows("bench")[:settings.requests], genevolve.make_folder(settings.out)
+    rows, out = atlas.world.requests("bench")[:settings.requests], model.make_folder(settings.out)
     with tempfile.TemporaryDirectory() as folder:
         requests = os.path.join(folder, "requests.jsonl")
-        genevolve.write_lines(requests, [{k: v for k, v in r.items() if k not in ("recipe", "_folder")} for r in rows])
+        model.write_lines(requests, [{k: v for k, v in r.items() if k not in ("recipe", "_folder")} for r in rows])
         command = [sys.executable, os.path.join(HERE, "genevolve.py"), "serve", "--port", "0", "--policy",
                    settings.policy, "--out", folder]
         server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

@@ -24,7 +24,6 @@ import math
 import os
 import re
 import struct
-import sys
 import time
 import zlib
 from dataclasses import asdict, dataclass
@@ -802,7 +801,7 @@ def train_vae(data, out, settings=VAETraining(), device="cpu"):
         vae.std.copy_(mean.std((0, 1, 2)))
         held = data.image[data.train:data.train + 200].to(device)
         square = (vae.to_images(vae.to_latents(held)).float() - held.float()).square().mean()
-    save_folder(out, vae, {"command": command_line(), "settings": asdict(s), "seconds": round(time.time() - started),
+    save_folder(out, vae, {"command": model.command_line(), "settings": asdict(s), "seconds": round(time.time() - started),
                            "final_loss": loss.item(), "held_out_psnr": 10 * math.log10(255**2 / square.item())})
     return vae.eval()
 
@@ -966,7 +965,7 @@ class RendererRun:
         """The averaged weights as a renderer folder, and beside them what it takes to go on."""
         os.makedirs(self.out, exist_ok=True)
         self.tokenizer.save(os.path.join(self.out, "tokenizer.json"))
-        training = {"command": command_line(), "settings": asdict(self.settings), "step": self.step,
+        training = {"command": model.command_line(), "settings": asdict(self.settings), "step": self.step,
                     "seconds": round(self.seconds), **self.figures}
         save_folder(self.out, self.net, training, self.average)
         tensors = {f"net.{k}": v.detach() for k, v in self.net.named_parameters()}
@@ -1036,14 +1035,3 @@ def train(data, out, seed=0, device="cpu", vae_steps=0, steps=0, **settings):
     train_renderer(scenes, vae, renderer, settings, device)
 
 
-def portable(value):
-    """A path inside the project relative to it, in settings too: a record that is true on other machines."""
-    if isinstance(value, dict):
-        return {k: portable(v) for k, v in value.items()}
-    here = os.path.dirname(os.path.abspath(__file__))
-    return os.path.relpath(value, here) if isinstance(value, str) and value.startswith(here + os.sep) else value
-
-
-def command_line():
-    """The command of this process, to be kept beside the weights."""
-    return " ".join(["python", os.path.basename(sys.argv[0]), *(portable(str(a)) for a in sys.argv[1:])])

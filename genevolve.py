@@ -27,10 +27,8 @@ import html
 import json
 import math
 import os
-import re
 import shutil
 import sys
-import tempfile
 import threading
 import time
 import zlib
@@ -42,6 +40,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import atlas.judge
+import atlas.world
 import diffusion
 import distill
 import model
@@ -49,12 +49,8 @@ import tools
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 MAX_ROUNDS = 11           # model calls in a trajectory; before the last one a message forbids tools
-MAX_REQUEST = 8000        # characters of a request
-
-
 # ---- Prompts ---------------------------------------------------------------------------------------------------------
 
-COMPACT_SYSTEM = "You plan pictures with tools.\n# Tools\nsearch, image_search, query_knowledge"
 FULL_SYSTEM = """You plan a picture. You do not draw: you find out what has to be seen, collect reference images, and \
 write a program that an image generator carries out.
 
@@ -79,7 +75,7 @@ FORMAT_ERROR = "Format error: {error}. Write <think>...</think>, then one <tool_
 
 def system_prompt(compact):
     """The system message. The full form lists the tools' JSON schemas, as function-calling models expect."""
-    return COMPACT_SYSTEM if compact else FULL_SYSTEM + "\n".join(json.dumps(tool) for tool in tools.TOOL_SCHEMAS)
+    return atlas.world.COMPACT_SYSTEM if compact else FULL_SYSTEM + "\n".join(json.dumps(tool) for tool in tools.TOOL_SCHEMAS)
 
 
 # ---- The agent loop: many requests at once ---------------------------------------------------------------------------
@@ -140,7 +136,7 @@ class LocalPolicy:
         """One turn for a conversation from outside (the chat endpoint). Returns tools.ChatReply."""
         messages = [m | {"role": "system" if m["role"] == "developer" else m["role"]} for m in request["messages"]]
         if self.compact:
-            messages = compact_messages(messages, skill_guides(), known_requests())
+            messages = atlas.world.compact_messages(messages, skill_guides(), atlas.world.known_requests())
         ids = self.tokenizer.apply_chat(messages, add_generation_prompt=True)
         sequence = self.engine.open(ids, request["seed"])
         self.engine.submit(sequence, min(request["max_tokens"], self.sampling.max_new_tokens), request["temperature"],
@@ -208,37 +204,6 @@ class RolloutPolicy:
 
     def end(self, trajectory):
         trajectory.handle = None
-
-
-def compact_messages(messages, guides, known=()):
-    """A conversation from another runtime in the form that the embedded policy was trained on: its one system prompt,
-    the bare request where the text contains one of the ``known``, one-line guides, short observations."""
-    reduced, called = [{"role": "system", "content": COMPACT_SYSTEM}], None
-    for message in messages:
-        text = message["content"]
-        if message["role"] == "assistant":
-            called = tools.parse_turn(text)
-        elif message["role"] == "user" and called is None:
-            text = next((question for question in known if question in text), text)
-        elif message["role"] == "user" and (body := re.search(r"<tool_response>\n?(.*?)\n?</tool_response>", text,
-                                                              re.S)):
-            text = f"<tool_response>\n{compact_observation(called, body.group(1), guides)}\n</tool_response>"
-        if message["role"] != "system":
-            reduced.append({"role": message["role"], "content": text})
-    return reduced
-
-
-def compact_observation(turn, text, guides):
-    """What a tool answered elsewhere, as ``tools.CompactSession`` would have said it; errors stay as they are."""
-    if turn.name == "query_knowledge" and turn.arguments.get("skill_name") in guides:
-        return guides[turn.arguments["skill_name"]].rpartition(tools.ONE_LINE)[2].strip()
-    title = lambda block: (re.search(r"title\W+(.+)", block, re.I) or re.search(r"(\S.*)", block)
-                           or [block, ""])[1].strip()
-    if turn.name == "image_search" and (found := re.findall(r"(IMG_\d+)\W*(.*?)(?=IMG_\d+|\Z)", text, re.S)):
-        return "\n".join(f"{img_id} {title(block)}" for img_id, block in found[:tools.COMPACT_TOP_K["image_search"]])
-    if turn.name == "search" and (found := re.findall(r"snippet\W+(.+?)\s*$", text, re.I | re.M)):
-        return "\n".join(f"{i}. {snippet}" for i, snippet in enumerate(found[:tools.COMPACT_TOP_K["search"]], 1))
-    return text
 
 
 class ChatPolicy:
@@ -442,43 +407,6 @@ def truth_of(row):
 
 # ---- Requests in, records out ----------------------------------------------------------------------------------------
 
-def read_requests(path):
-    """Rows of a .json (list) or .jsonl file, each with "id", "question" and its folder: the released bench and RL rows,
-    WISE's prompts (field Prompt), or anybody's. Raises ValueError."""
-    if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such file")
-    with open(path, encoding="utf-8") as file:
-        text = file.read()
-    try:
-        numbered = list(enumerate(json.loads(text), 1)) if path.endswith(".json") else \
-            [(n, json.loads(line)) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})")
-    rows = []
-    for number, row in numbered:
-        named = [row[k] for k in ("question", "prompt", "Prompt") if row.get(k)] if isinstance(row, dict) else []
-        if not named or not isinstance(text := named[0], str):
-            raise ValueError(f"{path}, line {number}: no prompt or question")
-        question = check_request(text, f"{path}, line {number}: ")
-        name = {"id": str(row.get("prompt_id", f"{number:04d}"))}  # WISE's, else the line
-        rows.append(name | row | {"question": question, "_folder": os.path.dirname(path) or "."})
-    if not rows:
-        raise ValueError(f"{path}: no requests in it")
-    return rows
-
-
-def check_request(text, where=""):
-    if not text.strip():
-        raise ValueError(f"{where}the request is empty")
-    if len(text) > MAX_REQUEST:
-        raise ValueError(f"{where}the request has {len(text)} characters; at most {MAX_REQUEST} are taken")
-    return text.strip()
-
-
-def atlas_rows(split):
-    return read_requests(os.path.join(HERE, "atlas", f"{split}.jsonl"))
-
-
 def record(trajectory, image_path):
     """One entry of results.json, in the released format, with the row's own fields passed through."""
     t, program = trajectory, trajectory.program
@@ -490,16 +418,6 @@ def record(trajectory, image_path):
         "error": t.error, "image_path": image_path, "output_path": image_path, "success": bool(image_path),
         "image_status": "success" if image_path else "no_program", "judgement": t.judgement,
         "reward": None if math.isnan(t.reward) else t.reward}
-
-
-def make_folder(path):
-    try:
-        os.makedirs(path, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path):  # another process may be asking at the same time
-            pass
-    except OSError as error:
-        raise ValueError(f"{path}: cannot write there ({error.strerror})")
-    return path
 
 
 # ---- What a person sees: terminal and report -------------------------------------------------------------------------
@@ -703,7 +621,7 @@ class Components:
 
     def __init__(self, settings, out):
         self.settings = s = settings
-        self.device = pick_device(s.device)
+        self.device = model.pick_device(s.device)
         self.tape = tools.Tape(record=s.record or None, replay=s.replay or None)
         self.budget = tools.Budget(s.max_calls) if s.max_calls else None
         self.server = None if s.search or s.replay else tools.Server(tools.Corpus(s.corpus)).start()
@@ -749,7 +667,7 @@ class Components:
         net, tokenizer = model.load(path, self.device)
         if tokenizer is None:
             raise ValueError(f"{path}: no tokenizer.json")
-        return LocalPolicy(net, tokenizer, sampling, compact=is_compact(path))
+        return LocalPolicy(net, tokenizer, sampling, compact=model.is_compact(path))
 
     def open_renderer(self):
         s = self.settings
@@ -767,42 +685,14 @@ class Components:
             client = tools.ChatClient(self.settings.judge, os.environ.get("OPENAI_API_KEY", ""),
                                       self.settings.judge_model, **self.paid())
             return distill.ModelJudge(client.complete)
-        return distill.PixelJudge(read_world())
+        return atlas.judge.PixelJudge(atlas.world.vocabulary())
 
     def agent(self, listen=None):
         system = open(self.settings.system_prompt, encoding="utf-8").read() if self.settings.system_prompt else None
         return Agent(self.policy, self.toolbox, listen=listen, system=system)
 
 
-def read_world():
-    with open(os.path.join(HERE, "atlas", "world.json"), encoding="utf-8") as file:
-        return json.load(file)
-
-
-def is_compact(policy_folder):
-    """Whether a policy was trained on the compact form of the protocol."""
-    path = os.path.join(policy_folder, "genevolve.json")
-    if not os.path.exists(path):
-        return False
-    with open(path, encoding="utf-8") as file:
-        return json.load(file).get("protocol") == "compact"
-
-
-def pick_device(name):
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"--device {name}: must be auto, cpu, cuda or mps")
-    return name
-
-
 # ---- run -------------------------------------------------------------------------------------------------------------
-
-def default_request():
-    """The validation request that asks most: a fact two pages away, the right look, and as many skills as any such."""
-    rows = [r for r in atlas_rows("validation") if r["recipe"]["factual_gap"] == "founding year"]
-    return max(rows, key=lambda r: len(r["recipe"]["wanted"]["skills"]))
-
 
 @functools.cache
 def skill_guides():
@@ -810,22 +700,16 @@ def skill_guides():
     return tools.read_skills(os.path.join(HERE, "skills"))
 
 
-@functools.cache
-def known_requests():
-    """Requests of the Atlas by their text: what has a ground truth can be judged."""
-    return {r["question"]: r for split in ("validation", "evolve", "bench") for r in atlas_rows(split)}
-
-
 def run(s):
     """python genevolve.py run"""
-    start, out = time.perf_counter(), make_folder(s.out)
+    start, out = time.perf_counter(), model.make_folder(s.out)
     if s.input:
-        rows = read_requests(s.input)
+        rows = tools.read_requests(s.input)
     elif s.request is None:
-        rows = [default_request()]
+        rows = [atlas.world.default_request()]
     else:
-        rows = [{"id": "image", "question": check_request(s.request)}]
-    known = known_requests()
+        rows = [{"id": "image", "question": tools.check_request(s.request)}]
+    known = atlas.world.known_requests()
     judged = ("recipe", "gt_image", "_folder")  # what the judge needs to know of an Atlas request
     rows = [r | {k: known[r["question"]][k] for k in judged} if r["question"] in known else r for r in rows]
     quiet = s.json or s.input
@@ -834,7 +718,7 @@ def run(s):
             print(rows[0]["question"])
         agent = parts.agent(None if quiet else lambda trajectory, step: print_step(step))
         done, path = [], os.path.join(out, "results.json")
-        make_folder(os.path.join(out, "images"))
+        model.make_folder(os.path.join(out, "images"))
         parts.announce(len(rows))
         for at in range(0, len(rows), s.live):
             batch = rows[at:at + s.live]
@@ -877,147 +761,6 @@ def save_results(out, trajectories, single):
 
 
 # ---- sft: the cold start ---------------------------------------------------------------------------------------------
-
-def read_demonstrations(path):
-    """The messages of every row of an SFT file (section 2's released format)."""
-    if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such file (python -m atlas.build --demos 30000 makes the Atlas's)")
-    with open(path, encoding="utf-8") as file:
-        try:
-            return [json.loads(line)["messages"] for line in file]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: not a file of demonstrations ({error})")
-
-
-def rare_tokens(tokenizer, conversations):
-    """[tokens that few requests contain (syllables of names, digits, letters), the single characters among them]: what
-    a policy has to copy."""
-    requests = [tokenizer.encode(c[1]["content"]) for c in conversations[:3000]]
-    counts = Counter(t for ids in requests for t in set(ids))
-    rare = np.array(sorted(t for t, n in counts.items() if n < 0.2 * len(requests)))
-    single = np.array([t for t in rare if re.fullmatch("[A-Z0-9]", tokenizer.decode([int(t)]))])
-    return [rare, single if len(single) else rare]
-
-
-def copy_loss(net, pools, rng, count, device):
-    """Cross-entropy on the second of two equal random segments: it can only be copied.
-
-    Segments are short, three to sixteen tokens, or nothing in the context is likely enough to start from. Every other
-    one is written in single characters, whose order is all there is to copy in a year or a code word."""
-    pool = pools[int(rng.integers(len(pools)))]
-    length, gaps = int(rng.integers(3, 17)), rng.integers(0, 25, 2)
-    segment = torch.tensor(rng.choice(pool, (count, length)), device=device)
-    before, between = (torch.tensor(rng.choice(pools[0], (count, n)), device=device) for n in gaps)
-    ids = torch.cat([before, segment, between, segment], 1)
-    logits = net(ids[:, :-1])[:, -(length - 1):]                                      # (count, length - 1, V)
-    return F.cross_entropy(logits.flatten(0, 1), segment[:, 1:].flatten())
-
-
-def sft_loss(net, rows, worth=None):
-    """Cross-entropy on assistant tokens only: L = -sum m w log pi(y | h) / sum m w. rows: [(ids, mask)]; worth: (V,) w
-    of every token, None: 1."""
-    hidden, places = model.hidden_states(net, [ids for ids, _ in rows])
-    device = hidden.device
-    before = torch.cat([at[:-1][torch.tensor(mask[1:], device=device)] for at, (_, mask) in zip(places, rows)])
-    said = torch.tensor([t for ids, mask in rows for t, m in zip(ids[1:], mask[1:]) if m], device=device)
-    share = torch.ones(len(said), device=device) if worth is None else worth[said]                    # (M,)
-    return -model.weighted_logprobs(hidden[before], net.output_weight, said, share / share.sum())
-
-
-def batches(rows, batch_tokens, rng):
-    """Endless shuffled batches of about ``batch_tokens`` tokens."""
-    while True:
-        batch, size = [], 0
-        for i in rng.permutation(len(rows)):
-            batch.append(rows[i])
-            size += len(rows[i][0])
-            if size >= batch_tokens:
-                yield batch
-                batch, size = [], 0
-
-
-def cosine(step, steps, peak, warmup):
-    """Learning rate: linear rise over ``warmup`` of the steps, then cosine to a tenth."""
-    rise = max(1, int(warmup * steps))
-    if step < rise:
-        return peak * (step + 1) / rise
-    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise))))
-
-
-def sft(s):
-    """python genevolve.py sft"""
-    device, conversations = pick_device(s.device), read_demonstrations(s.data)
-    torch.manual_seed(s.seed)
-    state = os.path.join(make_folder(s.out), "resume.safetensors")
-    going_on = os.path.exists(state)
-    if going_on:
-        told, now = model.read_json(os.path.join(s.out, "training.json"))["settings"], diffusion.portable(asdict(s))
-        if changed := [k for k in now if told.get(k) != now[k] and k not in ("device", "save_every")]:
-            raise ValueError(f"{s.out} holds an unfinished run with another --{changed[0].replace('_', '-')} "
-                             f"({told.get(changed[0])!r}); remove {state} to start afresh")
-    if going_on or s.init:
-        net, tokenizer = model.load(s.out if going_on else s.init, device)
-    else:
-        with open(s.vocabulary, encoding="utf-8") as file:
-            tokenizer = model.train_tokenizer(file.readlines(), s.vocab_size)
-        net = model.Qwen3(model.Config(vocab_size=tokenizer.size, hidden_size=s.hidden, layers=s.layers, heads=s.heads,
-                                       kv_heads=2, head_dim=32, mlp_size=s.hidden * 3, rope_theta=100.0,
-                                       tie_embeddings=True)).to(device)
-    rows = [tokenizer.apply_chat_with_mask(c) for c in conversations]
-    pools, worth = rare_tokens(tokenizer, conversations), torch.ones(net.config.vocab_size, device=device)
-    worth[torch.tensor(pools[0], device=device)] = s.copied_worth
-    optimizer = torch.optim.AdamW(net.parameters(), lr=s.lr, betas=(0.9, 0.98), weight_decay=s.weight_decay)
-    stream, copies = batches(rows, s.batch_tokens, np.random.default_rng(s.seed)), 0 if s.init else s.copy_steps
-    done, earlier = resume_sft(state, net, optimizer) if going_on else (0, 0.0)
-    for _ in range(copies, done):
-        next(stream)  # what the demonstrations' steps so far have seen
-    total, start, log = copies + s.steps, time.perf_counter() - earlier, {}
-    for step in range(done, total):
-        warm, rng = step < copies, np.random.default_rng([s.seed, step])
-        rate = s.lr * min(1.0, (step + 1) / 20) if warm else cosine(step - copies, s.steps, s.lr, s.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        with torch.autocast(device, torch.bfloat16, enabled=s.bf16):
-            loss = copy_loss(net, pools, rng, s.batch_tokens // 48, device) if warm else \
-                sft_loss(net, next(stream), worth)
-            if not warm and s.copy_weight:  # keep it alive while language is learned
-                copied = copy_loss(net, pools, rng, s.batch_tokens // 256, device)
-                loss = loss + s.copy_weight * copied
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        elapsed = time.perf_counter() - start
-        if step % 20 == 0 or step == total - 1:
-            log = {"step": step, "stage": "copy" if warm else "sft", "loss": loss.item(),
-                   "copy_loss": copied.item() if s.copy_weight and not warm else None, "grad_norm": norm.item(),
-                   "lr": rate, "seconds": elapsed, "seconds_left": elapsed / (step + 1) * (total - step - 1)}
-            print(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in log.items()), flush=True)
-        if (step + 1) % s.save_every == 0 or step == total - 1:
-            model.save(s.out, net, tokenizer)
-            model.write_json(os.path.join(s.out, "genevolve.json"),
-                             {"protocol": "compact" if not s.init or is_compact(s.init) else "full"})
-            model.write_json(os.path.join(s.out, "training.json"),
-                             {"command": diffusion.command_line(), "settings": diffusion.portable(asdict(s)), **log})
-            tensors = {"done": torch.tensor(step + 1), "seconds": torch.tensor(elapsed, dtype=torch.float64)}
-            for name, p in net.named_parameters():
-                tensors |= {f"net.{name}": p.detach()} | {f"{k}.{name}": v for k, v in optimizer.state[p].items()}
-            model.write_tensors(state, {k: v.cpu().contiguous() for k, v in tensors.items()})
-    os.remove(state)  # done: what it took to go on is of no more use
-
-
-@torch.no_grad()
-def resume_sft(path, net, optimizer):
-    """Weights and optimizer of an unfinished cold start -> (steps done, seconds they took)."""
-    with model.open_tensors(path) as file:
-        tensors = {k: file.get_tensor(k) for k in file.keys()}
-    for name, p in net.named_parameters():
-        p.copy_(tensors[f"net.{name}"])
-        optimizer.state[p] = {k: tensors[f"{k}.{name}"].to("cpu" if k == "step" else p.device)
-                              for k in ("step", "exp_avg", "exp_avg_sq")}
-    print(f"sft: resuming at step {int(tensors['done'])}", flush=True)
-    return int(tensors["done"]), float(tensors["seconds"])
-
 
 # ---- evolve: from its own attempts to a better policy ----------------------------------------------------------------
 
@@ -1078,15 +821,15 @@ class Evolution:
         self.settings = s = settings
         if s.imitate not in ("", "best", "memory") or s.guides not in ("own", "shuffled", "placebo"):
             raise ValueError("--imitate takes best or memory, --guides takes own, shuffled or placebo")
-        self.out, self.recipe = make_folder(s.out), read_recipe(s.recipe, s.set)
-        self.processes = model.ProcessGroup.from_env(pick_device(s.device))
-        if pick_device(s.device) == "cpu":  # else threads add into one place in any order (an index's backward)
+        self.out, self.recipe = model.make_folder(s.out), read_recipe(s.recipe, s.set)
+        self.processes = model.ProcessGroup.from_env(model.pick_device(s.device))
+        if model.pick_device(s.device) == "cpu":  # else threads add into one place in any order (an index's backward)
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.utils.deterministic.fill_uninitialized_memory = False
         if self.processes.size > 1 and (s.record or s.replay):
             raise ValueError("--record and --replay follow one process, not several")
         s.policy = s.policy or os.path.join(HERE, "weights", "sft")
-        self.rows, self.validation = read_requests(s.data), read_requests(s.validation)
+        self.rows, self.validation = tools.read_requests(s.data), tools.read_requests(s.validation)
         self.components = Components(s, self.out)
         if isinstance(self.components.policy, ChatPolicy):
             raise ValueError("evolve trains a policy folder; --policy URL is only for run")
@@ -1109,8 +852,8 @@ class Evolution:
         r, self.mean_embedding = self.recipe, None  # the mean bag of words
         self.memory = distill.Memory(self.embed, r.capacity, r.gate, distill.entity_names if r.entity_free else None,
                                      r.near_tie)
-        self.phrases = read_world()["guide"] if self.components.policy.compact else None
-        self.advice = read_oracle()
+        self.phrases = atlas.world.vocabulary()["guide"] if self.components.policy.compact else None
+        self.advice = atlas.world.oracle()
         self.steps_done, self.lr_scale, self.promoted_files, self.window_start = 0, 1.0, None, 0
         # rows; prompt -> best (tokens, mask); validation rewards
         self.log, self.examples, self.promoted, self.example = [], {}, None, None
@@ -1129,7 +872,7 @@ class Evolution:
             return self.processes.barrier()
         folder = os.path.abspath(os.path.join(self.out, "served"))
         path = os.path.join(folder, f"{self.steps_done:06d}-{len(os.listdir(folder)) if os.path.isdir(folder) else 0}")
-        save_policy(path, self.rollout_net, self.tokenizer, self.components.policy.compact, {"step": self.steps_done})
+        model.save_policy(path, self.rollout_net, self.tokenizer, self.components.policy.compact, {"step": self.steps_done})
         self.components.policy.client.update_weights(path)
         for old in os.listdir(folder):
             if os.path.join(folder, old) != path:
@@ -1402,8 +1145,8 @@ class Evolution:
     def write_policy(self, name, figures=None):
         """The policy as a folder of the run."""
         if self.processes.is_main:
-            save_policy(os.path.join(self.out, name), self.rollout_net, self.tokenizer, self.components.policy.compact,
-                        {"command": diffusion.command_line(), "step": self.steps_done, "validation": figures})
+            model.save_policy(os.path.join(self.out, name), self.rollout_net, self.tokenizer, self.components.policy.compact,
+                        {"command": model.command_line(), "step": self.steps_done, "validation": figures})
 
     def collapse(self):
         """What fell past its bound within the last steps, or ""."""
@@ -1464,7 +1207,7 @@ class Evolution:
         self.processes.barrier()
         path = model.write_shards(self.processes, os.path.join(temporary, "state"),
                                   self.weights() | {f"memory.{k}": v for k, v in keys.items()})
-        sums = dict(self.processes.all_gather_objects([os.path.basename(path), checksum(path)]))
+        sums = dict(self.processes.all_gather_objects([os.path.basename(path), model.checksum(path)]))
         if not first:
             return self.processes.barrier()
         model.write_json(os.path.join(temporary, "state.json"), {
@@ -1504,7 +1247,7 @@ class Evolution:
             try:
                 with open(os.path.join(path, "state.json"), encoding="utf-8") as file:
                     state = json.load(file)
-                sums = {file: checksum(os.path.join(path, file)) for file in state["checksums"]}
+                sums = {file: model.checksum(os.path.join(path, file)) for file in state["checksums"]}
                 if name != "unfinished" and state["checksums"] == sums:
                     return state | {"path": path}
                 error = "its checksum does not match"
@@ -1546,7 +1289,7 @@ class Evolution:
                 lines = [json.loads(line) for line in file if line.endswith("\n")]
         self.log = [line for line in lines if line["step"] < self.steps_done] + [state["row"]]
         if self.processes.is_main:
-            write_lines(log, self.log)
+            model.write_lines(log, self.log)
             print(f"resuming after step {self.steps_done}", flush=True)
 
 
@@ -1628,54 +1371,19 @@ def read_recipe(name, changes):
     return dataclasses.replace(distill.RECIPES[name], **values)
 
 
-def read_oracle():
-    """What the world knows of its requests: id -> oracle program, right advice."""
-    with open(os.path.join(HERE, "atlas", "oracle.jsonl"), encoding="utf-8") as file:
-        return {row["id"]: row for row in map(json.loads, file)}
-
-
-def checksum(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_lines(path, rows):
-    model.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
 def read_memo(path, scorer, count):
     """Judgements that runs share: key -> scores. The first line names renderer and steps; another's is refused.
     count: lines that the checkpoint knew (None: all); what a killed step wrote after them is cut off."""
     if not os.path.exists(path):
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        write_lines(path, [scorer.fingerprint()])
+        model.write_lines(path, [scorer.fingerprint()])
     with open(path, encoding="utf-8") as file:
         head, *lines = [json.loads(line) for line in file if line.endswith("\n")]
     if head != scorer.fingerprint():
         raise ValueError(f"{path}: judgements of another renderer; remove it or name another --memo")
     lines = lines[:count]
-    write_lines(path, [head, *lines])
+    model.write_lines(path, [head, *lines])
     return dict(lines)
-
-
-def save_policy(path, net, tokenizer, compact, training):
-    """A policy folder, replaced as a whole."""
-    temporary = path + ".new"
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save(temporary, net, tokenizer)
-    model.write_json(os.path.join(temporary, "genevolve.json"), {"protocol": "compact" if compact else "full"})
-    model.write_json(os.path.join(temporary, "training.json"), training)
-    swap_folder(temporary, path)
-
-
-def swap_folder(source, path):
-    """Put ``source`` where ``path`` is; what was there is gone only after the new one stands."""
-    old = path + ".old"
-    shutil.rmtree(old, ignore_errors=True)
-    if os.path.exists(path):
-        os.rename(path, old)
-    os.rename(source, path)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 # ---- promote, export -------------------------------------------------------------------------------------------------
@@ -1694,7 +1402,7 @@ def promote(s):
     if s.undo:
         if not os.path.isdir(before):
             raise ValueError(f"{before}: nothing to take back")
-        swap_folder(before, here)
+        model.swap_folder(before, here)
         print(f"{here} is what it was before the last promotion")
         return
     if not s.run:
@@ -1778,7 +1486,7 @@ def svg_lines(series, width, height, faint=None, across=""):
 
 def show(out, when, trajectories):
     """Keep validation pictures for the gallery. when: "before" or "after"."""
-    folder = make_folder(os.path.join(out, "gallery"))
+    folder = model.make_folder(os.path.join(out, "gallery"))
     for t in trajectories:
         if t.image is not None:
             diffusion.write_png(os.path.join(folder, f"{when}-{t.id}.png"), t.image)
@@ -1870,15 +1578,15 @@ def write_evolution_report(run):
 
 def train_renderer(s):
     """python genevolve.py train-renderer"""
-    diffusion.train(s.data, s.out, seed=s.seed, device=pick_device(s.device), vae_steps=s.vae_steps, steps=s.steps,
+    diffusion.train(s.data, s.out, seed=s.seed, device=model.pick_device(s.device), vae_steps=s.vae_steps, steps=s.steps,
                     start=s.start, compile=s.compile)
 
 
 def serve(s):
     """python genevolve.py serve"""
-    out = make_folder(s.out)
+    out = model.make_folder(s.out)
     with Components(s, out) as parts:
-        lock, known = threading.Lock(), known_requests()
+        lock, known = threading.Lock(), atlas.world.known_requests()
 
         def policy(request):
             if not isinstance(parts.policy, LocalPolicy):
@@ -1906,6 +1614,11 @@ def serve(s):
         print(f"serving on {server.url}: /search /images /v1/chat/completions /v1/models /generate /health "
               "(Ctrl-C ends)", flush=True)
         server.forever()
+
+
+def sft(s):
+    """python genevolve.py sft"""
+    distill.sft(s)
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------

@@ -15,11 +15,14 @@ needs no sort (see `sample`); a random number is a function of (seed, position),
     N tokens of a flat stream    B rows    T tokens of a row    L tokens attended to    C hidden size    V vocabulary
     H query heads    J key/value heads    R = H / J    D head size    G groups that share a prompt    M rows of a group
 """
+import hashlib
 import json
 import math
 import mmap
 import os
 import shutil
+import sys
+import tempfile
 from collections import Counter, deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,9 +34,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Regex, Tokenizer as FastTokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as FastTokenizer
 from torch.utils.checkpoint import checkpoint
-
 
 # ---- Decoder ---------------------------------------------------------------------------------------------------------
 
@@ -1460,3 +1463,74 @@ def generate(net, prompts, max_new_tokens, temperature=0.7, top_p=0.95, stop_ids
         for s in ended:
             engine.close(s)
     return [Completion(s.tokens[len(p):], s.logprobs, s.finish) for s, p in zip(sequences, prompts)]
+
+
+# ---- Files of a run ----------
+
+def make_folder(path):
+    try:
+        os.makedirs(path, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path):  # another process may be asking at the same time
+            pass
+    except OSError as error:
+        raise ValueError(f"{path}: cannot write there ({error.strerror})")
+    return path
+
+
+def is_compact(policy_folder):
+    """Whether a policy was trained on the compact form of the protocol."""
+    path = os.path.join(policy_folder, "genevolve.json")
+    if not os.path.exists(path):
+        return False
+    with open(path, encoding="utf-8") as file:
+        return json.load(file).get("protocol") == "compact"
+
+
+def pick_device(name):
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {name}: must be auto, cpu, cuda or mps")
+    return name
+
+
+def checksum(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_lines(path, rows):
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def save_policy(path, net, tokenizer, compact, training):
+    """A policy folder, replaced as a whole."""
+    temporary = path + ".new"
+    shutil.rmtree(temporary, ignore_errors=True)
+    save(temporary, net, tokenizer)
+    write_json(os.path.join(temporary, "genevolve.json"), {"protocol": "compact" if compact else "full"})
+    write_json(os.path.join(temporary, "training.json"), training)
+    swap_folder(temporary, path)
+
+
+def swap_folder(source, path):
+    """Put ``source`` where ``path`` is; what was there is gone only after the new one stands."""
+    old = path + ".old"
+    shutil.rmtree(old, ignore_errors=True)
+    if os.path.exists(path):
+        os.rename(path, old)
+    os.rename(source, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def portable(value):
+    """A path inside the project relative to it, in settings too: a record that is true on other machines."""
+    if isinstance(value, dict):
+        return {k: portable(v) for k, v in value.items()}
+    here = os.path.dirname(os.path.abspath(__file__))
+    return os.path.relpath(value, here) if isinstance(value, str) and value.startswith(here + os.sep) else value
+
+
+def command_line():
+    """The command of this process, to be kept beside the weights."""
+    return " ".join(["python", os.path.basename(sys.argv[0]), *(portable(str(a)) for a in sys.argv[1:])])

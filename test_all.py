@@ -34,6 +34,8 @@ import pytest
 import requests
 import torch
 
+import atlas.judge
+import atlas.world
 import bench
 import diffusion
 import distill
@@ -206,9 +208,9 @@ def test_tokens_to_be_copied_count_more_in_sft():
         for t in range(1, len(ids)):
             if mask[t]:
                 total, weights = total + worth[ids[t]] * logp[t - 1, ids[t]], weights + worth[ids[t]]
-    assert torch.allclose(genevolve.sft_loss(net, rows, worth), -total / weights, atol=1e-5)
-    assert torch.allclose(genevolve.sft_loss(net, rows), genevolve.sft_loss(net, rows, torch.full_like(worth, 2.0)), atol=1e-6)
-    assert not torch.allclose(genevolve.sft_loss(net, rows), genevolve.sft_loss(net, rows, worth), atol=1e-3)
+    assert torch.allclose(distill.sft_loss(net, rows, worth), -total / weights, atol=1e-5)
+    assert torch.allclose(distill.sft_loss(net, rows), distill.sft_loss(net, rows, torch.full_like(worth, 2.0)), atol=1e-6)
+    assert not torch.allclose(distill.sft_loss(net, rows), distill.sft_loss(net, rows, worth), atol=1e-3)
 
 
 def test_a_bag_of_words_knows_no_order():
@@ -1017,7 +1019,7 @@ def test_the_committed_vae_round_trips_glyphs_and_blocks():
 
 
 def test_both_references_of_a_pair_reach_the_picture():
-    renderer, judge = diffusion_committed(), distill.PixelJudge(genevolve.read_world())
+    renderer, judge = diffusion_committed(), atlas.judge.PixelJudge(atlas.world.vocabulary())
     pairs = [(row, image, wanted) for _, row, image, wanted in atlas_cases(120, 5) if len(row["_scene"].sprites) == 2][:12]
     prompts = [build.subject_sentence([e.name for e in row["_entities"]], True) + " " + build.wording("pair", row["_scene"], True)
                for row, _, _ in pairs]
@@ -2913,7 +2915,7 @@ def atlas_cases(count, seed=1):
 
 
 def pixel_judge():
-    return distill.PixelJudge(genevolve.read_world())
+    return atlas.judge.PixelJudge(atlas.world.vocabulary())
 
 
 def test_the_judge_gives_full_marks_to_ground_truth_and_to_another_drawing_of_the_same_scene():
@@ -2925,7 +2927,7 @@ def test_the_judge_gives_full_marks_to_ground_truth_and_to_another_drawing_of_th
 
 def test_every_committed_ground_truth_scores_one():
     judge = pixel_judge()
-    for row in genevolve.atlas_rows("bench") + genevolve.atlas_rows("validation"):
+    for row in atlas.world.requests("bench") + atlas.world.requests("validation"):
         truth = genevolve.truth_of(row)
         assert judge(truth, truth, row["recipe"]["wanted"])["kscore"] == 1.0, row["id"]
 
@@ -2956,7 +2958,7 @@ def test_jpeg_at_quality_100_changes_no_verdict_though_it_halves_the_chroma():
 def test_splits_share_no_name_and_no_request():
     names, questions = {}, set()
     for split in ("evolve", "validation", "bench"):
-        rows = genevolve.atlas_rows(split)
+        rows = atlas.world.requests(split)
         assert not questions & {r["question"] for r in rows}
         questions |= {r["question"] for r in rows}
         names[split] = {w for r in rows for s in r["recipe"]["wanted"]["subjects"] for w in s["name"].split()} - \
@@ -2967,10 +2969,10 @@ def test_splits_share_no_name_and_no_request():
 
 
 def test_the_bench_keeps_the_papers_ratio_of_tracks_and_asks_for_unseen_combinations():
-    rows = genevolve.atlas_rows("bench")
+    rows = atlas.world.requests("bench")
     assert sum(r["eval_type"] == "knowledge" for r in rows) == 90 and len(rows) == 160
     assert any(r["novel"] for r in rows)
-    assert not any(r["novel"] for s in ("evolve", "validation") for r in genevolve.atlas_rows(s))
+    assert not any(r["novel"] for s in ("evolve", "validation") for r in atlas.world.requests(s))
 
 
 def test_the_world_is_rebuilt_to_the_byte(tmp_path, monkeypatch):
@@ -2978,7 +2980,7 @@ def test_the_world_is_rebuilt_to_the_byte(tmp_path, monkeypatch):
     build.build_world(0)
     for name in ("bench.jsonl", "validation.jsonl", "evolve.jsonl", "oracle.jsonl", "world.json", "corpus/images/titles.json"):
         assert (tmp_path / name).read_bytes() == open(os.path.join(genevolve.HERE, "atlas", name), "rb").read(), name
-    for row in genevolve.atlas_rows("bench")[:20]:
+    for row in atlas.world.requests("bench")[:20]:
         assert (diffusion.read_png(str(tmp_path / row["gt_image"])) == genevolve.truth_of(row)).all()
 
 
@@ -3025,7 +3027,7 @@ def agent_attempt(tmp_path, *turns):
     with tools.Server(tools.Corpus(os.path.join(genevolve.HERE, "atlas", "corpus"))) as server:
         box = tools.ToolBox(server.url, os.path.join(genevolve.HERE, "skills"), str(tmp_path / "cache"), compact=True,
                             allow_private=True)
-        return genevolve.Agent(ScriptedPolicy(turns), box).run([genevolve.atlas_rows("validation")[0]], [0])[0]
+        return genevolve.Agent(ScriptedPolicy(turns), box).run([atlas.world.requests("validation")[0]], [0])[0]
 
 
 def agent_call(name, **arguments):
@@ -3076,7 +3078,7 @@ def test_a_tokens_mask_covers_exactly_what_the_policy_wrote(tmp_path):
     policy = genevolve.LocalPolicy(net, tokenizer, genevolve.Sampling())
     with tools.Server(tools.Corpus(os.path.join(genevolve.HERE, "atlas", "corpus"))) as server:
         box = tools.ToolBox(server.url, os.path.join(genevolve.HERE, "skills"), str(tmp_path), compact=True, allow_private=True)
-        done = genevolve.Agent(policy, box).run(genevolve.atlas_rows("validation")[:3], [1, 2, 3])
+        done = genevolve.Agent(policy, box).run(atlas.world.requests("validation")[:3], [1, 2, 3])
     for t in done:
         assert len(t.tokens) == len(t.mask) == len(t.logprobs)
         written = tokenizer.decode([i for i, m in zip(t.tokens, t.mask) if m])
@@ -3092,7 +3094,7 @@ def test_sft_scores_assistant_tokens_only():
                 {"role": "user", "content": "an observation"}]
     ids, mask = tokenizer.apply_chat_with_mask(messages)
     other, _ = tokenizer.apply_chat_with_mask(messages[:3] + [{"role": "user", "content": "another one"}])
-    cut = lambda i: genevolve.sft_loss(net, [(i, mask[:len(i)] + [False] * (len(i) - len(mask)))]).item()
+    cut = lambda i: distill.sft_loss(net, [(i, mask[:len(i)] + [False] * (len(i) - len(mask)))]).item()
     assert abs(cut(ids) - cut(other)) < 1e-5
 
 
@@ -3107,7 +3109,7 @@ def test_run_leaves_an_image_a_record_and_a_report(tmp_path, capsys):
 
 
 def test_a_batch_repeats_bit_for_bit(tmp_path, capsys):
-    rows = [{"id": f"r{i}", "prompt": r["question"]} for i, r in enumerate(genevolve.atlas_rows("validation")[:5])]
+    rows = [{"id": f"r{i}", "prompt": r["question"]} for i, r in enumerate(atlas.world.requests("validation")[:5])]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
     seen = []
     for name in "ab":
@@ -3168,7 +3170,7 @@ def test_serve_answers_chat_renderer_and_search(tmp_path):
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             url = re.search(r"http://\S+:\d+", process.stdout.readline()).group()
-            question = genevolve.atlas_rows("validation")[0]["question"]
+            question = atlas.world.requests("validation")[0]["question"]
             chat = requests.post(url + "/v1/chat/completions", json={"messages": [
                 {"role": "system", "content": "another prompt"}, {"role": "user", "content": question}]}, timeout=60).json()
             assert tools.parse_turn(chat["choices"][0]["message"]["content"]).kind == "tool_call"
@@ -3211,16 +3213,16 @@ def test_sft_stopped_and_started_again_ends_with_the_same_weights(tmp_path, caps
                                            "--out", tmp_path / name, "--copy-steps", 2, "--steps", 6, "--batch-tokens", 1500, "--hidden", 32,
                                            "--layers", 1, "--heads", 2, "--save-every", 3, *more)
     assert train("whole")[0] == 0
-    calls, plain = [], genevolve.sft_loss
+    calls, plain = [], distill.sft_loss
 
     def stopped(net, rows, worth):
         calls.append(1)
         if len(calls) == 4:  # the sixth step; the last checkpoint is the third's
             raise KeyboardInterrupt
         return plain(net, rows, worth)
-    monkeypatch.setattr(genevolve, "sft_loss", stopped)
+    monkeypatch.setattr(distill, "sft_loss", stopped)
     assert train("stopped")[0] == 130
-    monkeypatch.setattr(genevolve, "sft_loss", plain)
+    monkeypatch.setattr(distill, "sft_loss", plain)
     code, _, err = train("stopped", "--lr", 1e-3)
     assert code == 2 and "--lr" in err
     code, out, err = train("stopped")
@@ -3260,7 +3262,7 @@ def tiny_evolution(out, *more):
 
 def few_validation_rows(folder):
     """Three validation requests in a file of their own."""
-    rows = genevolve.atlas_rows("validation")[:3]
+    rows = atlas.world.requests("validation")[:3]
     rows = [{k: v for k, v in r.items() if k != "_folder"} | {"gt_image": os.path.join(genevolve.HERE, "atlas", r["gt_image"])} for r in rows]
     (folder / "validation.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
@@ -3677,7 +3679,7 @@ def test_names_of_demonstrations_are_in_no_other_split():
 def test_a_run_that_went_further_is_not_measured_as_an_earlier_one(tmp_path, monkeypatch):
     monkeypatch.setattr(genevolve, "evolve", lambda s: SimpleNamespace(steps_done=5, out=s.out))
     settings = bench.Quality(runs=str(tmp_path))
-    assert bench.evolution(settings, "grpo", "lr=2e-4", 0, 5).done == 5
+    assert bench.evolution(settings, "grpo", "lr=2e-4", 0, 5).steps_done == 5
     with pytest.raises(ValueError, match="is at update 5 and 3 were asked for"):
         bench.evolution(settings, "grpo", "lr=2e-4", 0, 3)
 
@@ -3708,7 +3710,7 @@ def test_the_sensitivity_table_changes_one_thing_and_goes_on_where_it_stopped(tm
 
 def test_two_processes_may_ask_for_one_folder_at_a_time(tmp_path):
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        assert set(pool.map(lambda _: genevolve.make_folder(str(tmp_path / "out")), range(400))) == {str(tmp_path / "out")}
+        assert set(pool.map(lambda _: model.make_folder(str(tmp_path / "out")), range(400))) == {str(tmp_path / "out")}
     assert os.listdir(tmp_path / "out") == []
 
 
@@ -3733,7 +3735,7 @@ def test_a_foreign_runtime_completes_atlas_requests_against_serve(tmp_path):
             client = tools.ChatClient(server.url, model="anything")
             box = tools.ToolBox(server.url, os.path.join(genevolve.HERE, "skills"), str(tmp_path / "cache"), allow_private=True)
             agent = genevolve.Agent(genevolve.ChatPolicy(client, genevolve.Sampling(), workers=1), box)
-            done = agent.run(genevolve.atlas_rows("validation")[:20], list(range(20)))
+            done = agent.run(atlas.world.requests("validation")[:20], list(range(20)))
         finally:
             server.stop()
     assert sum(t.program is not None for t in done) >= 19
@@ -3780,7 +3782,7 @@ def test_trajectories_from_a_serving_engine(tmp_path, capsys):
 
 
 def test_a_service_that_failed_leaves_the_reward_missing_and_a_bad_answer_does_not():
-    row = genevolve.atlas_rows("validation")[0]
+    row = atlas.world.requests("validation")[0]
     scorer = genevolve.Scorer(None, pixel_judge())
     made = [distill.Trajectory(row["id"], row["question"], row, termination=end) for end in ("error", "no_answer", "max_rounds_reached")]
     scorer.render_and_score(made)
@@ -3811,7 +3813,7 @@ def bench_main(capsys, *arguments):
 
 
 def test_a_suite_is_measured_from_released_rows_and_goes_on_where_it_stopped(tmp_path, capsys):
-    rows = genevolve.atlas_rows("validation")[:5]
+    rows = atlas.world.requests("validation")[:5]
     shutil.copytree(os.path.join(genevolve.HERE, "atlas", "truth"), tmp_path / "truth",
                     ignore=lambda _, names: [n for n in names if n not in {f"{r['id']}.png" for r in rows}])
     keep = ("id", "question", "gt_image", "eval_type", "category", "difficulty", "recipe")
@@ -3849,7 +3851,7 @@ def test_what_the_released_evaluator_writes_is_read(tmp_path, capsys):
 
 
 def test_wise_prompts_get_both_scores_and_a_failed_judgement_is_missing(tmp_path, capsys):
-    question = genevolve.atlas_rows("validation")[0]["question"]
+    question = atlas.world.requests("validation")[0]["question"]
     ids = (1, 400, 401, 567, 568, 700, 701, 801, 1000)
     (tmp_path / "wise.json").write_text(json.dumps([
         {"Prompt": question, "Explanation": f"what {i} means", "Category": "any", "Subcategory": "any", "prompt_id": i} for i in ids]))

@@ -1760,3 +1760,41 @@ class Handler(http.server.BaseHTTPRequestHandler):
         host = self.headers.get("Host", "")
         sound = re.fullmatch(r"([\w.-]+|\[[0-9a-fA-F:]+\])(:\d{1,5})?", host)
         return f"http://{host}" if sound else self.owner.url
+
+
+# ---- Requests -----------
+
+MAX_REQUEST = 8000        # characters of a request
+
+
+def read_requests(path):
+    """Rows of a .json (list) or .jsonl file, each with "id", "question" and its folder: the released bench and RL rows,
+    WISE's prompts (field Prompt), or anybody's. Raises ValueError."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: no such file")
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    try:
+        numbered = list(enumerate(json.loads(text), 1)) if path.endswith(".json") else \
+            [(n, json.loads(line)) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})")
+    rows = []
+    for number, row in numbered:
+        named = [row[k] for k in ("question", "prompt", "Prompt") if row.get(k)] if isinstance(row, dict) else []
+        if not named or not isinstance(text := named[0], str):
+            raise ValueError(f"{path}, line {number}: no prompt or question")
+        question = check_request(text, f"{path}, line {number}: ")
+        name = {"id": str(row.get("prompt_id", f"{number:04d}"))}  # WISE's, else the line
+        rows.append(name | row | {"question": question, "_folder": os.path.dirname(path) or "."})
+    if not rows:
+        raise ValueError(f"{path}: no requests in it")
+    return rows
+
+
+def check_request(text, where=""):
+    if not text.strip():
+        raise ValueError(f"{where}the request is empty")
+    if len(text) > MAX_REQUEST:
+        raise ValueError(f"{where}the request has {len(text)} characters; at most {MAX_REQUEST} are taken")
+    return text.strip()

@@ -32,9 +32,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from safetensors.numpy import save_file
 
+import atlas.judge
+import atlas.world
 import diffusion
 import distill
-import genevolve
 import tools
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -975,7 +976,7 @@ def build_demos(count, seed, care=CARE):
         valid += 1
         if not guided and sum(audit.values()) < 3 and rng.random() < 0.75:  # the audit spares nobody but the advised
             continue
-        opening = [{"role": "system", "content": genevolve.COMPACT_SYSTEM},
+        opening = [{"role": "system", "content": atlas.world.COMPACT_SYSTEM},
                    {"role": "user", "content": row["question"]}]
         if guided:
             bullets = {slot: [distill.STANDARD * (rng.random() < 0.3) + b for b in texts]
