@@ -330,7 +330,7 @@ class Scorer:
 
     def __init__(self, renderer, judge=None, steps=20, alpha=0.5, guidance=1.0):
         self.renderer, self.judge, self.steps, self.alpha = renderer, judge, steps, alpha
-        self.scores, self.images = {}, {}  # by ``key``; scores may come from a file, so they need no picture
+        self.scores, self.images = {}, {}  # by ``key``
         local = isinstance(renderer, diffusion.Renderer)
         self.open = tools.read_image if local else lambda path: path  # a remote renderer gets the files untouched
         self.options = {"steps": steps, "guidance": guidance} if local else {"steps": steps}
@@ -379,13 +379,10 @@ class Scorer:
         """The picture's scores, or None where there is nothing to judge it against."""
         return self.judge.score(image, truth_of(row), row) if self.judge and row.get("gt_image") else None
 
-    def fingerprint(self):
-        """What a file of judgements belongs to: renderer, steps, judge."""
-        weights = self.renderer.net.state_dict().values() if isinstance(self.renderer, diffusion.Renderer) else []
-        crc = 0
-        for tensor in weights:
-            crc = zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy(), crc)
-        return [type(self.renderer).__name__, crc, self.options, type(self.judge).__name__]
+    def forget(self):
+        """Drop what was remembered."""
+        self.scores.clear()
+        self.images.clear()
 
     @staticmethod
     def key(trajectory):
@@ -779,11 +776,6 @@ class Evolve(ComponentFlags):
     set: str = flag("", "changes to the recipe, for instance weight=1,teacher=ema")
     lr: float = flag(2e-4, "learning rate of AdamW (1e-6 for a pretrained policy)")
     grpo: bool = flag(True, "the group-relative policy gradient")
-    imitate: str = flag("", "in place of experience: cross-entropy on each group's 'best' or on the 'memory' of the "
-                            "nearest request")
-    guides: str = flag("own", "what the teacher sees: own bundles, or the controls 'shuffled' and 'placebo'")
-    match_ratio: float = flag(0.0, "norm of the experience gradient over GRPO's, faded as the weight is (0: what the "
-                                   "recipe's weight makes it)")
     minibatches: int = flag(1, "updates a batch of trajectories is split into")
     micro_tokens: int = flag(0, "tokens a forward pass of one process, a shared beginning once (0: 6,144 on a CPU, "
                                 "65,536 on a GPU)")
@@ -792,7 +784,6 @@ class Evolve(ComponentFlags):
     sampling_steps: int = flag(6, "sampling steps of the renderer")
     eval_every: int = flag(20, "steps between evaluations on validation requests (0: never)")
     audit_every: int = flag(10, "steps between lesson audits, which cost rollouts of their own (0: never)")
-    memo: str = flag("", "file of judgements that runs share (default: one in --out)")
 
     def __post_init__(self):
         if str(self.rollouts).startswith(("http://", "https://")):
@@ -819,8 +810,6 @@ class Evolution:
 
     def __init__(self, settings):
         self.settings = s = settings
-        if s.imitate not in ("", "best", "memory") or s.guides not in ("own", "shuffled", "placebo"):
-            raise ValueError("--imitate takes best or memory, --guides takes own, shuffled or placebo")
         self.out, self.recipe = model.make_folder(s.out), read_recipe(s.recipe, s.set)
         self.processes = model.ProcessGroup.from_env(model.pick_device(s.device))
         if model.pick_device(s.device) == "cpu":  # else threads add into one place in any order (an index's backward)
@@ -855,12 +844,15 @@ class Evolution:
         self.phrases = atlas.world.vocabulary()["guide"] if self.components.policy.compact else None
         self.advice = atlas.world.oracle()
         self.steps_done, self.lr_scale, self.promoted_files, self.window_start = 0, 1.0, None, 0
-        # rows; prompt -> best (tokens, mask); validation rewards
-        self.log, self.examples, self.promoted, self.example = [], {}, None, None
-        self.memo_file, self.memo_kept = s.memo or os.path.join(self.out, "memo.jsonl"), 0
-        self.resume()
-        self.memo_seen = len(self.scorer.scores)
-        self.sync_weights()
+        self.log, self.promoted, self.example = [], None, None  # rows; validation rewards; (trajectory, bundle)
+
+    @classmethod
+    def open(cls, settings):
+        """The run in --out: a new one, or where the stopped one was."""
+        run = cls(settings)
+        run.resume()
+        run.sync_weights()
+        return run
 
     @torch.no_grad()
     def sync_weights(self):
@@ -916,17 +908,13 @@ class Evolution:
         seconds = time.perf_counter() - written
         if self.processes.size == 1:
             return mine, seconds
-        fresh = dict(list(self.scorer.scores.items())[self.memo_seen:])
-        parts = self.processes.all_gather_objects([[t.to_json() for t in mine], fresh])
-        for _, scores in parts:  # in one order everywhere
-            self.scorer.scores = {k: v for k, v in self.scorer.scores.items() if k not in scores} | scores
-        self.memo_seen = len(self.scorer.scores)
-        return [distill.Trajectory.from_json(t, row)
-                for t, row in zip((t for told, _ in parts for t in told), rows)], seconds
+        gathered = sum(self.processes.all_gather_objects([t.to_json() for t in mine]), [])
+        return [distill.Trajectory.from_json(t, row) for t, row in zip(gathered, rows)], seconds
 
     def step(self):
         """Rollouts -> pictures -> rewards -> lessons -> gradient -> new weights. Returns the log's row."""
         s, r, begun = self.settings, self.recipe, time.perf_counter()
+        self.scorer.forget()  # a run that was stopped and resumed does not remember earlier steps either
         rows = self.requests(self.steps_done)
         attempts, render_seconds = self.roll_out([row for row in rows for _ in range(s.rollouts)], 0)
         rolled, budget = time.perf_counter(), self.components.budget
@@ -938,7 +926,7 @@ class Evolution:
         advantages = distill.group_advantages(rewards, r.std).float()
         pairs = self.remember(rows, groups)  # first, so that a group learns from its own lesson, too
         entries = self.memory.lookup([row["question"] for row in rows])
-        guides = self.chosen_guides(entries)
+        guides = self.choose_guides(rows, entries)
         batch = [self.learning_row(t, a.item(), guide) for g, line, guide in zip(groups, advantages, guides)
                  for t, a in zip(g, line) if any(t.mask)]
         if not batch:
@@ -946,7 +934,7 @@ class Evolution:
                                   f"({attempts[0].error or 'no tokens'})")
         # before the update: with and without the guide by the same weights
         audited = self.audit(rows, entries, rewards) if s.audit_every and (self.steps_done + 1) % s.audit_every == 0 else None
-        learned = self.update(batch, self.imitated(groups, entries))
+        learned = self.update(batch, groups, entries)
         valid = rewards[~rewards.isnan()]
         row = {"step": self.steps_done + 1, "reward": distill.average(valid.tolist()),
                "spread": distill.average((spread := spreads(rewards)).tolist()),
@@ -983,42 +971,38 @@ class Evolution:
         for row, (best, worst) in pairs[:self.recipe.pairs]:
             bundle = distill.summarize_pair(row["question"], best, worst, self.phrases)
             bundle = bundle if self.recipe.standard else bundle.differing()
-            if self.memory.add(row["question"], bundle, best.reward, worst.reward, self.steps_done):
-                self.examples[row["question"]] = [best.tokens, best.mask]
-        kept = {e.prompt for e in self.memory.entries}
-        self.examples = {k: v for k, v in self.examples.items() if k in kept}
+            self.memory.add(row["question"], bundle, best.reward, worst.reward, self.steps_done)
         return len(pairs)
 
-    def chosen_guides(self, entries):
-        """Bundles for the teacher, one a request (None: no guide), or their controls."""
-        guides = [e.bundle if e else None for e in entries]
-        if self.settings.guides == "shuffled":
-            return distill.shuffled(guides, [e.bundle for e in self.memory.entries],
-                                    f"{self.settings.seed} {self.steps_done}")
-        if self.settings.guides == "placebo":
-            return [distill.placebo(g, lambda t: len(self.tokenizer.encode(t))) if g else None for g in guides]
-        return guides
+    def choose_guides(self, requests, entries):
+        """[Bundle or None], one a request: what its teacher reads. entries: what the memory found, Entry or None."""
+        return [entry.bundle if entry else None for entry in entries]
+
+    def extra_gradients(self, batch, groups, entries):
+        """None, or gradients that take the place of L_SDL's: one tensor a trainable parameter, in their order."""
+        return None
+
+    def sdl_weight(self, policy_norm, sdl_norm):
+        """The weight of L_SDL beside L_GRPO, given the norms of both gradients."""
+        return self.recipe.at(self.steps_done).weight
+
+    def extra_state(self):
+        """What a subclass keeps in a checkpoint, as JSON."""
+        return {}
+
+    def load_extra_state(self, state):
+        """The inverse of ``extra_state``."""
 
     def learning_row(self, t, advantage, guide):
         """What the update needs of a trajectory; with a guide, also the teacher's view of it."""
         row = distill.TrainingRow(t.tokens, t.mask, advantage)
-        if guide is not None and not self.settings.imitate and self.recipe.at(self.steps_done).weight:
+        if guide is not None and self.recipe.at(self.steps_done).weight:
             opening = self.tokenizer.apply_chat(distill.teacher_messages(t.messages[:2], guide),
                                                 add_generation_prompt=True)
             row.teacher_tokens, row.teacher_mask = distill.teacher_tokens(t.tokens, t.mask, t.prompt_length, opening)
         return row
 
-    def imitated(self, groups, entries):
-        """(tokens, mask) that an imitating arm copies: its groups' best, or the memory's nearest request's best."""
-        if self.settings.imitate == "best":
-            best = [max((t for t in g if t.program and t.reward == t.reward), key=lambda t: t.reward, default=None)
-                    for g in groups]
-            return [(t.tokens, t.mask) for t in best if t is not None]
-        if self.settings.imitate == "memory":
-            return [tuple(self.examples[e.prompt]) for e in entries if e is not None]
-        return []
-
-    def update(self, batch, imitated):
+    def update(self, batch, groups, entries):
         """One update, or one a minibatch. Returns what the log says about it."""
         s, r = self.settings, self.recipe.at(self.steps_done)
         size = -(-len(batch) // s.minibatches)
@@ -1041,10 +1025,11 @@ class Evolution:
             with autocast():
                 first, second, said = distill.update_gradients(
                     self.net, self.reference, self.teacher, piece, r, s.temperature, s.grpo, s.micro_tokens,
-                    imitated=imitated, processes=self.processes)
+                    processes=self.processes)
+                extra = self.extra_gradients(piece, groups, entries)
+            second = second if extra is None else extra
             lengths = distill.gradient_norm(first), distill.gradient_norm(second)
-            matched = s.match_ratio * self.recipe.fade(self.steps_done)
-            weight = matched * lengths[0] / lengths[1] if s.match_ratio and lengths[1] else r.weight
+            weight = self.sdl_weight(*lengths)
             ratios.append(weight * lengths[1] / lengths[0] if lengths[0] else math.nan)
             for p, a, b in zip(parameters, first, second):
                 p.grad = a.add_(b, alpha=weight)
@@ -1198,10 +1183,6 @@ class Evolution:
         folder = os.path.join(self.out, "checkpoints")
         temporary, final = os.path.join(folder, "unfinished"), os.path.join(folder, f"{self.steps_done:06d}")
         if first:
-            fresh = list(self.scorer.scores.items())[self.memo_kept:]
-            with open(self.memo_file, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps([k, v]) + "\n" for k, v in fresh)
-            self.memo_kept += len(fresh)
             shutil.rmtree(temporary, ignore_errors=True)
             os.makedirs(temporary)
         self.processes.barrier()
@@ -1213,7 +1194,7 @@ class Evolution:
         model.write_json(os.path.join(temporary, "state.json"), {
             "settings": self.identity(), "row": row, "checksums": sums, "step": self.steps_done,
             "lr_scale": self.lr_scale, "promoted_files": self.promoted_files, "window_start": self.window_start, "promoted": self.promoted,
-            "memory": memory, "examples": self.examples, "memo": self.memo_kept})
+            "memory": memory, "extra": self.extra_state()})
         for name in os.listdir(temporary):
             with open(os.path.join(temporary, name), "rb") as file:
                 os.fsync(file.fileno())
@@ -1233,7 +1214,7 @@ class Evolution:
     def identity(self):
         """The settings that make it this run; how long it goes on and where it runs may change."""
         settings = {k: v for k, v in asdict(self.settings).items()
-                    if k not in ("steps", "out", "device", "memo", "record", "replay", "max_calls", "per_minute",
+                    if k not in ("steps", "out", "device", "record", "replay", "max_calls", "per_minute",
                                  "checkpointing")}
         recipe = asdict(self.recipe) | {"clip": list(self.recipe.clip)}  # as JSON has it
         return settings | {f"set {k}": v for k, v in recipe.items()}  # a name's meaning may change between versions
@@ -1263,12 +1244,7 @@ class Evolution:
         for turn in (True, False):  # the first process mends what is there before the others look at it
             if self.processes.is_main == turn:
                 state = self.latest_checkpoint()
-                # judgements of a step that a kill undid are forgotten with it, unless other runs share the file
-                count = None if self.settings.memo else state["memo"] if state else 0
-                scores = read_memo(self.memo_file, self.components.scorer, count)
             self.processes.barrier()
-        self.scorer.scores.update(scores)
-        self.memo_kept = len(scores)
         log = os.path.join(self.out, "log.jsonl")
         if state is None:
             if os.path.exists(log) and self.processes.is_main:
@@ -1282,7 +1258,8 @@ class Evolution:
         self.load_weights(tensors)
         self.memory.load_state(state["memory"], {"keys": tensors["memory.keys"]})
         self.steps_done, self.lr_scale, self.promoted_files, self.window_start = (state[k] for k in ("step", "lr_scale", "promoted_files", "window_start"))
-        self.promoted, self.examples = state["promoted"], state["examples"]
+        self.promoted = state["promoted"]
+        self.load_extra_state(state["extra"])
         lines = []
         if os.path.exists(log):  # a kill may have come between a checkpoint and its line
             with open(log, encoding="utf-8") as file:
@@ -1293,9 +1270,10 @@ class Evolution:
             print(f"resuming after step {self.steps_done}", flush=True)
 
 
-def evolve(s):
-    """python genevolve.py evolve"""
-    run, begun = Evolution(s), time.perf_counter()
+def evolve(s, evolution=Evolution):
+    """python genevolve.py evolve. evolution: the class of the run, for a subclass that tries an idea."""
+    begun = time.perf_counter()
+    run = evolution.open(s)
     say = functools.partial(print, flush=True) if run.processes.is_main else lambda text: None
     with run.components, run.processes:
         checks = s.steps // s.eval_every - run.steps_done // s.eval_every + (run.steps_done == 0) if s.eval_every else 0
@@ -1369,21 +1347,6 @@ def read_recipe(name, changes):
         except (TypeError, ValueError):
             raise ValueError(f"--set {part}: not a {kind.__name__}")
     return dataclasses.replace(distill.RECIPES[name], **values)
-
-
-def read_memo(path, scorer, count):
-    """Judgements that runs share: key -> scores. The first line names renderer and steps; another's is refused.
-    count: lines that the checkpoint knew (None: all); what a killed step wrote after them is cut off."""
-    if not os.path.exists(path):
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        model.write_lines(path, [scorer.fingerprint()])
-    with open(path, encoding="utf-8") as file:
-        head, *lines = [json.loads(line) for line in file if line.endswith("\n")]
-    if head != scorer.fingerprint():
-        raise ValueError(f"{path}: judgements of another renderer; remove it or name another --memo")
-    lines = lines[:count]
-    model.write_lines(path, [head, *lines])
-    return dict(lines)
 
 
 # ---- promote, export -------------------------------------------------------------------------------------------------
