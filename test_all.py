@@ -3479,23 +3479,19 @@ def test_promotion_and_its_undoing(tmp_path, capsys):
         assert code == 2 and err.count("\n") == 1
 
 
-def evolution_of(rewards, **row):
-    """An Evolution with nothing but a log."""
-    run = object.__new__(genevolve.Evolution)
-    run.log, run.window_start = [{"reward": r, "validity": 1.0, "entropy": 0.1} | row for r in rewards], 0
-    return run
+def log_rows(rewards):
+    return [{"reward": r, "validity": 1.0, "entropy": 0.1} for r in rewards]
 
 
 def test_a_collapse_is_noticed():
-    assert evolution_of([0.5] * 9).collapse() == ""  # too early to say
-    assert evolution_of([0.5] * 20).collapse() == ""
-    assert "reward" in evolution_of([0.5] * 10 + [0.1] * 5).collapse()
-    run = evolution_of([0.5] * 15)
-    for row in run.log[-5:]:
+    assert genevolve.collapse(log_rows([0.5] * 9)) == ""  # too early to say
+    assert genevolve.collapse(log_rows([0.5] * 20)) == ""
+    assert "reward" in genevolve.collapse(log_rows([0.5] * 10 + [0.1] * 5))
+    rows = log_rows([0.5] * 15)
+    for row in rows[-5:]:
         row["validity"] = 0.3
-    assert "validity" in run.collapse()
-    run.window_start = 10  # after a roll-back the windows start again
-    assert run.collapse() == ""
+    assert "validity" in genevolve.collapse(rows)
+    assert genevolve.collapse(rows[10:]) == ""  # after a rollback the windows start again
 
 
 def update_rows(net, generator, count=6, guide=5):
@@ -3665,8 +3661,8 @@ def test_the_ratio_of_a_fading_weight_is_told_as_if_it_had_not_faded():
 def test_a_log_row_has_null_for_what_is_missing_at_any_depth_and_few_rows_are_looked_at_whole():
     assert genevolve.without_nan({"a": math.nan, "b": {"c": math.nan, "d": 1.0}}) == {"a": None, "b": {"c": None, "d": 1.0}}
     rows = [distill.TrainingRow([0] * 8, [True] * 8) for _ in range(12)]
-    assert [id(r) for r in genevolve.Evolution.spread_subset(rows)] == [id(rows[i]) for i in (0, 3, 6, 9)]
-    assert len(genevolve.Evolution.spread_subset(rows, limit=17)) == 2 and genevolve.Evolution.spread_subset([]) == []
+    assert [id(r) for r in genevolve.spread_subset(rows)] == [id(rows[i]) for i in (0, 3, 6, 9)]
+    assert len(genevolve.spread_subset(rows, limit=17)) == 2 and genevolve.spread_subset([]) == []
 
 
 def test_names_of_demonstrations_are_in_no_other_split():
@@ -3788,22 +3784,6 @@ def test_a_service_that_failed_leaves_the_reward_missing_and_a_bad_answer_does_n
     scorer.render_and_score(made)
     assert math.isnan(made[0].reward) and made[0].judgement is None
     assert all(t.reward == 0 and t.judgement["kscore"] == 0 for t in made[1:])
-
-
-def test_the_imitated_example_of_a_prompt_is_the_one_whose_lesson_is_remembered(tmp_path):
-    few_validation_rows(tmp_path)
-    settings = genevolve.Evolve(out=str(tmp_path / "run"), validation=str(tmp_path / "validation.jsonl"), imitate="memory")
-    run = genevolve.Evolution(settings)
-    with run.components:
-        row = run.rows[0]
-
-        def attempt(reward, mark):
-            program = distill.Program("A prompt.", [{"img_id": "IMG_001", "note": ""}])
-            step = distill.Step("Ask for the exact fact. " if reward > 0.5 else "", "tool_call", "search", {}, "")
-            return distill.Trajectory(row["id"], row["question"], row, program=program, steps=[step], tokens=[mark], mask=[True], reward=reward)
-        for best, mark, kept in ((0.8, 1, 1), (0.6, 2, 1), (0.9, 3, 3)):  # a weaker lesson replaces neither
-            run.remember([row], [[attempt(best, mark), attempt(0.1, 9)]])
-            assert run.imitated([], run.memory.lookup([row["question"]])) == [([kept], [True])]
 
 
 def bench_main(capsys, *arguments):
