@@ -675,7 +675,6 @@ class Evolution:
             ratios.append(self.combine_gradients(policy_grads, sdl_grads))
             norms.append(self.optimizer_step())
             sums.update(metrics)
-        self.optimizer.zero_grad(set_to_none=True)
         return update_metrics(sums, len(minibatches), recipe, s.grpo) | {
             "gradient_norm": distill.average(norms), "gradient_ratio": distill.average(ratios),
             "reverse_kl_cosine": cosine, "lr": s.lr * self.lr_scale}
@@ -712,6 +711,7 @@ class Evolution:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * self.lr_scale
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)  # the next backward pass adds to the gradients that it finds
         if self.recipe.teacher == "ema":
             distill.ema_update(self.teacher, self.net, self.recipe.ema_decay)
         return float(model.full_tensor(norm))

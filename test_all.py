@@ -3494,6 +3494,67 @@ def test_a_collapse_is_noticed():
     assert genevolve.collapse(rows[10:]) == ""  # after a rollback the windows start again
 
 
+class CountingAgent:
+    """Answers every request with a few tokens, as many as the seed says; needs no server and no engine."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def run(self, requests, seeds, guides=None):
+        made = []
+        for request, seed in zip(requests, seeds):
+            messages = [{"role": "system", "content": "Plan."}, {"role": "user", "content": request["question"]}]
+            opening = self.tokenizer.apply_chat(messages, add_generation_prompt=True)
+            answer = self.tokenizer.encode("a kettle and a lamp " * (1 + seed % 3))
+            program = distill.Program("A kettle as in the first reference image.", [{"img_id": "IMG_001", "note": ""}])
+            made.append(distill.Trajectory(
+                request["id"], request["question"], request, messages, seed, program=program, termination="answer",
+                tokens=opening + answer, mask=[False] * len(opening) + [True] * len(answer),
+                prompt_length=len(opening)))
+        return made
+
+
+class CountingScorer:
+    """The fewer tokens, the better."""
+
+    def forget(self):
+        pass
+
+    def render_and_score(self, trajectories, pictures=True):
+        for t in trajectories:
+            t.reward = 1 / sum(t.mask)
+
+
+@pytest.fixture
+def offline_evolution(tmp_path):
+    """Makes an Evolution of the committed policy that needs no server: offline_evolution(evolution=, flag=value, ...)."""
+    def make(evolution=genevolve.Evolution, **flags):
+        net, tokenizer = model.load(os.path.join(genevolve.HERE, "weights", "sft"))
+        components = SimpleNamespace(
+            policy=SimpleNamespace(net=net, tokenizer=tokenizer, compact=True), scorer=CountingScorer(), budget=None,
+            agent=lambda: CountingAgent(tokenizer), device="cpu")
+        settings = {"out": str(tmp_path), "prompts_per_step": 2, "rollouts": 3, "eval_every": 0, "audit_every": 0}
+        return evolution(genevolve.Evolve(**settings | flags), components)
+    return make
+
+
+def test_a_step_needs_nothing_but_an_agent_and_a_scorer(offline_evolution):
+    run = offline_evolution()
+    before = [p.clone() for p in run.net.parameters()]
+    row = run.step()
+    assert row["step"] == 1 and row["rollouts"] == 6 and row["missing"] == 0 and row["gradient_norm"] > 0
+    assert any(not torch.equal(a, b) for a, b in zip(before, run.net.parameters()))
+
+
+def test_the_gradient_of_a_minibatch_holds_nothing_of_the_one_before(offline_evolution):
+    run = offline_evolution(minibatches=3, lr=0.0)  # at rate 0 all minibatches see the same weights
+    trajectories, _ = run.roll_out(run.data[:2] * 3, 0)
+    rewards = torch.tensor([[t.reward] * 3 for t in trajectories[:2]]) + torch.tensor([0.0, 0.5, 1.0])
+    batch = run.training_batch(genevolve.chunks(trajectories, 3), rewards, [None, None])
+    norms = [distill.gradient_norm(run.gradients(part, [], [])[0]) for part in genevolve.chunks(batch, 2)]
+    assert run.update(batch, [], [])["gradient_norm"] == pytest.approx(sum(norms) / 3, rel=1e-4) and min(norms) > 0
+
+
 def update_rows(net, generator, count=6, guide=5):
     """Random conversations of two groups; every other one has a guide."""
     rows = []
