@@ -666,8 +666,10 @@ class Evolution:
             if len(minibatches) > 1:  # the first step changes the policy that wrote the rows of the others
                 for minibatch in minibatches:
                     set_old_logprobs(minibatch, self.net, s.temperature, self.processes)
-            guided = spread_subset([row for row in batch if row.teacher_tokens])
-            cosine = distill.reverse_kl_cosine(self.net, self.teacher, guided, recipe, s.temperature)
+            cosine = math.nan
+            if self.is_due(s.audit_every):  # a second forward and backward pass for one figure
+                guided = spread_subset([row for row in batch if row.teacher_tokens])
+                cosine = distill.reverse_kl_cosine(self.net, self.teacher, guided, recipe, s.temperature)
 
         sums, norms, ratios = Counter(), [], []
         for minibatch in minibatches:
