@@ -75,7 +75,7 @@ def load_json(text):
         raise ValueError("not valid Unicode") from None
 
 
-# ---- The turn format ------------------------------------------------------------------------------------------------
+# ---- The protocol: turns and programs --------------------------------------------------------------------------------
 
 SKILLS = ("aesthetic_drawing", "anatomy_body_coherence", "attribute_binding", "creative_drawing",
           "physical_material_consistency", "quantity_counting", "spatial_layout", "text_rendering")
@@ -150,7 +150,923 @@ def parse_action(rest):
     return kind, value["name"], value["arguments"]
 
 
-# ---- Images: content decides the type, the header decides whether it is decoded -------------------------------------
+REFERENCE_PHRASES = ("the first reference image", "the second reference image")
+
+
+@dataclass
+class Program:
+    """z = (g, R): what the renderer carries out."""
+    gen_prompt: str
+    references: list  # one or two {"img_id": "IMG_001", "note": str}, sorted by img_id
+
+
+def check_program(program, images, queries):
+    """Everything a program has to satisfy (section 1). Returns a list of errors, empty if there are none.
+
+    images: the img_ids known to the trajectory. queries: [(tool, query)] in the order in which they were asked.
+    """
+    errors, prompt = [], program.gen_prompt
+    ids = [r["img_id"] for r in program.references]
+    if not prompt.strip():
+        errors.append("gen_prompt is empty")
+    if not 1 <= len(ids) <= 2:
+        errors.append(f"{len(ids)} reference images; one or two are used")
+    if unknown := [i for i in ids if i not in images]:
+        errors.append(f"unknown img_id {', '.join(unknown)}")
+    if ids != sorted(set(ids)):
+        errors.append("reference images must differ and be sorted by img_id")
+    if re.search(r"IMG_\d", prompt):
+        errors.append("gen_prompt contains an img_id; write the first reference image")
+    if re.search(r"\b(https?://|www\.)", prompt, re.I):
+        errors.append("gen_prompt contains a URL")
+    mentions = re.findall(r"(?:\b(?:the first|the second) )?\breference (?:image|picture|photo)s?\b", prompt, re.I)
+    if any(m.lower() not in REFERENCE_PHRASES for m in mentions) or re.search(r"\breference (image )?#?\d", prompt, re.I):
+        errors.append("gen_prompt may name references only as the first reference image, the second reference image")
+    if REFERENCE_PHRASES[1] in prompt.lower() and len(ids) < 2:
+        errors.append("gen_prompt names the second reference image, but there is only one")
+    if not any(tool == "image_search" for tool, _ in queries):
+        errors.append("no image_search was made")
+    if len(set(queries)) < len(queries):
+        errors.append("a query was repeated")
+    return errors
+
+
+def parse_program(answer, session):
+    """A policy's answer {"gen_prompt", "reference_images": [{"img_id", "note"}]} -> (Program or None, errors)."""
+    prompt = answer.get("gen_prompt") if isinstance(answer, dict) else None
+    given = answer.get("reference_images") if isinstance(answer, dict) else None
+    if not isinstance(prompt, str) or not isinstance(given, list):
+        return None, ["the answer must be {\"gen_prompt\": text, \"reference_images\": [...]}"]
+    if not all(isinstance(r, dict) and isinstance(r.get("img_id"), str) for r in given):
+        return None, ["each reference image must be {\"img_id\": \"IMG_001\", \"note\": text}"]
+    program = Program(prompt, [{"img_id": r["img_id"], "note": str(r.get("note", ""))} for r in given])
+    errors = check_program(program, session.images, session.queries)
+    return (None, errors) if errors else (program, [])
+
+
+# ---- Requests files --------------------------------------------------------------------------------------------------
+
+MAX_REQUEST = 8000        # characters of a request
+
+
+def read_requests(path):
+    """Rows of a .json (list) or .jsonl file, each with "id", "question" and its folder: the released bench and RL rows,
+    WISE's prompts (field Prompt), or anybody's. Raises ValueError."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: no such file")
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    try:
+        numbered = list(enumerate(json.loads(text), 1)) if path.endswith(".json") else \
+            [(n, json.loads(line)) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})")
+    rows = []
+    for number, row in numbered:
+        named = [row[k] for k in ("question", "prompt", "Prompt") if row.get(k)] if isinstance(row, dict) else []
+        if not named or not isinstance(text := named[0], str):
+            raise ValueError(f"{path}, line {number}: no prompt or question")
+        question = check_request(text, f"{path}, line {number}: ")
+        name = {"id": str(row.get("prompt_id", f"{number:04d}"))}  # WISE's, else the line
+        rows.append(name | row | {"question": question, "_folder": os.path.dirname(path) or "."})
+    if not rows:
+        raise ValueError(f"{path}: no requests in it")
+    return rows
+
+
+def check_request(text, where=""):
+    if not text.strip():
+        raise ValueError(f"{where}the request is empty")
+    if len(text) > MAX_REQUEST:
+        raise ValueError(f"{where}the request has {len(text)} characters; at most {MAX_REQUEST} are taken")
+    return text.strip()
+
+
+# ---- The agent's three tools -----------------------------------------------------------------------------------------
+
+MAX_QUERIES, MAX_QUERY = 8, 400                       # in one call; characters of each
+MAX_TITLE, MAX_LINK, MAX_SNIPPET = 160, 300, 500      # characters that an observation shows
+ONE_LINE = "## In one line"
+COMPACT_TOP_K = {"search": 2, "image_search": 3}
+TOP_K_DEFAULT = 5
+
+
+def read_skills(folder):
+    """{skill name: its guide} from the Markdown files of a folder. ToolError if it is not there."""
+    try:
+        names = sorted(name for name in os.listdir(folder) if name.endswith(".md"))
+        return {name[:-3]: open_bytes(os.path.join(folder, name)).decode() for name in names}
+    except (OSError, UnicodeError) as error:
+        raise ToolError(f"{folder}: the skill guides cannot be read ({error})") from None
+
+
+def clean(text, limit=MAX_SNIPPET):
+    """Text from outside as one line of data: no control characters, no tags of the turn format, no special tokens."""
+    text = " ".join(text.split()) if isinstance(text, str) else ""
+    text = "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
+    text = re.sub(r"<(?=\s*(?:\||/?\s*(?:think|tool_call|tool_response|answer)\b))", "‹", text, flags=re.IGNORECASE)
+    return text if len(text) <= limit else text[:limit - 1] + "…"
+
+
+class ToolSession:
+    """The tools as one trajectory sees them: its image ids and the queries that it has asked.
+
+    images: img_id -> {"local_path", "url", "title", "page_url"}. queries: [(tool, query)] that were answered.
+    box: does the finding; see ToolBox and CorpusBox.
+    """
+
+    def __init__(self, box):
+        self.box, self.images, self.queries, self.failures = box, {}, [], Counter()
+
+    def call(self, name, arguments):
+        """The observation that answers a tool call. Never raises for anything a policy or a service may do: a failure
+        is an observation that starts with "Error:"."""
+        try:
+            if not isinstance(arguments, dict) or name not in TOOL_NAMES:
+                raise ToolError(f"unknown tool; the tools are {', '.join(TOOL_NAMES)}")
+            return {"search": self.search, "image_search": self.image_search,
+                    "query_knowledge": self.query_knowledge}[name](arguments)
+        except (ToolError, OSError) as error:
+            return f"Error: {clean(str(error))}"
+
+    def search(self, arguments):
+        """Titles, links and snippets for each query, numbered."""
+        top_k = self.check("search", arguments, "queries")
+        queries = arguments["queries"]
+        if not isinstance(queries, list) or not 1 <= len(queries) <= MAX_QUERIES:
+            raise ToolError(f"queries must be a list of 1 to {MAX_QUERIES} texts")
+        queries = self.new_queries("search", queries)
+        blocks, again = [], [self.failures["search", query] for query in queries]
+        for query, found in zip(queries, self.box.find_pages(queries, top_k, again)):
+            if isinstance(found, ToolError):
+                self.failures["search", query] += 1
+                blocks.append(f"Error: {clean(str(found))}")
+            else:
+                self.queries.append(("search", query))
+                blocks.append(self.page_lines(query, found))
+        return "\n".join(blocks)
+
+    def page_lines(self, query, found):
+        found = [(clean(h["title"], MAX_TITLE), clean(h["link"], MAX_LINK), clean(h["snippet"])) for h in found]
+        if not found:
+            return "Nothing found." if self.box.compact else f'Nothing found for "{clean(query)}".'
+        if self.box.compact:  # a title that the snippet repeats is left out
+            return "\n".join(f"{i}. {snippet}" if title in snippet else f"{i}. {title}: {snippet}"
+                             for i, (title, _, snippet) in enumerate(found, 1))
+        return "\n".join([f'Results for "{clean(query)}":'] + [
+            f"{i}. title: {title}\n   url: {link}\n   snippet: {snippet}"
+            for i, (title, link, snippet) in enumerate(found, 1)])
+
+    def image_search(self, arguments):
+        """Pictures with their ids. A picture that this trajectory has met before keeps its id."""
+        top_k = self.check("image_search", arguments, "query")
+        query, = self.new_queries("image_search", [arguments["query"]])
+        try:
+            found = self.box.find_images(query, top_k, self.failures["image_search", query])
+        except ToolError:
+            self.failures["image_search", query] += 1
+            raise
+        self.queries.append(("image_search", query))
+        lines = [] if self.box.compact else [f'Images for "{clean(query)}":']
+        known = {image["local_path"]: img_id for img_id, image in self.images.items()}
+        for image in found:
+            image = image | {"title": clean(image["title"], MAX_TITLE) or "untitled"}
+            img_id = known.setdefault(image["local_path"], f"IMG_{len(self.images) + 1:03d}")
+            shown = self.images.setdefault(img_id, image)
+            lines.append(f"{img_id} {shown['title']}" if self.box.compact else
+                         f"{img_id} title: {shown['title']}\n  url: {clean(shown['url'], MAX_LINK)}\n"
+                         f"  local path: {os.path.basename(shown['local_path'])}\n"
+                         f"  page url: {clean(shown['page_url'], MAX_LINK)}")
+        return "\n".join(lines) if found else "Nothing found."
+
+    def query_knowledge(self, arguments):
+        """A skill's guide; in the compact form only its one line."""
+        name = arguments.get("skill_name")
+        if set(arguments) != {"skill_name"} or not isinstance(name, str) or name not in self.box.skills:
+            raise ToolError(f"skill_name must be one of {', '.join(self.box.skills)}")
+        guide = self.box.skills[name]
+        return guide.rpartition(ONE_LINE)[2].strip() if self.box.compact else guide.strip()
+
+    def check(self, tool, arguments, required):
+        """Check the names of a call's arguments and top_k; returns the latter."""
+        if required not in arguments or set(arguments) - {required, "top_k"}:
+            raise ToolError(f"{tool} takes {required} and top_k")
+        top_k = arguments.get("top_k", COMPACT_TOP_K[tool] if self.box.compact else TOP_K_DEFAULT)
+        if type(top_k) is not int or not 1 <= top_k <= 10:
+            raise ToolError("top_k must be a whole number from 1 to 10")
+        return top_k
+
+    def new_queries(self, tool, queries):
+        """The queries with blanks collapsed, if each is a text that was not asked before."""
+        asked = {(name, query.casefold()) for name, query in self.queries}
+        cleaned = []
+        for query in queries:
+            if not isinstance(query, str) or not query.strip():
+                raise ToolError("a query must be a text that is not empty")
+            query = " ".join(query.split())
+            if len(query) > MAX_QUERY:
+                raise ToolError(f"a query has at most {MAX_QUERY} characters")
+            if (tool, query.casefold()) in asked:
+                raise ToolError(f'repeated query "{query}"; ask something new')
+            asked.add((tool, query.casefold()))
+            cleaned.append(query)
+        return cleaned
+
+
+class CorpusBox:
+    """Finds in a corpus in memory, without HTTP and without files: for making demonstrations."""
+    compact = True
+
+    def __init__(self, corpus, skills):
+        self.corpus, self.skills = corpus, skills
+
+    def find_pages(self, queries, top_k, _):
+        return [[{"title": page.title, "link": "", "snippet": snippet}
+                 for page, snippet in self.corpus.search(query, top_k)] for query in queries]
+
+    def find_images(self, query, top_k, _):
+        return [{"local_path": picture.path, "url": "", "title": picture.title, "page_url": ""}
+                for picture in self.corpus.search_images(query, top_k)]
+
+
+class CompactSession(ToolSession):
+    """A session on a corpus in memory that answers in exactly the compact form."""
+
+    def __init__(self, corpus, skills):
+        super().__init__(CorpusBox(corpus, skills))
+
+
+class ToolBox:
+    """The tools as HTTP clients of a Serper-compatible service, shared by all trajectories and threads.
+
+    allow_private: the search service is the local server; images on its origin may be fetched, nothing else private.
+    """
+
+    def __init__(self, search_url, skills_dir, image_dir, api_key="", compact=False, allow_private=False, tape=None,
+                 budget=None, limiter=None, timeout=15.0, deadline=60.0, retries=3, backoff=0.5, max_bytes=20 * 2**20):
+        self.search_url, self.compact, self.image_dir = service_url(search_url, "search"), compact, image_dir
+        self.skills, self.headers, self.deadline = read_skills(skills_dir), {"X-API-KEY": api_key}, deadline
+        shared = {"timeout": timeout, "deadline": deadline, "retries": retries, "backoff": backoff, "tape": tape}
+        self.client = HttpClient("search", (api_key,), budget=budget, limiter=limiter, **shared)
+        self.loader = HttpClient("download", guarded=True, own=self.search_url if allow_private else None,
+                                 max_bytes=max_bytes, **shared)
+        self.pool, self.lock, self.fetched = ThreadPoolExecutor(16, "tools"), threading.Lock(), {}
+        os.makedirs(image_dir, exist_ok=True)
+
+    def session(self):
+        return ToolSession(self)
+
+    def ask(self, path, kind, query, top_k, again, until):
+        """One query to the service -> the list under ``kind`` of its reply, cut to top_k dicts."""
+        def parse(value):
+            found = value.get(kind, [])
+            if not isinstance(found, list) or not all(isinstance(hit, dict) for hit in found):
+                raise ValueError(f"no list of {kind}")
+            return found[:top_k]
+        return self.client.post_json(f"{self.search_url}/{path}", {"q": query, "num": top_k}, self.headers, parse,
+                                     until=until, again=again)
+
+    def find_pages(self, queries, top_k, again):
+        """Per query a list of {"title", "link", "snippet"}, or the ToolError that there was."""
+        until = time.monotonic() + self.deadline
+
+        def one(query, count):
+            try:
+                hits = self.ask("search", "organic", query, top_k, count, until)
+                return [{name: hit.get(name, "") for name in ("title", "link", "snippet")} for hit in hits]
+            except ToolError as error:
+                return error
+        return [one(queries[0], again[0])] if len(queries) == 1 else list(self.pool.map(one, queries, again))
+
+    def find_images(self, query, top_k, again):
+        """Pictures that could be fetched: [{"local_path", "url", "title", "page_url"}]. ToolError if there were
+        results, but none could be."""
+        until = time.monotonic() + self.deadline
+        hits = self.ask("images", "images", query, top_k, again, until)
+        urls = [hit.get("imageUrl") for hit in hits]
+        paths = list(self.pool.map(lambda url: self.fetch(url, again, until), urls))
+        found = [{"local_path": path, "url": url, "title": hit.get("title", ""), "page_url": hit.get("link", "")}
+                 for hit, url, path in zip(hits, urls, paths) if isinstance(path, str)]
+        if hits and not found:
+            raise ToolError(f"none of {len(hits)} pictures could be fetched ({paths[0]})")
+        return found
+
+    def fetch(self, url, again, until):
+        """Download a picture into the cache -> its path, or the ToolError that there was. The name is a hash of the
+        content, so that equal pictures are one file; what is not a picture is not kept."""
+        with self.lock:
+            path = self.fetched.get(url) if isinstance(url, str) else None
+        if path and os.path.isfile(path):
+            return path
+        try:
+            if not isinstance(url, str):
+                raise ToolError("download: a result without a picture URL")
+            data = self.loader.request("GET", url, until=until, again=again).body
+            path = self.store(data)
+        except ToolError as error:
+            return error
+        with self.lock:
+            self.fetched[url] = path
+        return path
+
+    def store(self, data):
+        """Write the bytes of a picture under a name made of their hash. A small PNG must be sound to the last byte."""
+        kind, width, height = image_header(data)
+        if kind == "png" and width * height <= 2**20:
+            read_image(data)
+        path = os.path.join(self.image_dir, hashlib.sha256(data).hexdigest()[:40] + EXTENSION[kind])
+        if not os.path.isfile(path):
+            temporary = f"{path}.{threading.get_ident()}.part"
+            with open(temporary, "wb") as file:
+                file.write(data)
+            os.replace(temporary, path)
+        return path
+
+
+# ---- The corpus: any folder of texts and images, with BM25 -----------------------------------------------------------
+
+TEXTS = (".md", ".txt")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+SHORT = 200            # characters of a snippet
+MAX_TEXT = 2**20       # characters read of one file
+
+
+def words(text):
+    return re.findall(r"\w+", text.lower())
+
+
+class Index:
+    """Plain inverted index, ranked by BM25:
+
+        score(q, d) = sum over words w of q: idf(w) * f (k1 + 1) / (f + k1 (1 - b + b |d| / mean |d|))
+
+    with f the count of w in d and idf(w) = log(1 + (N - n + 1/2) / (n + 1/2)), n of N documents holding w.
+    """
+
+    def __init__(self, texts, k1=1.2, b=0.75):
+        self.k1, self.b, self.postings, self.lengths = k1, b, defaultdict(list), []
+        for number, text in enumerate(texts):
+            found = words(text)
+            self.lengths.append(len(found))
+            for word, count in Counter(found).items():
+                self.postings[word].append((number, count))
+        self.mean = sum(self.lengths) / len(self.lengths) if self.lengths else 0.0
+
+    def idf(self, word):
+        n = len(self.postings.get(word, ()))
+        return math.log(1 + (len(self.lengths) - n + 0.5) / (n + 0.5))
+
+    def search(self, query, top_k):
+        """Numbers of the best documents, best first; equal scores keep the order of the documents."""
+        scores = defaultdict(float)
+        for word in dict.fromkeys(words(query)):
+            idf = self.idf(word)
+            for number, count in self.postings.get(word, ()):
+                norm = self.k1 * (1 - self.b + self.b * self.lengths[number] / self.mean)
+                scores[number] += idf * count * (self.k1 + 1) / (count + norm)
+        return sorted(scores, key=lambda number: (-round(scores[number], 9), number))[:top_k]
+
+
+@dataclass(frozen=True)
+class Page:
+    """What one search result shows: a page, or one section of it."""
+    title: str
+    section: str
+    text: str
+    path: str  # relative to the corpus folder, with "/"
+
+
+@dataclass(frozen=True)
+class Picture:
+    title: str
+    path: str
+
+
+class Corpus:
+    """Texts and pictures of a folder. A text's title is its first line (# heading or short line), else its file name,
+    and each of its `## sections` is a result of its own. A picture's title comes from titles.json beside it
+    ({file name: title}), else from a .txt file of the same name, else from the words of its file name."""
+
+    def __init__(self, folder):
+        if not os.path.isdir(folder):
+            raise ToolError(f"{folder}: no such folder")
+        self.root = os.path.realpath(folder)
+        pages, pictures = [], []
+        for place, folders, names in os.walk(self.root):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            names = sorted(name for name in names if self.belongs(os.path.join(place, name)))
+            titles = self.read_titles(place) if "titles.json" in names else {}
+            stems = {os.path.splitext(n)[0] for n in names if n.lower().endswith(PICTURES)}
+            for name in names:
+                full, stem = os.path.join(place, name), os.path.splitext(name)[0]
+                path = os.path.relpath(full, self.root).replace(os.sep, "/")
+                if name.lower().endswith(PICTURES):
+                    title = titles.get(name) or self.sidecar(place, stem, names) or spaced(stem)
+                    pictures.append(Picture(title, path))
+                elif name.lower().endswith(TEXTS) and not (name.endswith(".txt") and stem in stems):
+                    pages += sections(self.read_text(full), path)
+        self.index(pages, pictures)
+
+    @classmethod
+    def from_texts(cls, pages, titles):
+        """A corpus without files. pages: [(title, section, text)]; titles: {picture file name: title}."""
+        corpus = cls.__new__(cls)
+        corpus.root = ""
+        corpus.index([Page(title, section, text, "") for title, section, text in pages],
+                     [Picture(title, name) for name, title in titles.items()])
+        return corpus
+
+    def index(self, pages, pictures):
+        self.pages, self.pictures = pages, pictures
+        self.paths = {p.path for p in pages} | {p.path for p in pictures}  # all that is ever served
+        self.page_index = Index(f"{p.title} {p.section} {p.text}" for p in pages)
+        self.picture_index = Index(p.title for p in pictures)
+
+    def belongs(self, path):
+        """Whether a file lies in the folder, links resolved, and is not hidden."""
+        inside = os.path.realpath(path).startswith(os.path.join(self.root, ""))
+        return inside and not os.path.basename(path).startswith(".") and os.path.isfile(path)
+
+    @staticmethod
+    def read_text(path):
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read(MAX_TEXT)
+
+    def read_titles(self, place):
+        path = os.path.join(place, "titles.json")
+        try:
+            titles = json_object(open_bytes(path))
+        except ValueError as error:
+            raise ToolError(f"{path}: {error}") from None
+        return {name: title for name, title in titles.items() if isinstance(title, str)}
+
+    def sidecar(self, place, stem, names):
+        if stem + ".txt" not in names:
+            return ""
+        return " ".join(self.read_text(os.path.join(place, stem + ".txt")).split())[:SHORT]
+
+    def search(self, query, top_k):
+        """The best pages for a query: [(Page, snippet)]."""
+        found = [self.pages[number] for number in self.page_index.search(query, top_k)]
+        return [(page, self.snippet(page.text, query)) for page in found]
+
+    def search_images(self, query, top_k):
+        """The best pictures for a query: [Picture]."""
+        return [self.pictures[number] for number in self.picture_index.search(query, top_k)]
+
+    def snippet(self, text, query):
+        """The whole text if it is short, else the sentence that holds most of the query, and what fits after it."""
+        text = " ".join(text.split())
+        if len(text) <= SHORT:
+            return text
+        asked, sentences = set(words(query)), re.split(r"(?<=[.!?])\s+", text)
+        gains = [sum(self.page_index.idf(word) for word in asked & set(words(s))) for s in sentences]
+        start = gains.index(max(gains))
+        best = sentences[start]
+        for sentence in sentences[start + 1:]:
+            if len(best) + 1 + len(sentence) > SHORT:
+                break
+            best += " " + sentence
+        return best if len(best) <= SHORT else best[:SHORT - 1] + "…"
+
+    def read(self, path):
+        """Bytes of a file of the corpus, by the relative path that a search gave. ToolError for anything else."""
+        full = os.path.join(self.root, *path.split("/"))
+        if path not in self.paths or not self.root or not self.belongs(full):
+            raise ToolError("no such file in the corpus")
+        return open_bytes(full)
+
+
+def spaced(stem):
+    """A file name as a title."""
+    return " ".join(re.split(r"[\s_-]+", stem))
+
+
+def sections(text, path):
+    """A text file -> its Pages: one per `## section` that says something."""
+    lines = text.strip().splitlines() or [""]
+    first = lines[0].lstrip("#").strip()
+    if lines[0].startswith("# ") or (first and len(first) <= 120 and len(lines) > 1 and not first.endswith(".")):
+        title, lines = first, lines[1:]
+    else:
+        title = spaced(os.path.splitext(os.path.basename(path))[0])
+    parts = re.split(r"^##[ \t]+(.*)$", "\n".join(lines), flags=re.MULTILINE)
+    pairs = [("", parts[0])] + list(zip(parts[1::2], parts[2::2]))
+    pages = [Page(title, section.strip(), " ".join(body.split()), path) for section, body in pairs if body.strip()]
+    return pages or [Page(title, "", title, path)]
+
+
+# ---- Clients of models, renderers and rollout engines ----------------------------------------------------------------
+
+def bearer(api_key):
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+
+def service_url(url, name):
+    """A URL from the command line, without a closing slash. ToolError if it is none."""
+    try:
+        scheme, host, _ = origin_of(url)
+    except ValueError:  # the port
+        scheme, host = "", ""
+    if scheme not in ("http", "https") or not host:
+        raise ToolError(f"{name}: {url!r} is not an http or https URL")
+    return url.strip().rstrip("/")
+
+
+class ChatClient:
+    """Any OpenAI-compatible chat endpoint: a policy, a judge or a summariser. ``base_url`` with or without /v1.
+
+    http: fields of HttpClient (timeout, deadline, retries, limiter, budget, tape), here as in the clients below.
+    """
+
+    def __init__(self, base_url, api_key="", model="", name="chat model", **http):
+        base = service_url(base_url, name)
+        self.url = (base if urlsplit(base).path else base + "/v1") + "/chat/completions"
+        self.model, self.headers = model, bearer(api_key)
+        self.client = HttpClient(name, (api_key,), **{"timeout": 300.0, "deadline": 900.0} | http)
+
+    def complete(self, messages, **options):
+        """messages -> the text of the reply. options: max_tokens, temperature, top_p, stop, seed; None is left out."""
+        payload = {"model": self.model, "messages": messages} | {k: v for k, v in options.items() if v is not None}
+        return self.client.post_json(self.url, payload, self.headers, reply_text)
+
+
+def reply_text(value):
+    """The text in an OpenAI chat completion. ValueError if there is none."""
+    try:
+        content = value["choices"][0]["message"]["content"]
+        return content if isinstance(content, str) else "".join(part["text"] for part in content or ())
+    except (KeyError, IndexError, TypeError):
+        raise ValueError("no choices[0].message.content") from None
+
+
+class RemoteRenderer:
+    """A Qwen-Image-Edit HTTP service on one or more machines, asked in turn; what fails on one goes to the next."""
+
+    def __init__(self, urls, side=1024, **http):
+        self.urls, self.side = [service_url(url, "renderer") for url in urls or [""]], side
+        defaults = {"timeout": 600.0, "deadline": 1800.0, "retries": 1, "max_bytes": 2**27}
+        self.client = HttpClient("renderer", **defaults | http)
+
+    def render(self, prompts, references, seeds, steps=40):
+        """prompts: [str]; references: per prompt a list of paths, bytes or uint8 (H, W, 3); seeds: [int].
+
+        Returns per prompt a picture uint8 (H, W, 3), or the ToolError that there was: one failure costs one picture.
+        """
+        with ThreadPoolExecutor(2 * len(self.urls)) as pool:
+            return list(pool.map(self.one, range(len(prompts)), prompts, references, seeds, [steps] * len(prompts)))
+
+    def one(self, number, prompt, references, seed, steps):
+        try:
+            width, height = self.size(references)
+            payload = {"image_urls": [data_uri(r) for r in references], "prompt": prompt, "seed": seed,
+                       "true_cfg_scale": 4.0, "negative_prompt": " ", "num_inference_steps": steps,
+                       "guidance_scale": 1.0, "num_images_per_prompt": 1, "width": width, "height": height}
+        except ToolError as error:
+            return error
+        for turn in range(len(self.urls)):
+            url = self.urls[(number + turn) % len(self.urls)]
+            try:
+                return self.client.post_json(f"{url}/generate", payload, parse=service_image)
+            except BudgetExceeded as error:
+                return error
+            except ToolError as error:
+                failure = error
+        return failure
+
+    def size(self, references):
+        """(width, height): the first reference's shape with the long side as set, in multiples of 16."""
+        if not references:
+            return self.side, self.side
+        _, width, height = image_header(image_bytes(references[0])[0])
+        scale = self.side / max(width, height)
+        return tuple(max(16, round(length * scale / 16) * 16) for length in (width, height))
+
+
+def service_image(value):
+    """{"success": true, "image": base64} -> uint8 (H, W, 3)."""
+    if value.get("success") is not True or not isinstance(value.get("image"), str):
+        raise ValueError(f"no picture: {str(value.get('error') or value.get('detail') or '')[:200]}")
+    return read_image(from_base64(value["image"]))
+
+
+class GoogleRenderer:
+    """Google's image endpoint (generateContent)."""
+    BASE_URL, MODEL = "https://generativelanguage.googleapis.com", "gemini-3-pro-image-preview"
+
+    def __init__(self, api_key, model=MODEL, base_url=BASE_URL, workers=4, **http):
+        self.url = f"{service_url(base_url, 'renderer')}/v1beta/models/{model}:generateContent"
+        self.headers, self.workers = {"x-goog-api-key": api_key}, workers
+        defaults = {"timeout": 300.0, "deadline": 900.0, "max_bytes": 2**27}
+        self.client = HttpClient("renderer", (api_key,), **defaults | http)
+        if not api_key and not (self.client.tape and self.client.tape.replaying):
+            raise ToolError("the Google renderer needs a key: set GOOGLE_API_KEY or GEMINI_API_KEY")
+
+    def render(self, prompts, references, seeds, steps=None):
+        """As RemoteRenderer.render. The service takes no seed and no steps; equal prompts are told apart by their
+        place among the equal ones, so that a recording keeps each."""
+        places, seen = [], Counter()
+        for prompt in prompts:
+            places.append(seen[prompt])
+            seen[prompt] += 1
+        with ThreadPoolExecutor(self.workers) as pool:
+            return list(pool.map(self.one, prompts, references, places))
+
+    def one(self, prompt, references, place):
+        try:
+            parts = [{"text": prompt}]
+            for data, kind in map(image_bytes, references):
+                parts.append({"inline_data": {"mime_type": MIME[kind], "data": base64.b64encode(data).decode()}})
+            payload = {"contents": [{"parts": parts}]}
+            return self.client.post_json(self.url, payload, self.headers, google_image, again=place)
+        except ToolError as error:
+            return error
+
+
+def google_image(value):
+    """candidates[].content.parts[].inlineData.data -> uint8 (H, W, 3), the first there is."""
+    try:
+        parts = [part for candidate in value["candidates"] for part in candidate["content"]["parts"]]
+        inline = [part.get("inlineData") or part.get("inline_data") for part in parts]
+        return read_image(from_base64(next(i["data"] for i in inline if i)))
+    except (KeyError, TypeError, AttributeError, StopIteration):
+        raise ValueError("no picture in it") from None
+
+
+@dataclass
+class Rollout:
+    """What a serving engine generated: token ids in, token ids out, nothing re-tokenised."""
+    tokens: list
+    logprobs: list   # of the sampled tokens, as the engine computed them
+    finish: str      # "stop" or "length"
+
+
+class SGLangClient:
+    """A running SGLang server as rollout engine."""
+
+    def __init__(self, base_url, api_key="", **http):
+        self.base, self.headers = service_url(base_url, "rollout engine").removesuffix("/v1"), bearer(api_key)
+        self.version = 0  # of the weights: the same question to new weights is another call
+        self.client = HttpClient("rollout engine", (api_key,),
+                                 **{"timeout": 600.0, "deadline": 1800.0, "max_bytes": 2**28} | http)
+
+    def generate(self, input_ids, max_new_tokens, temperature=1.0, top_p=1.0, stop_ids=(), seed=None):
+        """One prompt as token ids -> Rollout. ``seed`` is sent as ``sampling_seed`` (honoured by servers that run with
+        deterministic inference; others ignore it)."""
+        sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
+                    "stop_token_ids": list(stop_ids)} | ({} if seed is None else {"sampling_seed": seed})
+        payload = {"input_ids": list(input_ids), "sampling_params": sampling, "return_logprob": True}
+        return self.client.post_json(f"{self.base}/generate", payload, self.headers, rollout, again=self.version)
+
+    def health(self):
+        """Raises ToolError unless the server is up."""
+        self.client.request("GET", f"{self.base}/health", headers=self.headers)
+
+    def update_weights(self, path):
+        """Load a checkpoint folder that the server can see. ToolError if it refuses, or still names another one."""
+        self.version += 1
+        answer = self.client.post_json(f"{self.base}/update_weights_from_disk", {"model_path": path}, self.headers,
+                                       again=self.version)
+        if answer.get("success") is not True:
+            raise ToolError(f"rollout engine: the new weights were not loaded ({clean(answer.get('message', ''))})")
+        served = self.client.request("GET", f"{self.base}/get_model_info", headers=self.headers, again=self.version,
+                                     parse=lambda reply: json_object(reply.body).get("model_path"))
+        if served != path:
+            raise ToolError("rollout engine: the server still answers with the old weights")
+
+
+def rollout(value):
+    """SGLang's reply -> Rollout. ValueError unless every token has its log-probability."""
+    try:
+        meta = value["meta_info"]
+        pairs = [(float(entry[0]), int(entry[1])) for entry in meta["output_token_logprobs"]]
+        tokens = [int(token) for token in value.get("output_ids", [token for _, token in pairs])]
+        finish = meta["finish_reason"]["type"]
+    except (KeyError, IndexError, TypeError):
+        raise ValueError("no output_ids with their log-probabilities") from None
+    if [token for _, token in pairs] != tokens:
+        raise ValueError("output_ids and output_token_logprobs do not agree")
+    return Rollout(tokens, [logprob for logprob, _ in pairs], "length" if finish == "length" else "stop")
+
+
+# ---- The local server ------------------------------------------------------------------------------------------------
+
+MAX_STEPS, MAX_SIDE, MAX_NEW_TOKENS, MAX_REFERENCES = 50, 2048, 4096, 2  # what a request may ask for; more is clipped
+
+
+class HttpError(Exception):
+    """A request that is answered with an error status."""
+
+    def __init__(self, status, message):
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass
+class ChatReply:
+    """What a policy callable returns. ``text``: str, or an iterable of pieces, sent on as they come if streaming."""
+    text: object
+    finish: str = "stop"
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+def number(request, name, default, low, high, whole=False):
+    """A number of a request, clipped to [low, high]; None counts as absent."""
+    value = request.get(name)
+    value = default if value is None else value
+    if type(value) not in ((int,) if whole else (int, float)):
+        raise HttpError(400, f"{name} must be a {'whole ' * whole}number")
+    return min(max(value, low), high)
+
+
+def text_field(request, name):
+    value = request.get(name)
+    if not isinstance(value, str) or not value.strip():
+        raise HttpError(400, f"{name} must be a text that is not empty")
+    return value
+
+
+class Server:
+    """Search, pictures, chat, renderer, judge and rollouts over HTTP, each answered by what is handed in (else 404).
+
+        with Server(Corpus(folder)) as server: requests.post(server.url + "/search", json={"q": "lamps"})
+
+    The callables are called from many threads at once:
+    policy(request) -> str or ChatReply; request: messages (contents are plain text), max_tokens, temperature, top_p,
+        stop (list), seed, stream.
+    judge(text, images) -> dict or str; a chat request with pictures goes here: its text, and uint8 (H, W, 3) each.
+    renderer(prompt, references, seed, steps, width, height) -> uint8 (H, W, 3); references: at most two, likewise.
+    rollout(input_ids, sampling_params) -> Rollout. load_weights(path) loads a checkpoint folder.
+    ValueError and ToolError from a callable become status 400, anything else 500.
+    """
+
+    def __init__(self, corpus=None, host="127.0.0.1", port=0, policy=None, judge=None, renderer=None, rollout=None,
+                 load_weights=None, model="genevolve", max_body=64 * 2**20, max_requests=64, idle_seconds=30):
+        self.corpus, self.policy, self.judge, self.renderer = corpus, policy, judge, renderer
+        self.rollout, self.load_weights, self.model, self.max_body = rollout, load_weights, model, max_body
+        self.busy, self.thread, self.served = threading.BoundedSemaphore(max_requests), None, model
+        handler = type("Handler", (Handler,), {"owner": self, "timeout": idle_seconds})
+        try:
+            self.http = Listener((host, port), handler, 4 * max_requests)
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", "") or str(error)
+            raise ToolError(f"cannot listen on {host}, port {port}: {reason}; choose another port") from None
+        shown = f"[{host}]" if ":" in host else "127.0.0.1" if host in ("", "0.0.0.0") else host
+        self.url = f"http://{shown}:{self.http.server_port}"
+
+    def start(self):
+        """Serve in the background; returns the server."""
+        self.thread = threading.Thread(target=self.http.serve_forever, args=(0.05,), name="server", daemon=True)
+        self.thread.start()
+        return self
+
+    def forever(self):
+        """Serve in the foreground until interrupted."""
+        try:
+            self.http.serve_forever()
+        finally:
+            self.http.server_close()
+
+    def stop(self):
+        if self.thread:
+            self.http.shutdown()
+            self.thread.join()
+            self.thread = None
+        self.http.server_close()
+
+    def __enter__(self):
+        return self.start()
+
+    def __exit__(self, *_):
+        self.stop()
+
+    def need(self, part, what):
+        if part is None:
+            raise HttpError(404, f"no {what} is served here")
+        return part
+
+    # Each answer: request (dict), base (URL of this server as the client wrote it) -> dict
+
+    def search(self, request, base):
+        """Serper's text search."""
+        query, top_k = text_field(request, "q")[:2000], number(request, "num", 10, 1, 100, whole=True)
+        found = self.need(self.corpus, "corpus").search(query, top_k)
+        return {"searchParameters": {"q": query, "num": top_k, "type": "search"}, "organic": [
+            {"title": page.title, "link": f"{base}/page/{quote(page.path)}", "snippet": snippet, "position": i}
+            for i, (page, snippet) in enumerate(found, 1)]}
+
+    def images(self, request, base):
+        """Serper's image search. A picture's page is the text that fits its title best."""
+        query, top_k = text_field(request, "q")[:2000], number(request, "num", 10, 1, 100, whole=True)
+        corpus, rows = self.need(self.corpus, "corpus"), []
+        for i, picture in enumerate(corpus.search_images(query, top_k), 1):
+            url, pages = f"{base}/image/{quote(picture.path)}", corpus.search(picture.title, 1)
+            link = f"{base}/page/{quote(pages[0][0].path)}" if pages else url
+            rows.append({"title": picture.title, "imageUrl": url, "link": link, "position": i})
+        return {"searchParameters": {"q": query, "num": top_k, "type": "images"}, "images": rows}
+
+    def chat(self, request, _):
+        """OpenAI's chat completions -> ChatReply. Requests with pictures go to the judge, others to the policy."""
+        given = request.get("messages")
+        if not isinstance(given, list) or not given or not all(isinstance(m, dict) for m in given):
+            raise HttpError(400, "messages must be a list of objects that is not empty")
+        messages, uris = [], []
+        for message in given:
+            if message.get("role") not in ("system", "developer", "user", "assistant", "tool"):
+                raise HttpError(400, "a message needs a role: system, user or assistant")
+            text, pictures = flatten(message.get("content"))
+            messages.append({"role": message["role"], "content": text})
+            uris += pictures
+        if uris:
+            judge = self.need(self.judge, "judge")
+            images = [from_data_uri(uri) for uri in uris[:8]]
+            answer = judge("\n".join(m["content"] for m in messages if m["role"] == "user"), images)
+            return ChatReply(answer if isinstance(answer, str) else json.dumps(answer))
+        stop = request.get("stop") or []
+        stop = [stop] if isinstance(stop, str) else stop
+        if not isinstance(stop, list) or not all(isinstance(s, str) for s in stop):
+            raise HttpError(400, "stop must be a text or a list of texts")
+        length = "max_completion_tokens" if "max_completion_tokens" in request else "max_tokens"
+        asked = {"messages": messages, "stop": stop, "stream": request.get("stream") is True,
+                 "max_tokens": number(request, length, MAX_NEW_TOKENS, 1, MAX_NEW_TOKENS, whole=True),
+                 "temperature": number(request, "temperature", 0.7, 0.0, 2.0),
+                 "top_p": number(request, "top_p", 0.95, 0.01, 1.0),
+                 "seed": number(request, "seed", 0, 0, 2**63 - 1, whole=True)}
+        reply = self.need(self.policy, "policy")(asked)
+        return ChatReply(reply) if isinstance(reply, str) else reply
+
+    def generate(self, request, _):
+        """The renderer's endpoint, or with ``input_ids`` the rollout engine's."""
+        if "input_ids" in request:
+            return self.roll_out(request)
+        renderer = self.need(self.renderer, "renderer")
+        uris = request.get("image_urls") or []
+        if not isinstance(uris, list):
+            raise HttpError(400, "image_urls must be a list of data URIs")
+        image = renderer(
+            prompt=text_field(request, "prompt"), references=[from_data_uri(uri) for uri in uris[:MAX_REFERENCES]],
+            seed=number(request, "seed", 0, 0, 2**63 - 1, whole=True),
+            steps=number(request, "num_inference_steps", 20, 1, MAX_STEPS, whole=True),
+            width=number(request, "width", 1024, 16, MAX_SIDE, whole=True),
+            height=number(request, "height", 1024, 16, MAX_SIDE, whole=True))
+        return {"success": True, "image": base64.b64encode(diffusion.encode_png(image)).decode()}
+
+    def roll_out(self, request):
+        ids, sampling = request["input_ids"], request.get("sampling_params") or {}
+        if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
+            raise HttpError(400, "input_ids must be a list of token ids that is not empty")
+        if not isinstance(sampling, dict):
+            raise HttpError(400, "sampling_params must be an object")
+        done = self.need(self.rollout, "rollout engine")(ids, sampling)
+        pairs = [[logprob, token, None] for logprob, token in zip(done.logprobs, done.tokens)]
+        return {"output_ids": done.tokens, "meta_info": {
+            "finish_reason": {"type": done.finish}, "prompt_tokens": len(ids), "completion_tokens": len(done.tokens),
+            "output_token_logprobs": pairs}}
+
+    def update_weights(self, request, _):
+        path = text_field(request, "model_path")
+        self.need(self.load_weights, "rollout engine")(path)
+        self.served = path
+        return {"success": True, "message": f"loaded {path}"}
+
+    def file(self, path):
+        """GET: (content type, bytes)."""
+        described = {
+            "/health": lambda: {"status": "ok"},
+            "/v1/models": lambda: {"object": "list", "data": [{"id": self.model, "object": "model"}]},
+            "/get_model_info": lambda: {"model_path": self.served, "is_generation": True}}
+        if path in described:
+            return "application/json", json.dumps(described[path]()).encode()
+        kind, _, name = unquote(path).removeprefix("/").partition("/")
+        if kind not in ("page", "image") or not self.corpus:
+            raise HttpError(404, "no such path")
+        try:
+            data = self.corpus.read(name)
+            return (MIME[image_header(data)[0]] if kind == "image" else "text/plain; charset=utf-8"), data
+        except (ToolError, OSError, ValueError):  # ValueError: a null byte in the path
+            raise HttpError(404, "no such file") from None
+
+
+POST_PATHS = {"/search": Server.search, "/images": Server.images, "/v1/chat/completions": Server.chat,
+              "/chat/completions": Server.chat, "/generate": Server.generate,
+              "/update_weights_from_disk": Server.update_weights}
+
+
+def flatten(content):
+    """The content of a chat message, text or parts -> (text, [image URLs])."""
+    if content is None or isinstance(content, str):
+        return content or "", []
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        raise HttpError(400, "a message's content must be a text or a list of parts")
+    texts = [part["text"] for part in content if isinstance(part.get("text"), str)]
+    links = [part.get("image_url") for part in content if part.get("type") == "image_url"]
+    return "\n".join(texts), [link.get("url") if isinstance(link, dict) else link for link in links]
+
+
+# ==== Machine room ====================================================================================================
+
+# ---- Images: content decides the type, the header decides whether it is decoded --------------------------------------
 
 MAX_PIXELS = 64 * 2**20
 MIME = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
@@ -275,7 +1191,7 @@ def image_part(source):
     return {"type": "image_url", "image_url": {"url": data_uri(source)}}
 
 
-# ---- The guard: which addresses may be fetched ----------------------------------------------------------------------
+# ---- The guard: which addresses may be fetched -----------------------------------------------------------------------
 
 PRIVATE_V4 = [ipaddress.ip_network(n) for n in (  # IANA's special-purpose registry; whatever is not global unicast
     "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24",
@@ -407,7 +1323,7 @@ def check_url(url, own=None):
     return urlunsplit((parts.scheme, shown + (f":{port}" if port else ""), parts.path, parts.query, ""))
 
 
-# ---- Record and replay ----------------------------------------------------------------------------------------------
+# ---- Record and replay -----------------------------------------------------------------------------------------------
 
 @dataclass
 class Reply:
@@ -480,7 +1396,7 @@ class Tape:
             return self.replies[key]
 
 
-# ---- HTTP: deadlines, retries, limits, budget -----------------------------------------------------------------------
+# ---- HTTP client: deadlines, retries, limits, budget -----------------------------------------------------------------
 
 class Limiter:
     """At most so many calls a minute, evenly spaced, over all threads that share it."""
@@ -782,827 +1698,7 @@ def retry_after(value):
         return 0.0
 
 
-# ---- The corpus: any folder of texts and images, with BM25 ----------------------------------------------------------
-
-TEXTS = (".md", ".txt")
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-SHORT = 200            # characters of a snippet
-MAX_TEXT = 2**20       # characters read of one file
-
-
-def words(text):
-    return re.findall(r"\w+", text.lower())
-
-
-class Index:
-    """Plain inverted index, ranked by BM25:
-
-        score(q, d) = sum over words w of q: idf(w) * f (k1 + 1) / (f + k1 (1 - b + b |d| / mean |d|))
-
-    with f the count of w in d and idf(w) = log(1 + (N - n + 1/2) / (n + 1/2)), n of N documents holding w.
-    """
-
-    def __init__(self, texts, k1=1.2, b=0.75):
-        self.k1, self.b, self.postings, self.lengths = k1, b, defaultdict(list), []
-        for number, text in enumerate(texts):
-            found = words(text)
-            self.lengths.append(len(found))
-            for word, count in Counter(found).items():
-                self.postings[word].append((number, count))
-        self.mean = sum(self.lengths) / len(self.lengths) if self.lengths else 0.0
-
-    def idf(self, word):
-        n = len(self.postings.get(word, ()))
-        return math.log(1 + (len(self.lengths) - n + 0.5) / (n + 0.5))
-
-    def search(self, query, top_k):
-        """Numbers of the best documents, best first; equal scores keep the order of the documents."""
-        scores = defaultdict(float)
-        for word in dict.fromkeys(words(query)):
-            idf = self.idf(word)
-            for number, count in self.postings.get(word, ()):
-                norm = self.k1 * (1 - self.b + self.b * self.lengths[number] / self.mean)
-                scores[number] += idf * count * (self.k1 + 1) / (count + norm)
-        return sorted(scores, key=lambda number: (-round(scores[number], 9), number))[:top_k]
-
-
-@dataclass(frozen=True)
-class Page:
-    """What one search result shows: a page, or one section of it."""
-    title: str
-    section: str
-    text: str
-    path: str  # relative to the corpus folder, with "/"
-
-
-@dataclass(frozen=True)
-class Picture:
-    title: str
-    path: str
-
-
-class Corpus:
-    """Texts and pictures of a folder. A text's title is its first line (# heading or short line), else its file name,
-    and each of its `## sections` is a result of its own. A picture's title comes from titles.json beside it
-    ({file name: title}), else from a .txt file of the same name, else from the words of its file name."""
-
-    def __init__(self, folder):
-        if not os.path.isdir(folder):
-            raise ToolError(f"{folder}: no such folder")
-        self.root = os.path.realpath(folder)
-        pages, pictures = [], []
-        for place, folders, names in os.walk(self.root):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            names = sorted(name for name in names if self.belongs(os.path.join(place, name)))
-            titles = self.read_titles(place) if "titles.json" in names else {}
-            stems = {os.path.splitext(n)[0] for n in names if n.lower().endswith(PICTURES)}
-            for name in names:
-                full, stem = os.path.join(place, name), os.path.splitext(name)[0]
-                path = os.path.relpath(full, self.root).replace(os.sep, "/")
-                if name.lower().endswith(PICTURES):
-                    title = titles.get(name) or self.sidecar(place, stem, names) or spaced(stem)
-                    pictures.append(Picture(title, path))
-                elif name.lower().endswith(TEXTS) and not (name.endswith(".txt") and stem in stems):
-                    pages += sections(self.read_text(full), path)
-        self.index(pages, pictures)
-
-    @classmethod
-    def from_texts(cls, pages, titles):
-        """A corpus without files. pages: [(title, section, text)]; titles: {picture file name: title}."""
-        corpus = cls.__new__(cls)
-        corpus.root = ""
-        corpus.index([Page(title, section, text, "") for title, section, text in pages],
-                     [Picture(title, name) for name, title in titles.items()])
-        return corpus
-
-    def index(self, pages, pictures):
-        self.pages, self.pictures = pages, pictures
-        self.paths = {p.path for p in pages} | {p.path for p in pictures}  # all that is ever served
-        self.page_index = Index(f"{p.title} {p.section} {p.text}" for p in pages)
-        self.picture_index = Index(p.title for p in pictures)
-
-    def belongs(self, path):
-        """Whether a file lies in the folder, links resolved, and is not hidden."""
-        inside = os.path.realpath(path).startswith(os.path.join(self.root, ""))
-        return inside and not os.path.basename(path).startswith(".") and os.path.isfile(path)
-
-    @staticmethod
-    def read_text(path):
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read(MAX_TEXT)
-
-    def read_titles(self, place):
-        path = os.path.join(place, "titles.json")
-        try:
-            titles = json_object(open_bytes(path))
-        except ValueError as error:
-            raise ToolError(f"{path}: {error}") from None
-        return {name: title for name, title in titles.items() if isinstance(title, str)}
-
-    def sidecar(self, place, stem, names):
-        if stem + ".txt" not in names:
-            return ""
-        return " ".join(self.read_text(os.path.join(place, stem + ".txt")).split())[:SHORT]
-
-    def search(self, query, top_k):
-        """The best pages for a query: [(Page, snippet)]."""
-        found = [self.pages[number] for number in self.page_index.search(query, top_k)]
-        return [(page, self.snippet(page.text, query)) for page in found]
-
-    def search_images(self, query, top_k):
-        """The best pictures for a query: [Picture]."""
-        return [self.pictures[number] for number in self.picture_index.search(query, top_k)]
-
-    def snippet(self, text, query):
-        """The whole text if it is short, else the sentence that holds most of the query, and what fits after it."""
-        text = " ".join(text.split())
-        if len(text) <= SHORT:
-            return text
-        asked, sentences = set(words(query)), re.split(r"(?<=[.!?])\s+", text)
-        gains = [sum(self.page_index.idf(word) for word in asked & set(words(s))) for s in sentences]
-        start = gains.index(max(gains))
-        best = sentences[start]
-        for sentence in sentences[start + 1:]:
-            if len(best) + 1 + len(sentence) > SHORT:
-                break
-            best += " " + sentence
-        return best if len(best) <= SHORT else best[:SHORT - 1] + "…"
-
-    def read(self, path):
-        """Bytes of a file of the corpus, by the relative path that a search gave. ToolError for anything else."""
-        full = os.path.join(self.root, *path.split("/"))
-        if path not in self.paths or not self.root or not self.belongs(full):
-            raise ToolError("no such file in the corpus")
-        return open_bytes(full)
-
-
-def spaced(stem):
-    """A file name as a title."""
-    return " ".join(re.split(r"[\s_-]+", stem))
-
-
-def sections(text, path):
-    """A text file -> its Pages: one per `## section` that says something."""
-    lines = text.strip().splitlines() or [""]
-    first = lines[0].lstrip("#").strip()
-    if lines[0].startswith("# ") or (first and len(first) <= 120 and len(lines) > 1 and not first.endswith(".")):
-        title, lines = first, lines[1:]
-    else:
-        title = spaced(os.path.splitext(os.path.basename(path))[0])
-    parts = re.split(r"^##[ \t]+(.*)$", "\n".join(lines), flags=re.MULTILINE)
-    pairs = [("", parts[0])] + list(zip(parts[1::2], parts[2::2]))
-    pages = [Page(title, section.strip(), " ".join(body.split()), path) for section, body in pairs if body.strip()]
-    return pages or [Page(title, "", title, path)]
-
-
-# ---- The agent's three tools ----------------------------------------------------------------------------------------
-
-MAX_QUERIES, MAX_QUERY = 8, 400                       # in one call; characters of each
-MAX_TITLE, MAX_LINK, MAX_SNIPPET = 160, 300, 500      # characters that an observation shows
-ONE_LINE = "## In one line"
-COMPACT_TOP_K = {"search": 2, "image_search": 3}
-TOP_K_DEFAULT = 5
-
-
-def read_skills(folder):
-    """{skill name: its guide} from the Markdown files of a folder. ToolError if it is not there."""
-    try:
-        names = sorted(name for name in os.listdir(folder) if name.endswith(".md"))
-        return {name[:-3]: open_bytes(os.path.join(folder, name)).decode() for name in names}
-    except (OSError, UnicodeError) as error:
-        raise ToolError(f"{folder}: the skill guides cannot be read ({error})") from None
-
-
-def clean(text, limit=MAX_SNIPPET):
-    """Text from outside as one line of data: no control characters, no tags of the turn format, no special tokens."""
-    text = " ".join(text.split()) if isinstance(text, str) else ""
-    text = "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
-    text = re.sub(r"<(?=\s*(?:\||/?\s*(?:think|tool_call|tool_response|answer)\b))", "‹", text, flags=re.IGNORECASE)
-    return text if len(text) <= limit else text[:limit - 1] + "…"
-
-
-class ToolSession:
-    """The tools as one trajectory sees them: its image ids and the queries that it has asked.
-
-    images: img_id -> {"local_path", "url", "title", "page_url"}. queries: [(tool, query)] that were answered.
-    box: does the finding; see ToolBox and CorpusBox.
-    """
-
-    def __init__(self, box):
-        self.box, self.images, self.queries, self.failures = box, {}, [], Counter()
-
-    def call(self, name, arguments):
-        """The observation that answers a tool call. Never raises for anything a policy or a service may do: a failure
-        is an observation that starts with "Error:"."""
-        try:
-            if not isinstance(arguments, dict) or name not in TOOL_NAMES:
-                raise ToolError(f"unknown tool; the tools are {', '.join(TOOL_NAMES)}")
-            return {"search": self.search, "image_search": self.image_search,
-                    "query_knowledge": self.query_knowledge}[name](arguments)
-        except (ToolError, OSError) as error:
-            return f"Error: {clean(str(error))}"
-
-    def search(self, arguments):
-        """Titles, links and snippets for each query, numbered."""
-        top_k = self.check("search", arguments, "queries")
-        queries = arguments["queries"]
-        if not isinstance(queries, list) or not 1 <= len(queries) <= MAX_QUERIES:
-            raise ToolError(f"queries must be a list of 1 to {MAX_QUERIES} texts")
-        queries = self.new_queries("search", queries)
-        blocks, again = [], [self.failures["search", query] for query in queries]
-        for query, found in zip(queries, self.box.find_pages(queries, top_k, again)):
-            if isinstance(found, ToolError):
-                self.failures["search", query] += 1
-                blocks.append(f"Error: {clean(str(found))}")
-            else:
-                self.queries.append(("search", query))
-                blocks.append(self.page_lines(query, found))
-        return "\n".join(blocks)
-
-    def page_lines(self, query, found):
-        found = [(clean(h["title"], MAX_TITLE), clean(h["link"], MAX_LINK), clean(h["snippet"])) for h in found]
-        if not found:
-            return "Nothing found." if self.box.compact else f'Nothing found for "{clean(query)}".'
-        if self.box.compact:  # a title that the snippet repeats is left out
-            return "\n".join(f"{i}. {snippet}" if title in snippet else f"{i}. {title}: {snippet}"
-                             for i, (title, _, snippet) in enumerate(found, 1))
-        return "\n".join([f'Results for "{clean(query)}":'] + [
-            f"{i}. title: {title}\n   url: {link}\n   snippet: {snippet}"
-            for i, (title, link, snippet) in enumerate(found, 1)])
-
-    def image_search(self, arguments):
-        """Pictures with their ids. A picture that this trajectory has met before keeps its id."""
-        top_k = self.check("image_search", arguments, "query")
-        query, = self.new_queries("image_search", [arguments["query"]])
-        try:
-            found = self.box.find_images(query, top_k, self.failures["image_search", query])
-        except ToolError:
-            self.failures["image_search", query] += 1
-            raise
-        self.queries.append(("image_search", query))
-        lines = [] if self.box.compact else [f'Images for "{clean(query)}":']
-        known = {image["local_path"]: img_id for img_id, image in self.images.items()}
-        for image in found:
-            image = image | {"title": clean(image["title"], MAX_TITLE) or "untitled"}
-            img_id = known.setdefault(image["local_path"], f"IMG_{len(self.images) + 1:03d}")
-            shown = self.images.setdefault(img_id, image)
-            lines.append(f"{img_id} {shown['title']}" if self.box.compact else
-                         f"{img_id} title: {shown['title']}\n  url: {clean(shown['url'], MAX_LINK)}\n"
-                         f"  local path: {os.path.basename(shown['local_path'])}\n"
-                         f"  page url: {clean(shown['page_url'], MAX_LINK)}")
-        return "\n".join(lines) if found else "Nothing found."
-
-    def query_knowledge(self, arguments):
-        """A skill's guide; in the compact form only its one line."""
-        name = arguments.get("skill_name")
-        if set(arguments) != {"skill_name"} or not isinstance(name, str) or name not in self.box.skills:
-            raise ToolError(f"skill_name must be one of {', '.join(self.box.skills)}")
-        guide = self.box.skills[name]
-        return guide.rpartition(ONE_LINE)[2].strip() if self.box.compact else guide.strip()
-
-    def check(self, tool, arguments, required):
-        """Check the names of a call's arguments and top_k; returns the latter."""
-        if required not in arguments or set(arguments) - {required, "top_k"}:
-            raise ToolError(f"{tool} takes {required} and top_k")
-        top_k = arguments.get("top_k", COMPACT_TOP_K[tool] if self.box.compact else TOP_K_DEFAULT)
-        if type(top_k) is not int or not 1 <= top_k <= 10:
-            raise ToolError("top_k must be a whole number from 1 to 10")
-        return top_k
-
-    def new_queries(self, tool, queries):
-        """The queries with blanks collapsed, if each is a text that was not asked before."""
-        asked = {(name, query.casefold()) for name, query in self.queries}
-        cleaned = []
-        for query in queries:
-            if not isinstance(query, str) or not query.strip():
-                raise ToolError("a query must be a text that is not empty")
-            query = " ".join(query.split())
-            if len(query) > MAX_QUERY:
-                raise ToolError(f"a query has at most {MAX_QUERY} characters")
-            if (tool, query.casefold()) in asked:
-                raise ToolError(f'repeated query "{query}"; ask something new')
-            asked.add((tool, query.casefold()))
-            cleaned.append(query)
-        return cleaned
-
-
-class CorpusBox:
-    """Finds in a corpus in memory, without HTTP and without files: for making demonstrations."""
-    compact = True
-
-    def __init__(self, corpus, skills):
-        self.corpus, self.skills = corpus, skills
-
-    def find_pages(self, queries, top_k, _):
-        return [[{"title": page.title, "link": "", "snippet": snippet}
-                 for page, snippet in self.corpus.search(query, top_k)] for query in queries]
-
-    def find_images(self, query, top_k, _):
-        return [{"local_path": picture.path, "url": "", "title": picture.title, "page_url": ""}
-                for picture in self.corpus.search_images(query, top_k)]
-
-
-class CompactSession(ToolSession):
-    """A session on a corpus in memory that answers in exactly the compact form."""
-
-    def __init__(self, corpus, skills):
-        super().__init__(CorpusBox(corpus, skills))
-
-
-class ToolBox:
-    """The tools as HTTP clients of a Serper-compatible service, shared by all trajectories and threads.
-
-    allow_private: the search service is the local server; images on its origin may be fetched, nothing else private.
-    """
-
-    def __init__(self, search_url, skills_dir, image_dir, api_key="", compact=False, allow_private=False, tape=None,
-                 budget=None, limiter=None, timeout=15.0, deadline=60.0, retries=3, backoff=0.5, max_bytes=20 * 2**20):
-        self.search_url, self.compact, self.image_dir = service_url(search_url, "search"), compact, image_dir
-        self.skills, self.headers, self.deadline = read_skills(skills_dir), {"X-API-KEY": api_key}, deadline
-        shared = {"timeout": timeout, "deadline": deadline, "retries": retries, "backoff": backoff, "tape": tape}
-        self.client = HttpClient("search", (api_key,), budget=budget, limiter=limiter, **shared)
-        self.loader = HttpClient("download", guarded=True, own=self.search_url if allow_private else None,
-                                 max_bytes=max_bytes, **shared)
-        self.pool, self.lock, self.fetched = ThreadPoolExecutor(16, "tools"), threading.Lock(), {}
-        os.makedirs(image_dir, exist_ok=True)
-
-    def session(self):
-        return ToolSession(self)
-
-    def ask(self, path, kind, query, top_k, again, until):
-        """One query to the service -> the list under ``kind`` of its reply, cut to top_k dicts."""
-        def parse(value):
-            found = value.get(kind, [])
-            if not isinstance(found, list) or not all(isinstance(hit, dict) for hit in found):
-                raise ValueError(f"no list of {kind}")
-            return found[:top_k]
-        return self.client.post_json(f"{self.search_url}/{path}", {"q": query, "num": top_k}, self.headers, parse,
-                                     until=until, again=again)
-
-    def find_pages(self, queries, top_k, again):
-        """Per query a list of {"title", "link", "snippet"}, or the ToolError that there was."""
-        until = time.monotonic() + self.deadline
-
-        def one(query, count):
-            try:
-                hits = self.ask("search", "organic", query, top_k, count, until)
-                return [{name: hit.get(name, "") for name in ("title", "link", "snippet")} for hit in hits]
-            except ToolError as error:
-                return error
-        return [one(queries[0], again[0])] if len(queries) == 1 else list(self.pool.map(one, queries, again))
-
-    def find_images(self, query, top_k, again):
-        """Pictures that could be fetched: [{"local_path", "url", "title", "page_url"}]. ToolError if there were
-        results, but none could be."""
-        until = time.monotonic() + self.deadline
-        hits = self.ask("images", "images", query, top_k, again, until)
-        urls = [hit.get("imageUrl") for hit in hits]
-        paths = list(self.pool.map(lambda url: self.fetch(url, again, until), urls))
-        found = [{"local_path": path, "url": url, "title": hit.get("title", ""), "page_url": hit.get("link", "")}
-                 for hit, url, path in zip(hits, urls, paths) if isinstance(path, str)]
-        if hits and not found:
-            raise ToolError(f"none of {len(hits)} pictures could be fetched ({paths[0]})")
-        return found
-
-    def fetch(self, url, again, until):
-        """Download a picture into the cache -> its path, or the ToolError that there was. The name is a hash of the
-        content, so that equal pictures are one file; what is not a picture is not kept."""
-        with self.lock:
-            path = self.fetched.get(url) if isinstance(url, str) else None
-        if path and os.path.isfile(path):
-            return path
-        try:
-            if not isinstance(url, str):
-                raise ToolError("download: a result without a picture URL")
-            data = self.loader.request("GET", url, until=until, again=again).body
-            path = self.store(data)
-        except ToolError as error:
-            return error
-        with self.lock:
-            self.fetched[url] = path
-        return path
-
-    def store(self, data):
-        """Write the bytes of a picture under a name made of their hash. A small PNG must be sound to the last byte."""
-        kind, width, height = image_header(data)
-        if kind == "png" and width * height <= 2**20:
-            read_image(data)
-        path = os.path.join(self.image_dir, hashlib.sha256(data).hexdigest()[:40] + EXTENSION[kind])
-        if not os.path.isfile(path):
-            temporary = f"{path}.{threading.get_ident()}.part"
-            with open(temporary, "wb") as file:
-                file.write(data)
-            os.replace(temporary, path)
-        return path
-
-
-# ---- Clients of models ----------------------------------------------------------------------------------------------
-
-def bearer(api_key):
-    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
-
-
-def service_url(url, name):
-    """A URL from the command line, without a closing slash. ToolError if it is none."""
-    try:
-        scheme, host, _ = origin_of(url)
-    except ValueError:  # the port
-        scheme, host = "", ""
-    if scheme not in ("http", "https") or not host:
-        raise ToolError(f"{name}: {url!r} is not an http or https URL")
-    return url.strip().rstrip("/")
-
-
-class ChatClient:
-    """Any OpenAI-compatible chat endpoint: a policy, a judge or a summariser. ``base_url`` with or without /v1.
-
-    http: fields of HttpClient (timeout, deadline, retries, limiter, budget, tape), here as in the clients below.
-    """
-
-    def __init__(self, base_url, api_key="", model="", name="chat model", **http):
-        base = service_url(base_url, name)
-        self.url = (base if urlsplit(base).path else base + "/v1") + "/chat/completions"
-        self.model, self.headers = model, bearer(api_key)
-        self.client = HttpClient(name, (api_key,), **{"timeout": 300.0, "deadline": 900.0} | http)
-
-    def complete(self, messages, **options):
-        """messages -> the text of the reply. options: max_tokens, temperature, top_p, stop, seed; None is left out."""
-        payload = {"model": self.model, "messages": messages} | {k: v for k, v in options.items() if v is not None}
-        return self.client.post_json(self.url, payload, self.headers, reply_text)
-
-
-def reply_text(value):
-    """The text in an OpenAI chat completion. ValueError if there is none."""
-    try:
-        content = value["choices"][0]["message"]["content"]
-        return content if isinstance(content, str) else "".join(part["text"] for part in content or ())
-    except (KeyError, IndexError, TypeError):
-        raise ValueError("no choices[0].message.content") from None
-
-
-class RemoteRenderer:
-    """A Qwen-Image-Edit HTTP service on one or more machines, asked in turn; what fails on one goes to the next."""
-
-    def __init__(self, urls, side=1024, **http):
-        self.urls, self.side = [service_url(url, "renderer") for url in urls or [""]], side
-        defaults = {"timeout": 600.0, "deadline": 1800.0, "retries": 1, "max_bytes": 2**27}
-        self.client = HttpClient("renderer", **defaults | http)
-
-    def render(self, prompts, references, seeds, steps=40):
-        """prompts: [str]; references: per prompt a list of paths, bytes or uint8 (H, W, 3); seeds: [int].
-
-        Returns per prompt a picture uint8 (H, W, 3), or the ToolError that there was: one failure costs one picture.
-        """
-        with ThreadPoolExecutor(2 * len(self.urls)) as pool:
-            return list(pool.map(self.one, range(len(prompts)), prompts, references, seeds, [steps] * len(prompts)))
-
-    def one(self, number, prompt, references, seed, steps):
-        try:
-            width, height = self.size(references)
-            payload = {"image_urls": [data_uri(r) for r in references], "prompt": prompt, "seed": seed,
-                       "true_cfg_scale": 4.0, "negative_prompt": " ", "num_inference_steps": steps,
-                       "guidance_scale": 1.0, "num_images_per_prompt": 1, "width": width, "height": height}
-        except ToolError as error:
-            return error
-        for turn in range(len(self.urls)):
-            url = self.urls[(number + turn) % len(self.urls)]
-            try:
-                return self.client.post_json(f"{url}/generate", payload, parse=service_image)
-            except BudgetExceeded as error:
-                return error
-            except ToolError as error:
-                failure = error
-        return failure
-
-    def size(self, references):
-        """(width, height): the first reference's shape with the long side as set, in multiples of 16."""
-        if not references:
-            return self.side, self.side
-        _, width, height = image_header(image_bytes(references[0])[0])
-        scale = self.side / max(width, height)
-        return tuple(max(16, round(length * scale / 16) * 16) for length in (width, height))
-
-
-def service_image(value):
-    """{"success": true, "image": base64} -> uint8 (H, W, 3)."""
-    if value.get("success") is not True or not isinstance(value.get("image"), str):
-        raise ValueError(f"no picture: {str(value.get('error') or value.get('detail') or '')[:200]}")
-    return read_image(from_base64(value["image"]))
-
-
-class GoogleRenderer:
-    """Google's image endpoint (generateContent)."""
-    BASE_URL, MODEL = "https://generativelanguage.googleapis.com", "gemini-3-pro-image-preview"
-
-    def __init__(self, api_key, model=MODEL, base_url=BASE_URL, workers=4, **http):
-        self.url = f"{service_url(base_url, 'renderer')}/v1beta/models/{model}:generateContent"
-        self.headers, self.workers = {"x-goog-api-key": api_key}, workers
-        defaults = {"timeout": 300.0, "deadline": 900.0, "max_bytes": 2**27}
-        self.client = HttpClient("renderer", (api_key,), **defaults | http)
-        if not api_key and not (self.client.tape and self.client.tape.replaying):
-            raise ToolError("the Google renderer needs a key: set GOOGLE_API_KEY or GEMINI_API_KEY")
-
-    def render(self, prompts, references, seeds, steps=None):
-        """As RemoteRenderer.render. The service takes no seed and no steps; equal prompts are told apart by their
-        place among the equal ones, so that a recording keeps each."""
-        places, seen = [], Counter()
-        for prompt in prompts:
-            places.append(seen[prompt])
-            seen[prompt] += 1
-        with ThreadPoolExecutor(self.workers) as pool:
-            return list(pool.map(self.one, prompts, references, places))
-
-    def one(self, prompt, references, place):
-        try:
-            parts = [{"text": prompt}]
-            for data, kind in map(image_bytes, references):
-                parts.append({"inline_data": {"mime_type": MIME[kind], "data": base64.b64encode(data).decode()}})
-            payload = {"contents": [{"parts": parts}]}
-            return self.client.post_json(self.url, payload, self.headers, google_image, again=place)
-        except ToolError as error:
-            return error
-
-
-def google_image(value):
-    """candidates[].content.parts[].inlineData.data -> uint8 (H, W, 3), the first there is."""
-    try:
-        parts = [part for candidate in value["candidates"] for part in candidate["content"]["parts"]]
-        inline = [part.get("inlineData") or part.get("inline_data") for part in parts]
-        return read_image(from_base64(next(i["data"] for i in inline if i)))
-    except (KeyError, TypeError, AttributeError, StopIteration):
-        raise ValueError("no picture in it") from None
-
-
-@dataclass
-class Rollout:
-    """What a serving engine generated: token ids in, token ids out, nothing re-tokenised."""
-    tokens: list
-    logprobs: list   # of the sampled tokens, as the engine computed them
-    finish: str      # "stop" or "length"
-
-
-class SGLangClient:
-    """A running SGLang server as rollout engine."""
-
-    def __init__(self, base_url, api_key="", **http):
-        self.base, self.headers = service_url(base_url, "rollout engine").removesuffix("/v1"), bearer(api_key)
-        self.version = 0  # of the weights: the same question to new weights is another call
-        self.client = HttpClient("rollout engine", (api_key,),
-                                 **{"timeout": 600.0, "deadline": 1800.0, "max_bytes": 2**28} | http)
-
-    def generate(self, input_ids, max_new_tokens, temperature=1.0, top_p=1.0, stop_ids=(), seed=None):
-        """One prompt as token ids -> Rollout. ``seed`` is sent as ``sampling_seed`` (honoured by servers that run with
-        deterministic inference; others ignore it)."""
-        sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
-                    "stop_token_ids": list(stop_ids)} | ({} if seed is None else {"sampling_seed": seed})
-        payload = {"input_ids": list(input_ids), "sampling_params": sampling, "return_logprob": True}
-        return self.client.post_json(f"{self.base}/generate", payload, self.headers, rollout, again=self.version)
-
-    def health(self):
-        """Raises ToolError unless the server is up."""
-        self.client.request("GET", f"{self.base}/health", headers=self.headers)
-
-    def update_weights(self, path):
-        """Load a checkpoint folder that the server can see. ToolError if it refuses, or still names another one."""
-        self.version += 1
-        answer = self.client.post_json(f"{self.base}/update_weights_from_disk", {"model_path": path}, self.headers,
-                                       again=self.version)
-        if answer.get("success") is not True:
-            raise ToolError(f"rollout engine: the new weights were not loaded ({clean(answer.get('message', ''))})")
-        served = self.client.request("GET", f"{self.base}/get_model_info", headers=self.headers, again=self.version,
-                                     parse=lambda reply: json_object(reply.body).get("model_path"))
-        if served != path:
-            raise ToolError("rollout engine: the server still answers with the old weights")
-
-
-def rollout(value):
-    """SGLang's reply -> Rollout. ValueError unless every token has its log-probability."""
-    try:
-        meta = value["meta_info"]
-        pairs = [(float(entry[0]), int(entry[1])) for entry in meta["output_token_logprobs"]]
-        tokens = [int(token) for token in value.get("output_ids", [token for _, token in pairs])]
-        finish = meta["finish_reason"]["type"]
-    except (KeyError, IndexError, TypeError):
-        raise ValueError("no output_ids with their log-probabilities") from None
-    if [token for _, token in pairs] != tokens:
-        raise ValueError("output_ids and output_token_logprobs do not agree")
-    return Rollout(tokens, [logprob for logprob, _ in pairs], "length" if finish == "length" else "stop")
-
-
-# ---- The local server -----------------------------------------------------------------------------------------------
-
-MAX_STEPS, MAX_SIDE, MAX_NEW_TOKENS, MAX_REFERENCES = 50, 2048, 4096, 2  # what a request may ask for; more is clipped
-
-
-class HttpError(Exception):
-    """A request that is answered with an error status."""
-
-    def __init__(self, status, message):
-        super().__init__(message)
-        self.status = status
-
-
-@dataclass
-class ChatReply:
-    """What a policy callable returns. ``text``: str, or an iterable of pieces, sent on as they come if streaming."""
-    text: object
-    finish: str = "stop"
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-
-def number(request, name, default, low, high, whole=False):
-    """A number of a request, clipped to [low, high]; None counts as absent."""
-    value = request.get(name)
-    value = default if value is None else value
-    if type(value) not in ((int,) if whole else (int, float)):
-        raise HttpError(400, f"{name} must be a {'whole ' * whole}number")
-    return min(max(value, low), high)
-
-
-def text_field(request, name):
-    value = request.get(name)
-    if not isinstance(value, str) or not value.strip():
-        raise HttpError(400, f"{name} must be a text that is not empty")
-    return value
-
-
-class Server:
-    """Search, pictures, chat, renderer, judge and rollouts over HTTP, each answered by what is handed in (else 404).
-
-        with Server(Corpus(folder)) as server: requests.post(server.url + "/search", json={"q": "lamps"})
-
-    The callables are called from many threads at once:
-    policy(request) -> str or ChatReply; request: messages (contents are plain text), max_tokens, temperature, top_p,
-        stop (list), seed, stream.
-    judge(text, images) -> dict or str; a chat request with pictures goes here: its text, and uint8 (H, W, 3) each.
-    renderer(prompt, references, seed, steps, width, height) -> uint8 (H, W, 3); references: at most two, likewise.
-    rollout(input_ids, sampling_params) -> Rollout. load_weights(path) loads a checkpoint folder.
-    ValueError and ToolError from a callable become status 400, anything else 500.
-    """
-
-    def __init__(self, corpus=None, host="127.0.0.1", port=0, policy=None, judge=None, renderer=None, rollout=None,
-                 load_weights=None, model="genevolve", max_body=64 * 2**20, max_requests=64, idle_seconds=30):
-        self.corpus, self.policy, self.judge, self.renderer = corpus, policy, judge, renderer
-        self.rollout, self.load_weights, self.model, self.max_body = rollout, load_weights, model, max_body
-        self.busy, self.thread, self.served = threading.BoundedSemaphore(max_requests), None, model
-        handler = type("Handler", (Handler,), {"owner": self, "timeout": idle_seconds})
-        try:
-            self.http = Listener((host, port), handler, 4 * max_requests)
-        except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", "") or str(error)
-            raise ToolError(f"cannot listen on {host}, port {port}: {reason}; choose another port") from None
-        shown = f"[{host}]" if ":" in host else "127.0.0.1" if host in ("", "0.0.0.0") else host
-        self.url = f"http://{shown}:{self.http.server_port}"
-
-    def start(self):
-        """Serve in the background; returns the server."""
-        self.thread = threading.Thread(target=self.http.serve_forever, args=(0.05,), name="server", daemon=True)
-        self.thread.start()
-        return self
-
-    def forever(self):
-        """Serve in the foreground until interrupted."""
-        try:
-            self.http.serve_forever()
-        finally:
-            self.http.server_close()
-
-    def stop(self):
-        if self.thread:
-            self.http.shutdown()
-            self.thread.join()
-            self.thread = None
-        self.http.server_close()
-
-    def __enter__(self):
-        return self.start()
-
-    def __exit__(self, *_):
-        self.stop()
-
-    def need(self, part, what):
-        if part is None:
-            raise HttpError(404, f"no {what} is served here")
-        return part
-
-    # Each answer: request (dict), base (URL of this server as the client wrote it) -> dict
-
-    def search(self, request, base):
-        """Serper's text search."""
-        query, top_k = text_field(request, "q")[:2000], number(request, "num", 10, 1, 100, whole=True)
-        found = self.need(self.corpus, "corpus").search(query, top_k)
-        return {"searchParameters": {"q": query, "num": top_k, "type": "search"}, "organic": [
-            {"title": page.title, "link": f"{base}/page/{quote(page.path)}", "snippet": snippet, "position": i}
-            for i, (page, snippet) in enumerate(found, 1)]}
-
-    def images(self, request, base):
-        """Serper's image search. A picture's page is the text that fits its title best."""
-        query, top_k = text_field(request, "q")[:2000], number(request, "num", 10, 1, 100, whole=True)
-        corpus, rows = self.need(self.corpus, "corpus"), []
-        for i, picture in enumerate(corpus.search_images(query, top_k), 1):
-            url, pages = f"{base}/image/{quote(picture.path)}", corpus.search(picture.title, 1)
-            link = f"{base}/page/{quote(pages[0][0].path)}" if pages else url
-            rows.append({"title": picture.title, "imageUrl": url, "link": link, "position": i})
-        return {"searchParameters": {"q": query, "num": top_k, "type": "images"}, "images": rows}
-
-    def chat(self, request, _):
-        """OpenAI's chat completions -> ChatReply. Requests with pictures go to the judge, others to the policy."""
-        given = request.get("messages")
-        if not isinstance(given, list) or not given or not all(isinstance(m, dict) for m in given):
-            raise HttpError(400, "messages must be a list of objects that is not empty")
-        messages, uris = [], []
-        for message in given:
-            if message.get("role") not in ("system", "developer", "user", "assistant", "tool"):
-                raise HttpError(400, "a message needs a role: system, user or assistant")
-            text, pictures = flatten(message.get("content"))
-            messages.append({"role": message["role"], "content": text})
-            uris += pictures
-        if uris:
-            judge = self.need(self.judge, "judge")
-            images = [from_data_uri(uri) for uri in uris[:8]]
-            answer = judge("\n".join(m["content"] for m in messages if m["role"] == "user"), images)
-            return ChatReply(answer if isinstance(answer, str) else json.dumps(answer))
-        stop = request.get("stop") or []
-        stop = [stop] if isinstance(stop, str) else stop
-        if not isinstance(stop, list) or not all(isinstance(s, str) for s in stop):
-            raise HttpError(400, "stop must be a text or a list of texts")
-        length = "max_completion_tokens" if "max_completion_tokens" in request else "max_tokens"
-        asked = {"messages": messages, "stop": stop, "stream": request.get("stream") is True,
-                 "max_tokens": number(request, length, MAX_NEW_TOKENS, 1, MAX_NEW_TOKENS, whole=True),
-                 "temperature": number(request, "temperature", 0.7, 0.0, 2.0),
-                 "top_p": number(request, "top_p", 0.95, 0.01, 1.0),
-                 "seed": number(request, "seed", 0, 0, 2**63 - 1, whole=True)}
-        reply = self.need(self.policy, "policy")(asked)
-        return ChatReply(reply) if isinstance(reply, str) else reply
-
-    def generate(self, request, _):
-        """The renderer's endpoint, or with ``input_ids`` the rollout engine's."""
-        if "input_ids" in request:
-            return self.roll_out(request)
-        renderer = self.need(self.renderer, "renderer")
-        uris = request.get("image_urls") or []
-        if not isinstance(uris, list):
-            raise HttpError(400, "image_urls must be a list of data URIs")
-        image = renderer(
-            prompt=text_field(request, "prompt"), references=[from_data_uri(uri) for uri in uris[:MAX_REFERENCES]],
-            seed=number(request, "seed", 0, 0, 2**63 - 1, whole=True),
-            steps=number(request, "num_inference_steps", 20, 1, MAX_STEPS, whole=True),
-            width=number(request, "width", 1024, 16, MAX_SIDE, whole=True),
-            height=number(request, "height", 1024, 16, MAX_SIDE, whole=True))
-        return {"success": True, "image": base64.b64encode(diffusion.encode_png(image)).decode()}
-
-    def roll_out(self, request):
-        ids, sampling = request["input_ids"], request.get("sampling_params") or {}
-        if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
-            raise HttpError(400, "input_ids must be a list of token ids that is not empty")
-        if not isinstance(sampling, dict):
-            raise HttpError(400, "sampling_params must be an object")
-        done = self.need(self.rollout, "rollout engine")(ids, sampling)
-        pairs = [[logprob, token, None] for logprob, token in zip(done.logprobs, done.tokens)]
-        return {"output_ids": done.tokens, "meta_info": {
-            "finish_reason": {"type": done.finish}, "prompt_tokens": len(ids), "completion_tokens": len(done.tokens),
-            "output_token_logprobs": pairs}}
-
-    def update_weights(self, request, _):
-        path = text_field(request, "model_path")
-        self.need(self.load_weights, "rollout engine")(path)
-        self.served = path
-        return {"success": True, "message": f"loaded {path}"}
-
-    def file(self, path):
-        """GET: (content type, bytes)."""
-        described = {
-            "/health": lambda: {"status": "ok"},
-            "/v1/models": lambda: {"object": "list", "data": [{"id": self.model, "object": "model"}]},
-            "/get_model_info": lambda: {"model_path": self.served, "is_generation": True}}
-        if path in described:
-            return "application/json", json.dumps(described[path]()).encode()
-        kind, _, name = unquote(path).removeprefix("/").partition("/")
-        if kind not in ("page", "image") or not self.corpus:
-            raise HttpError(404, "no such path")
-        try:
-            data = self.corpus.read(name)
-            return (MIME[image_header(data)[0]] if kind == "image" else "text/plain; charset=utf-8"), data
-        except (ToolError, OSError, ValueError):  # ValueError: a null byte in the path
-            raise HttpError(404, "no such file") from None
-
-
-POST_PATHS = {"/search": Server.search, "/images": Server.images, "/v1/chat/completions": Server.chat,
-              "/chat/completions": Server.chat, "/generate": Server.generate,
-              "/update_weights_from_disk": Server.update_weights}
-
-
-def flatten(content):
-    """The content of a chat message, text or parts -> (text, [image URLs])."""
-    if content is None or isinstance(content, str):
-        return content or "", []
-    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
-        raise HttpError(400, "a message's content must be a text or a list of parts")
-    texts = [part["text"] for part in content if isinstance(part.get("text"), str)]
-    links = [part.get("image_url") for part in content if part.get("type") == "image_url"]
-    return "\n".join(texts), [link.get("url") if isinstance(link, dict) else link for link in links]
-
+# ---- HTTP server -----------------------------------------------------------------------------------------------------
 
 class Listener(http.server.ThreadingHTTPServer):
     """A thread for each connection, and not more than so many connections."""
@@ -1760,41 +1856,3 @@ class Handler(http.server.BaseHTTPRequestHandler):
         host = self.headers.get("Host", "")
         sound = re.fullmatch(r"([\w.-]+|\[[0-9a-fA-F:]+\])(:\d{1,5})?", host)
         return f"http://{host}" if sound else self.owner.url
-
-
-# ---- Requests -----------
-
-MAX_REQUEST = 8000        # characters of a request
-
-
-def read_requests(path):
-    """Rows of a .json (list) or .jsonl file, each with "id", "question" and its folder: the released bench and RL rows,
-    WISE's prompts (field Prompt), or anybody's. Raises ValueError."""
-    if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such file")
-    with open(path, encoding="utf-8") as file:
-        text = file.read()
-    try:
-        numbered = list(enumerate(json.loads(text), 1)) if path.endswith(".json") else \
-            [(n, json.loads(line)) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})")
-    rows = []
-    for number, row in numbered:
-        named = [row[k] for k in ("question", "prompt", "Prompt") if row.get(k)] if isinstance(row, dict) else []
-        if not named or not isinstance(text := named[0], str):
-            raise ValueError(f"{path}, line {number}: no prompt or question")
-        question = check_request(text, f"{path}, line {number}: ")
-        name = {"id": str(row.get("prompt_id", f"{number:04d}"))}  # WISE's, else the line
-        rows.append(name | row | {"question": question, "_folder": os.path.dirname(path) or "."})
-    if not rows:
-        raise ValueError(f"{path}: no requests in it")
-    return rows
-
-
-def check_request(text, where=""):
-    if not text.strip():
-        raise ValueError(f"{where}the request is empty")
-    if len(text) > MAX_REQUEST:
-        raise ValueError(f"{where}the request has {len(text)} characters; at most {MAX_REQUEST} are taken")
-    return text.strip()
