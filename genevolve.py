@@ -75,7 +75,9 @@ FORMAT_ERROR = "Format error: {error}. Write <think>...</think>, then one <tool_
 
 def system_prompt(compact):
     """The system message. The full form lists the tools' JSON schemas, as function-calling models expect."""
-    return atlas.world.COMPACT_SYSTEM if compact else FULL_SYSTEM + "\n".join(json.dumps(tool) for tool in tools.TOOL_SCHEMAS)
+    if compact:
+        return atlas.world.COMPACT_SYSTEM
+    return FULL_SYSTEM + "\n".join(json.dumps(tool) for tool in tools.tool_schemas(skill_guides()))
 
 
 # ---- The agent loop: many requests at once ---------------------------------------------------------------------------
