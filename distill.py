@@ -40,18 +40,9 @@ import torch.nn.functional as F
 
 import model
 import tools
+from tools import REFERENCE_PHRASES, Program, check_program, parse_program  # noqa: F401
 
 # ---- Types: program, step, trajectory (section 1) --------------------------------------------------------------------
-
-ORDINALS = ("the first reference image", "the second reference image")
-
-
-@dataclass
-class Program:
-    """z = (g, R): what the renderer carries out."""
-    gen_prompt: str
-    references: list  # one or two {"img_id": "IMG_001", "note": str}, sorted by img_id
-
 
 @dataclass
 class Step:
@@ -103,50 +94,6 @@ class Trajectory:
     def __post_init__(self):
         if self.images is None:  # shared with the session, which goes on adding to it
             self.images = {} if self.session is None else self.session.images
-
-
-def check_program(program, images, queries):
-    """Everything a program has to satisfy (section 1). Returns a list of errors, empty if there are none.
-
-    images: the img_ids known to the trajectory. queries: [(tool, query)] in the order in which they were asked.
-    """
-    errors, prompt = [], program.gen_prompt
-    ids = [r["img_id"] for r in program.references]
-    if not prompt.strip():
-        errors.append("gen_prompt is empty")
-    if not 1 <= len(ids) <= 2:
-        errors.append(f"{len(ids)} reference images; one or two are used")
-    if unknown := [i for i in ids if i not in images]:
-        errors.append(f"unknown img_id {', '.join(unknown)}")
-    if ids != sorted(set(ids)):
-        errors.append("reference images must differ and be sorted by img_id")
-    if re.search(r"IMG_\d", prompt):
-        errors.append("gen_prompt contains an img_id; write the first reference image")
-    if re.search(r"\b(https?://|www\.)", prompt, re.I):
-        errors.append("gen_prompt contains a URL")
-    mentions = re.findall(r"(?:\b(?:the first|the second) )?\breference (?:image|picture|photo)s?\b", prompt, re.I)
-    if any(m.lower() not in ORDINALS for m in mentions) or re.search(r"\breference (image )?#?\d", prompt, re.I):
-        errors.append("gen_prompt may name references only as the first reference image, the second reference image")
-    if ORDINALS[1] in prompt.lower() and len(ids) < 2:
-        errors.append("gen_prompt names the second reference image, but there is only one")
-    if not any(tool == "image_search" for tool, _ in queries):
-        errors.append("no image_search was made")
-    if len(set(queries)) < len(queries):
-        errors.append("a query was repeated")
-    return errors
-
-
-def parse_program(answer, session):
-    """A policy's answer {"gen_prompt", "reference_images": [{"img_id", "note"}]} -> (Program or None, errors)."""
-    prompt = answer.get("gen_prompt") if isinstance(answer, dict) else None
-    given = answer.get("reference_images") if isinstance(answer, dict) else None
-    if not isinstance(prompt, str) or not isinstance(given, list):
-        return None, ["the answer must be {\"gen_prompt\": text, \"reference_images\": [...]}"]
-    if not all(isinstance(r, dict) and isinstance(r.get("img_id"), str) for r in given):
-        return None, ["each reference image must be {\"img_id\": \"IMG_001\", \"note\": text}"]
-    program = Program(prompt, [{"img_id": r["img_id"], "note": str(r.get("note", ""))} for r in given])
-    errors = check_program(program, session.images, session.queries)
-    return (None, errors) if errors else (program, [])
 
 
 # ---- Judges: KScore and program sufficiency (section 3) ----
@@ -716,7 +663,7 @@ def program_decisions(trajectory, guides):
                 for skill, guide in guides.items()}
     return features | {
         ("prompt_program_guidance", "quoted text", ""): bool(re.search(r"[\"“][^\"”]+[\"”]", prompt)),
-        ("prompt_program_guidance", "ordinals", ""): sum(o in prompt.lower() for o in ORDINALS)}
+        ("prompt_program_guidance", "ordinals", ""): sum(o in prompt.lower() for o in REFERENCE_PHRASES)}
 
 
 def failed_constraints(trajectory):

@@ -93,7 +93,7 @@ def system_prompt(compact):
     """The system message. The full form lists the tools' JSON schemas, as function-calling models expect."""
     if compact:
         return atlas.world.COMPACT_SYSTEM
-    return FULL_SYSTEM + "\n".join(json.dumps(tool) for tool in tools.TOOL_SCHEMAS)
+    return FULL_SYSTEM + "\n".join(json.dumps(tool) for tool in tools.tool_schemas(skill_guides()))
 
 
 # ---- Policies: who writes a turn -------------------------------------------------------------------------------------
