@@ -39,6 +39,7 @@ import difflib
 import functools
 import hashlib
 import html
+import itertools
 import json
 import math
 import os
@@ -47,7 +48,7 @@ import sys
 import threading
 import time
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, fields
 
@@ -119,7 +120,7 @@ class LocalPolicy:
         self.sampling, self.compact = sampling, compact
         self.stop_ids = end_ids(tokenizer)
         self.engine = model.Engine(net, slots=slots, capacity=capacity)
-        self.trajectories = {}  # Sequence -> Trajectory
+        self.trajectories, self.writing = {}, 0  # Sequence -> Trajectory; turns that have not ended
 
     def start(self, trajectory):
         """Open a conversation: system and user message are in ``trajectory.messages``."""
@@ -135,17 +136,25 @@ class LocalPolicy:
     def submit(self, trajectory):
         s = self.sampling
         self.engine.submit(trajectory.handle, s.max_new_tokens, s.temperature, s.top_p, self.stop_ids)
+        self.writing += 1
 
-    def poll(self):
-        """Decode until at least one turn has ended. Returns [(trajectory, text, finish)]."""
-        ended = []
-        for sequence in self.engine.poll():
-            trajectory = self.trajectories[sequence]
-            new = sequence.tokens[len(trajectory.mask):]
-            trajectory.mask += [True] * len(new)
-            trajectory.logprobs += sequence.logprobs[-len(new):] if new else []
-            ended.append((trajectory, self.decode(new), sequence.finish))
-        return ended
+    def poll(self, tool_calls=(), when=FIRST_COMPLETED):
+        """Decode until a turn has ended or one of the tool calls. Returns turns: [(trajectory, text, finish)]."""
+        if not self.writing:
+            wait(tool_calls, return_when=when)
+        sequences = []
+        while self.writing and not sequences and not any(call.done() for call in tool_calls):
+            sequences = self.engine.step()
+        return [self.take(sequence) for sequence in sequences]
+
+    def take(self, sequence):
+        """A turn that has ended, noted in its trajectory: (trajectory, text, finish)."""
+        trajectory = self.trajectories[sequence]
+        new = sequence.tokens[len(trajectory.mask):]
+        trajectory.mask += [True] * len(new)
+        trajectory.logprobs += sequence.logprobs[-len(new):] if new else []
+        self.writing -= 1
+        return trajectory, self.decode(new), sequence.finish
 
     def observe(self, trajectory, text):
         """Append an observation (a user message) and ask for the next turn."""
@@ -165,7 +174,7 @@ class LocalPolicy:
         return self.tokenizer.decode([i for i in ids if i not in self.stop_ids])
 
     def reply(self, request):
-        """One turn of a conversation from outside (the chat endpoint). Returns tools.ChatReply."""
+        """One turn of a conversation from outside (the chat endpoint): yields tools.ChatReply as tokens are decoded."""
         messages = [m | {"role": "system" if m["role"] == "developer" else m["role"]} for m in request["messages"]]
         if self.compact:
             messages = atlas.world.compact_messages(messages, skill_guides(), atlas.world.known_requests())
@@ -174,18 +183,50 @@ class LocalPolicy:
         sequence = self.engine.open(ids, request["seed"])
         self.engine.submit(sequence, min(request["max_tokens"], self.sampling.max_new_tokens), request["temperature"],
                            request["top_p"], self.stop_ids)
-        while not any(s is sequence for s in self.engine.poll()):
-            pass
-        new = sequence.tokens[len(ids):]
-        self.engine.close(sequence)
+        sent, ended, stopped = "", False, False
+        try:
+            while not ended and not stopped:
+                ended = sequence in self.engine.step()
+                new = sequence.tokens[len(ids):]
+                text, stopped = tools.stable_text(self.decode(new), request["stop"], ended)
+                finish = "stop" if stopped else sequence.finish
+                yield tools.ChatReply(text[len(sent):], finish, len(ids), len(new))
+                sent = text
+        finally:  # also where the client has gone away
+            self.engine.close(sequence)
 
-        text = self.decode(new)
-        for stop in request["stop"]:
-            text = text.split(stop)[0]
-        return tools.ChatReply(text, sequence.finish, len(ids), len(new))
+
+class RemotePolicy:
+    """A service writes the turns; they run side by side in threads.
+
+    A subclass asks for a turn in ``submit`` and says in ``read`` what an answer holds.
+    """
+
+    def __init__(self, client, sampling, compact, workers):
+        self.client, self.sampling, self.compact = client, sampling, compact
+        self.pool, self.writing = ThreadPoolExecutor(workers), {}  # Future -> Trajectory
+
+    def poll(self, tool_calls=(), when=FIRST_COMPLETED):
+        """Wait until a turn has ended or one of the tool calls. Returns turns: [(trajectory, text, finish)].
+
+        when: ALL_COMPLETED waits for all of them, so that the order of the answers decides nothing.
+        """
+        wait([*self.writing, *tool_calls], return_when=when)
+        return [self.take(future) for future in list(self.writing) if future.done()]
+
+    def take(self, future):
+        """A turn that has ended: (trajectory, text, finish); a failed one has no text."""
+        trajectory = self.writing.pop(future)
+        try:
+            return trajectory, *self.read(trajectory, future.result())
+        except (tools.ToolError, ValueError, OSError) as error:
+            return trajectory, "", f"error: {error}"
+
+    def end(self, trajectory):
+        trajectory.handle = None
 
 
-class RolloutPolicy:
+class RolloutPolicy(RemotePolicy):
     """A serving engine (SGLang) writes the tokens, a network of ours learns from them.
 
     Conversations are kept as token ids here and sent whole; the server's prefix cache makes that cheap. Nothing is
@@ -193,10 +234,9 @@ class RolloutPolicy:
     """
 
     def __init__(self, client, net, tokenizer, sampling, compact, workers=64):
-        self.client, self.net, self.tokenizer = client, net, tokenizer
-        self.sampling, self.compact = sampling, compact
+        super().__init__(client, sampling, compact, workers)
+        self.net, self.tokenizer = net, tokenizer
         self.stop_ids = end_ids(tokenizer)
-        self.pool, self.running = ThreadPoolExecutor(workers), {}
 
     def start(self, trajectory):
         ids = self.tokenizer.apply_chat(trajectory.messages, add_generation_prompt=True)
@@ -206,6 +246,7 @@ class RolloutPolicy:
         self.submit(trajectory)
 
     def append(self, trajectory, ids, logprobs=None):
+        """Tokens of the policy with their log-probs, or tokens that it only reads."""
         trajectory.tokens += ids
         trajectory.mask += [logprobs is not None] * len(ids)
         trajectory.logprobs += logprobs or [math.nan] * len(ids)
@@ -215,23 +256,13 @@ class RolloutPolicy:
         seed = zlib.crc32(f"{trajectory.seed} {trajectory.rounds}".encode())
         future = self.pool.submit(self.client.generate, list(trajectory.tokens), s.max_new_tokens, s.temperature,
                                   s.top_p, self.stop_ids, seed)
-        self.running[future] = trajectory
+        self.writing[future] = trajectory
 
-    def poll(self):
-        """All turns that are being written: the order of the answers decides nothing."""
-        ended = []
-        wait(self.running, return_when=ALL_COMPLETED)
-        for future, trajectory in list(self.running.items()):
-            del self.running[future]
-            try:
-                rollout = future.result()
-            except tools.ToolError as error:
-                ended.append((trajectory, "", f"error: {error}"))
-                continue
-            self.append(trajectory, rollout.tokens, rollout.logprobs)
-            text = self.tokenizer.decode([i for i in rollout.tokens if i not in self.stop_ids])
-            ended.append((trajectory, text, rollout.finish))
-        return ended
+    def read(self, trajectory, rollout):
+        """(text, finish) of a tools.Rollout, whose tokens the trajectory takes over."""
+        self.append(trajectory, rollout.tokens, rollout.logprobs)
+        text = self.tokenizer.decode([i for i in rollout.tokens if i not in self.stop_ids])
+        return text, rollout.finish
 
     def observe(self, trajectory, text):
         self.append(trajectory, self.tokenizer.observation(text, closed=trajectory.tokens[-1] in self.stop_ids))
@@ -248,38 +279,24 @@ class RolloutPolicy:
             if os.path.join(folder, old) != path:
                 shutil.rmtree(os.path.join(folder, old))
 
-    def end(self, trajectory):
-        trajectory.handle = None
 
-
-class ChatPolicy:
-    """Any OpenAI-compatible endpoint. Conversations are sent whole; turns run side by side in threads."""
+class ChatPolicy(RemotePolicy):
+    """Any OpenAI-compatible endpoint. Conversations are sent whole."""
 
     def __init__(self, client, sampling, workers=8):
-        self.client, self.sampling, self.compact = client, sampling, False
-        self.pool, self.running = ThreadPoolExecutor(workers), {}
+        super().__init__(client, sampling, compact=False, workers=workers)
 
     def start(self, trajectory):
         s = self.sampling
         future = self.pool.submit(self.client.complete, trajectory.messages, temperature=s.temperature, top_p=s.top_p,
                                   max_tokens=4096, seed=trajectory.seed % 2 ** 31)
-        self.running[future] = trajectory
+        self.writing[future] = trajectory
 
-    def poll(self):
-        if not self.running:
-            return []
-        done, _ = wait(self.running, return_when=FIRST_COMPLETED)
-        ended = []
-        for future in sorted(done, key=lambda f: self.running[f].seed):
-            trajectory, error = self.running.pop(future), future.exception()
-            ended.append((trajectory, "" if error else future.result(), f"error: {error}" if error else "stop"))
-        return ended
+    def read(self, trajectory, text):
+        return text, "stop"
 
     def observe(self, trajectory, text):
-        self.start(trajectory)
-
-    def end(self, trajectory):
-        trajectory.handle = None
+        self.start(trajectory)  # the observation stands in the messages
 
 
 # ---- Agent: requests to trajectories ---------------------------------------------------------------------------------
@@ -287,11 +304,13 @@ class ChatPolicy:
 class Agent:
     """Runs requests to programs: policy turns in one batch, tools in threads (h_t -> a_t -> o_t, section 1).
 
-    ordered: after every poll wait for all tools that were called, so that the order in which turns enter the batch
-    depends on nothing but the tokens, and a run repeats bit for bit. Otherwise whatever is ready goes on.
+    live: conversations that are open at a time; they may be more than the engine has slots, for one that waits for a
+    tool needs none. ordered: all tools that were called answer before the next turn, so that the order in which turns
+    enter the batch depends on nothing but the tokens, and a run repeats bit for bit. Otherwise whatever is ready goes
+    on, and a trajectory still depends on its seed alone.
     """
 
-    def __init__(self, policy, toolbox, ordered=True, listen=None, system=None, live=64):
+    def __init__(self, policy, toolbox, ordered=False, listen=None, system=None, live=64):
         self.policy, self.toolbox = policy, toolbox
         self.ordered, self.live = ordered, live
         self.listen = listen or (lambda trajectory, step: None)
@@ -304,34 +323,44 @@ class Agent:
         """
         guides = guides or [None] * len(requests)
         trajectories = [self.open(*each) for each in zip(requests, seeds, guides)]
-        waiting, tool_calls, running = list(reversed(trajectories)), {}, 0
-        with ThreadPoolExecutor(16) as pool:
-            while waiting or running:
-                while waiting and running < self.live:
-                    self.policy.start(waiting.pop())
-                    running += 1
-
-                for trajectory, text, finish in self.policy.poll():
-                    tool_calls[pool.submit(self.act, trajectory, text, finish)] = trajectory
-                if not tool_calls:
-                    continue
-
-                done, _ = wait(tool_calls, return_when=ALL_COMPLETED if self.ordered else FIRST_COMPLETED)
-                for call in sorted(done, key=lambda call: trajectories.index(tool_calls[call])):
-                    trajectory, observation = tool_calls.pop(call), call.result()
-                    if observation is None:
-                        self.policy.end(trajectory)
-                        running -= 1
-                    else:
-                        self.policy.observe(trajectory, observation)
+        for _ in self.play(trajectories):
+            pass
         return trajectories
 
-    def open(self, request, seed, guide):
+    def open(self, request, seed, guide=None):
         """The Trajectory of a request before its first turn."""
         messages = [{"role": "system", "content": self.system}, {"role": "user", "content": request["question"]}]
         if guide:
             messages = distill.teacher_messages(messages, guide)
         return distill.Trajectory(request["id"], request["question"], request, messages, seed, self.toolbox.session())
+
+    def play(self, trajectories):
+        """Take every trajectory to its end; yields each as it ends."""
+        order = {trajectory: i for i, trajectory in enumerate(trajectories)}
+        waiting, tool_calls, running = deque(trajectories), {}, 0
+        when = ALL_COMPLETED if self.ordered else FIRST_COMPLETED
+        with ThreadPoolExecutor(max(16, self.live)) as pool:
+            while waiting or running:
+                while waiting and running < self.live:
+                    self.policy.start(waiting.popleft())
+                    running += 1
+
+                # turns that have ended call their tools
+                for trajectory, text, finish in self.policy.poll(tool_calls, when):
+                    tool_calls[pool.submit(self.act, trajectory, text, finish)] = trajectory
+                if self.ordered:
+                    wait(tool_calls)
+
+                # observations that are there go back to the policy
+                ended = [call for call in tool_calls if call.done()]
+                for call in sorted(ended, key=lambda call: order[tool_calls[call]]):
+                    trajectory, observation = tool_calls.pop(call), call.result()
+                    if observation is None:
+                        self.policy.end(trajectory)
+                        running -= 1
+                        yield trajectory
+                    else:
+                        self.policy.observe(trajectory, observation)
 
     def act(self, trajectory, text, finish):
         """Record a finished turn and call its tool. Returns the observation, or None where the trajectory ends."""
@@ -431,7 +460,7 @@ class Scorer:
         return self.renderer.render(prompts, references, seeds, **self.options)
 
     def set_reward(self, trajectory, scores):
-        """R = (1 - alpha) R_img + alpha R_text, nan if either half is missing. scores: the picture's (None: missing)."""
+        """R = (1 - alpha) R_img + alpha R_text, nan if either half is missing. scores: the picture's, None: missing."""
         has_failed = trajectory.program is None and trajectory.termination != "error"  # "error": its service failed
         if has_failed and self.judge and trajectory.row.get("gt_image"):
             scores = distill.FAILED_SCORES
@@ -587,7 +616,7 @@ class Evolution:
         """([[Trajectory] * K] * G, judged; seconds of rendering)."""
         K = self.settings.rollouts
         trajectories, seconds = self.roll_out([request for request in requests for _ in range(K)], stream=0)
-        return chunks(trajectories, K), seconds
+        return list(chunks(trajectories, K)), seconds
 
     def roll_out(self, requests, stream, guides=None):
         """As ``sample_trajectories``. stream: int that tells apart the uses of randomness within a step."""
@@ -597,7 +626,7 @@ class Evolution:
     def sample_trajectories(self, requests, seeds, guides=None):
         """(judged trajectories, one a request; seconds of rendering). Every process writes its share and sees all."""
         share = self.processes.shard_list
-        agent = self.components.agent()
+        agent = self.components.agent(ordered=True)
         local = agent.run(share(requests), share(seeds), share(guides) if guides else None)
         started = time.perf_counter()
         self.components.scorer.render_and_score(local, pictures=False)
@@ -661,7 +690,7 @@ class Evolution:
     def update(self, batch, groups, entries):
         """One optimizer step, or one a minibatch. Returns the update's part of the log's row."""
         s, recipe = self.settings, self.recipe.at(self.steps_done)
-        minibatches = chunks(batch, math.ceil(len(batch) / s.minibatches))
+        minibatches = list(chunks(batch, math.ceil(len(batch) / s.minibatches)))
         with self.autocast():
             if len(minibatches) > 1:  # the first step changes the policy that wrote the rows of the others
                 for minibatch in minibatches:
@@ -951,8 +980,10 @@ def open_evolution(settings, evolution=Evolution):
 # ---- What a step is made of ------------------------------------------------------------------------------------------
 
 def chunks(items, size):
-    """A list in pieces of ``size``; the last may be shorter."""
-    return [items[i:i + size] for i in range(0, len(items), size)]
+    """Yields lists of ``size`` items as they come; the last may be shorter."""
+    items = iter(items)
+    while chunk := list(itertools.islice(items, size)):
+        yield chunk
 
 
 def step_requests(data, count, seed, step):
@@ -1358,24 +1389,29 @@ class Components:
             self.server.stop()
         self.tape.close()
 
-    def agent(self, listen=None):
+    def agent(self, ordered=False, listen=None, live=64):
         system = None
         if self.settings.system_prompt:
             with open(self.settings.system_prompt, encoding="utf-8") as file:
                 system = file.read()
-        return Agent(self.policy, self.toolbox, listen=listen, system=system)
+        return Agent(self.policy, self.toolbox, ordered, listen, system, live)
 
     def announce(self, requests):
         """Say, before the first call, how many calls to outside services so many requests are likely to take."""
         s = self.settings
-        is_outside = {"policy": is_url(s.policy), "search": s.search, "judge": s.judge,
-                      "renderer": not isinstance(self.scorer.renderer, diffusion.Renderer)}
-        expected = {name: requests * CALLS[name] for name, outside in is_outside.items() if outside}
+        expected = {name: requests * calls for name, calls in CALLS.items() if self.is_outside(name)}
         if expected and not s.replay:
             parts = ", ".join(f"{name} {count}" for name, count in expected.items())
             limit = f"; --max-calls stops at {s.max_calls}" if s.max_calls else ""
             print(f"about {sum(expected.values())} outside calls expected ({parts}{limit})", file=sys.stderr,
                   flush=True)
+
+    def is_outside(self, name):
+        """Whether a piece is a service: "policy", "search", "renderer" or "judge"."""
+        value = getattr(self.settings, name)
+        if name in ("search", "judge"):
+            return bool(value)
+        return is_url(value) or value == "gemini"
 
     def client_options(self):
         """What the clients of outside services have in common: one recording, one budget, and a limit for each."""
@@ -1741,29 +1777,41 @@ def write_evolution_report(run):
 def run(s):
     """python genevolve.py run"""
     started, out = time.perf_counter(), model.make_folder(s.out)
-    known, rows = atlas.world.known_requests(), run_requests(s)
+    model.make_folder(os.path.join(out, "images"))
+    rows = run_requests(s)
     is_quiet = s.json or s.input
-    with Components(s, out) as components:
+    with Components(s, out) as components, ThreadPoolExecutor(1) as scoring:
         if not is_quiet:
             print(rows[0]["question"])
-        agent = components.agent(None if is_quiet else lambda trajectory, step: print_step(step))
         components.announce(len(rows))
-        model.make_folder(os.path.join(out, "images"))
+        listen = None if is_quiet else lambda trajectory, step: print_step(step)
+        agent = components.agent(listen=listen, live=s.live)
+        trajectories = [agent.open(row, s.seed * 1_000_003 + i) for i, row in enumerate(rows)]
 
-        finished = []
-        for start in range(0, len(rows), s.live):
-            batch = rows[start:start + s.live]
-            trajectories = agent.run(batch, [s.seed * 1_000_003 + start + i for i in range(len(batch))])
-            components.scorer.render_and_score(trajectories)
-            finished += trajectories
-            save_results(out, finished, single=not s.input)
+        def finish(batch):
+            components.scorer.render_and_score(batch)
+            finished.update(batch)
+            save_results(out, [t for t in trajectories if t in finished], single=not s.input)
             if s.input and not s.json:
                 print_progress(finished, len(rows), time.perf_counter() - started)
+        finished, scores = set(), []
+        for batch in chunks(agent.play(trajectories), s.live):
+            scores.append(scoring.submit(finish, batch))
+            if not components.is_outside("renderer"):  # one device computes one thing at a time
+                scores[-1].result()
+        for score in scores:
+            score.result()
 
+    known = atlas.world.known_requests()
     if any(row["question"] not in known for row in rows) and not s.policy and not s.search:
         print("The embedded policy knows only the Atlas, an invented world; for other requests name a real model and a "
               "real search: --policy URL --search URL --renderer URL", file=sys.stderr)
-    results, report = (os.path.join(out, name) for name in ("results.json", "report.html"))
+    print_written(s, trajectories[0], time.perf_counter() - started)
+
+
+def print_written(s, trajectory, seconds):
+    """The end of ``run``: one JSON object, or what was made and where it lies. trajectory: the first."""
+    results, report, image = (os.path.join(s.out, name) for name in ("results.json", "report.html", "image.png"))
     if s.json:
         with open(results, encoding="utf-8") as file:
             records = json.load(file)
@@ -1771,9 +1819,9 @@ def run(s):
         return
     written = [results, report]
     if not s.input:
-        print_result(finished[0])
-        written += [os.path.join(out, "image.png")] if finished[0].image is not None else []
-    print(f"wrote {', '.join(written)} ({time.perf_counter() - started:.1f} s)")
+        print_result(trajectory)
+        written += [image] if trajectory.image is not None else []
+    print(f"wrote {', '.join(written)} ({seconds:.1f} s)")
 
 
 def run_requests(s):
@@ -1828,10 +1876,11 @@ def serve(s):
         lock = threading.Lock()  # one engine and one renderer, one caller at a time
 
         def policy(request):
-            if not isinstance(components.policy, LocalPolicy):
-                return components.policy.client.complete(**{k: v for k, v in request.items() if k != "stream"})
-            with lock:
-                return components.policy.reply(request)
+            if isinstance(components.policy, LocalPolicy):
+                with lock:
+                    yield from components.policy.reply(request)
+            else:  # a finished text is one piece
+                yield components.policy.client.complete(**{k: v for k, v in request.items() if k != "stream"})
 
         def renderer(prompt, references, seed, steps, width, height):
             options = components.scorer.options | {"steps": min(steps, 40)}

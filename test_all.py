@@ -3347,7 +3347,9 @@ class ScriptedPolicy:
     def start(self, trajectory):
         self.pending.append(trajectory)
 
-    def poll(self):
+    def poll(self, tool_calls=(), when=None):
+        if not self.pending:
+            concurrent.futures.wait(tool_calls, return_when=when)
         ended = [(t, self.turns[min(t.rounds, len(self.turns) - 1)], "stop") for t in self.pending]
         self.pending = []
         return ended
@@ -3395,6 +3397,69 @@ def test_the_last_turn_is_announced_and_eleven_turns_are_the_end(tmp_path):
     t = agent_attempt(tmp_path, "nothing")
     assert t.rounds == 11 and t.termination == "max_rounds_reached" and t.program is None
     assert [genevolve.FINAL_STEP in m["content"] for m in t.messages].index(True) == len(t.messages) - 2
+
+
+class SlowToolBox:
+    """Tools without a service. Queries that ask for "slow" are answered when ``release`` is set, after 20 s at most."""
+
+    def __init__(self):
+        self.release, self.compact = threading.Event(), True
+
+    def session(self):
+        return SimpleNamespace(images={"IMG_001": {"title": "Kettle", "local_path": "kettle.png"}}, queries=[],
+                               call=self.call)
+
+    def call(self, name, arguments):
+        if "slow" in arguments["query"] and not self.release.wait(20):
+            return "Error: too slow"
+        return "IMG_001 Kettle"
+
+
+class QuestionPolicy(ScriptedPolicy):
+    """Searches for the question's own words, then answers."""
+
+    def __init__(self):
+        super().__init__([])
+
+    def poll(self, tool_calls=(), when=None):
+        if not self.pending:
+            concurrent.futures.wait(tool_calls, return_when=when)
+        ended = [(t, agent_call("image_search", query=t.question) if t.rounds == 0 else agent_answer("IMG_001"), "stop")
+                 for t in self.pending]
+        self.pending = []
+        return ended
+
+
+@pytest.mark.parametrize("ordered", (False, True))
+def test_a_slow_tool_stops_nobody_else_unless_turns_are_ordered(ordered):
+    box = SlowToolBox()
+    agent = genevolve.Agent(QuestionPolicy(), box, ordered=ordered, live=2)
+    rows = [{"id": str(i), "question": text} for i, text in enumerate(("slow", "a", "b", "c", "d"))]
+    ended = []
+    timer = threading.Timer(1.0, box.release.set) if ordered else None  # ordered turns would wait for it for ever
+    if timer:
+        timer.start()
+    for trajectory in agent.play([agent.open(row, 0) for row in rows]):
+        ended.append(trajectory.id)
+        if len(ended) == 4:
+            box.release.set()
+    assert (ended == ["1", "2", "3", "4", "0"]) == (not ordered)
+    assert sorted(ended) == ["0", "1", "2", "3", "4"]
+
+
+def test_more_conversations_than_slots_give_the_same_trajectories(tmp_path):
+    """A row whose conversation waits for a tool is lent to another one and comes back."""
+    net, tokenizer = model.load(os.path.join(genevolve.HERE, "weights", "sft"))
+    rows, found = atlas.world.requests("validation")[:8], []
+    with tools.Server(tools.Corpus(os.path.join(genevolve.HERE, "atlas", "corpus"))) as server:
+        for slots, ordered in ((64, True), (3, False)):
+            box = tools.ToolBox(server.url, os.path.join(genevolve.HERE, "skills"), str(tmp_path), compact=True,
+                                allow_private=True)
+            policy = genevolve.LocalPolicy(net, tokenizer, genevolve.Sampling(), slots=slots)
+            found.append(genevolve.Agent(policy, box, ordered, live=8).run(rows, range(8)))
+    for one, other in zip(*found):
+        assert one.tokens == other.tokens and one.mask == other.mask
+        assert [s.observation for s in one.steps] == [s.observation for s in other.steps]
 
 
 def test_a_search_service_that_is_down_becomes_an_observation(tmp_path):
@@ -3869,7 +3934,7 @@ def offline_evolution(tmp_path):
         net, tokenizer = model.load(os.path.join(genevolve.HERE, "weights", "sft"))
         components = SimpleNamespace(
             policy=SimpleNamespace(net=net, tokenizer=tokenizer, compact=True), scorer=CountingScorer(), budget=None,
-            agent=lambda: CountingAgent(tokenizer), device="cpu")
+            agent=lambda ordered: CountingAgent(tokenizer), device="cpu")
         settings = {"out": str(tmp_path), "prompts_per_step": 2, "rollouts": 3, "eval_every": 0, "audit_every": 0}
         return evolution(genevolve.Evolve(**settings | flags), components)
     return make
@@ -3887,7 +3952,7 @@ def test_the_gradient_of_a_minibatch_holds_nothing_of_the_one_before(offline_evo
     run = offline_evolution(minibatches=3, lr=0.0)  # at rate 0 all minibatches see the same weights
     trajectories, _ = run.roll_out(run.data[:2] * 3, 0)
     rewards = torch.tensor([[t.reward] * 3 for t in trajectories[:2]]) + torch.tensor([0.0, 0.5, 1.0])
-    batch = run.training_batch(genevolve.chunks(trajectories, 3), rewards, [None, None])
+    batch = run.training_batch(list(genevolve.chunks(trajectories, 3)), rewards, [None, None])
     norms = [distill.gradient_norm(run.gradients(part, [], [])[0]) for part in genevolve.chunks(batch, 2)]
     assert run.update(batch, [], [])["gradient_norm"] == pytest.approx(sum(norms) / 3, rel=1e-4) and min(norms) > 0
 
@@ -4135,6 +4200,26 @@ def test_a_foreign_runtime_completes_atlas_requests_against_serve(tmp_path):
     assert sum(t.program is not None for t in done) >= 19
     assert any(len(t.messages[0]["content"]) > 1000 for t in done)
     assert {t.termination for t in done} <= {"answer", "no_answer", "max_rounds_reached"}
+
+
+def test_a_turn_of_the_embedded_policy_is_streamed_as_it_is_decoded():
+    net, tokenizer = model.load(os.path.join(genevolve.HERE, "weights", "sft"))
+    policy = genevolve.LocalPolicy(net, tokenizer, genevolve.Sampling())
+    question = atlas.world.requests("validation")[0]["question"]
+    with tools.Server(policy=policy.reply) as server:
+        whole = post_chat(server, question, seed=3).json()
+        reply = post_chat(server, question, seed=3, stream=True, stream_options={"include_usage": True})
+        *chunks, last, end = stream_events(reply)
+        closed = post_chat(server, question, seed=3, stop=["</think>"]).json()["choices"][0]
+    text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+    assert text == whole["choices"][0]["message"]["content"] and last["usage"] == whole["usage"] and len(chunks) > 10
+    assert closed["message"]["content"] == text.split("</think>")[0] and closed["finish_reason"] == "stop"
+    asked = {"messages": [{"role": "user", "content": question}], "seed": 3, "max_tokens": 100, "temperature": 0.7,
+             "top_p": 0.95, "stop": [], "stream": True}
+    pieces = policy.reply(asked)
+    next(pieces)
+    pieces.close()  # the client went away
+    assert policy.engine.poll() == []
 
 
 class StandInEngine:
