@@ -244,7 +244,7 @@ def check_program(program, images, queries):
     if REFERENCE_PHRASES[1] in prompt.lower() and len(img_ids) < 2:
         errors.append("gen_prompt names the second reference image, but there is only one")
 
-    # the trajectory that led to it
+    # the calls that led to the program
     if not any(tool == "image_search" for tool, _ in queries):
         errors.append("no image_search was made")
     if len(set(queries)) < len(queries):
@@ -254,7 +254,7 @@ def check_program(program, images, queries):
 
 # ---- Requests files -------------------------------------------------------------------------------------------------
 
-MAX_REQUEST = 8000                                # characters of a request
+MAX_REQUEST = 8000                                  # characters of a request
 QUESTION_FIELDS = ("question", "prompt", "Prompt")  # of bench rows, of RL rows, of WISE's prompts
 
 
@@ -315,9 +315,9 @@ MAX_TITLE, MAX_LINK, MAX_SNIPPET = 160, 300, 500      # characters that an obser
 
 
 def read_skills(folder):
-    """{skill name: its guide} from the Markdown files of a folder, the published ones first, each part by name.
+    """{skill name: its guide} from the Markdown files of a folder: the published skills, then all others, by name.
 
-    A new file is a new skill: the schema of query_knowledge lists what is read here. ToolError if nothing can be read.
+    A new file is a new skill: query_knowledge and its schema offer what is read here. ToolError if one is unreadable.
     """
     try:
         names = [name.removesuffix(".md") for name in os.listdir(folder) if name.endswith(".md")]
@@ -370,6 +370,7 @@ class ToolSession:
             raise ToolError(f"queries must be a list of 1 to {MAX_QUERIES} texts")
         queries = self.new_queries("search", queries)
 
+        # one call may find answers for some queries and fail for others
         attempt_indices = [self.failures["search", query] for query in queries]
         observations = []
         for query, hits in zip(queries, self.box.find_pages(queries, top_k, attempt_indices)):
@@ -411,6 +412,7 @@ class ToolSession:
         if not found:
             return "Nothing found."
 
+        # equal pictures have equal paths (a hash of their content), so a path stands for a picture
         lines = [] if self.box.compact else [f'Images for "{sanitize(query)}":']
         known_ids = {image["local_path"]: img_id for img_id, image in self.images.items()}
         for image in found:
@@ -507,6 +509,7 @@ class ToolBox:
         self.deadline = deadline
         self.pool = ThreadPoolExecutor(16, "tools")
 
+        # two clients: the service gets the key; pictures come from anywhere and never see it
         shared = {"timeout": timeout, "deadline": deadline, "retries": retries, "backoff": backoff, "tape": tape}
         self.client = HttpClient("search", (api_key,), budget=budget, limiter=limiter, **shared)
         own = self.search_url if allow_private else None
@@ -672,7 +675,8 @@ class Corpus:
         self.root = os.path.realpath(folder)
         pages, pictures = [], []
         for place, folders, names in os.walk(self.root):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))  # where os.walk goes on
+            # in place: os.walk goes on in what is left, in this order on every file system
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
             names = sorted(name for name in names if self.belongs(os.path.join(place, name)))
             pages += self.read_pages(place, names)
             pictures += self.read_pictures(place, names)
@@ -710,6 +714,7 @@ class Corpus:
         text = " ".join(text.split())
         if len(text) <= SHORT:
             return text
+        # words that few pages hold count more (idf), so the sentence with the fact wins over one with the name alone
         sentences = re.split(r"(?<=[.!?])\s+", text)
         asked = set(words(query))
         gains = [sum(self.page_index.idf(word) for word in asked & set(words(sentence))) for sentence in sentences]
@@ -791,6 +796,7 @@ def sections(text, path):
     else:
         title = spaced(os.path.splitext(os.path.basename(path))[0])
 
+    # split with a group: text before, then heading and body in turn
     before, *parts = re.split(r"^##[ \t]+(.*)$", "\n".join(lines), flags=re.MULTILINE)
     pairs = [("", before), *zip(parts[::2], parts[1::2])]
     pages = [Page(title, section.strip(), " ".join(body.split()), path) for section, body in pairs if body.strip()]
@@ -827,6 +833,7 @@ class ChatClient:
         self.url = base + "/chat/completions"
         self.model = model
         self.headers = bearer(api_key)
+        # a model may think for minutes
         defaults = {"timeout": 300.0, "deadline": 900.0}
         self.client = HttpClient(name, (api_key,), **defaults | http)
 
@@ -880,6 +887,7 @@ class RemoteRenderer:
                    "num_inference_steps": steps, "guidance_scale": 1.0, "num_images_per_prompt": 1,
                    "width": width, "height": height}
 
+        # a machine that fails passes the picture on; only a spent budget ends it
         for turn in range(len(self.urls)):
             url = self.urls[(number + turn) % len(self.urls)]
             try:
@@ -993,6 +1001,7 @@ class SGLangClient:
             reason = sanitize(answer.get("message", ""))
             raise ToolError(f"rollout engine: the new weights were not loaded ({reason})")
 
+        # success is not enough: a server behind a router may still hold the old weights
         served = self.client.request("GET", f"{self.base}/get_model_info", headers=self.headers,
                                      attempt_index=self.version, parse=lambda reply: json_object(reply.body))
         if served.get("model_path") != path:
@@ -1020,7 +1029,7 @@ def read_rollout(value):
 # what a request may ask for; more is clipped
 MAX_RESULTS = 100
 MAX_NEW_TOKENS = 4096
-MAX_STEPS, MAX_SIDE = 50, 2048  # of a rendering; pixels
+MAX_STEPS, MAX_SIDE = 50, 2048     # denoising steps; pixels
 MAX_REFERENCES, MAX_JUDGED = 2, 8  # pictures for the renderer, for the judge
 MAX_SEED = 2**63 - 1
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -1091,6 +1100,7 @@ class Server:
         self.free_slots = threading.BoundedSemaphore(max_requests)
         self.thread = None
 
+        # http.server makes an instance of a class per connection: the subclass carries the settings of this server
         handler = type("Handler", (Handler,), {"owner": self, "timeout": idle_seconds})
         try:
             self.http = Listener((host, port), handler)
@@ -1179,7 +1189,7 @@ class Server:
             raise HttpError(404, "no such file") from None
         return content_type, data
 
-    # in the background, or for good
+    # life cycle
 
     def start(self):
         """Serve in the background; returns the server."""
@@ -1486,7 +1496,7 @@ class Reply:
 
 
 class Tape:
-    """Outside calls, kept by the hash of what was asked: JSON lines, no keys.
+    """A recording of outside calls: JSON lines, each with the hash of what was asked; no keys of services.
 
     record: every call goes out once, and its first outcome answers all equal calls (so that a replay, in whatever
     order its threads run, sees what the recording saw). replay: no call goes out; one that was not recorded raises.
@@ -1767,6 +1777,7 @@ class HttpClient:
         """
         until = min(until, time.monotonic() + self.deadline)
         call = redact(f"{method} {url}", self.secrets)
+        # the tape is asked first: a replay sends nothing, a recording sends equal calls once
         key = self.key(method, url, payload, attempt_index)
         reply = self.tape.find(key, f"{self.name}: {call[:300]}") if self.tape else None
         if reply is None:
@@ -1776,6 +1787,7 @@ class HttpClient:
                 return value
             reply = kept
 
+        # an outcome of the tape may be a failure, too
         if reply.error:
             raise ToolError(reply.error)
         try:
@@ -1822,6 +1834,7 @@ class HttpClient:
                 reason = str(error)
                 break
 
+            # exponential backoff with jitter, so that many threads do not come back at once
             pause = max(wished, self.backoff * 2 ** attempt * random.uniform(0.5, 1.5))
             if attempt == self.retries or time.monotonic() + pause > until:
                 break
@@ -1855,6 +1868,7 @@ class HttpClient:
         proxies = {"no_proxy": "localhost,127.0.0.1,::1"} if is_loopback(url) else None
         with self.session.request(method, url, json=payload, headers=headers, stream=True, allow_redirects=False,
                                   timeout=deadline.seconds + 0.1, proxies=proxies) as response:
+            # what the status decides needs no body
             status = response.status_code
             if status in (301, 302, 303, 307, 308):
                 if not self.guarded:
@@ -1863,6 +1877,7 @@ class HttpClient:
             if status in (408, 425, 429) or status >= 500:
                 raise Transient(f"HTTP {status}", retry_after(response.headers.get("Retry-After")))
 
+            # read no more than is of use: of an error page only the beginning, for the message
             succeeded = 200 <= status < 300
             limit = self.max_bytes if succeeded else 1000
             body = bytearray()
@@ -2062,6 +2077,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise HttpError(411, "a Content-Length is needed")
         if int(length) > self.owner.max_body:
             raise HttpError(413, f"a body of more than {self.owner.max_body} bytes")
+        # all that can be refused is refused before the body is read
         if path not in POST_PATHS and path not in CHAT_PATHS:
             raise HttpError(404, "no such path")
 
@@ -2085,7 +2101,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         name = request.get("model") if isinstance(request.get("model"), str) else self.owner.model
         head = {"id": f"chatcmpl-{hashlib.sha256(body).hexdigest()[:24]}", "created": int(time.time()), "model": name}
 
-        with contextlib.closing(self.owner.chat(request)) as pieces:  # a client that goes away ends the generation
+        # a client that goes away ends the generation: the iterator of pieces is closed
+        with contextlib.closing(self.owner.chat(request)) as pieces:
             if request.get("stream") is True:
                 self.stream(completion_chunks(head, pieces, options.get("include_usage") is True))
             else:
