@@ -1023,7 +1023,7 @@ def test_both_references_of_a_pair_reach_the_picture():
     pairs = [(row, image, wanted) for _, row, image, wanted in atlas_cases(120, 5) if len(row["_scene"].sprites) == 2][:12]
     prompts = [build.subject_sentence([e.name for e in row["_entities"]], True) + " " + build.wording("pair", row["_scene"], True)
                for row, _, _ in pairs]
-    pictures = [[build.photograph(random.Random(n), s) for s in row["_scene"].sprites] for n, (row, _, _) in enumerate(pairs)]
+    pictures = [[build.reference_image(random.Random(n), s) for s in row["_scene"].sprites] for n, (row, _, _) in enumerate(pairs)]
     seeds = list(range(len(pairs)))
 
     def right(references, names):
