@@ -267,7 +267,7 @@ class Scene:
 
 
 # Classes of the cells, for the renderer's auxiliary loss: the first class of every kind. Things of 2 x 2 cells have
-# four classes, one a cell; a subject that no reference picture shows has one, because its cells cannot be told.
+# four classes, one a cell; a subject that no reference picture shows has one for all, because its look is unknown.
 LABELS = {"backdrop": 0, "first": 1, "second": 5, "unknown": 9, "shadow": 10, "glyph": 11}
 LABELS["shape"] = LABELS["glyph"] + len(FONT)
 LABELS["body"] = LABELS["shape"] + 4 * len(SHAPES) * len(COLOURS)
@@ -440,6 +440,7 @@ def place_companions(canvas, scene, rng):
 
 
 def place_companion(canvas, row, column, shape, colour):
+    """Draw one companion at a cell."""
     number = sorted(SHAPES).index(shape) * len(COLOURS) + sorted(COLOURS).index(colour)
     labels = four_labels(LABELS["shape"] + 4 * number)
     rgb = np.array(COLOURS[colour]) / 255
@@ -998,8 +999,8 @@ class Teacher:
     """Writes demonstrations through the same search index and observation format that the agent meets.
 
     At every decision it takes the expert's alternative with probability ``expert_rate``, else a lazy one, and says
-    which in its thought; with a guide it takes what the guide advises, right or wrong. (Obeying in 97 of 100 decisions
-    would make a teacher out of the policy that is never surer than that, and seven decisions make a program.)
+    which in its thought. With a guide it always takes what the guide advises, right or wrong: if it obeyed in 97 of
+    100 decisions only, a policy trained on it would never follow a guide more surely, and a program takes about seven.
     """
 
     def __init__(self, rng, corpus, skills, expert_rate=EXPERT_RATE):
@@ -1104,6 +1105,7 @@ class Teacher:
         return references
 
     def has_look(self, img_id, look):
+        """Whether the title of a picture found names the look."""
         return self.session.images[img_id]["title"].endswith(look)
 
     def read_guides(self, scene, guide):
@@ -1153,6 +1155,7 @@ class Teacher:
         return observation
 
     def say(self, thought, action):
+        """The assistant's message."""
         self.messages.append({"role": "assistant", "content": f"<think>{thought}</think>\n{action}"})
 
 
@@ -1342,6 +1345,7 @@ def demo_words(rng, seed):
 
 
 def random_syllable(rng):
+    """Consonant, vowel, consonant."""
     consonants, vowels = "bdfgklmnprstvz", "aeiou"
     return rng.choice(consonants) + rng.choice(vowels) + rng.choice(consonants)
 

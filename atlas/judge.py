@@ -123,10 +123,26 @@ class PixelJudge:
     text_accuracy       the sign reads as it should (half: one wrong character); None if no text is wanted
     aesthetics          clean surfaces and, where asked for, the light (half: some of it)
     """
-    IDENTITY, LOOSE = 0.8, 0.5  # share of a subject's blocks that must match: to be it, to be recognisable
-    LUMA_TOLERANCE, CHROMA_TOLERANCE = 0.12, 0.10  # largest difference at which a subject's block matches
-    COLOUR_TOLERANCE = 0.16     # largest channel difference at which a companion's colour counts as the one named
-    COMPANION = 0.84            # match at which a companion is there
+    IDENTITY = 0.8            # share of a subject's blocks that must match: it is the right one
+    RECOGNISABLE = 0.5        # the same: it is there in some form
+    LUMA_TOLERANCE = 0.12     # largest differences at which a subject's block matches
+    CHROMA_TOLERANCE = 0.10
+    COMPANION = 0.84          # share of a companion's blocks that must match, less that of the blocks around it
+    COLOUR_TOLERANCE = 0.16   # largest difference in a channel at which a block has the colour that was named
+    BODY_LIGHT = 0.36         # a darker block belongs to a body
+    BODY_FAULTS = 5           # blocks in which a whole body may differ
+    SHADOW = 0.6              # light of a shadow, relative to the ground beside it
+    STYLE_CORRELATION = 0.8   # of a cell's light with the pattern
+    STYLE_CONTRAST = 0.04     # standard deviation of a cell's light, at least
+    STYLE_SHARE = 0.35        # of the 64 cells that follow the wanted pattern, at least
+    OTHER_STYLE_SHARE = 0.2   # and another pattern, at most
+    GLYPH_CORRELATION = 0.6   # of a cell's ink with a glyph
+    GLYPH_GROUND = 0.75       # light of the ground under a glyph, at least
+    GLYPH_INK = 0.35          # how much darker the ink is, at least
+    SMOOTH, CRISP = 0.02, 0.06  # unevenness of a cell: below, above; between them it is muddy
+    MUDDY_SHARE = 0.2         # of the 64 cells, at most
+    WARMTH = 0.12             # red minus blue of a warm backdrop; of a cool one its negative
+    FALL = 0.2                # how much brighter the top is than the bottom, at least
 
     def __init__(self, world):
         """world: the parsed atlas/world.json (glyphs, shapes, colours, bodies)."""
@@ -188,10 +204,11 @@ class PixelJudge:
         """(whether each subject is there in some form, whether each looks as it should)."""
         there, looks = [], []
         for subject, match in zip(subjects, matches):
-            share, box = float(match.max()), sprite_box(*best_place(match))
-            there.append(verdict("subject", share >= self.LOOSE, f"{subject['name']}: {share:.0%} recognisable", box))
-            looks.append(verdict("subject look", share >= self.IDENTITY, f"{subject['name']}: {share:.0%} of its look",
-                                 box))
+            share = float(match.max())
+            box = sprite_box(*best_place(match))
+            seen = f"{subject['name']}: {share:.0%}"
+            there.append(verdict("subject", share >= self.RECOGNISABLE, f"{seen} recognisable", box))
+            looks.append(verdict("subject look", share >= self.IDENTITY, f"{seen} of its look", box))
         return there, looks
 
     def judge_arrangement(self, picture, wanted, matches):
@@ -235,14 +252,14 @@ class PixelJudge:
     def judge_body(self, picture, y, x):
         """Below the head stands a body whose outline is nearest to a whole one."""
         top = y + SPRITE
-        body = picture.block_light[top:top + SPRITE, x:x + SPRITE] < 0.36
+        body = picture.block_light[top:top + SPRITE, x:x + SPRITE] < self.BODY_LIGHT
         box = sprite_box(top, x)
         if body.shape != (SPRITE, SPRITE):
             return verdict("body", False, "no room below the head", box)
         whole = min(int((body != mask).sum()) for mask in self.whole_bodies)
         broken = min(int((body != mask).sum()) for mask in self.broken_bodies)
-        return verdict("body", whole <= 5 and whole < broken,
-                       f"{whole} blocks from a whole body, {broken} from a broken one", box)
+        passed = whole <= self.BODY_FAULTS and whole < broken
+        return verdict("body", passed, f"{whole} blocks from a whole body, {broken} from a broken one", box)
 
     def judge_shadow(self, picture, y, x, light):
         """The strip on the ground right below is dark on the side away from the light, and only there."""
@@ -257,7 +274,7 @@ class PixelJudge:
             reference = max(below[:, columns].mean(), 1e-3)
             brightness[side] = float(strip[:, columns].mean() / reference)
 
-        passed = brightness[OPPOSITE[light]] < 0.6 <= brightness[light]
+        passed = brightness[OPPOSITE[light]] < self.SHADOW <= brightness[light]
         detail = (f"darkness left {1 - brightness['left']:.2f}, right {1 - brightness['right']:.2f}, "
                   f"light from the {light}")
         return verdict("shadow", passed, detail, block_box(ground, x - margin, ground + 2, x + SPRITE + margin))
@@ -265,8 +282,11 @@ class PixelJudge:
     # -- companions, style, sign
 
     def judge_companions(self, picture, companions):
-        """(whether each shape is there, whether each has its colour). The colour of a shape is the one in which it is
-        seen best: share of its blocks that have the colour, less the share of the blocks around it that do."""
+        """(whether each shape is there, whether each has its colour).
+
+        The colour of a shape is the one in which it is seen best: share of its blocks that have the colour, less the
+        share of the blocks around it that do.
+        """
         if not companions:
             return [], []
         windows = {}  # colour -> which blocks have it, at every place: (25, 25, 8, 8)
@@ -282,11 +302,12 @@ class PixelJudge:
 
             scores = {name: np.tensordot(window, weight, 2) for name, window in windows.items()}
             seen = max(scores, key=lambda name: scores[name].max())
-            share, box = float(scores[seen].max()), sprite_box(*best_place(scores[seen]))
+            share = float(scores[seen].max())
+            box = sprite_box(*best_place(scores[seen]))
             there = share >= self.COMPANION
             shapes.append(verdict(f"a {shape}", there, f"best match {share:.0%}", box))
-            colours.append(verdict(f"colour of the {shape}", there and seen == colour,
-                                   f"{seen if there else 'not found'}, wanted {colour}", box))
+            detail = f"{seen if there else 'not found'}, wanted {colour}"
+            colours.append(verdict(f"colour of the {shape}", there and seen == colour, detail, box))
         return shapes, colours
 
     def judge_style(self, picture, style):
@@ -299,11 +320,12 @@ class PixelJudge:
         shares = {}
         for name, wave in style_waves(CELL).items():
             correlation = (light * (2 * wave - 1)).mean((2, 3)) / deviation
-            follows = (correlation > 0.8) & (deviation > 0.04)
+            follows = (correlation > self.STYLE_CORRELATION) & (deviation > self.STYLE_CONTRAST)
             shares[name] = float(follows.mean())
         others = max(share for name, share in shares.items() if name != style)
-        return [verdict(f"{style} style", shares[style] >= 0.35 and others < 0.2,
-                        ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))]
+        passed = shares[style] >= self.STYLE_SHARE and others < self.OTHER_STYLE_SHARE
+        detail = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+        return [verdict(f"{style} style", passed, detail)]
 
     def judge_sign(self, picture, text):
         """([whether there is a sign], [whether it reads as it should], text accuracy).
@@ -325,16 +347,16 @@ class PixelJudge:
         """(characters, box) of the longest run of glyphs in one row of cells.
 
         A cell holds the glyph with which the darkness of its pixels correlates best, if it has a light ground, dark ink
-        and a correlation above 0.6.
+        and a correlation that is high enough.
         """
         light = picture.light[row].reshape(GRID, CELL * CELL)                               # (8, 64)
         ground = light.max(1)                                                               # (8,)
         ink = ground[:, None] - light
-        is_legible = (ground > 0.75) & (ink.max(1) > 0.35)
+        is_legible = (ground > self.GLYPH_GROUND) & (ink.max(1) > self.GLYPH_INK)
         centred, deviation = centre(ink)
         standard = centred / (deviation + 1e-6)
         correlation = (standard[:, None] * self.glyphs / self.glyph_deviation).mean(2)      # (8, characters)
-        is_legible &= correlation.max(1) > 0.6
+        is_legible &= correlation.max(1) > self.GLYPH_CORRELATION
 
         text = ""
         for legible, best in zip(is_legible, correlation.argmax(1)):
@@ -350,29 +372,29 @@ class PixelJudge:
 
     def judge_clean(self, picture):
         """Surfaces are either smooth or crisp: few cells may be muddy, that is, faintly uneven."""
-        is_muddy = (picture.unevenness > 0.02) & (picture.unevenness < 0.06)                # (8, 8)
+        is_muddy = (picture.unevenness > self.SMOOTH) & (picture.unevenness < self.CRISP)   # (8, 8)
         muddy = float(is_muddy.mean())
-        return [verdict("clean", muddy <= 0.2, f"{muddy:.0%} of the cells are muddy")]
+        return [verdict("clean", muddy <= self.MUDDY_SHARE, f"{muddy:.0%} of the cells are muddy")]
 
     def judge_mood(self, picture, mood):
         """Warm or cool backdrop, and bright above, deep below; read from the smooth cells only."""
         if not mood:
             return []
-        smooth = picture.unevenness < 0.02                                                  # (8, 8)
+        smooth = picture.unevenness < self.SMOOTH                                           # (8, 8)
         rows = np.nonzero(smooth)[0]                                                        # (n,)
         shade = picture.cells[smooth].mean((1, 2))                                          # (n, 3)
         if len(set(rows.tolist())) < 3:
             return [verdict(name, False, "no free backdrop") for name in ("palette", "gradient")]
 
         warmth = float(np.median(shade[:, 0] - shade[:, 2]))
-        is_right = warmth > 0.12 if mood == "warm" else warmth < -0.12
+        is_right = warmth > self.WARMTH if mood == "warm" else warmth < -self.WARMTH
 
         light = shade @ LUMA
         above, below = np.nonzero(rows[:, None] < rows)                                     # all pairs of cells
         slopes = (light[below] - light[above]) / (rows[below] - rows[above])
         fall = -GRID * float(np.median(slopes))                                             # Theil-Sen, top to bottom
         return [verdict("palette", is_right, f"red minus blue {warmth:+.2f}"),
-                verdict("gradient", fall > 0.2, f"{fall:+.2f} brighter above than below")]
+                verdict("gradient", fall > self.FALL, f"{fall:+.2f} brighter above than below")]
 
     # -- what the scorer calls
 
@@ -403,9 +425,8 @@ def judge_program(program, question, wanted, skills_used):
     """
     if program is None:
         return 0.0, [verdict("program", False, "no program")]
-    prompt, skills, wordings = program.gen_prompt, wanted["skills"], wanted["wordings"]
-
-    facts = wanted["text"] in prompt
+    prompt = program.gen_prompt
+    facts = wanted["text"] in prompt  # true of an empty text: none is wanted
     if wanted["arrangement"] == "count":
         facts = facts and NUMBER[wanted["count"]] in prompt.lower()
 
@@ -413,12 +434,14 @@ def judge_program(program, question, wanted, skills_used):
     has_phrases = all(phrase in prompt.lower() for phrase in phrases)
     ordinals = has_phrases and len(program.references) == len(phrases)
 
+    skills, wordings = wanted["skills"], wanted["wordings"]
     exact = [skill for skill in skills if wordings[skill]["exact"] in prompt]
     plain = [skill for skill in skills if wordings[skill]["plain"] in prompt]
     advised = [skill for skill in exact if skill in skills_used]
     stated = [skill for skill in skills if skill in exact + plain]
 
-    checks = [verdict("facts", facts, "the facts stand in the prompt" if facts else "a fact is missing"),
+    fact_detail = "the facts stand in the prompt" if facts else "a fact is missing"
+    checks = [verdict("facts", facts, fact_detail),
               verdict("ordinal references", ordinals, f"{len(program.references)} references"),
               verdict("skill advice", len(advised) == len(skills), f"followed: {', '.join(advised) or 'none'}"),
               verdict("executable constraints", len(stated) == len(skills), f"stated: {', '.join(stated) or 'none'}")]
