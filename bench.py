@@ -110,7 +110,7 @@ def planted_violations(judge, count):
         for aspect in row["_scene"].aspects():
             scene, skill = dataclasses.replace(row["_scene"], fault={}), build.SKILL[aspect]
             while not scene.fault:
-                build.loosen(rng, scene, aspect)
+                build.corrupt(rng, scene, aspect)
             caught[skill].append(judge(build.draw(scene, rng)[0], truth, wanted)[DIMENSION[skill]] < 1)
     return caught
 

@@ -1023,7 +1023,7 @@ def test_both_references_of_a_pair_reach_the_picture():
     pairs = [(row, image, wanted) for _, row, image, wanted in atlas_cases(120, 5) if len(row["_scene"].sprites) == 2][:12]
     prompts = [build.subject_sentence([e.name for e in row["_entities"]], True) + " " + build.wording("pair", row["_scene"], True)
                for row, _, _ in pairs]
-    pictures = [[build.photograph(random.Random(n), s) for s in row["_scene"].sprites] for n, (row, _, _) in enumerate(pairs)]
+    pictures = [[build.reference_image(random.Random(n), s) for s in row["_scene"].sprites] for n, (row, _, _) in enumerate(pairs)]
     seeds = list(range(len(pairs)))
 
     def right(references, names):
@@ -3238,7 +3238,7 @@ def test_the_ema_teacher_moves_by_its_decay():
     assert torch.allclose(teacher.weight, 0.9 * before + 0.1 * student.weight) and student.weight.requires_grad
 
 
-# ---- The Atlas and its judges ----------------------------------------------------------------------------------------------
+# ---- The Atlas and its judges ----------------------------------------------------------------------------------------
 
 
 def atlas_cases(count, seed=1):
@@ -3255,76 +3255,267 @@ def pixel_judge():
     return atlas.judge.PixelJudge(atlas.world.vocabulary())
 
 
-def test_the_judge_gives_full_marks_to_ground_truth_and_to_another_drawing_of_the_same_scene():
-    judge = pixel_judge()
-    for rng, row, truth, wanted in atlas_cases(90):
-        for image in (truth, build.draw(row["_scene"], rng)[0]):
-            assert judge(image, truth, wanted)["kscore"] == 1.0
+@pytest.fixture(scope="session")
+def judge():
+    return pixel_judge()
 
 
-def test_every_committed_ground_truth_scores_one():
-    judge = pixel_judge()
-    for row in atlas.world.requests("bench") + atlas.world.requests("validation"):
+@pytest.fixture(scope="session")
+def cases():
+    """[(row, ground truth, constraints, another drawing of the same scene)]"""
+    return [(row, truth, wanted, build.draw(row["_scene"], rng)[0]) for rng, row, truth, wanted in atlas_cases(90)]
+
+
+@pytest.fixture(scope="session")
+def atlas_rows():
+    return {split: atlas.world.requests(split) for split in build.SPLITS}
+
+
+# -- the pixel judge
+
+def test_the_judge_gives_full_marks_to_ground_truth_and_to_another_drawing_of_the_same_scene(judge, cases):
+    for _, truth, wanted, again in cases:
+        assert judge(truth, truth, wanted)["kscore"] == judge(again, truth, wanted)["kscore"] == 1.0
+
+
+@pytest.mark.parametrize("split", ["bench", "validation"])
+def test_every_committed_ground_truth_scores_one(judge, atlas_rows, split):
+    for row in atlas_rows[split]:
         truth = genevolve.truth_of(row)
         assert judge(truth, truth, row["recipe"]["wanted"])["kscore"] == 1.0, row["id"]
 
 
-def test_a_planted_violation_of_each_skill_lowers_its_dimension():
-    for skill, hits in bench.planted_violations(pixel_judge(), 240).items():
-        assert len(hits) >= 10 and np.mean(hits) >= 0.95, (skill, len(hits), np.mean(hits))
+@pytest.fixture(scope="session")
+def planted(judge):
+    return bench.planted_violations(judge, 240)
 
 
-def test_another_look_of_the_subject_is_not_mistaken_for_it():
-    judge = pixel_judge()
+@pytest.mark.parametrize("skill", bench.DIMENSION)
+def test_a_planted_violation_of_each_skill_lowers_its_dimension(planted, skill):
+    hits = planted[skill]
+    assert len(hits) >= 10 and np.mean(hits) >= 0.95, (skill, len(hits), np.mean(hits))
+
+
+def test_another_look_of_the_subject_is_not_mistaken_for_it(judge):
     for rng, row, truth, wanted in atlas_cases(40):
         look = next(l for l in ("replica", "present") if l != row["_look"])
         other = dataclasses.replace(row["_scene"], sprites=[e.sprites[look] for e in row["_entities"]])
         assert judge(build.draw(other, rng)[0], truth, wanted)["visual_correctness"] == 0
 
 
-def test_jpeg_at_quality_100_changes_no_verdict_though_it_halves_the_chroma():
+@pytest.mark.peers
+def test_jpeg_at_quality_100_changes_no_verdict_though_it_halves_the_chroma(judge, cases):
     Image = pytest.importorskip("PIL.Image")
-    judge, same = pixel_judge(), []
-    for _, _, truth, wanted in atlas_cases(60):
+    same = []
+    for _, truth, wanted, _ in cases[:60]:
         buffer = io.BytesIO()
         Image.fromarray(truth).save(buffer, "JPEG", quality=100, subsampling=2)
         same.append(judge(np.asarray(Image.open(buffer)), truth, wanted)["kscore"] == 1.0)
     assert np.mean(same) >= 0.99
 
 
-def test_splits_share_no_name_and_no_request():
-    names, questions = {}, set()
-    for split in ("evolve", "validation", "bench"):
-        rows = atlas.world.requests(split)
-        assert not questions & {r["question"] for r in rows}
-        questions |= {r["question"] for r in rows}
-        names[split] = {w for r in rows for s in r["recipe"]["wanted"]["subjects"] for w in s["name"].split()} - \
-            {kind for kinds in build.KINDS.values() for kind in kinds}
-    assert not names["evolve"] & names["validation"] and not names["evolve"] & names["bench"]
-    assert not names["validation"] & names["bench"]
-    assert not set(build.split_words(0)["demos"]) & (names["evolve"] | names["validation"] | names["bench"])
+def test_a_verdict_says_where_in_the_picture_the_judge_looked(judge, cases):
+    placed = {"subject", "subject look", "place", "sides", "count", "body", "shadow", "sign", "text"}
+    for _, truth, wanted, _ in cases:
+        found = {c["name"]: c for c in judge(truth, truth, wanted)["constraints"]}
+        for name, verdict in found.items():
+            about_a_place = name in placed or name.startswith(("a ", "colour of"))
+            assert set(verdict) == {"name", "passed", "detail"} | ({"box"} if about_a_place else set())
+        top, left = (8 * cell for cell in wanted["subjects"][-1]["box"])
+        if wanted["arrangement"] != "count":
+            assert found["subject look"]["box"] == [top, left, top + 16, left + 16]
+        else:
+            assert found["count"]["box"] == [top, left, top + 16, left + 16 * wanted["count"]]
+        if wanted["arrangement"] == "body":
+            assert found["body"]["box"] == [top + 16, left, top + 32, left + 16]
+        if wanted["arrangement"] == "shadow":
+            assert found["shadow"]["box"] == [top + 16, left - 8, top + 20, left + 24]
+        if wanted["text"]:
+            assert found["text"]["box"][::2] == [56, 64]
+            assert found["text"]["box"][3] - found["text"]["box"][1] == 8 * len(wanted["text"])
 
 
-def test_the_bench_keeps_the_papers_ratio_of_tracks_and_asks_for_unseen_combinations():
-    rows = atlas.world.requests("bench")
+@pytest.mark.parametrize("edges, box", [
+    ((2, 3, 10, 11), [4, 6, 20, 22]), ((28, -4, 36, 12), [56, 0, 64, 24]), ((32, 0, 34, 8), None)])
+def test_a_box_is_cut_at_the_edge_of_the_picture_and_left_out_beyond_it(edges, box):
+    assert atlas.judge.block_box(*edges) == box
+    assert atlas.judge.verdict("body", True, "", box).get("box") == box
+
+
+@pytest.mark.parametrize("a, b, distance", [("", "", 0), ("KEL7", "KEL7", 0), ("KEL7", "KFL7", 1), ("1873", "873", 1),
+                                            ("", "AB", 2), ("AB", "BA", 2), ("ABC", "XYZW", 4)])
+def test_edit_distance_counts_single_changes(a, b, distance):
+    assert atlas.judge.edit_distance(a, b) == atlas.judge.edit_distance(b, a) == distance
+
+
+# -- the program judge
+
+PROGRAM_CASES = {  # change of the oracle's program -> check that fails, or None
+    "as it is": (lambda prompt: prompt, None),
+    "without the text": (lambda prompt: prompt.replace('"1423", spelled 1-4-2-3', "of its year"), "facts"),
+    "without the ordinal": (lambda prompt: prompt.replace("as in the first reference image", ""), "ordinal references"),
+    "in plain words": (lambda prompt: re.sub("A sign.*", "With a sign saying 1423.", prompt), "skill advice")}
+
+
+@pytest.mark.parametrize("change", PROGRAM_CASES)
+def test_a_program_loses_a_quarter_for_each_thing_it_lacks(change):
+    scene = build.Scene([np.zeros((8, 8), np.int8)], text="1423")
+    words = {"exact": build.wording("text", scene, True), "plain": build.wording("text", scene, False)}
+    wanted = {"text": "1423", "arrangement": "", "subjects": [{}], "skills": ["text_rendering"],
+              "wordings": {"text_rendering": words}}
+    edit, lacks = PROGRAM_CASES[change]
+    prompt = edit(f"Velmar Bridge as in the first reference image. {words['exact']}")
+    program = distill.Program(prompt, [{"img_id": "IMG_001", "note": ""}])
+    score, checks = atlas.judge.judge_program(program, "", wanted, {"text_rendering"})
+    failed = {c["name"] for c in checks if not c["passed"]}
+    assert (lacks in failed if lacks else not failed) and score == 1 - len(failed) / 4
+    unread, checks = atlas.judge.judge_program(program, "", wanted, set())
+    assert not checks[2]["passed"] and unread <= 0.75
+    assert atlas.judge.judge_program(None, "", wanted, set())[0] == 0.0
+
+
+# -- the world and what is read of it
+
+def names_of(rows):
+    """The invented words in the names of the subjects."""
+    kinds = {kind for kinds in build.KINDS.values() for kind in kinds}
+    return {word for row in rows for s in row["recipe"]["wanted"]["subjects"] for word in s["name"].split()} - kinds
+
+
+@pytest.mark.parametrize("split, others", [
+    ("evolve", ("validation", "bench")), ("validation", ("bench",)), ("bench", ())])
+def test_splits_share_no_name_and_no_request(atlas_rows, split, others):
+    names, questions = names_of(atlas_rows[split]), {row["question"] for row in atlas_rows[split]}
+    assert len(questions) == build.SPLITS[split][1] and not set(build.split_words(0)["demos"]) & names
+    for other in others:
+        assert not questions & {row["question"] for row in atlas_rows[other]}
+        assert not names & names_of(atlas_rows[other])
+
+
+def test_the_bench_keeps_the_papers_ratio_of_tracks_and_asks_for_unseen_combinations(atlas_rows):
+    rows = atlas_rows["bench"]
     assert sum(r["eval_type"] == "knowledge" for r in rows) == 90 and len(rows) == 160
     assert any(r["novel"] for r in rows)
-    assert not any(r["novel"] for s in ("evolve", "validation") for r in atlas.world.requests(s))
+    assert not any(r["novel"] for split in ("evolve", "validation") for r in atlas_rows[split])
 
 
-def test_the_world_is_rebuilt_to_the_byte(tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "HERE", str(tmp_path))
-    build.build_world(0)
-    for name in ("bench.jsonl", "validation.jsonl", "evolve.jsonl", "oracle.jsonl", "world.json", "corpus/images/titles.json"):
-        assert (tmp_path / name).read_bytes() == open(os.path.join(genevolve.HERE, "atlas", name), "rb").read(), name
-    for row in atlas.world.requests("bench")[:20]:
-        assert (diffusion.read_png(str(tmp_path / row["gt_image"])) == genevolve.truth_of(row)).all()
+@pytest.fixture(scope="session")
+def rebuilt(tmp_path_factory):
+    """The folder of a world that is built anew."""
+    folder = tmp_path_factory.mktemp("atlas")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "HERE", str(folder))
+        build.build_world(0)
+    return folder
 
 
-def test_every_bullet_of_the_guide_has_twelve_to_twenty_two_words():
-    for table in build.GUIDE.values():
-        for phrase, bullet in table.items():
-            assert 12 <= len(bullet.split()) <= 22 and bullet.startswith(phrase), bullet
+@pytest.mark.parametrize("name", ["bench.jsonl", "validation.jsonl", "evolve.jsonl", "oracle.jsonl", "world.json",
+                                  "corpus/images/titles.json", "corpus/pages"])
+def test_the_world_is_rebuilt_to_the_byte(rebuilt, name):
+    committed = os.path.join(genevolve.HERE, "atlas", name)
+    files = sorted(os.listdir(committed)) if os.path.isdir(committed) else [""]
+    assert not os.path.isdir(committed) or sorted(os.listdir(rebuilt / name)) == files
+    for file in files:
+        path = os.path.join(committed, file) if file else committed
+        with open(path, "rb") as stream:
+            assert (rebuilt / name / file).read_bytes() == stream.read(), (name, file)
+
+
+def test_the_pictures_of_the_world_are_rebuilt_to_the_pixel(rebuilt, atlas_rows):
+    for row in atlas_rows["bench"][:20]:
+        assert (diffusion.read_png(str(rebuilt / row["gt_image"])) == genevolve.truth_of(row)).all()
+    for path in sorted(os.listdir(rebuilt / "corpus/images"))[:20]:
+        if path.endswith(".png"):
+            committed = diffusion.read_png(os.path.join(genevolve.HERE, "atlas/corpus/images", path))
+            assert (diffusion.read_png(str(rebuilt / "corpus/images" / path)) == committed).all()
+
+
+@pytest.mark.parametrize("field", build.GUIDE)
+def test_every_bullet_of_the_guide_has_twelve_to_twenty_two_words(field):
+    for phrase, bullet in build.GUIDE[field].items():
+        assert 12 <= len(bullet.split()) <= 22 and bullet.startswith(phrase), bullet
+
+
+@pytest.mark.slow
+def test_the_world_is_built_without_the_agent():
+    code = "import sys; import atlas.build; sys.exit('genevolve' in sys.modules or 'bench' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=genevolve.HERE, timeout=120).returncode == 0
+
+
+@pytest.mark.parametrize("flag, rate", [
+    ((), build.EXPERT_RATE), (("--expert-rate", "0.1"), 0.1), (("--care", "0.2"), 0.2)])
+def test_the_rate_of_experts_decisions_has_two_names(monkeypatch, flag, rate):
+    calls = []
+    monkeypatch.setattr(build, "build_demos", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(sys, "argv", ["build.py", "--demos", "7", "--seed", "3", *flag])
+    build.main()
+    assert calls == [(7, 3, rate)]
+
+
+def test_a_rate_beyond_one_is_refused_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["build.py", "--demos", "7", "--expert-rate", "1.5"])
+    with pytest.raises(SystemExit, match="2"):
+        build.main()
+    assert "--expert-rate 1.5: must lie between 0 and 1" in capsys.readouterr().err
+
+
+def test_right_advice_is_the_share_of_bullets_that_the_world_knows_to_be_right(atlas_rows):
+    row, field = atlas_rows["validation"][0], "reference_selection_guidance"
+    wanted, skill = row["recipe"]["wanted"], "physical_material_consistency"
+    assert wanted["skills"] == [skill] and not wanted["fact"]
+    right = build.bullets_of([f"Activate {skill}", "Take the look asked for", "Follow the skill wording"])
+    wrong = build.bullets_of(["Take the first result"])
+    half = right | {field: [distill.STANDARD + right[field][0], *wrong[field]]}
+
+    def share(*advice):
+        """Of the same request with several guides."""
+        guides = [None if bullets is None else distill.Bundle.from_bullets("", bullets) for bullets in advice]
+        return atlas.world.right_advice([row] * len(guides), guides)
+    assert atlas.world.oracle()[row["id"]]["guide"] == right
+    assert (share(right), share(wrong), share(half), share(right, None, wrong)) == (1.0, 0.0, 3 / 4, 0.5)
+    assert math.isnan(share({})) and math.isnan(share(None)) and math.isnan(share())
+    bundle = distill.Bundle.from_bullets("", right)
+    assert math.isnan(atlas.world.right_advice([{"id": "nobody's"}], [bundle]))
+
+
+def test_samples_are_different_validation_requests_and_open_with_the_default_one():
+    rows = atlas.world.samples(3)
+    assert len({row["question"] for row in rows}) == 3 and rows[0] == atlas.world.default_request()
+    assert all(row["id"].startswith("validation-") for row in rows) and len(atlas.world.samples(1000)) == 64
+    assert atlas.world.phrases() == build.GUIDE and set(atlas.world.phrases()) <= set(distill.FIELDS)
+
+
+# -- the compact protocol
+
+WORDY_IMAGES = "\n".join(
+    f"IMG_00{i}:\n  title: Velmar Bridge, look {i}\n  url: https://x/{i}.png\n" for i in (1, 2, 3, 4))
+OBSERVATIONS = {  # what a tool answered elsewhere -> in the compact form
+    "guide": ("query_knowledge", {"skill_name": "text_rendering"}, "# Text\n\nA long guide.", "Spell it out."),
+    "unknown skill": ("query_knowledge", {"skill_name": "singing"}, "Error: no such skill", "Error: no such skill"),
+    "pictures": ("image_search", {"query": "Velmar Bridge"}, WORDY_IMAGES,
+                 "\n".join(f"IMG_00{i} Velmar Bridge, look {i}" for i in (1, 2, 3))),
+    "no title": ("image_search", {"query": "x"}, "IMG_007", "IMG_007 "),
+    "no pictures": ("image_search", {"query": "x"}, "nothing found", "nothing found"),
+    "pages": ("search", {"queries": ["x"]},
+              "1. title: A\n   snippet: One.  \n2. title: B\n   Snippet: Two.\nsnippet: Three.",
+              "1. One.\n2. Two."),
+    "error": ("search", {"queries": ["x"]}, "Error: timeout", "Error: timeout")}
+
+
+@pytest.mark.parametrize("case", OBSERVATIONS)
+def test_an_observation_from_elsewhere_is_reduced_to_what_the_policy_was_trained_on(case):
+    name, arguments, text, compact = OBSERVATIONS[case]
+    guides = {"text_rendering": f"# Text\n\nA long guide.\n\n{tools.ONE_LINE}\n\nSpell it out.\n"}
+    call = json.dumps({"name": name, "arguments": arguments})
+    messages = [{"role": "system", "content": "Another runtime's long prompt."},
+                {"role": "user", "content": "Please: Draw Velmar Bridge. Thank you."},
+                {"role": "assistant", "content": f"<think>So.</think>\n<tool_call>{call}</tool_call>"},
+                {"role": "user", "content": f"<tool_response>\n{text}\n</tool_response>"},
+                {"role": "user", "content": "This is the final step."}]
+    system, request, turn, response, final = atlas.world.compact_messages(messages, guides, ["Draw Velmar Bridge."])
+    assert system == {"role": "system", "content": atlas.world.COMPACT_SYSTEM}
+    assert request["content"] == "Draw Velmar Bridge." and [turn, final] == [messages[2], messages[4]]
+    assert response == {"role": "user", "content": f"<tool_response>\n{compact}\n</tool_response>"}
 
 
 # ---- The agent and its commands ------------------------------------------------------------------------------------------
@@ -3596,15 +3787,15 @@ def test_sft_runs_on_a_tiny_budget(tmp_path, capsys, monkeypatch):
     assert tokenizer.size == net.config.vocab_size and json.loads((tmp_path / "policy" / "training.json").read_text())["step"] == 3
 
 
-@pytest.mark.parametrize("care", (0.0, 0.2, 1.0))
-def test_the_scripted_teacher_is_as_careful_as_asked_and_obeys_advice_all_the_same(care):
-    rng, skills = random.Random(1), tools.read_skills(os.path.join(genevolve.HERE, "skills"))
-    teacher = build.Teacher(rng, None, skills, care)
-    for careful, *lazy in build.GUIDE["reference_selection_guidance"], build.GUIDE["prompt_program_guidance"]:
-        taken = [teacher.choose([], careful, *lazy) == careful for _ in range(2000)]
-        assert sum(taken) / 2000 == pytest.approx(care, abs=0.03)
-        assert {teacher.choose([lazy[0]], careful, *lazy) for _ in range(20)} == {lazy[0]}
-        assert {teacher.choose([careful], careful, *lazy) for _ in range(20)} == {careful}
+@pytest.mark.parametrize("decision", ["reference_selection_guidance", "prompt_program_guidance"])
+@pytest.mark.parametrize("expert_rate", [0.0, 0.2, 1.0])
+def test_the_scripted_teacher_is_as_expert_as_asked_and_obeys_advice_all_the_same(expert_rate, decision):
+    teacher = build.Teacher(random.Random(1), None, {}, expert_rate)
+    expert, *lazy = build.GUIDE[decision]
+    taken = [teacher.choose([], expert, *lazy) == expert for _ in range(2000)]
+    assert sum(taken) / 2000 == pytest.approx(expert_rate, abs=0.03)
+    for advised in (expert, lazy[0]):
+        assert {teacher.choose([advised], expert, *lazy) for _ in range(20)} == {advised}
 
 
 def test_sft_stopped_and_started_again_ends_with_the_same_weights(tmp_path, capsys, monkeypatch):
