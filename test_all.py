@@ -644,7 +644,7 @@ def diffusion_chunk(kind, body):
 
 def diffusion_png(width, height, depth, colour, rows, interlace=0, extra=b""):
     """A PNG file from raw filtered rows."""
-    return (diffusion.SIGNATURE + diffusion_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlace))
+    return (diffusion.PNG_SIGNATURE + diffusion_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlace))
             + extra + diffusion_chunk(b"IDAT", zlib.compress(rows)) + diffusion_chunk(b"IEND", b""))
 
 

@@ -1234,7 +1234,7 @@ FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG marker
 def image_header(data):
     """Bytes of a PNG, JPEG or WebP file -> (type, width, height), from the header alone. ToolError if it is none."""
     try:
-        if data[:8] == diffusion.SIGNATURE:
+        if data[:8] == diffusion.PNG_SIGNATURE:
             kind = "png"
             width, height = struct.unpack(">II", data[16:24])
         elif data[:3] == b"\xff\xd8\xff":

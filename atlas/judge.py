@@ -31,6 +31,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 import diffusion
 import distill
+import tools
 
 SIZE, CELL, GRID = 64, 8, 8  # a picture is 64 x 64 pixels = 8 x 8 cells of 8 pixels
 BLOCK, BLOCKS = 2, 32        # a block is 2 x 2 pixels, a picture 32 x 32 blocks
@@ -430,7 +431,7 @@ def judge_program(program, question, wanted, skills_used):
     if wanted["arrangement"] == "count":
         facts = facts and NUMBER[wanted["count"]] in prompt.lower()
 
-    phrases = distill.ORDINALS[:len(wanted["subjects"])]
+    phrases = tools.REFERENCE_PHRASES[:len(wanted["subjects"])]
     has_phrases = all(phrase in prompt.lower() for phrase in phrases)
     ordinals = has_phrases and len(program.references) == len(phrases)
 
