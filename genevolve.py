@@ -648,7 +648,7 @@ class Evolution:
                 pairs.append((request["question"], *pair))
         pairs.sort(key=lambda pair: pair[2].reward - pair[1].reward)  # stable: of equals, the first
 
-        phrases = atlas.world.vocabulary()["guide"] if self.components.policy.compact else None
+        phrases = atlas.world.phrases() if self.components.policy.compact else None
         for question, best, worst in pairs[:self.recipe.pairs]:
             bundle = distill.summarize_pair(question, best, worst, phrases)
             bundle = bundle if self.recipe.standard else bundle.differing()
@@ -1131,21 +1131,7 @@ def guide_metrics(requests, entries, guides):
     hits = [entry is not None for entry in entries]
     own = [hit and entry.prompt == request["question"] for hit, entry, request in zip(hits, entries, requests)]
     return {"hit_rate": sum(hits) / len(hits), "own_lessons": sum(own) / len(own),
-            "right_advice": right_advice(requests, guides)}
-
-
-def right_advice(requests, guides):
-    """Share of a guide's bullets that the world knows to be right for the request; nan where it knows nothing."""
-    oracle, shares = atlas.world.oracle(), []
-    for request, guide in zip(requests, guides):
-        right = oracle.get(request["id"], {}).get("guide")
-        if not right or guide is None:
-            continue
-        bullets = [(slot, bullet.removeprefix(distill.STANDARD)) for slot, bullets in guide.guidance.items()
-                   for bullet in bullets]
-        if bullets:
-            shares.append(sum(bullet in right.get(slot, []) for slot, bullet in bullets) / len(bullets))
-    return distill.average(shares)
+            "right_advice": atlas.world.right_advice(requests, guides)}
 
 
 def update_metrics(sums, minibatches, recipe, has_grpo):
