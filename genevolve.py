@@ -417,12 +417,14 @@ class Scorer:
     A row without ground truth is rendered and left unjudged: its reward is missing (nan), not zero.
     """
 
-    def __init__(self, renderer, judge=None, steps=20, alpha=0.5, guidance=1.0):
+    def __init__(self, renderer, judge=None, steps=20, alpha=0.5, guidance=1.0, sampler="euler"):
         self.renderer, self.judge, self.alpha = renderer, judge, alpha
         self.images, self.score_cache = {}, {}  # by ``key``: uint8 (H, W, 3); scores or None
         is_local = isinstance(renderer, diffusion.Renderer)
         self.open = tools.read_image if is_local else lambda path: path  # a remote renderer gets the files untouched
-        self.options = {"steps": steps, "guidance": guidance} if is_local else {"steps": steps}
+        self.options = {"steps": steps}  # of a request to the renderer; an outside one has its own guidance
+        if is_local:
+            self.options |= {"guidance": guidance, "sampler": sampler}
 
     def render_and_score(self, trajectories, pictures=True):
         """Set image (where pictures are wanted), judgement and reward of every trajectory.
@@ -1201,6 +1203,7 @@ class ComponentFlags(Common):
     judge_model: str = flag("judge", "model name sent to a judge URL")
     corpus: str = flag(os.path.join(HERE, "atlas", "corpus"), "folder of texts and images that the local search reads")
     sampling_steps: int = flag(20, "sampling steps of the renderer")
+    sampler: str = flag("euler", "euler, midpoint (two calls a step) or ancestral: how the embedded renderer samples")
     guidance: float = flag(1.0, "classifier-free guidance of the embedded renderer (1: none; more hides what a loose "
                                 "wording costs)")
     temperature: float = flag(0.7, "temperature of the policy")
@@ -1359,13 +1362,16 @@ class Components:
 
     def __init__(self, settings, out):
         self.settings = s = settings
+        if s.sampler not in diffusion.SAMPLERS:
+            raise ValueError(f"--sampler {s.sampler}: must be one of {', '.join(diffusion.SAMPLERS)}")
         self.device = model.pick_device(s.device)
         self.tape = tools.Tape(record=s.record or None, replay=s.replay or None)
         self.budget = tools.Budget(s.max_calls) if s.max_calls else None
         self.server = None if s.search or s.replay else tools.Server(tools.Corpus(s.corpus)).start()
         self.policy = self.open_policy()
         self.toolbox = self.open_toolbox(out)
-        self.scorer = Scorer(self.open_renderer(), self.open_judge(), s.sampling_steps, guidance=s.guidance)
+        self.scorer = Scorer(self.open_renderer(), self.open_judge(), s.sampling_steps, guidance=s.guidance,
+                             sampler=s.sampler)
 
     def __enter__(self):
         return self

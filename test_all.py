@@ -3717,6 +3717,19 @@ def test_json_output_is_one_object_and_nothing_else(tmp_path, capsys):
     assert code == 0 and json.loads(out)["records"][0]["id"]
 
 
+@pytest.mark.parametrize("sampler, calls", (("euler", 3), ("midpoint", 6), ("ancestral", 3)))
+def test_a_sampler_reaches_the_renderer(tmp_path, capsys, monkeypatch, sampler, calls):
+    """midpoint asks the network twice a step."""
+    seen, velocity = [], diffusion.guided_velocity
+
+    def counted(*arguments):
+        follow = velocity(*arguments)
+        return lambda x, t: seen.append(t) or follow(x, t)
+    monkeypatch.setattr(diffusion, "guided_velocity", counted)
+    code, _, err = agent_main(capsys, "run", "--out", tmp_path, "--sampling-steps", 3, "--sampler", sampler)
+    assert code == 0 and len(seen) == calls, err
+
+
 def test_a_request_outside_the_atlas_completes_and_names_the_way_out(tmp_path, capsys):
     code, _, err = agent_main(capsys, "run", "A lighthouse at dawn", "--out", tmp_path, "--sampling-steps", 2)
     assert code == 0 and "--policy" in err and len(json.loads((tmp_path / "results.json").read_text())) == 1
@@ -3725,7 +3738,7 @@ def test_a_request_outside_the_atlas_completes_and_names_the_way_out(tmp_path, c
 @pytest.mark.parametrize("arguments, hint", [
     (["run", ""], "empty"), (["run", "x" * 20000], "20000"), (["run", "--input", "missing.json"], "missing.json"),
     (["run", "--smapling-steps", "3"], "--sampling-steps"), (["rum"], "run"), (["run", "--sampling-steps", "many"], "sampling-steps"),
-    (["run", "--device", "abacus"], "abacus"), (["run", "--policy", "nowhere"], "nowhere"),
+    (["run", "--sampler", "heun"], "midpoint"), (["run", "--device", "abacus"], "abacus"), (["run", "--policy", "nowhere"], "nowhere"),
     (["run", "--renderer", "nowhere"], "nowhere"), (["sft", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
     (["run", "--out", "/dev/null/out"], "/dev/null/out")])
 def test_bad_input_is_one_clear_line_and_exit_code_two(tmp_path, capsys, monkeypatch, arguments, hint):
