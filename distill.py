@@ -1535,7 +1535,7 @@ def sft(s):
                                        tie_embeddings=True)).to(device)
     rows = [tokenizer.apply_chat_with_mask(c) for c in conversations]
     pools, worth = rare_tokens(tokenizer, conversations), torch.ones(net.config.vocab_size, device=device)
-    worth[torch.tensor(pools[0], device=device)] = s.copied_worth
+    worth[torch.tensor(pools[0], device=device)] = s.copy_token_weight
     optimizer = torch.optim.AdamW(net.parameters(), lr=s.lr, betas=(0.9, 0.98), weight_decay=s.weight_decay)
     stream, copies = batches(rows, s.batch_tokens, np.random.default_rng(s.seed)), 0 if s.init else s.copy_steps
     done, earlier = resume_sft(state, net, optimizer) if going_on else (0, 0.0)

@@ -1242,8 +1242,8 @@ class Sft(Common):
     layers: int = flag(4, "depth of a new policy")
     heads: int = flag(4, "query heads of a new policy (two key-value heads)")
     copy_weight: float = flag(0.3, "weight of the copying loss beside the demonstrations' (0 for a pretrained policy)")
-    copied_worth: float = flag(4.0, "what a token that has to be copied counts beside another (1 for a pretrained "
-                                    "policy)")
+    copy_token_weight: float = flag(4.0, "loss weight of a token that has to be copied, beside 1 for any other (1 for a "
+                                         "pretrained policy)")
     copy_steps: int = flag(500, "warm-up steps on repeated random segments, which teach copying")
     steps: int = flag(900, "optimizer steps on demonstrations")
     batch_tokens: int = flag(8192, "tokens a step")
