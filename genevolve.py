@@ -520,7 +520,8 @@ class Evolution:
     """
 
     def __init__(self, settings, components, processes=None):
-        """components: has policy (net, tokenizer, compact), scorer, agent(), budget and device; see ``Components``."""
+        """components: has policy (net, tokenizer, compact), scorer, agent(), summarizer, budget and device; see
+        ``Components``."""
         self.settings, self.components = settings, components
         self.processes = processes or model.ProcessGroup()
         self.recipe = read_recipe(settings.recipe, settings.set)
@@ -577,7 +578,7 @@ class Evolution:
 
         update_started = time.perf_counter()
         rewards = torch.tensor([[t.reward for t in group] for group in groups], dtype=torch.float64)       # (G, K)
-        pairs = self.remember(requests, groups)  # before the look-up, so that a group learns from its own lesson, too
+        lessons = self.remember(requests, groups)  # before the look-up, so that a group learns from its own lesson, too
         entries = self.memory.lookup([request["question"] for request in requests])
         guides = self.choose_guides(requests, entries)
         batch = self.training_batch(groups, rewards, guides)
@@ -587,7 +588,7 @@ class Evolution:
         self.sync_weights()
         update_seconds = time.perf_counter() - update_started
 
-        row = {"step": self.steps_done, **rollout_metrics(groups, rewards), "pairs": pairs, "memory": len(self.memory),
+        row = {"step": self.steps_done, **rollout_metrics(groups, rewards), **lessons, "memory": len(self.memory),
                **guide_metrics(requests, entries, guides), **update,
                "rollout_seconds": rollout_seconds, "render_seconds": render_seconds, "update_seconds": update_seconds}
         if audit:
@@ -643,19 +644,27 @@ class Evolution:
     # -- compare, remember, teach --
 
     def remember(self, requests, groups):
-        """Compare best and worst of every group, keep what the widest gaps teach. Returns how many pairs there were."""
+        """Compare best and worst of every group, keep what the widest gaps teach. Returns the log's part of the row."""
         pairs = []
         for request, group in zip(requests, groups):
             if pair := distill.select_pair(group, self.recipe.min_reward_gap):
                 pairs.append((request["question"], *pair))
         pairs.sort(key=lambda pair: pair[2].reward - pair[1].reward)  # stable: of equals, the first
 
+        kept = pairs[:self.recipe.pairs]
+        bundles, failures = self.summarize(kept)
+        for (question, best, worst), bundle in zip(kept, bundles):
+            if bundle is not None:
+                bundle = bundle if self.recipe.standard else bundle.differing()
+                self.memory.add(question, bundle, best.reward, worst.reward, self.steps_done)
+        return {"pairs": len(pairs)} | ({"failed_summaries": failures} if failures else {})
+
+    def summarize(self, pairs):
+        """([Bundle or None], [what failed]) of [(question, best, worst)]: by rules, or by a language model."""
+        if self.components.summarizer:
+            return summarize_by_model(self.components.summarizer, pairs, self.processes)
         phrases = atlas.world.phrases() if self.components.policy.compact else None
-        for question, best, worst in pairs[:self.recipe.pairs]:
-            bundle = distill.summarize_pair(question, best, worst, phrases)
-            bundle = bundle if self.recipe.standard else bundle.differing()
-            self.memory.add(question, bundle, best.reward, worst.reward, self.steps_done)
-        return len(pairs)
+        return [distill.summarize_pair(*pair, phrases) for pair in pairs], []
 
     def choose_guides(self, requests, entries):
         """[Bundle or None], one a request: what its teacher reads. entries: what the memory found, Entry or None."""
@@ -929,7 +938,8 @@ def evolve(s, evolution=Evolution):
     say = functools.partial(print, flush=True) if is_main else lambda text: None
     with run.components, run.processes:
         if is_main:
-            run.components.announce(expected_trajectories(run))
+            lessons = (s.steps - run.steps_done) * min(run.recipe.pairs, s.prompts_per_step)  # at most
+            run.components.announce(expected_trajectories(run), **{"summarizer": lessons} if s.summarizer else {})
         if run.steps_done == 0 and s.eval_every:
             first = run.evaluate()
             say(f"before: validation reward {first['reward']:.3f}, KScore {first['kscore']:.3f}")
@@ -973,6 +983,9 @@ def open_evolution(settings, evolution=Evolution):
         raise ValueError("evolve trains a policy folder; --policy URL is only for run")
     if settings.rollouts_url:
         components.policy = components.rollout_policy(settings.rollouts_url)
+    if settings.summarizer:
+        client = components.chat_client(settings.summarizer, settings.summarizer_model, "summarizer", timeout=90.0)
+        components.summarizer = client.complete
     run = evolution(settings, components, processes)
     run.resume()
     run.sync_weights()
@@ -1036,6 +1049,25 @@ def set_old_logprobs(rows, net, temperature, processes):
     gathered = [logp for part in processes.all_gather_objects(values) for logp in part]
     for row, logp in zip(rows, gathered):
         row.logp_old = torch.tensor(logp)
+
+
+def summarize_by_model(chat, pairs, processes):
+    """([Bundle or None], [what failed]) of [(question, best, worst)]; a failed summary costs its pair alone.
+
+    One process asks, side by side in threads, and all processes get the same bundles.
+    """
+    def ask(pair):
+        try:
+            return distill.summarize_pair_llm(chat, *pair).to_dict()
+        except (tools.ToolError, ValueError) as error:
+            return f"{pair[0]}: {error}"
+    answers = []
+    if processes.is_main and pairs:
+        with ThreadPoolExecutor(len(pairs)) as pool:
+            answers = list(pool.map(ask, pairs))
+    answers = processes.all_gather_objects(answers)[0]
+    bundles = [distill.Bundle.from_dict(answer) if isinstance(answer, dict) else None for answer in answers]
+    return bundles, [answer for answer in answers if isinstance(answer, str)]
 
 
 def spread_subset(rows, count=4, limit=2048):
@@ -1167,6 +1199,8 @@ def step_line(row):
     if "validation" in row:
         v = row["validation"]
         text += f"\n  validation reward {v['reward']:.3f}, KScore {v['kscore']:.3f}" + ", promoted" * v["promoted"]
+    for failure in row.get("failed_summaries", []):
+        text += f"\n  no lesson from {failure}"
     if "rolled_back" in row:
         text += f"\n  rolled back: {row['rolled_back']}"
     return text
@@ -1242,8 +1276,8 @@ class Sft(Common):
     layers: int = flag(4, "depth of a new policy")
     heads: int = flag(4, "query heads of a new policy (two key-value heads)")
     copy_weight: float = flag(0.3, "weight of the copying loss beside the demonstrations' (0 for a pretrained policy)")
-    copy_token_weight: float = flag(4.0, "loss weight of a token that has to be copied, beside 1 for any other (1 for a "
-                                         "pretrained policy)")
+    copy_token_weight: float = flag(4.0, "loss weight of a token that has to be copied, beside 1 for any other (1 for "
+                                         "a pretrained policy)")
     copy_steps: int = flag(500, "warm-up steps on repeated random segments, which teach copying")
     steps: int = flag(900, "optimizer steps on demonstrations")
     batch_tokens: int = flag(8192, "tokens a step")
@@ -1276,6 +1310,8 @@ class Evolve(ComponentFlags):
     rollouts: str = flag("6", "trajectories a request (K); or as --rollouts-url, and six of them")
     rollouts_url: str = flag("", "URL of a running SGLang server that writes the trajectories (default: the engine of "
                                  "model.py)")
+    summarizer: str = flag("", "URL of an OpenAI-compatible model that writes the lessons (default: rules)")
+    summarizer_model: str = flag("summarizer", "model name sent to a summarizer URL")
     recipe: str = flag("stable", "stable or paper: how experience becomes a gradient")
     set: str = flag("", "changes to the recipe, for instance weight=1,teacher=ema")
     lr: float = flag(2e-4, "learning rate of AdamW (1e-6 for a pretrained policy)")
@@ -1372,6 +1408,7 @@ class Components:
         self.toolbox = self.open_toolbox(out)
         self.scorer = Scorer(self.open_renderer(), self.open_judge(), s.sampling_steps, guidance=s.guidance,
                              sampler=s.sampler)
+        self.summarizer = None  # callable (messages, temperature=, max_tokens=) -> text; None: rules write lessons
 
     def __enter__(self):
         return self
@@ -1388,10 +1425,13 @@ class Components:
                 system = file.read()
         return Agent(self.policy, self.toolbox, ordered, listen, system, live)
 
-    def announce(self, requests):
-        """Say, before the first call, how many calls to outside services so many requests are likely to take."""
+    def announce(self, requests, **more):
+        """Say, before the first call, how many calls to outside services so many requests are likely to take.
+
+        more: calls of a service that do not depend on the requests, by its name.
+        """
         s = self.settings
-        expected = {name: requests * calls for name, calls in CALLS.items() if self.is_outside(name)}
+        expected = {name: requests * calls for name, calls in CALLS.items() if self.is_outside(name)} | more
         if expected and not s.replay:
             parts = ", ".join(f"{name} {count}" for name, count in expected.items())
             limit = f"; --max-calls stops at {s.max_calls}" if s.max_calls else ""
@@ -1410,9 +1450,10 @@ class Components:
         limiter = tools.Limiter(self.settings.per_minute) if self.settings.per_minute else None
         return {"tape": self.tape, "budget": self.budget, "limiter": limiter}
 
-    def chat_client(self, url, name):
-        """A client of an OpenAI-compatible endpoint; ``name`` is the model asked for."""
-        return tools.ChatClient(url, os.environ.get("OPENAI_API_KEY", ""), name, **self.client_options())
+    def chat_client(self, url, model_name, service="chat model", **http):
+        """A client of an OpenAI-compatible endpoint. service: its name in messages."""
+        key = os.environ.get("OPENAI_API_KEY", "")
+        return tools.ChatClient(url, key, model_name, service, **self.client_options() | http)
 
     def open_policy(self):
         s = self.settings

@@ -4121,14 +4121,14 @@ class CountingAgent:
 
 
 class CountingScorer:
-    """The fewer tokens, the better."""
+    """Reward 1, 0.5 or 0, as the seed says: the fewer tokens, the better."""
 
     def forget(self):
         pass
 
     def render_and_score(self, trajectories, pictures=True):
         for t in trajectories:
-            t.reward = 1 / sum(t.mask)
+            t.reward = 1 - (t.seed % 3) / 2
 
 
 @pytest.fixture
@@ -4137,7 +4137,7 @@ def offline_evolution(tmp_path):
     def make(evolution=genevolve.Evolution, **flags):
         net, tokenizer = model.load(os.path.join(genevolve.HERE, "weights", "sft"))
         components = SimpleNamespace(
-            policy=SimpleNamespace(net=net, tokenizer=tokenizer, compact=True), scorer=CountingScorer(), budget=None,
+            policy=SimpleNamespace(net=net, tokenizer=tokenizer, compact=True), scorer=CountingScorer(), budget=None, summarizer=None,
             agent=lambda ordered: CountingAgent(tokenizer), device="cpu")
         settings = {"out": str(tmp_path), "prompts_per_step": 2, "rollouts": 3, "eval_every": 0, "audit_every": 0}
         return evolution(genevolve.Evolve(**settings | flags), components)
@@ -4150,6 +4150,33 @@ def test_a_step_needs_nothing_but_an_agent_and_a_scorer(offline_evolution):
     row = run.step()
     assert row["step"] == 1 and row["rollouts"] == 6 and row["missing"] == 0 and row["gradient_norm"] > 0
     assert any(not torch.equal(a, b) for a, b in zip(before, run.net.parameters()))
+
+
+def test_lessons_are_written_by_a_language_model_and_a_failed_summary_costs_its_pair_alone(offline_evolution):
+    """A chat server in the model's place: it writes one lesson, fails at another and writes nonsense for a third."""
+    questions, asked = [row["question"] for row in atlas.world.requests("evolve")[:3]], []
+    bullet = "Ask for the exact fact in every search query, together with the full name of the thing asked about."
+    lesson = {"retrieval_key": {"trigger": "requests with a fact", "source_prompt_summary": "one object and a fact"},
+              "decision_guidance": dict.fromkeys(distill.FIELDS, []) | {"search_query_guidance": [bullet]}}
+
+    def write(request):
+        text = request["messages"][1]["content"]
+        asked.append(request["temperature"])
+        if questions[1] in text:
+            raise ValueError("out of ideas")
+        return "no JSON" if questions[2] in text else "Here it is: " + json.dumps(lesson)
+    run = offline_evolution(prompts_per_step=3)
+    run.data = [row for row in run.data if row["question"] in questions]
+    with tools.Server(policy=write) as server:
+        run.components.summarizer = tools.ChatClient(server.url, "", "any", retries=0).complete
+        row = run.step()
+    assert asked == [0.0] * 3 and row["pairs"] == 3
+    assert [(e.prompt, e.bundle.guidance["search_query_guidance"]) for e in run.memory.entries] == \
+        [(questions[0], [bullet])]
+    failed = sorted(row["failed_summaries"])
+    assert len(failed) == 2 and {f.rpartition(": ")[0].startswith(tuple(questions[1:])) for f in failed} == {True}
+    assert genevolve.step_line(row | {"seconds": 1.0}).count("no lesson from") == 2
+    assert run.memory.lookup([questions[0]])[0] is not None and json.dumps(row)
 
 
 def test_the_gradient_of_a_minibatch_holds_nothing_of_the_one_before(offline_evolution):
