@@ -528,11 +528,13 @@ class Evolution:
         self.data = tools.read_requests(settings.data)
         self.validation = tools.read_requests(settings.validation)
 
+        if settings.lora:
+            add_adapters(self.rollout_net, settings.lora, settings.seed)
         self.net = self.training_net()
-        self.reference = self.frozen_copy()
+        self.reference = WithoutAdapters(self.net) if settings.lora else self.frozen_copy()
         teachers = {"same": self.net, "frozen": self.reference}
         self.teacher = teachers.get(self.recipe.teacher) or self.frozen_copy()
-        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
         self.memory = open_memory(self.recipe, self.reference, components.policy, self.data)
 
         self.steps_done, self.log = 0, []          # rows of log.jsonl
@@ -555,6 +557,10 @@ class Evolution:
         """The policy as it is at the start, without gradients."""
         net = copy.deepcopy(self.rollout_net).to(self.components.device)
         return self.processes.shard(net.requires_grad_(False))
+
+    def parameters(self):
+        """What is trained: every parameter of the net, or its adapters alone."""
+        return [p for p in self.net.parameters() if p.requires_grad]
 
     @property
     def rollout_net(self):
@@ -739,7 +745,7 @@ class Evolution:
         """p.grad = grad L_GRPO + weight grad L_SDL. Returns the ratio of the terms' norms (nan: no policy gradient)."""
         policy_norm, sdl_norm = distill.gradient_norm(policy_grads), distill.gradient_norm(sdl_grads)
         weight = self.sdl_weight(policy_norm, sdl_norm)
-        for parameter, policy_grad, sdl_grad in zip(self.net.parameters(), policy_grads, sdl_grads):
+        for parameter, policy_grad, sdl_grad in zip(self.parameters(), policy_grads, sdl_grads):
             parameter.grad = policy_grad.add_(sdl_grad, alpha=weight)
         return weight * sdl_norm / policy_norm if policy_norm else math.nan
 
@@ -749,7 +755,7 @@ class Evolution:
 
     def optimizer_step(self):
         """Clip, step, let an EMA teacher follow. Returns the gradient's norm before clipping."""
-        norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * self.lr_scale
         self.optimizer.step()
@@ -765,7 +771,7 @@ class Evolution:
     def sync_weights(self):
         """Hand the weights to whatever writes the trajectories."""
         for target, trained in zip(self.rollout_net.parameters(), self.net.parameters()):
-            if target is not trained:
+            if target is not trained and trained.requires_grad:
                 target.copy_(model.full_tensor(trained))
         if self.settings.rollouts_url and self.processes.is_main:
             self.components.policy.load_weights(os.path.join(self.settings.out, "served"), self.steps_done)
@@ -817,8 +823,10 @@ class Evolution:
         """The policy as a folder of the run."""
         if self.processes.is_main:
             training = {"command": model.command_line(), "step": self.steps_done, "validation": figures}
-            model.save_policy(os.path.join(self.settings.out, name), self.rollout_net, self.tokenizer,
-                              self.components.policy.compact, training)
+            folder = os.path.join(self.settings.out, name)
+            model.save_policy(folder, self.rollout_net, self.tokenizer, self.components.policy.compact, training)
+            if self.settings.lora:  # the folder holds the merged weights; beside them, the adapters in PEFT's layout
+                model.save_adapter(os.path.join(folder, "adapter"), self.rollout_net, self.settings.policy)
 
     # -- checkpoints --
 
@@ -830,9 +838,10 @@ class Evolution:
         """The inverse of ``extra_state``."""
 
     def training_state(self):
-        """Network, optimizer and EMA teacher as tensors by name."""
-        tensors = {f"net.{name}": p.detach() for name, p in self.net.named_parameters()}
-        for name, p in self.net.named_parameters():
+        """What is trained, its optimizer and an EMA teacher as tensors by name."""
+        trained = [(name, p) for name, p in self.net.named_parameters() if p.requires_grad]
+        tensors = {f"net.{name}": p.detach() for name, p in trained}
+        for name, p in trained:
             tensors |= {f"adam.{name}.{key}": torch.as_tensor(v) for key, v in self.optimizer.state[p].items()}
         if self.recipe.teacher == "ema":
             tensors |= {f"teacher.{name}": p for name, p in self.teacher.named_parameters()}
@@ -840,7 +849,7 @@ class Evolution:
 
     @torch.no_grad()
     def load_training_state(self, tensors):
-        for name, p in self.net.named_parameters():
+        for name, p in [(name, p) for name, p in self.net.named_parameters() if p.requires_grad]:
             p.copy_(model.distribute_like(tensors[f"net.{name}"].to(p.device), p))
             state = {k: tensors.get(f"adam.{name}.{k}") for k in ("step", "exp_avg", "exp_avg_sq")}
             self.optimizer.state[p] = {
@@ -1007,6 +1016,23 @@ def step_requests(data, count, seed, step):
     epochs = {number // len(data) for number in numbers}
     order = {epoch: np.random.default_rng([seed, epoch]).permutation(len(data)) for epoch in epochs}
     return [data[order[number // len(data)][number % len(data)]] for number in numbers]
+
+
+def add_adapters(net, rank, seed):
+    """Freeze the net and give its projections low-rank adapters, which at first add nothing."""
+    torch.manual_seed(seed)
+    model.add_lora(net, rank, alpha=2 * rank)
+
+
+class WithoutAdapters:
+    """The policy without its adapters, as ``distill`` reads a network: the reference of a LoRA run, and no second copy."""
+
+    def __init__(self, net):
+        self.net = net
+
+    def forward_with(self, work, *arguments):
+        with model.without_lora(self.net):
+            return self.net.forward_with(work, *arguments)
 
 
 class RequestEmbedder:
@@ -1315,6 +1341,7 @@ class Evolve(ComponentFlags):
     recipe: str = flag("stable", "stable or paper: how experience becomes a gradient")
     set: str = flag("", "changes to the recipe, for instance weight=1,teacher=ema")
     lr: float = flag(2e-4, "learning rate of AdamW (1e-6 for a pretrained policy)")
+    lora: int = flag(0, "rank of low-rank adapters that are trained in place of the whole policy (0: none)")
     grpo: bool = flag(True, "the group-relative policy gradient")
     minibatches: int = flag(1, "updates a batch of trajectories is split into")
     micro_tokens: int = flag(0, "tokens a forward pass of one process, a shared beginning once (0: 6,144 on a CPU, "
@@ -1335,6 +1362,10 @@ class Evolve(ComponentFlags):
         for name in ("steps", "prompts_per_step", "rollouts", "minibatches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+        if self.lora < 0:
+            raise ValueError(f"--lora {self.lora}: must not be negative")
+        if self.lora and read_recipe(self.recipe, self.set).teacher == "ema":
+            raise ValueError("--lora goes with a teacher that is 'same' or 'frozen': an EMA of the policy is a copy of it")
 
 
 @dataclass

@@ -4101,7 +4101,8 @@ def test_a_collapse_is_noticed():
 
 
 class CountingAgent:
-    """Answers every request with a few tokens, as many as the seed says; needs no server and no engine."""
+    """Answers every request with a few tokens, as many as the seed says; needs no server and no engine. The shortest
+    answers take a decision that the others do not take."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -4113,8 +4114,10 @@ class CountingAgent:
             opening = self.tokenizer.apply_chat(messages, add_generation_prompt=True)
             answer = self.tokenizer.encode("a kettle and a lamp " * (1 + seed % 3))
             program = distill.Program("A kettle as in the first reference image.", [{"img_id": "IMG_001", "note": ""}])
+            thought = "" if seed % 3 else "Ask for the exact fact."
             made.append(distill.Trajectory(
                 request["id"], request["question"], request, messages, seed, program=program, termination="answer",
+                steps=[distill.Step(thought, "tool_call", "search", {"queries": ["kettle"]}, "A kettle.")],
                 tokens=opening + answer, mask=[False] * len(opening) + [True] * len(answer),
                 prompt_length=len(opening)))
         return made
@@ -4150,6 +4153,61 @@ def test_a_step_needs_nothing_but_an_agent_and_a_scorer(offline_evolution):
     row = run.step()
     assert row["step"] == 1 and row["rollouts"] == 6 and row["missing"] == 0 and row["gradient_norm"] > 0
     assert any(not torch.equal(a, b) for a, b in zip(before, run.net.parameters()))
+
+
+def adapters_of(net):
+    return {name: p.detach().clone() for name, p in net.named_parameters() if "lora_" in name}
+
+
+@pytest.mark.parametrize("recipe", ("stable", "paper"))
+def test_lora_trains_adapters_alone_against_the_policy_without_them(offline_evolution, recipe):
+    run = offline_evolution(lora=4, recipe=recipe, set="gate=0", steps=2)
+    before = {name: p.detach().clone() for name, p in run.net.named_parameters()}
+    start, _ = model.load(os.path.join(genevolve.HERE, "weights", "sft"))
+    rows = [run.step(), run.step()]
+    assert all(row["gradient_norm"] > 0 for row in rows) and rows[1]["reference_kl"] > 0 and rows[1]["hit_rate"] == 1
+    moved = {name for name, p in run.net.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == set(adapters_of(run.net)) and len(moved) == 2 * 7 * run.net.config.layers
+    ids = run.tokenizer.encode("a kettle and a lamp")
+    reference, plain, policy = (distill.score_actions(net, [ids], [[False] + [True] * (len(ids) - 1)])
+                                for net in (run.reference, start, run.net))
+    assert torch.equal(reference.logp, plain.logp) and not torch.allclose(policy.logp, plain.logp, atol=1e-4)
+
+
+def test_a_lora_run_resumes_bit_for_bit_from_checkpoints_that_hold_adapters_alone(offline_evolution, tmp_path):
+    whole = offline_evolution(lora=4, out=str(tmp_path / "whole"))
+    whole.step(), whole.step()
+    first = offline_evolution(lora=4, out=str(tmp_path / "stopped"))
+    first.save(first.step())
+    second = offline_evolution(lora=4, out=str(tmp_path / "stopped"))
+    second.resume()
+    assert second.steps_done == 1 and second.step()["step"] == 2
+    assert all(torch.equal(p, adapters_of(whole.net)[name]) for name, p in adapters_of(second.net).items())
+    kept = next((tmp_path / "stopped" / "checkpoints" / "000001").glob("*.safetensors"))
+    names = {name for name, _ in model_tensors(kept)}
+    assert all("lora_" in name or name.startswith("memory.") for name in names) and len(names) > 100
+    assert kept.stat().st_size < os.path.getsize(os.path.join(genevolve.HERE, "weights", "sft", "model.safetensors"))
+
+
+def test_the_policy_of_a_lora_run_is_merged_and_peft_finds_the_adapters_beside_it(offline_evolution, tmp_path):
+    sft = os.path.join(genevolve.HERE, "weights", "sft")
+    run = offline_evolution(lora=4, policy=sft)
+    run.step()
+    run.write_policy("policy")
+    merged, tokenizer = model.load(str(tmp_path / "policy"))
+    adapted, _ = model.load(sft)
+    model.load_adapter(str(tmp_path / "policy" / "adapter"), adapted)
+    ids = torch.tensor([tokenizer.encode("a kettle and a lamp")])
+    assert torch.equal(adapted(ids), run.net(ids)) and torch.allclose(merged(ids), run.net(ids), atol=1e-4)
+    model.merge_lora(adapted)
+    assert all(torch.equal(a, b) for a, b in zip(merged.parameters(), adapted.parameters(), strict=True))
+    assert model.read_json(str(tmp_path / "policy" / "adapter" / "adapter_config.json"))["r"] == 4
+
+
+@pytest.mark.parametrize("flags, said", (({"lora": -1}, "negative"), ({"lora": 4, "set": "teacher=ema"}, "EMA")))
+def test_an_impossible_lora_run_is_refused(flags, said):
+    with pytest.raises(ValueError, match=said):
+        genevolve.Evolve(**flags)
 
 
 def test_lessons_are_written_by_a_language_model_and_a_failed_summary_costs_its_pair_alone(offline_evolution):
