@@ -1526,17 +1526,20 @@ def sft(s):
             raise ValueError(f"{s.out} holds an unfinished run with another --{changed[0].replace('_', '-')} "
                              f"({told.get(changed[0])!r}); remove {state} to start afresh")
     if going_on or s.init:
-        net, tokenizer = model.load(s.out if going_on else s.init, device)
+        net, tokenizer = model.load(s.out if going_on and not s.lora else s.init, device)  # s.out is merged
     else:
         with open(s.vocabulary, encoding="utf-8") as file:
             tokenizer = model.train_tokenizer(file.readlines(), s.vocab_size)
         net = model.Qwen3(model.Config(vocab_size=tokenizer.size, hidden_size=s.hidden, layers=s.layers, heads=s.heads,
                                        kv_heads=2, head_dim=32, mlp_size=s.hidden * 3, rope_theta=100.0,
                                        tie_embeddings=True)).to(device)
+    if s.lora:  # the adapters alone are trained and kept to go on
+        model.add_lora(net, s.lora, alpha=2 * s.lora)
     rows = [tokenizer.apply_chat_with_mask(c) for c in conversations]
     pools, worth = rare_tokens(tokenizer, conversations), torch.ones(net.config.vocab_size, device=device)
     worth[torch.tensor(pools[0], device=device)] = s.copy_token_weight
-    optimizer = torch.optim.AdamW(net.parameters(), lr=s.lr, betas=(0.9, 0.98), weight_decay=s.weight_decay)
+    trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=s.lr, betas=(0.9, 0.98), weight_decay=s.weight_decay)
     stream, copies = batches(rows, s.batch_tokens, np.random.default_rng(s.seed)), 0 if s.init else s.copy_steps
     done, earlier = resume_sft(state, net, optimizer) if going_on else (0, 0.0)
     for _ in range(copies, done):
@@ -1565,12 +1568,14 @@ def sft(s):
             print(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in log.items()), flush=True)
         if (step + 1) % s.save_every == 0 or step == total - 1:
             model.save(s.out, net, tokenizer)
+            if s.lora:
+                model.save_adapter(os.path.join(s.out, "adapter"), net, s.init)
             model.write_json(os.path.join(s.out, "genevolve.json"),
                              {"protocol": "compact" if not s.init or model.is_compact(s.init) else "full"})
             model.write_json(os.path.join(s.out, "training.json"),
                              {"command": model.command_line(), "settings": model.portable(asdict(s)), **log})
             tensors = {"done": torch.tensor(step + 1), "seconds": torch.tensor(elapsed, dtype=torch.float64)}
-            for name, p in net.named_parameters():
+            for name, p in trained.items():
                 tensors |= {f"net.{name}": p.detach()} | {f"{k}.{name}": v for k, v in optimizer.state[p].items()}
             model.write_tensors(state, {k: v.cpu().contiguous() for k, v in tensors.items()})
     os.remove(state)  # done: what it took to go on is of no more use
@@ -1581,7 +1586,7 @@ def resume_sft(path, net, optimizer):
     """Weights and optimizer of an unfinished cold start -> (steps done, seconds they took)."""
     with model.open_tensors(path) as file:
         tensors = {k: file.get_tensor(k) for k in file.keys()}
-    for name, p in net.named_parameters():
+    for name, p in [(name, p) for name, p in net.named_parameters() if p.requires_grad]:
         p.copy_(tensors[f"net.{name}"])
         optimizer.state[p] = {k: tensors[f"{k}.{name}"].to("cpu" if k == "step" else p.device)
                               for k in ("step", "exp_avg", "exp_avg_sq")}

@@ -1297,6 +1297,7 @@ class Sft(Common):
     data: str = flag(os.path.join(HERE, "atlas", "sft.jsonl"), "rows {\"messages\": [...]}")
     vocabulary: str = flag(os.path.join(HERE, "atlas", "vocabulary.txt"), "text that a new tokenizer is trained on")
     init: str = flag("", "policy folder to start from (default: a new network and tokenizer)")
+    lora: int = flag(0, "rank of low-rank adapters that are trained in place of the whole policy of --init (0: none)")
     vocab_size: int = flag(1152, "tokenizer size of a new policy")
     hidden: int = flag(160, "width of a new policy")
     layers: int = flag(4, "depth of a new policy")
@@ -1312,6 +1313,12 @@ class Sft(Common):
     weight_decay: float = flag(1e-6, "decoupled weight decay")
     save_every: int = flag(200, "steps between checkpoints; a stopped run goes on from the last one")
     bf16: bool = flag(True, "matrix products in bfloat16 (weights stay float32)")
+
+    def __post_init__(self):
+        if self.lora < 0:
+            raise ValueError(f"--lora {self.lora}: must not be negative")
+        if self.lora and not self.init:
+            raise ValueError("--lora adapts a policy: name its folder with --init")
 
 
 @dataclass

@@ -3837,6 +3837,45 @@ def test_sft_stopped_and_started_again_ends_with_the_same_weights(tmp_path, caps
     assert not (tmp_path / "stopped" / "resume.safetensors").exists()
 
 
+def test_sft_trains_low_rank_adapters_and_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
+    conversations = [[{"role": "system", "content": "Plan."}, {"role": "user", "content": f"A {word}."},
+                      {"role": "assistant", "content": f"<think>A {word}.</think>"}]
+                     for word in ("kettle", "lamp", "square", "harp", "coin", "sofa")]
+    (tmp_path / "sft.jsonl").write_text("".join(json.dumps({"messages": c}) + "\n" for c in conversations))
+    init = os.path.join(genevolve.HERE, "weights", "sft")
+
+    def train(name, *more):
+        return agent_main(capsys, "sft", "--data", tmp_path / "sft.jsonl", "--init", init, "--out", tmp_path / name,
+                          "--lora", 2, "--steps", 4, "--save-every", 2, "--batch-tokens", 48, "--copy-weight", 0,
+                          "--lr", 1e-2, *more)
+    assert train("whole")[0] == 0
+    before, after = (dict(model_tensors(os.path.join(folder, "model.safetensors")))
+                     for folder in (init, tmp_path / "whole"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "_proj" in name}
+    adapted, _ = model.load(init)
+    model.load_adapter(str(tmp_path / "whole" / "adapter"), adapted)
+    model.merge_lora(adapted)
+    merged, _ = model.load(str(tmp_path / "whole"))
+    assert all(torch.equal(a, b) for a, b in zip(merged.parameters(), adapted.parameters(), strict=True))
+
+    calls, loss = [], distill.sft_loss
+
+    def stopped(*arguments):
+        calls.append(1)
+        if len(calls) == 4:  # the last checkpoint is the second step's
+            raise KeyboardInterrupt
+        return loss(*arguments)
+    monkeypatch.setattr(distill, "sft_loss", stopped)
+    assert train("stopped")[0] == 130
+    monkeypatch.setattr(distill, "sft_loss", loss)
+    code, out, err = train("stopped")
+    assert code == 0 and "resuming at step 2" in out, err
+    assert same_tensors(tmp_path / "stopped" / "model.safetensors", tmp_path / "whole" / "model.safetensors")
+    code, _, err = agent_main(capsys, "sft", "--lora", 2, "--out", tmp_path / "none")
+    assert code == 2 and "--init" in err
+
+
 def test_train_renderer_runs_on_a_tiny_budget(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(build, "HERE", str(tmp_path))
     build.build_scenes(2400, 0)
