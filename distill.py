@@ -1619,7 +1619,7 @@ def sft(s):
         if (step + 1) % s.save_every == 0 or step == total - 1:
             model.save(s.out, net, tokenizer)
             model.write_json(os.path.join(s.out, "genevolve.json"),
-                             {"protocol": "compact" if not s.init or model.is_compact(s.init) else "full"})
+                             {"protocol": "compact" if not s.init else model.read_protocol(s.init)})
             model.write_json(os.path.join(s.out, "training.json"),
                              {"command": model.command_line(), "settings": model.portable(asdict(s)), **log})
             tensors = {"done": torch.tensor(step + 1), "seconds": torch.tensor(elapsed, dtype=torch.float64)}

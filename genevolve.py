@@ -667,7 +667,7 @@ class Components:
         net, tokenizer = model.load(path, self.device)
         if tokenizer is None:
             raise ValueError(f"{path}: no tokenizer.json")
-        return LocalPolicy(net, tokenizer, sampling, compact=model.is_compact(path))
+        return LocalPolicy(net, tokenizer, sampling, compact=model.read_protocol(path) == "compact")
 
     def open_renderer(self):
         s = self.settings
@@ -872,7 +872,7 @@ class Evolution:
             return self.processes.barrier()
         folder = os.path.abspath(os.path.join(self.out, "served"))
         path = os.path.join(folder, f"{self.steps_done:06d}-{len(os.listdir(folder)) if os.path.isdir(folder) else 0}")
-        model.save_policy(path, self.rollout_net, self.tokenizer, self.components.policy.compact, {"step": self.steps_done})
+        model.save_policy(path, self.rollout_net, self.tokenizer, "compact" if self.components.policy.compact else "full", {"step": self.steps_done})
         self.components.policy.client.update_weights(path)
         for old in os.listdir(folder):
             if os.path.join(folder, old) != path:
@@ -1145,7 +1145,7 @@ class Evolution:
     def write_policy(self, name, figures=None):
         """The policy as a folder of the run."""
         if self.processes.is_main:
-            model.save_policy(os.path.join(self.out, name), self.rollout_net, self.tokenizer, self.components.policy.compact,
+            model.save_policy(os.path.join(self.out, name), self.rollout_net, self.tokenizer, "compact" if self.components.policy.compact else "full",
                         {"command": model.command_line(), "step": self.steps_done, "validation": figures})
 
     def collapse(self):
@@ -1402,7 +1402,7 @@ def promote(s):
     if s.undo:
         if not os.path.isdir(before):
             raise ValueError(f"{before}: nothing to take back")
-        model.swap_folder(before, here)
+        model.replace_folder(before, here)
         print(f"{here} is what it was before the last promotion")
         return
     if not s.run:
