@@ -107,6 +107,10 @@ class Sampling:
     max_new_tokens: int = 256  # per turn
 
 
+def protocol_name(is_compact):
+    return "compact" if is_compact else "full"
+
+
 def end_ids(tokenizer):
     """The tokens that end a turn."""
     return tokenizer.id("<|im_end|>"), tokenizer.id("<|endoftext|>")
@@ -119,7 +123,12 @@ class LocalPolicy:
         self.net, self.tokenizer = net, tokenizer
         self.sampling, self.compact = sampling, compact
         self.stop_ids = end_ids(tokenizer)
-        self.engine = model.Engine(net, slots=slots, capacity=capacity)
+        self.new_engine = functools.partial(model.Engine, net, slots=slots, capacity=capacity)
+        self.reset()
+
+    def reset(self):
+        """Begin with an empty cache; there must be no open conversation."""
+        self.engine = self.new_engine()
         self.trajectories, self.writing = {}, 0  # Sequence -> Trajectory; turns that have not ended
 
     def start(self, trajectory):
@@ -222,6 +231,9 @@ class RemotePolicy:
         except (tools.ToolError, ValueError, OSError) as error:
             return trajectory, "", f"error: {error}"
 
+    def reset(self):
+        """Nothing is kept here between turns."""
+
     def end(self, trajectory):
         trajectory.handle = None
 
@@ -273,7 +285,7 @@ class RolloutPolicy(RemotePolicy):
         an error."""
         folder = model.make_folder(os.path.abspath(folder))
         path = os.path.join(folder, f"{step:06d}-{len(os.listdir(folder))}")
-        model.save_policy(path, self.net, self.tokenizer, self.compact, {"step": step})
+        model.save_policy(path, self.net, self.tokenizer, protocol_name(self.compact), {"step": step})
         self.client.update_weights(path)
         for old in os.listdir(folder):
             if os.path.join(folder, old) != path:
@@ -540,7 +552,6 @@ class Evolution:
         self.steps_done, self.log = 0, []          # rows of log.jsonl
         self.lr_scale, self.window_start = 1.0, 0  # a rollback halves the rate; ``collapse`` reads log[window_start:]
         self.promoted_rewards = None               # of the best policy so far on the validation requests
-        self.promoted_files = None                 # its training state, one file a process
         self.example = None                        # (trajectory, bundle) for the report
 
     def training_net(self):
@@ -808,25 +819,23 @@ class Evolution:
 
     def save_promoted(self):
         """Keep the training state that a collapse goes back to."""
-        stem = os.path.join(self.settings.out, f"good-{self.steps_done:06d}")
-        path = model.write_shards(self.processes, stem, self.training_state())
-        self.promoted_files = self.processes.all_gather_objects(os.path.basename(path))
+        tensors = model.training_tensors(self.net, self.optimizer, **self.averages())
+        model.save_checkpoint(os.path.join(self.settings.out, "promoted"), self.steps_done, tensors, {}, self.processes)
 
     def restore_promoted(self):
         """Back to the promoted weights and their optimizer, with half the learning rate. Memory and data go on."""
-        paths = [os.path.join(self.settings.out, name) for name in self.promoted_files]
-        self.load_training_state(model.read_shards(paths))
+        _, tensors = model.latest_checkpoint(os.path.join(self.settings.out, "promoted"), self.processes)
+        model.load_training_tensors(tensors, self.net, self.optimizer, **self.averages())
         self.lr_scale, self.window_start = self.lr_scale / 2, len(self.log)
+        self.components.policy.reset()  # its cache may hold what is not a number
         self.sync_weights()
 
     def write_policy(self, name, figures=None):
         """The policy as a folder of the run."""
         if self.processes.is_main:
             training = {"command": model.command_line(), "step": self.steps_done, "validation": figures}
-            folder = os.path.join(self.settings.out, name)
-            model.save_policy(folder, self.rollout_net, self.tokenizer, self.components.policy.compact, training)
-            if self.settings.lora:  # the folder holds the merged weights; beside them, the adapters in PEFT's layout
-                model.save_adapter(os.path.join(folder, "adapter"), self.rollout_net, self.settings.policy)
+            model.save_policy(os.path.join(self.settings.out, name), self.rollout_net, self.tokenizer,
+                              protocol_name(self.components.policy.compact), training, self.settings.policy)
 
     # -- checkpoints --
 
@@ -837,100 +846,40 @@ class Evolution:
     def load_extra_state(self, state):
         """The inverse of ``extra_state``."""
 
-    def training_state(self):
-        """What is trained, its optimizer and an EMA teacher as tensors by name."""
-        trained = [(name, p) for name, p in self.net.named_parameters() if p.requires_grad]
-        tensors = {f"net.{name}": p.detach() for name, p in trained}
-        for name, p in trained:
-            tensors |= {f"adam.{name}.{key}": torch.as_tensor(v) for key, v in self.optimizer.state[p].items()}
-        if self.recipe.teacher == "ema":
-            tensors |= {f"teacher.{name}": p for name, p in self.teacher.named_parameters()}
-        return tensors
-
-    @torch.no_grad()
-    def load_training_state(self, tensors):
-        for name, p in [(name, p) for name, p in self.net.named_parameters() if p.requires_grad]:
-            p.copy_(model.distribute_like(tensors[f"net.{name}"].to(p.device), p))
-            state = {k: tensors.get(f"adam.{name}.{k}") for k in ("step", "exp_avg", "exp_avg_sq")}
-            self.optimizer.state[p] = {
-                k: v.clone() if k == "step" else model.distribute_like(v.to(p.device, copy=True), p)
-                for k, v in state.items() if v is not None}
-        if self.recipe.teacher == "ema":
-            for name, p in self.teacher.named_parameters():
-                p.copy_(model.distribute_like(tensors[f"teacher.{name}"].to(p.device), p))
+    def averages(self):
+        """Networks that follow the trained one and are kept with it: an EMA teacher."""
+        return {"teacher": self.teacher} if self.recipe.teacher == "ema" else {}
 
     def save(self, row):
-        """A checkpoint of the finished step, whole or not at all; then the log's line; the last two stay."""
+        """A checkpoint of the finished step; then the line of the log, which ``resume`` mends if a kill comes between."""
         memory, keys = self.memory.state_dict()
+        tensors = model.training_tensors(self.net, self.optimizer, **self.averages()) | {"memory.keys": keys["keys"]}
+        state = {"settings": run_identity(self.settings, self.recipe), "row": row, "memory": memory,
+                 "lr_scale": self.lr_scale, "window_start": self.window_start,
+                 "promoted_rewards": self.promoted_rewards, "extra": self.extra_state()}
         folder = os.path.join(self.settings.out, "checkpoints")
-        temporary, final = os.path.join(folder, "unfinished"), os.path.join(folder, f"{self.steps_done:06d}")
+        model.save_checkpoint(folder, self.steps_done, tensors, state, self.processes)
         if self.processes.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-            os.makedirs(temporary)
-        self.processes.barrier()
-        path = model.write_shards(self.processes, os.path.join(temporary, "state"),
-                                  self.training_state() | {f"memory.{k}": v for k, v in keys.items()})
-        sums = dict(self.processes.all_gather_objects([os.path.basename(path), model.checksum(path)]))
-        if not self.processes.is_main:
-            return self.processes.barrier()
-
-        model.write_json(os.path.join(temporary, "state.json"), {
-            "settings": run_identity(self.settings, self.recipe), "row": row, "checksums": sums,
-            "step": self.steps_done, "lr_scale": self.lr_scale, "window_start": self.window_start,
-            "promoted_rewards": self.promoted_rewards, "promoted_files": self.promoted_files, "memory": memory,
-            "extra": self.extra_state()})
-        for name in os.listdir(temporary):
-            with open(os.path.join(temporary, name), "rb") as file:
-                os.fsync(file.fileno())
-        shutil.rmtree(final, ignore_errors=True)  # a damaged one, of a step that was done again
-        os.rename(temporary, final)
-        with open(os.path.join(self.settings.out, "log.jsonl"), "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        for old in sorted(os.listdir(folder))[:-2]:
-            shutil.rmtree(os.path.join(folder, old))
-        remove_old_promoted(self.settings.out)
-        self.processes.barrier()
-
-    def latest_checkpoint(self):
-        """state.json of the newest whole checkpoint with its "path", or None; damaged newer ones are said and removed,
-        for their steps are done again."""
-        folder = os.path.join(self.settings.out, "checkpoints")
-        for name in sorted(os.listdir(folder), reverse=True) if os.path.isdir(folder) else []:
-            path = os.path.join(folder, name)
-            try:
-                with open(os.path.join(path, "state.json"), encoding="utf-8") as file:
-                    state = json.load(file)
-                sums = {file: model.checksum(os.path.join(path, file)) for file in state["checksums"]}
-                if name != "unfinished" and state["checksums"] == sums:
-                    return state | {"path": path}
-                error = "its checksum does not match"
-            except (OSError, ValueError, KeyError) as failure:
-                error = failure
-            if name != "unfinished":
-                print(f"{path}: damaged, skipped ({error})", file=sys.stderr)
-            shutil.rmtree(path)
-        return None
+            with open(os.path.join(self.settings.out, "log.jsonl"), "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
 
     def resume(self):
         """Go on from the newest whole checkpoint, if there is one."""
-        for turn in (True, False):  # the first process mends what is there before the others look at it
-            if self.processes.is_main == turn:
-                state = self.latest_checkpoint()
-            self.processes.barrier()
         log = os.path.join(self.settings.out, "log.jsonl")
-        if state is None:
+        found = model.latest_checkpoint(os.path.join(self.settings.out, "checkpoints"), self.processes)
+        if found is None:
             if os.path.exists(log) and self.processes.is_main:
                 os.remove(log)
             return
 
+        state, tensors = found
         check_same_run(self.settings.out, state["settings"], run_identity(self.settings, self.recipe))
-        tensors = model.read_shards([os.path.join(state["path"], name) for name in state["checksums"]])
-        self.load_training_state(tensors)
+        model.load_training_tensors(tensors, self.net, self.optimizer, **self.averages())
         self.memory.load_state(state["memory"], {"keys": tensors["memory.keys"]})
-        self.steps_done, self.lr_scale, self.window_start = state["step"], state["lr_scale"], state["window_start"]
-        self.promoted_rewards, self.promoted_files = state["promoted_rewards"], state["promoted_files"]
+        self.steps_done, self.promoted_rewards = state["step"], state["promoted_rewards"]
+        self.lr_scale, self.window_start = state["lr_scale"], state["window_start"]
         self.load_extra_state(state["extra"])
-        self.log = read_log(log, before=self.steps_done) + [state["row"]]
+        self.log = [row for row in model.read_lines(log) if row["step"] < self.steps_done] + [state["row"]]
         if self.processes.is_main:
             model.write_lines(log, self.log)
             print(f"resuming after step {self.steps_done}", flush=True)
@@ -1371,8 +1320,6 @@ class Evolve(ComponentFlags):
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
         if self.lora < 0:
             raise ValueError(f"--lora {self.lora}: must not be negative")
-        if self.lora and read_recipe(self.recipe, self.set).teacher == "ema":
-            raise ValueError("--lora goes with a teacher that is 'same' or 'frozen': an EMA of the policy is a copy of it")
 
 
 @dataclass
@@ -1502,7 +1449,7 @@ class Components:
         net, tokenizer = model.load(path, self.device)
         if tokenizer is None:
             raise ValueError(f"{path}: no tokenizer.json")
-        return LocalPolicy(net, tokenizer, sampling, compact=model.is_compact(path))
+        return LocalPolicy(net, tokenizer, sampling, compact=model.read_protocol(path) == "compact")
 
     def rollout_policy(self, url):
         """The policy of a folder, with an SGLang server that writes its turns."""
@@ -1571,24 +1518,6 @@ def check_same_run(out, before, now):
         if before.get(name) != value:
             raise ValueError(f"{out} holds a run with another --{name.replace('_', '-')} ({before.get(name)!r}); "
                              "choose another --out")
-
-
-def read_log(path, before):
-    """The whole lines of log.jsonl up to step ``before``: a kill may have come between a checkpoint and its line."""
-    if not os.path.exists(path):
-        return []
-    with open(path, encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file if line.endswith("\n")]
-    return [row for row in rows if row["step"] < before]
-
-
-def remove_old_promoted(out):
-    """Keep the promoted states that the last two checkpoints may name."""
-    names = sorted(name for name in os.listdir(out) if name.startswith("good-"))
-    steps = sorted({name[:len("good-000000")] for name in names})[-2:]
-    for name in names:
-        if not name.startswith(tuple(steps)):
-            os.remove(os.path.join(out, name))
 
 
 # ---- Records and views -----------------------------------------------------------------------------------------------
@@ -1984,7 +1913,7 @@ def promote(s):
     if s.undo:
         if not os.path.isdir(before):
             raise ValueError(f"{before}: nothing to take back")
-        model.swap_folder(before, path)
+        model.replace_folder(before, path)
         print(f"{path} is what it was before the last promotion")
         return
 
