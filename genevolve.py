@@ -835,7 +835,7 @@ class Evolution:
         if self.processes.is_main:
             training = {"command": model.command_line(), "step": self.steps_done, "validation": figures}
             model.save_policy(os.path.join(self.settings.out, name), self.rollout_net, self.tokenizer,
-                              protocol_name(self.components.policy.compact), training, self.settings.policy)
+                              protocol_name(self.components.policy.compact), training, model.portable(self.settings.policy))
 
     # -- checkpoints --
 
@@ -851,7 +851,7 @@ class Evolution:
         return {"teacher": self.teacher} if self.recipe.teacher == "ema" else {}
 
     def save(self, row):
-        """A checkpoint of the finished step; then the line of the log, which ``resume`` mends if a kill comes between."""
+        """A checkpoint of the finished step; then the log's line, which ``resume`` mends if a kill comes between."""
         memory, keys = self.memory.state_dict()
         tensors = model.training_tensors(self.net, self.optimizer, **self.averages()) | {"memory.keys": keys["keys"]}
         state = {"settings": run_identity(self.settings, self.recipe), "row": row, "memory": memory,
