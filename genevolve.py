@@ -1371,7 +1371,7 @@ def read_value(text, kind):
 # ---- Components ------------------------------------------------------------------------------------------------------
 
 # calls of one trajectory: about five turns, whose tools ask about four queries; a judge sees picture and program
-CALLS = {"policy": 5, "search": 4, "renderer": 1, "judge": 2}
+CALLS = {"policy": 5, "search": 4, "judge": 2, "renderer": 1}
 
 
 def is_url(text):
