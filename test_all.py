@@ -628,6 +628,134 @@ def test_exported_text_weights_take_their_place_in_a_vision_checkpoint(tmp_path)
     assert all(torch.equal(kept[k], v) for k, v in peer.state_dict().items() if "visual" in k)
 
 
+# -- training state
+
+def small_trainer(seed=0, rank=0):
+    """(net, AdamW) of a small policy, with adapters of this rank if it is not 0."""
+    net = model_net(seed)
+    if rank:
+        model.add_lora(net, rank, 2 * rank)
+    return net, torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
+
+
+def train_steps(net, optimizer, steps):
+    for step in steps:
+        optimizer.zero_grad()
+        (-torch.cat(model.token_logprobs(net, [model_prompt(20, step)])).mean()).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_training_goes_on_bit_for_bit_from_a_checkpoint(tmp_path, rank):
+    net, optimizer = small_trainer(rank=rank)
+    teacher = copy.deepcopy(net)
+    train_steps(net, optimizer, range(3))
+    train_steps(teacher, torch.optim.SGD([p for p in teacher.parameters() if p.requires_grad], lr=0.1), range(1))
+    model.save_checkpoint(tmp_path, 3, model.training_tensors(net, optimizer, teacher=teacher), {"seconds": 1.5})
+
+    again, its_optimizer = small_trainer(rank=rank)
+    its_teacher = copy.deepcopy(again)
+    state, tensors = model.latest_checkpoint(tmp_path)
+    model.load_training_tensors(tensors, again, its_optimizer, teacher=its_teacher)
+    assert state["step"] == 3 and state["seconds"] == 1.5
+    for run in ((net, optimizer), (again, its_optimizer)):
+        train_steps(*run, range(3, 6))
+    for a, b in ((net, again), (teacher, its_teacher)):
+        assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_a_checkpoint_holds_only_what_trains():
+    net, optimizer = small_trainer(rank=4)
+    train_steps(net, optimizer, range(1))
+    tensors = model.training_tensors(net, optimizer, teacher=copy.deepcopy(net))
+    assert tensors and all("lora" in name for name in tensors)
+    trained = {name for name, p in net.named_parameters() if p.requires_grad}
+    assert {name for name in tensors if name.startswith("net.")} == {f"net.{name}" for name in trained}
+    assert all(f"optimizer.{name}.{key}" in tensors for name in trained for key in ("step", "exp_avg", "exp_avg_sq"))
+
+
+def test_a_state_of_another_network_is_refused():
+    net, optimizer = small_trainer()
+    tensors = model.training_tensors(net, optimizer)
+    for other, fault in (({}, "net.embed.weight is missing"),
+                         (tensors | {"net.norm.weight": torch.ones(3)}, r"net.norm.weight is \(3,\), expected \(32,\)")):
+        with pytest.raises(ValueError, match=fault):
+            model.load_training_tensors(other, net, optimizer)
+
+
+def damage(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("harm", [
+    pytest.param(lambda folder: damage(folder / "state-00001-of-00001.safetensors"), id="a bit of the tensors"),
+    pytest.param(lambda folder: os.remove(folder / "state-00001-of-00001.safetensors"), id="no tensors"),
+    pytest.param(lambda folder: (folder / "state.json").write_text("{"), id="half a state"),
+    pytest.param(lambda folder: (folder / "state.json").write_text("{}"), id="no checksums"),
+    pytest.param(lambda folder: os.remove(folder / "state.json"), id="no state"),
+])
+def test_a_damaged_newest_checkpoint_is_named_in_one_line_and_skipped(tmp_path, capsys, harm):
+    for step in (9, 10):
+        model.save_checkpoint(tmp_path, step, {"x": torch.tensor([float(step)])}, {"note": step})
+    harm(tmp_path / "000010")
+    state, tensors = model.latest_checkpoint(tmp_path)
+    error = capsys.readouterr().err
+    assert (state["step"], state["note"], tensors["x"].item()) == (9, 9, 9.0)
+    assert error.count("\n") == 1 and str(tmp_path / "000010") in error and "skipped" in error
+    model.save_checkpoint(tmp_path, 10, {"x": torch.tensor([11.0])}, {})  # the step is done again
+    assert model.latest_checkpoint(tmp_path)[1]["x"].item() == 11 and capsys.readouterr().err == ""
+
+
+def test_an_unfinished_checkpoint_is_none(tmp_path, capsys, monkeypatch):
+    assert model.latest_checkpoint(tmp_path / "nowhere") is None
+    os.makedirs(tmp_path / "unfinished")
+    assert model.latest_checkpoint(tmp_path) is None
+    model.save_checkpoint(tmp_path, 1, {"x": torch.zeros(1)}, {})
+
+    def full_disk(path, value):
+        raise OSError("no space left")
+    with monkeypatch.context() as patched, pytest.raises(OSError):
+        patched.setattr(model, "write_json", full_disk)
+        model.save_checkpoint(tmp_path, 2, {"x": torch.ones(1)}, {})
+    assert model.latest_checkpoint(tmp_path)[0]["step"] == 1
+    model.save_checkpoint(tmp_path, 2, {"x": torch.ones(1)}, {})
+    assert model.latest_checkpoint(tmp_path)[0]["step"] == 2 and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_newest_checkpoints_stay(tmp_path, keep):
+    os.makedirs(tmp_path / "999999")  # left by a run that went further: its steps are done again
+    for step in (1, 5, 20, 1000000):
+        model.save_checkpoint(tmp_path, step, {"x": torch.zeros(1)}, {}, keep=keep)
+    kept = sorted(os.listdir(tmp_path), key=int)
+    assert kept == ["000001", "000005", "000020", "1000000"][-keep:]
+
+
+def test_lines_of_json_come_back_and_an_unfinished_last_one_is_left_out(tmp_path):
+    path = str(tmp_path / "log.jsonl")
+    assert model.read_lines(path) == []
+    model.write_lines(path, [{"step": 1}, {"step": 2}])
+    assert model.read_lines(path) == [{"step": 1}, {"step": 2}]
+    with open(path, "a") as file:
+        file.write('{"step": ')
+    assert model.read_lines(path) == [{"step": 1}, {"step": 2}]
+    with open(path, "a") as file:
+        file.write("\n{}\n")
+    with pytest.raises(ValueError, match="line 3"):
+        model.read_lines(path)
+
+
+def test_a_folder_takes_the_place_of_another_and_tells_its_protocol(tmp_path):
+    net, tokenizer, path = model_net(), model_tokenizer(), str(tmp_path / "policy")
+    for protocol in ("full", "compact"):
+        model.save_policy(path, net, tokenizer, protocol, {"step": 3})
+        assert model.read_protocol(path) == protocol and model.read_json(path + "/training.json") == {"step": 3}
+    assert os.listdir(tmp_path) == ["policy"] and not os.path.exists(path + "/adapter")
+    assert model.read_protocol(str(tmp_path)) == "full"
+
+
 # ==== diffusion.py: pictures, the VAE, the flow, the renderer =========================================================
 
 
