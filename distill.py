@@ -1571,7 +1571,7 @@ def sft(s):
             if s.lora:
                 model.save_adapter(os.path.join(s.out, "adapter"), net, s.init)
             model.write_json(os.path.join(s.out, "genevolve.json"),
-                             {"protocol": "compact" if not s.init or model.is_compact(s.init) else "full"})
+                             {"protocol": "compact" if not s.init else model.read_protocol(s.init)})
             model.write_json(os.path.join(s.out, "training.json"),
                              {"command": model.command_line(), "settings": model.portable(asdict(s)), **log})
             tensors = {"done": torch.tensor(step + 1), "seconds": torch.tensor(elapsed, dtype=torch.float64)}

@@ -273,7 +273,7 @@ class RolloutPolicy(RemotePolicy):
         an error."""
         folder = model.make_folder(os.path.abspath(folder))
         path = os.path.join(folder, f"{step:06d}-{len(os.listdir(folder))}")
-        model.save_policy(path, self.net, self.tokenizer, self.compact, {"step": step})
+        model.save_policy(path, self.net, self.tokenizer, "compact" if self.compact else "full", {"step": step})
         self.client.update_weights(path)
         for old in os.listdir(folder):
             if os.path.join(folder, old) != path:
@@ -824,7 +824,8 @@ class Evolution:
         if self.processes.is_main:
             training = {"command": model.command_line(), "step": self.steps_done, "validation": figures}
             folder = os.path.join(self.settings.out, name)
-            model.save_policy(folder, self.rollout_net, self.tokenizer, self.components.policy.compact, training)
+            model.save_policy(folder, self.rollout_net, self.tokenizer,
+                              "compact" if self.components.policy.compact else "full", training)
             if self.settings.lora:  # the folder holds the merged weights; beside them, the adapters in PEFT's layout
                 model.save_adapter(os.path.join(folder, "adapter"), self.rollout_net, self.settings.policy)
 
@@ -1502,7 +1503,7 @@ class Components:
         net, tokenizer = model.load(path, self.device)
         if tokenizer is None:
             raise ValueError(f"{path}: no tokenizer.json")
-        return LocalPolicy(net, tokenizer, sampling, compact=model.is_compact(path))
+        return LocalPolicy(net, tokenizer, sampling, compact=model.read_protocol(path) == "compact")
 
     def rollout_policy(self, url):
         """The policy of a folder, with an SGLang server that writes its turns."""
@@ -1984,7 +1985,7 @@ def promote(s):
     if s.undo:
         if not os.path.isdir(before):
             raise ValueError(f"{before}: nothing to take back")
-        model.swap_folder(before, path)
+        model.replace_folder(before, path)
         print(f"{path} is what it was before the last promotion")
         return
 
