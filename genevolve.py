@@ -400,7 +400,7 @@ class Agent:
                 return FORMAT_ERROR.format(error="no tools in the last turn")
             return trajectory.session.call(turn.name, turn.arguments)
 
-        program, errors = distill.parse_program(turn.arguments, trajectory.session)
+        program, errors = tools.parse_program(turn.arguments, trajectory.session)
         if errors:
             return "The program was refused: " + "; ".join(errors) + "."
         trajectory.program = program
@@ -1793,8 +1793,7 @@ def microscope(run, t, bundle):
     teacher, score = distill.teacher_scores(run.teacher, student, [row], run.recipe, run.settings.temperature,
                                             with_logits=True)
     gap = teacher.logp - student.logp
-    chosen = distill.select_tokens(gap, student.mask, run.recipe.selection, run.recipe.top_fraction, score,
-                                   run.recipe.threshold)[0].tolist()
+    chosen = distill.select_tokens(gap, student.mask, run.recipe, score)[0].tolist()
     liked, gap = teacher.logits[0].argmax(-1).tolist(), gap[0].tolist()
     p, q = student.logp[0].exp().tolist(), teacher.logp[0].exp().tolist()
     parts = ["<h2>Token microscope</h2><p>Green: the teacher, with the guide in its context, finds the student's token "
@@ -1835,7 +1834,7 @@ def write_evolution_report(run):
                  "request</th><th>best</th><th>gap</th><th>step</th><th>retrieved</th><th>audits</th>"
                  "<th>effect</th><th>placebo</th></tr>")
     for e in sorted(run.memory.entries, key=lambda e: -e.retrieved)[:60]:
-        effect = f"{e.moved / e.audits:+.3f}</td><td>{e.moved_placebo / e.audits:+.3f}" if e.audits else "</td><td>"
+        effect = f"{e.effect_sum / e.audits:+.3f}</td><td>{e.placebo_sum / e.audits:+.3f}" if e.audits else "</td><td>"
         parts.append(f"<tr><td>{html.escape(e.bundle.trigger[:90])}</td><td>{e.best:.2f}</td><td>{e.gap:.2f}</td>"
                      f"<td>{e.step}</td>"
                      f"<td>{e.retrieved}</td><td>{e.audits}</td><td>{effect}</td></tr>")
