@@ -278,6 +278,7 @@ def sft(s):
     optimizer = torch.optim.AdamW(parameters, lr=s.lr, betas=(0.9, 0.98), weight_decay=s.weight_decay)
     first_step, earlier_seconds = resume_sft(stopped_run, net, optimizer)
 
+    # names, numbers and codes have to be copied: their tokens count more than the rest
     copy_pools = rare_tokens(tokenizer, conversations)
     token_weights = torch.ones(net.config.vocab_size, device=device)                  # (V,)
     token_weights[torch.tensor(copy_pools[0], device=device)] = s.copy_token_weight
@@ -296,7 +297,7 @@ def sft(s):
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        auxiliary = None
+        auxiliary = None  # a batch of copying has about batch_tokens tokens, beside demonstrations a sixth
         with torch.autocast(device, torch.bfloat16, enabled=s.bf16):
             if copying:
                 loss = copy_loss(net, copy_pools, rng, s.batch_tokens // 48, device)
@@ -417,9 +418,9 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, clip=(0.20, 0.28), bet
     live_count, token_count = normalizer if is_pair else (normalizer, normalizer)
 
     ratio = importance_ratio(logp, logp_old)
-    advantages = upcast(advantages)[:, None]                                                   # (N, 1)
-    gain = torch.minimum(ratio * advantages, ratio.clamp(1 - clip[0], 1 + clip[1]) * advantages)
-    loss = -aggregate(gain, policy_mask(advantages[:, 0], mask), aggregation, live_count)
+    A = upcast(advantages)[:, None]                                                            # (N, 1)
+    gain = torch.minimum(ratio * A, ratio.clamp(1 - clip[0], 1 + clip[1]) * A)
+    loss = -aggregate(gain, policy_mask(advantages, mask), aggregation, live_count)
     return loss + beta * aggregate(k3(logp - logp_ref), mask, aggregation, token_count) if beta else loss
 
 
@@ -436,8 +437,8 @@ SLOTS = {
     "prompt construction": ("prompt_program_guidance",),
     "failure avoidance": ("failure_guards",)}
 
-NAME = r"[A-ZÀ-ÖØ-Þ][\w’'-]*"
-RUN = re.compile(rf"\b{NAME}(?:\s+(?:(?:of|de|la|van|von|der)\s+)?{NAME})*")
+NAME = r"[A-ZÀ-ÖØ-Þ][\w’'-]*"  # a capitalised word
+NAME_RUN = re.compile(rf"\b{NAME}(?:\s+(?:(?:of|de|la|van|von|der)\s+)?{NAME})*")
 SENTENCE_START = re.compile(r"(^|[.!?:\n])[\s\"'(]*$")
 DOUBLE_QUOTED = re.compile(r"[\"“]([^\"”]+)[\"”]")
 QUOTED = re.compile(DOUBLE_QUOTED.pattern + r"|(?<!\w)'(.+?)'(?!\w)")
@@ -465,7 +466,7 @@ def entity_names(text):
     """Names found generically: runs of capitalised words ("Tower of Kel"), longest first. At a sentence's start a lone
     capitalised word, or one that opens requests ("Show"), is no part of a name."""
     names = set()
-    for match in RUN.finditer(text):
+    for match in NAME_RUN.finditer(text):
         words = match.group().split()
         opens_sentence = SENTENCE_START.search(text[:match.start()])
         if opens_sentence and (len(words) == 1 or words[0].lower() in OPENERS):
@@ -504,21 +505,24 @@ def search_decisions(trajectory, names):
     named = name_words(trajectory.question, names)
     observed, leads, has_details = set(), 0, []
     for step in trajectory.steps:
-        for query in queries_of(step) if step.name == "search" else []:
-            capitals = {word.lower() for word in re.findall(NAME, query)}
-            leads += bool((capitals - asked) & observed)  # a name that only an earlier observation held
-            has_details.append(bool(set(tools.words(query)) - named - capitals - STOP))
+        if step.name == "search":
+            for query in queries_of(step):
+                capitals = {word.lower() for word in re.findall(NAME, query)}
+                leads += bool((capitals - asked) & observed)  # a name that only an earlier observation holds
+                has_details.append(bool(set(tools.words(query)) - named - capitals - STOP))
         observed |= set(tools.words(step.observation))
 
+    # a query that is more than a name asks for a fact
     if not has_details:
         style = "none"
     elif all(has_details):
         style = "fact"
     else:
         style = "mixed" if any(has_details) else "name"
+    image_searches = sum(step.name == "image_search" for step in trajectory.steps)
     return {("recommended_tool_plan", "text searches", ""): len(has_details),
             ("recommended_tool_plan", "leads followed", ""): leads,
-            ("recommended_tool_plan", "image searches", ""): sum(s.name == "image_search" for s in trajectory.steps),
+            ("recommended_tool_plan", "image searches", ""): image_searches,
             ("search_query_guidance", "queries", ""): style}
 
 
@@ -534,9 +538,10 @@ def reference_decisions(trajectory, names):
             if chosen in found:
                 ranks.add("first" if found[0] == chosen else "later")
                 others = [titles[img_id] for img_id in found if img_id != chosen]
-                shared = set.intersection(*others) if others else set()
+                shared = set.intersection(*others) if others else set()  # what all others say tells nothing
                 title_words |= titles[chosen] - shared - asked - STOP
-    return {("reference_selection_guidance", "place", ""): max(ranks, default="none"),  # "later" > "first"
+    rank = max(ranks, default="none")  # "later" if any is, as it follows "first" in the alphabet
+    return {("reference_selection_guidance", "place", ""): rank,
             ("reference_selection_guidance", "title words", ""): tuple(sorted(title_words))}
 
 
@@ -1379,10 +1384,12 @@ def distillation_loss(batch, teacher, unguided, recipe, temperature, normalizer)
     rows = [batch.rows[i] for i in batch.guided]
     for row in rows:
         check_same_actions(row.tokens, row.mask, row.teacher_tokens, row.teacher_mask)
+
     student = select_rows(batch.student, batch.guided)
     width = student.mask.shape[1]
-    mask = batch.mask[batch.guided][:, :width]                                                       # (M, T)
+    mask = batch.mask[batch.guided][:, :width]                                                       # (guided, T)
     logp_old = batch.logp_old[batch.guided][:, :width]
+
     guided, score = teacher_scores(teacher, student, rows, recipe, temperature, unguided)
     loss = experience_loss(student.logp, logp_old, guided.logp, mask, recipe, score, normalizer, student.logits,
                            guided.logits)
@@ -1414,7 +1421,8 @@ def update_gradients(net, reference, teacher, rows, recipe, temperature=1.0, pol
     metrics = Counter()
 
     for micro_batch in micro_batches(rows, limit * processes.size):
-        batch = student_forward(net, *local_rows(micro_batch, processes), recipe, temperature)
+        local, counted = local_rows(micro_batch, processes)
+        batch = student_forward(net, local, counted, recipe, temperature)  # one pass serves both losses
         grpo = sdl = unguided = None
         if policy:
             reference_scores, unguided = reference_forward(reference, batch, teacher, recipe, temperature)
@@ -1424,18 +1432,19 @@ def update_gradients(net, reference, teacher, rows, recipe, temperature=1.0, pol
             sdl, sums = distillation_loss(batch, teacher, unguided, recipe, temperature, distilled_count)
             metrics.update(sums)
         if together and sdl is not None:
-            weighted = recipe.weight * sdl
-            grpo, sdl = weighted if grpo is None else grpo + weighted, None
+            grpo = recipe.weight * sdl if grpo is None else grpo + recipe.weight * sdl
+            sdl = None
 
         # FSDP averages gradients over processes, the denominators want their sum: hence processes.size
         if grpo is not None:
             add_gradients(policy_grads, grpo * processes.size, parameters, keep=sdl is not None)
         if sdl is not None:
             add_gradients(sdl_grads, sdl * processes.size, parameters)
+
         entropy = aggregate(batch.student.entropy.detach(), batch.mask, normalizer=1)
         metrics.update({"entropy": float(entropy), "tokens": int(batch.mask.sum())})
 
-    totals = Counter()
+    totals = Counter()  # the log's sums over all processes
     for part in processes.all_gather_objects(metrics):
         totals.update(part)
     return policy_grads, sdl_grads, dict(totals)
