@@ -256,10 +256,10 @@ def planted_violations(judge, count):
 
 
 def violate(rng, scene, aspect):
-    """A copy of the scene that breaks one aspect; loosening may leave it intact by chance, so until it does."""
+    """A copy of the scene that breaks one aspect; a corruption may leave it intact by chance, hence the loop."""
     scene = dataclasses.replace(scene, fault={})
     while not scene.fault:
-        build.loosen(rng, scene, aspect)
+        build.corrupt(rng, scene, aspect)
     return scene
 
 
