@@ -40,18 +40,9 @@ import torch.nn.functional as F
 
 import model
 import tools
+from tools import REFERENCE_PHRASES, Program, check_program, parse_program  # noqa: F401
 
 # ---- Types: program, step, trajectory (section 1) --------------------------------------------------------------------
-
-ORDINALS = ("the first reference image", "the second reference image")
-
-
-@dataclass
-class Program:
-    """z = (g, R): what the renderer carries out."""
-    gen_prompt: str
-    references: list  # one or two {"img_id": "IMG_001", "note": str}, sorted by img_id
-
 
 @dataclass
 class Step:
@@ -103,50 +94,6 @@ class Trajectory:
     def __post_init__(self):
         if self.images is None:  # shared with the session, which goes on adding to it
             self.images = {} if self.session is None else self.session.images
-
-
-def check_program(program, images, queries):
-    """Everything a program has to satisfy (section 1). Returns a list of errors, empty if there are none.
-
-    images: the img_ids known to the trajectory. queries: [(tool, query)] in the order in which they were asked.
-    """
-    errors, prompt = [], program.gen_prompt
-    ids = [r["img_id"] for r in program.references]
-    if not prompt.strip():
-        errors.append("gen_prompt is empty")
-    if not 1 <= len(ids) <= 2:
-        errors.append(f"{len(ids)} reference images; one or two are used")
-    if unknown := [i for i in ids if i not in images]:
-        errors.append(f"unknown img_id {', '.join(unknown)}")
-    if ids != sorted(set(ids)):
-        errors.append("reference images must differ and be sorted by img_id")
-    if re.search(r"IMG_\d", prompt):
-        errors.append("gen_prompt contains an img_id; write the first reference image")
-    if re.search(r"\b(https?://|www\.)", prompt, re.I):
-        errors.append("gen_prompt contains a URL")
-    mentions = re.findall(r"(?:\b(?:the first|the second) )?\breference (?:image|picture|photo)s?\b", prompt, re.I)
-    if any(m.lower() not in ORDINALS for m in mentions) or re.search(r"\breference (image )?#?\d", prompt, re.I):
-        errors.append("gen_prompt may name references only as the first reference image, the second reference image")
-    if ORDINALS[1] in prompt.lower() and len(ids) < 2:
-        errors.append("gen_prompt names the second reference image, but there is only one")
-    if not any(tool == "image_search" for tool, _ in queries):
-        errors.append("no image_search was made")
-    if len(set(queries)) < len(queries):
-        errors.append("a query was repeated")
-    return errors
-
-
-def parse_program(answer, session):
-    """A policy's answer {"gen_prompt", "reference_images": [{"img_id", "note"}]} -> (Program or None, errors)."""
-    prompt = answer.get("gen_prompt") if isinstance(answer, dict) else None
-    given = answer.get("reference_images") if isinstance(answer, dict) else None
-    if not isinstance(prompt, str) or not isinstance(given, list):
-        return None, ["the answer must be {\"gen_prompt\": text, \"reference_images\": [...]}"]
-    if not all(isinstance(r, dict) and isinstance(r.get("img_id"), str) for r in given):
-        return None, ["each reference image must be {\"img_id\": \"IMG_001\", \"note\": text}"]
-    program = Program(prompt, [{"img_id": r["img_id"], "note": str(r.get("note", ""))} for r in given])
-    errors = check_program(program, session.images, session.queries)
-    return (None, errors) if errors else (program, [])
 
 
 # ---- Judges: KScore and program sufficiency (section 3) ----
@@ -716,7 +663,7 @@ def program_decisions(trajectory, guides):
                 for skill, guide in guides.items()}
     return features | {
         ("prompt_program_guidance", "quoted text", ""): bool(re.search(r"[\"“][^\"”]+[\"”]", prompt)),
-        ("prompt_program_guidance", "ordinals", ""): sum(o in prompt.lower() for o in ORDINALS)}
+        ("prompt_program_guidance", "ordinals", ""): sum(o in prompt.lower() for o in REFERENCE_PHRASES)}
 
 
 def failed_constraints(trajectory):
@@ -1579,17 +1526,20 @@ def sft(s):
             raise ValueError(f"{s.out} holds an unfinished run with another --{changed[0].replace('_', '-')} "
                              f"({told.get(changed[0])!r}); remove {state} to start afresh")
     if going_on or s.init:
-        net, tokenizer = model.load(s.out if going_on else s.init, device)
+        net, tokenizer = model.load(s.out if going_on and not s.lora else s.init, device)  # s.out is merged
     else:
         with open(s.vocabulary, encoding="utf-8") as file:
             tokenizer = model.train_tokenizer(file.readlines(), s.vocab_size)
         net = model.Qwen3(model.Config(vocab_size=tokenizer.size, hidden_size=s.hidden, layers=s.layers, heads=s.heads,
                                        kv_heads=2, head_dim=32, mlp_size=s.hidden * 3, rope_theta=100.0,
                                        tie_embeddings=True)).to(device)
+    if s.lora:  # the adapters alone are trained and kept to go on
+        model.add_lora(net, s.lora, alpha=2 * s.lora)
     rows = [tokenizer.apply_chat_with_mask(c) for c in conversations]
     pools, worth = rare_tokens(tokenizer, conversations), torch.ones(net.config.vocab_size, device=device)
-    worth[torch.tensor(pools[0], device=device)] = s.copied_worth
-    optimizer = torch.optim.AdamW(net.parameters(), lr=s.lr, betas=(0.9, 0.98), weight_decay=s.weight_decay)
+    worth[torch.tensor(pools[0], device=device)] = s.copy_token_weight
+    trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=s.lr, betas=(0.9, 0.98), weight_decay=s.weight_decay)
     stream, copies = batches(rows, s.batch_tokens, np.random.default_rng(s.seed)), 0 if s.init else s.copy_steps
     done, earlier = resume_sft(state, net, optimizer) if going_on else (0, 0.0)
     for _ in range(copies, done):
@@ -1618,12 +1568,14 @@ def sft(s):
             print(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in log.items()), flush=True)
         if (step + 1) % s.save_every == 0 or step == total - 1:
             model.save(s.out, net, tokenizer)
+            if s.lora:
+                model.save_adapter(os.path.join(s.out, "adapter"), net, s.init)
             model.write_json(os.path.join(s.out, "genevolve.json"),
                              {"protocol": "compact" if not s.init or model.is_compact(s.init) else "full"})
             model.write_json(os.path.join(s.out, "training.json"),
                              {"command": model.command_line(), "settings": model.portable(asdict(s)), **log})
             tensors = {"done": torch.tensor(step + 1), "seconds": torch.tensor(elapsed, dtype=torch.float64)}
-            for name, p in net.named_parameters():
+            for name, p in trained.items():
                 tensors |= {f"net.{name}": p.detach()} | {f"{k}.{name}": v for k, v in optimizer.state[p].items()}
             model.write_tensors(state, {k: v.cpu().contiguous() for k, v in tensors.items()})
     os.remove(state)  # done: what it took to go on is of no more use
@@ -1634,7 +1586,7 @@ def resume_sft(path, net, optimizer):
     """Weights and optimizer of an unfinished cold start -> (steps done, seconds they took)."""
     with model.open_tensors(path) as file:
         tensors = {k: file.get_tensor(k) for k in file.keys()}
-    for name, p in net.named_parameters():
+    for name, p in [(name, p) for name, p in net.named_parameters() if p.requires_grad]:
         p.copy_(tensors[f"net.{name}"])
         optimizer.state[p] = {k: tensors[f"{k}.{name}"].to("cpu" if k == "step" else p.device)
                               for k in ("step", "exp_avg", "exp_avg_sq")}

@@ -1118,9 +1118,15 @@ class Engine:
         """Admit what fits, decode until a turn ends, return the sequences whose turn ended ([]: nothing submitted)."""
         done = []
         while not done and (self.queue or self.active):
-            done = self._admit()
-            if self.active and not done:
-                done = self._record(self.active, *self._decode())
+            done = self.step()
+        return done
+
+    @torch.inference_mode()
+    def step(self):
+        """Admit what fits, then decode one token of each running sequence; returns those whose turn has ended."""
+        done = self._admit()
+        if self.active and not done:
+            done = self._record(self.active, *self._decode())
         return done
 
     # -- rows of the cache
