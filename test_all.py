@@ -4833,7 +4833,7 @@ def test_two_processes_may_ask_for_one_folder_at_a_time(tmp_path):
     assert os.listdir(tmp_path / "out") == []
 
 
-# ---- Of distill.py and bench.py --------------------------------------------------------------------------------------
+# ---- Of distill.py ---------------------------------------------------------------------------------------------------
 
 def agent_main(capsys, *arguments):
     """(exit code, stdout, stderr) of a command."""
@@ -5056,94 +5056,11 @@ def test_a_model_judge_that_fails_raises_so_that_the_score_is_missing_not_zero(r
         distill.ModelJudge(lambda *_, **__: reply).score(NO_PICTURE, NO_PICTURE, {"question": "Draw it."})
 
 
-def test_the_paired_bootstrap_finds_a_difference_and_none_where_there_is_none():
-    rng = np.random.default_rng(0)
-    base = rng.random((3, 160))
-    change, low, high = bench.bootstrap(base + 0.1, base)
-    assert change == pytest.approx(0.1) and low == pytest.approx(0.1) and high == pytest.approx(0.1)
-    change, low, high = bench.bootstrap(rng.random((3, 160)), rng.random((1, 160)))
-    assert low < 0 < high
-
-
-def test_rollout_rewards_are_compared_with_those_of_the_same_seed_only(tmp_path):
-    folder = str(tmp_path / "quality")
-    os.makedirs(folder)
-    point = dict.fromkeys(("kscore",) + distill.DIMENSIONS, 1.0)
-    row = point | {"eval_type": "knowledge", "novel": False, "valid": True, "tool_calls": 1}
-    def write(arm, seed, online):
-        model.write_json(os.path.join(folder, f"{arm}-{seed}.json"), {
-            "bench": [row], "early": [row], "online": [online] * bench.WINDOW, "rollouts": 480, "seconds": 1.0, "setting": "",
-            "curve": [[480, 1.0, 1.0, 1.0]], "unfaded_ratio": 1.0, "hit_rate": 1.0, "hits": [1.0] * bench.WINDOW, "right_advice": 1.0, "rolled_back": []})
-    write(bench.BASE, 0, 0.5), write(bench.BASE, 1, 0.9), write("paper", 0, 0.6)
-    bench.summarize_quality(folder, {"SFT": [row]})
-    found = model.read_json(str(tmp_path / "quality.json"))["differences"]
-    assert found[f"paper - {bench.BASE}"]["reward of rollouts"][0] == pytest.approx([0.1] * 3)  # seed 1 has no part in it
-    assert "reward of rollouts" not in found[f"{bench.BASE} - SFT"]
-
-
-def test_what_a_score_cost_is_read_off_the_mean_curve():
-    arm = {"curves": [[[480, 10.0, 0.4, 0], [960, 20.0, 0.6, 0]], [[480, 30.0, 0.6, 0], [960, 40.0, 1.0, 0]]]}  # means 0.5, 0.8
-    assert bench.mean_curve(arm) == [(480, 0.5), (960, 0.8)] and bench.mean_curve(arm, 1) == [(20, 0.5), (30, 0.8)]
-    assert bench.cost_to_reach(arm, 0.65) == pytest.approx(720) and bench.cost_to_reach(arm, 0.65, 1) == pytest.approx(25)
-    assert bench.cost_to_reach(arm, 0.3) == 480 and bench.cost_to_reach(arm, 0.9) is None
-
-
-def test_the_ratio_of_a_fading_weight_is_told_as_if_it_had_not_faded():
-    recipe = dataclasses.replace(distill.RECIPES["stable"], anneal=4)  # 1, 0.75, 0.5, 0.25, 0
-    log = [{"gradient_ratio": r} for r in (None, 1.5, 0.5, 1.0, 0.0)]
-    assert bench.unfaded_ratio(SimpleNamespace(recipe=recipe, log=log)) == 2.0  # of 2, 1 and 4
-    assert bench.unfaded_ratio(SimpleNamespace(recipe=recipe, log=log[:1])) is None
-
-
 def test_names_of_demonstrations_are_in_no_other_split():
     splits, words = build.split_words(0), build.demo_words(random.Random(3), 0)
     assert len(words) == len(set(words)) == 1200
     assert not set(words) & {w for name, split in splits.items() if name != "demos" for w in split}
     assert len(set(words) - set(splits["demos"])) > 400  # with syllables of their own
-
-
-def test_a_run_that_went_further_is_not_measured_as_an_earlier_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(genevolve, "evolve", lambda s: SimpleNamespace(steps_done=5, out=s.out))
-    settings = bench.Quality(runs=str(tmp_path))
-    assert bench.evolution(settings, "grpo", "lr=2e-4", 0, 5).steps_done == 5
-    with pytest.raises(ValueError, match="is at update 5 and 3 were asked for"):
-        bench.evolution(settings, "grpo", "lr=2e-4", 0, 3)
-
-
-def test_a_setting_reaches_the_flag_or_the_recipe_that_it_names(tmp_path, monkeypatch):
-    monkeypatch.setattr(genevolve, "evolve", lambda s: SimpleNamespace(steps_done=1, out=s.out, settings=s))
-    told = bench.evolution(bench.Quality(runs=str(tmp_path)), "paper", "lr=1e-4,rollouts=3,match_ratio=0.5,weight=2", 7, 1).settings
-    assert (told.lr, told.rollouts, told.match_ratio, told.seed, told.recipe, told.set) == (1e-4, 3, 0.5, 7, "paper", "gate=0.5,weight=2")
-
-
-def test_the_sensitivity_table_changes_one_thing_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    asked = []
-    def run(settings, arm, choice, seed, steps):
-        asked.append(choice)
-        row = {"reward": 0.5, "hit_rate": 1.0, "gradient_ratio": 1.0, "rollouts": 48, "rollout_seconds": 1.0, "render_seconds": 1.0, "update_seconds": 1.0}
-        return SimpleNamespace(recipe=distill.RECIPES["stable"], log=[row] * (steps - 1) + [row | {"validation": {"kscore": 0.7, "reward": 0.6}}])
-    monkeypatch.setattr(bench, "evolution", run)
-    model.write_json(str(tmp_path / "stable-tuning.json"), {"best": "lr=2e-4,weight=1", "tried": {}})
-    model.write_json(str(tmp_path / "sensitivity.json"), {bench.SENSITIVITY[0]: {"reward of rollouts": [0.1], "validation": [0.1]}})
-    bench.sensitivity(bench.Quality(tune_steps=4), str(tmp_path))
-    found = model.read_json(str(tmp_path / "sensitivity.json"))
-    assert list(found) == list(bench.SENSITIVITY) and found[bench.SENSITIVITY[0]]["validation"] == [0.1]  # done before
-    assert len(asked) == len(bench.SENSITIVITY) - 1 and asked[0] == "lr=2e-4,weight=1,standard=true" and "lr=2e-4,weight=1,teacher=ema" in asked
-    assert found["teacher=ema"]["validation"] == [0.7]
-    for change in bench.SENSITIVITY:  # all of them are settings that exist
-        genevolve.read_recipe("stable", ",".join(f"{k}={v}" for k, v in bench.flags_of(change).items() if k not in bench.EVOLVE))
-
-
-@pytest.mark.parametrize("prompt, verdict", [
-    ('A sign with the text "1665", spelled 1-6-6-5.', True), ("With a sign saying 1665.", True),
-    ('A sign with the text "1656", spelled 1-6-5-6.', False), ('A sign with the text "1665", spelled 1-6-5-6.', False),
-    ("With its founding year on a sign.", None)])
-def test_a_fact_counts_as_copied_only_letter_by_letter(prompt, verdict):
-    row = {"recipe": {"wanted": {"fact": "city_year", "text": "1665"}}}
-    told = distill_step("search", {"queries": ["founding year of Kelmar"]}, "The founding year of Kelmar is 1665.", "")
-    assert bench.copied(row, distill_trajectory(1.0, prompt, steps=[told])) is verdict
-    assert bench.copied(row, distill_trajectory(1.0, prompt)) is None  # no article told it
-    assert bench.copied(row, distill_trajectory(0.0, "", steps=[told])) is None
 
 
 class StandInEngine:
@@ -5167,43 +5084,557 @@ class StandInEngine:
         self.net, _ = model.load(path)
 
 
+# ==== bench.py: aggregates, controls of the experiment, arms, suites, speed ===========================================
+
+# ---- Helpers ---------------------------------------------------------------------------------------------------------
+
+WEIGHTS = os.path.join(genevolve.HERE, "weights", "sft")
+
+
 def bench_main(capsys, *arguments):
+    """(exit code, stdout, stderr) of a command."""
     code = genevolve.main([str(a) for a in arguments], bench.COMMANDS)
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
 
+@pytest.fixture
+def ablation(offline_evolution):
+    """A function: an Ablation that needs no server, with flags of AblationFlags."""
+    def make(**flags):
+        def build_run(settings, components):
+            settings = bench.AblationFlags(**dataclasses.asdict(settings) | flags)
+            return bench.Ablation(settings, components)
+        return offline_evolution(build_run)
+    return make
+
+
+def finished_run(curve_kscore=1.0, online=1.0, **changes):
+    """What the file of a finished training run holds, one bench request."""
+    point = dict.fromkeys(bench.SCORES, 1.0)
+    row = point | {"eval_type": "knowledge", "novel": False, "valid": True, "tool_calls": 1}
+    return {
+        "bench": [row], "early": [row], "online": [online] * bench.CURVE_WINDOW, "rollouts": 480, "seconds": 1.0,
+        "setting": "", "curve": [[480, 1.0, curve_kscore, 1.0]], "unfaded_ratio": 1.0, "hit_rate": 1.0,
+        "hits": [1.0] * bench.CURVE_WINDOW, "right_advice": 1.0, "rolled_back": [],
+    } | changes
+
+
+@pytest.fixture
+def quality_folder(tmp_path):
+    """A function that writes finished runs {(arm, seed): content} and summarises them -> (quality.json, quality.md)."""
+    folder = tmp_path / "results" / "quality"
+    folder.mkdir(parents=True)
+
+    def summarize(runs):
+        for (arm, seed), run in runs.items():
+            model.write_json(str(folder / f"{arm}-{seed}.json"), run)
+        bench.summarize_quality(str(folder), {"SFT": finished_run()["bench"]})
+        return bench.read_json(str(folder.parent / "quality.json")), (folder.parent / "quality.md").read_text()
+    return summarize
+
+
+# ---- Aggregates ------------------------------------------------------------------------------------------------------
+
+def test_the_paired_bootstrap_finds_a_difference_and_none_where_there_is_none():
+    rng = np.random.default_rng(0)
+    base = rng.random((3, 160))
+    assert bench.bootstrap(base + 0.1, base) == pytest.approx([0.1] * 3)
+    _, low, high = bench.bootstrap(rng.random((3, 160)), rng.random((1, 160)))
+    assert low < 0 < high
+
+
+def test_the_columns_of_a_table_are_means_over_all_seeds_rows():
+    def row(kscore, eval_type, novel, text):
+        scores = {"kscore": kscore, "faithfulness": 1.0, "visual_correctness": 0.0, "text_accuracy": text,
+                  "aesthetics": 0.5}
+        return bench.bench_row({"id": "1", "novel": novel, "eval_type": eval_type}, scores, kscore > 0, 2)
+    runs = [[row(0.8, "knowledge", True, None), row(0.4, "quality", False, 1.0)],
+            [row(0.0, "knowledge", False, 0.0), row(0.6, "quality", True, None)]]
+    assert bench.table_row(runs) == pytest.approx({
+        "kscore": 0.45, "faithfulness": 1.0, "visual_correctness": 0.0, "text_accuracy": 0.5, "aesthetics": 0.5,
+        "knowledge": 0.4, "quality": 0.5, "novel": 0.7, "valid": 0.75, "tool calls": 2.0})
+
+
+@pytest.mark.parametrize("prompt, verdict", [
+    ('A sign with the text "1665", spelled 1-6-6-5.', True),
+    ("With a sign saying 1665.", True),
+    ('A sign with the text "1656", spelled 1-5-5-6.', False),
+    ('A sign with the text "1665", spelled 1-6-5-6.', False),
+    ("With its founding year on a sign.", None),
+])
+def test_a_fact_counts_as_copied_only_letter_by_letter(prompt, verdict):
+    request = {"recipe": {"wanted": {"fact": "city_year", "text": "1665"}}}
+    article = "The founding year of Kelmar is 1665."
+    step = distill_step("search", {"queries": ["founding year of Kelmar"]}, article, "")
+    assert bench.copied(request, distill_trajectory(1.0, prompt, steps=[step])) is verdict
+    assert bench.copied(request, distill_trajectory(1.0, prompt)) is None  # no article stated it
+    assert bench.copied(request, distill_trajectory(0.0, "", steps=[step])) is None
+
+
+@pytest.mark.parametrize("value, cell", [(None, ""), (math.nan, ""), (0.25, "0.250"), (12.3, "12"), (3, "3")])
+def test_a_figure_that_is_missing_is_an_empty_cell(value, cell):
+    assert bench.format_figure(value) == cell
+
+
+def test_a_result_that_is_not_a_number_is_null_in_the_file(tmp_path):
+    bench.write_json(str(tmp_path / "x.json"), {"a": math.nan, "b": [1.0, {"c": math.nan}]})
+    assert "NaN" not in (tmp_path / "x.json").read_text()
+    assert bench.read_json(str(tmp_path / "x.json")) == {"a": None, "b": [1.0, {"c": None}]}
+
+
+def test_a_drawing_places_its_extremes_at_the_edges_and_leaves_out_what_is_missing():
+    line, single = [(0, 1.0), (5, None), (10, 3.0)], [(0, 2.0), (10, 2.0)]
+    drawing = bench.svg_lines({"a_b": line}, 420, 130, {"a_b": [single]}, "x")
+    assert re.findall('points="(.*?)"', drawing) == ["40.0,62.0 410.0,62.0", "40.0,112.0 410.0,12.0"]
+    assert ">a b<" in drawing and ">3<" in drawing and ">1<" in drawing and ">x<" in drawing
+    assert bench.svg_lines({"a": [(0, None)]}, 420, 130) == ""
+
+
+# ---- The experiment's controls ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags, said", [({"imitate": "worst"}, "best or memory"), ({"guides": "none"}, "placebo"),
+                                         ({"rollouts": 0}, "rollouts")])
+def test_an_unknown_control_is_refused(flags, said):
+    with pytest.raises(ValueError, match=said):
+        bench.AblationFlags(**flags)
+
+
+@pytest.mark.slow
+def test_an_ablation_without_a_control_is_the_evolution(ablation, offline_evolution):
+    plain, own = offline_evolution(set="gate=0"), ablation(set="gate=0")
+    first, second = ({k: v for k, v in run.step().items() if "seconds" not in k} for run in (plain, own))
+    assert first == second and first["sdl_loss"] > 0
+    assert all(torch.equal(a, b) for a, b in zip(plain.net.parameters(), own.net.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("guides", ["own", "shuffled", "placebo"])
+def test_what_a_controls_teacher_reads(ablation, guides):
+    run = ablation(guides=guides, set="gate=0")
+    requests = run.data[:3]
+    for number, request in enumerate(requests[:2]):
+        bullets = {"focus": [f"Look at the thing of number {number}."]}
+        bundle = distill.Bundle.from_bullets(request["question"], bullets)
+        run.memory.add(request["question"], bundle, 1.0, 0.0, 0)
+    entries = run.memory.lookup([request["question"] for request in requests])[:2] + [None]
+    own = [entry.bundle for entry in entries[:2]]
+    chosen = run.choose_guides(requests, entries)
+    assert chosen[2] is None and len(chosen) == 3
+    if guides == "own":
+        assert chosen[:2] == own
+    elif guides == "shuffled":
+        assert [c.guidance for c in chosen[:2]] == [own[1].guidance, own[0].guidance]
+    else:
+        for filler, bundle in zip(chosen, own):
+            (text,), (bullet,) = filler.guidance["focus"], bundle.guidance["focus"]
+            assert text != bullet and run.count_tokens(text) <= run.count_tokens(bullet)
+            assert filler.trigger == bundle.trigger
+
+
+@pytest.mark.parametrize("norms, weight", [((2.0, 4.0), 0.25), ((2.0, 0.0), 3.0)])
+def test_a_matched_ratio_gives_the_second_gradient_that_norm_beside_the_first(ablation, norms, weight):
+    run = ablation(match_ratio=0.5, set="weight=3")
+    assert run.sdl_weight(*norms) == pytest.approx(weight)  # 0.5 * 2 / 4; without a second gradient the recipe's
+    run.steps_done = run.recipe.anneal // 2
+    faded = run.recipe.fade(run.steps_done)
+    assert 0 < faded < 1 and run.sdl_weight(2.0, 4.0) == pytest.approx(0.25 * faded)
+
+
+def test_imitation_of_the_best_takes_each_groups_best_program_that_was_judged(ablation):
+    run = ablation(imitate="best")
+
+    def attempt(reward, mark, prompt="A prompt."):
+        trajectory = distill_trajectory(reward, prompt)
+        trajectory.tokens, trajectory.mask = [mark], [True]
+        return trajectory
+    groups = [[attempt(0.2, 1), attempt(0.9, 2), attempt(math.nan, 3), attempt(1.0, 4, prompt="")],
+              [attempt(math.nan, 5), attempt(0.5, 6, prompt="")]]
+    assert run.examples_to_imitate(groups, [None, None]) == [([2], [True])]
+    assert run.choose_guides(run.data[:2], [None, None]) == [None, None]
+
+
+def test_the_imitated_example_of_a_prompt_is_the_one_whose_lesson_is_remembered(ablation, tmp_path):
+    run = ablation(imitate="memory")
+    request = run.data[0]
+
+    def attempt(reward, mark):
+        program = distill.Program("A prompt.", [{"img_id": "IMG_001", "note": ""}])
+        step = distill.Step("Ask for the exact fact. " if reward > 0.5 else "", "tool_call", "search", {}, "")
+        return distill.Trajectory(request["id"], request["question"], request, program=program, steps=[step],
+                                  tokens=[mark], mask=[True], reward=reward)
+    for best, mark, kept in ((0.8, 1, 1), (0.6, 2, 1), (0.9, 3, 3)):  # a weaker lesson replaces neither
+        run.remember([request], [[attempt(best, mark), attempt(0.1, 9)]])
+        assert run.examples_to_imitate([], run.memory.lookup([request["question"]])) == [([kept], [True])]
+        run.steps_done += 1
+
+    resumed = ablation(imitate="memory")
+    resumed.load_extra_state(json.loads(json.dumps(run.extra_state())))
+    assert resumed.examples == run.examples == {request["question"]: [[3], [True]]}
+
+
+class HalfOfTwo:
+    """One of two processes that share a list; gradients are averaged over them afterwards."""
+    size = 2
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def shard_list(self, items):
+        return items[self.rank::2]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_imitation_is_the_mean_cross_entropy_and_two_processes_give_the_gradient_of_one(count):
+    net = model_net()
+    examples = [(model_prompt(9 + n, n), [False] * 4 + [True] * (5 + n)) for n in range(count)]
+    logps = model.token_logprobs(net, [tokens for tokens, _ in examples])
+    spoken = torch.cat([logp[torch.tensor(mask[1:])] for logp, (_, mask) in zip(logps, examples)])
+    expected = torch.autograd.grad(-spoken.mean(), list(net.parameters()))
+
+    alone = bench.imitation_gradients(net, examples, 1.0, model.ProcessGroup())
+    halves = [bench.imitation_gradients(net, examples, 1.0, HalfOfTwo(rank)) for rank in (0, 1)]
+    for want, one, first, second in zip(expected, alone, *halves):
+        assert torch.allclose(one, want, atol=1e-6) and torch.allclose((first + second) / 2, want, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("imitate", ["best", "memory"])
+def test_an_imitating_step_learns_without_a_teacher(ablation, imitate):
+    run = ablation(imitate=imitate, set="gate=0", grpo=False)
+    before = [p.clone() for p in run.net.parameters()]
+    row = run.step()
+    assert row["sdl_loss"] is None and row["gradient_norm"] > 0 and row["right_advice"] is None
+    assert any(not torch.equal(a, b) for a, b in zip(before, run.net.parameters()))
+
+
+# ---- Arms: training, tuning, sensitivity -----------------------------------------------------------------------------
+
+@pytest.fixture
+def evolve_calls(monkeypatch):
+    """What genevolve.evolve is asked for, in place of training: [(settings, class)]."""
+    calls = []
+
+    def evolve(settings, evolution):
+        calls.append((settings, evolution))
+        return SimpleNamespace(steps_done=5, settings=settings)
+    monkeypatch.setattr(genevolve, "evolve", evolve)
+    return calls
+
+
+def test_a_run_that_went_further_is_not_measured_as_an_earlier_one(tmp_path, evolve_calls):
+    settings = bench.Quality(runs=str(tmp_path))
+    assert bench.train(settings, "grpo", "lr=2e-4", 0, 5).steps_done == 5
+    with pytest.raises(ValueError, match="is at update 5 and 3 were asked for"):
+        bench.train(settings, "grpo", "lr=2e-4", 0, 3)
+
+
+def test_a_choice_reaches_the_flag_or_the_recipe_that_it_names(tmp_path, evolve_calls):
+    bench.train(bench.Quality(runs=str(tmp_path)), "paper", "lr=1e-4,rollouts=3,match_ratio=0.5,weight=2", 7, 5)
+    (settings, evolution), = evolve_calls
+    assert evolution is bench.Ablation and settings.set == "gate=0.5,weight=2" and settings.recipe == "paper"
+    assert (settings.lr, settings.rollouts, settings.match_ratio, settings.seed) == (1e-4, 3, 0.5, 7)
+
+
+@pytest.mark.parametrize("arm", bench.ARMS)
+def test_every_arm_is_made_of_flags_and_recipe_fields_that_exist(tmp_path, evolve_calls, arm):
+    for choice in bench.ARMS[arm].choices or ("lr=2e-4,weight=1,match_ratio=0.3",):
+        settings = bench.train(bench.Quality(runs=str(tmp_path)), arm, choice, 0, 5).settings
+        genevolve.read_recipe(settings.recipe, settings.set)
+    assert bench.ARMS[arm].choices or bench.ARMS[arm].control_of in bench.ARMS
+
+
+@pytest.mark.parametrize("arm, expected", [
+    ("sdl-placebo", {"best": "lr=4e-4", "tried": {}}),
+    ("placebo", {"best": "lr=2e-4,weight=1,match_ratio=0.457", "tried": {}}),
+])
+def test_a_control_takes_the_choice_of_its_arm_and_beside_grpo_its_ratio(tmp_path, arm, expected):
+    model.write_json(str(tmp_path / "stable-tuning.json"), {"best": "lr=2e-4,weight=1", "tried": {}})
+    model.write_json(str(tmp_path / "sdl-alone-tuning.json"), {"best": "lr=4e-4", "tried": {}})
+    if arm == "placebo":
+        with pytest.raises(ValueError, match="finished run of 'stable'"):
+            bench.tune(bench.Quality(), arm, str(tmp_path))
+        model.write_json(str(tmp_path / "stable-0.json"), finished_run(unfaded_ratio=0.45678))
+    assert bench.tune(bench.Quality(), arm, str(tmp_path)) == expected
+
+
+def test_the_ratio_of_a_fading_weight_is_reported_as_if_it_had_not_faded():
+    recipe = dataclasses.replace(distill.RECIPES["stable"], anneal=4)  # 1, 0.75, 0.5, 0.25, 0
+    log = [{"gradient_ratio": ratio} for ratio in (None, 1.5, 0.5, 1.0, 0.0)]
+    assert bench.unfaded_ratio(SimpleNamespace(recipe=recipe, log=log)) == 2.0  # of 2, 1 and 4
+    assert bench.unfaded_ratio(SimpleNamespace(recipe=recipe, log=log[:1])) is None
+
+
+@pytest.fixture
+def quick_training(monkeypatch):
+    """The choices that bench.train is asked for, in place of training."""
+    choices = []
+    row = {"reward": 0.5, "hit_rate": 1.0, "gradient_ratio": 1.0, "rollouts": 48, "rollout_seconds": 1.0,
+           "render_seconds": 1.0, "update_seconds": 1.0}
+    last = row | {"validation": {"kscore": 0.7, "reward": 0.6}}
+
+    def train(settings, arm, choice, seed, steps):
+        choices.append(choice)
+        return SimpleNamespace(recipe=distill.RECIPES["stable"], log=[row] * (steps - 1) + [last])
+    monkeypatch.setattr(bench, "train", train)
+    return choices
+
+
+def test_the_sensitivity_table_changes_one_thing_and_goes_on_where_it_stopped(tmp_path, quick_training):
+    before = {"reward of rollouts": [0.1], "validation": [0.1]}
+    model.write_json(str(tmp_path / "stable-tuning.json"), {"best": "lr=2e-4,weight=1", "tried": {}})
+    model.write_json(str(tmp_path / "sensitivity.json"), {bench.SENSITIVITY[0]: before})
+    bench.sensitivity(bench.Quality(tune_steps=4), str(tmp_path))
+    found = model.read_json(str(tmp_path / "sensitivity.json"))
+    assert list(found) == list(bench.SENSITIVITY) and found[bench.SENSITIVITY[0]] == before
+    assert len(quick_training) == len(bench.SENSITIVITY) - 1
+    assert quick_training[0] == "lr=2e-4,weight=1,standard=true" and "lr=2e-4,weight=1,teacher=ema" in quick_training
+    assert found["teacher=ema"]["validation"] == [0.7]
+
+
+@pytest.mark.parametrize("change", bench.SENSITIVITY)
+def test_every_change_of_the_sensitivity_table_is_a_setting_that_exists(change):
+    fields = {k: v for k, v in bench.parse_choice(change).items() if k not in bench.EVOLVE_FLAGS}
+    genevolve.read_recipe("stable", bench.format_choice(fields))
+
+
+# ---- Arms: compared --------------------------------------------------------------------------------------------------
+
+def test_rollout_rewards_are_compared_with_those_of_the_same_seed_only(quality_folder):
+    found, _ = quality_folder({(bench.BASE, 0): finished_run(online=0.5), (bench.BASE, 1): finished_run(online=0.9),
+                               ("paper", 0): finished_run(online=0.6)})
+    pairs = found["differences"]
+    assert pairs[f"paper - {bench.BASE}"]["reward of rollouts"][0] == pytest.approx([0.1] * 3)  # seed 1 takes no part
+    assert "reward of rollouts" not in pairs[f"{bench.BASE} - SFT"]
+
+
+def test_what_a_score_cost_is_read_off_the_mean_curve():
+    # means 0.5, 0.8
+    arm = {"curves": [[[480, 10.0, 0.4, 0], [960, 20.0, 0.6, 0]], [[480, 30.0, 0.6, 0], [960, 40.0, 1.0, 0]]]}
+    assert bench.mean_curve(arm) == [(480, 0.5), (960, 0.8)] and bench.mean_curve(arm, 1) == [(20, 0.5), (30, 0.8)]
+
+
+@pytest.mark.parametrize("target, column, cost", [(0.65, 0, 720), (0.65, 1, 25), (0.3, 0, 480), (0.9, 0, None)])
+def test_the_cost_of_a_score_lies_on_straight_lines_between_checks(target, column, cost):
+    arm = {"curves": [[[480, 20.0, 0.5, 0], [960, 30.0, 0.8, 0]]]}
+    assert bench.cost_to_reach(arm, target, column) == pytest.approx(cost)
+
+
+@pytest.mark.parametrize("curve, saved", [
+    ([], {}),
+    ([[48, 2.0, 0.6, 0.5], [96, 4.0, 0.8, 0.5]], {
+        "GRPO's last validation KScore": 0.7, "GRPO's rollouts": 96, "stable's rollouts": 72, "share of rollouts": 0.75,
+        "GRPO's seconds": 4.0, "stable's seconds": 3.0, "share of seconds": 0.75}),
+])
+def test_arms_without_an_evaluation_are_summarised_without_a_curve(quality_folder, curve, saved):
+    """A run of two updates has no evaluation of its own: --quick used to end here with an error."""
+    base = [[cost, seconds, kscore - 0.1, reward] for cost, seconds, kscore, reward in curve]
+    found, table = quality_folder({(bench.BASE, 0): finished_run(curve=base), ("stable", 0): finished_run(curve=curve)})
+    assert found["rollouts saved"] == pytest.approx(saved)
+    assert bench.ARMS["stable"].label in table and f"stable - {bench.BASE}" in table
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("results", ["results", os.path.join("results", "common")])
+def test_the_committed_table_follows_from_the_committed_runs(tmp_path, results):
+    committed = os.path.join(genevolve.HERE, results)
+    shutil.copytree(os.path.join(committed, "quality"), tmp_path / "quality")
+    folder = str(tmp_path / "quality")
+    bench.summarize_quality(folder, bench.read_json(os.path.join(folder, "fixed.json")))
+    assert bench.read_json(str(tmp_path / "quality.json")) == bench.read_json(os.path.join(committed, "quality.json"))
+    with open(os.path.join(committed, "quality.md"), encoding="utf-8") as file:
+        assert (tmp_path / "quality.md").read_text() == file.read()
+
+
+# ---- Smoke runs ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags, expected", [
+    ({}, bench.RESULTS), ({"out": "mine"}, "mine"), ({"quick": True}, "out"), ({"quick": True, "out": "mine"}, "mine")])
+def test_a_smoke_run_writes_to_out_and_never_into_the_committed_results(tmp_path, monkeypatch, flags, expected):
+    monkeypatch.chdir(tmp_path)
+    for settings in (bench.Bench(**flags), bench.Quality(**flags), bench.Speed(**flags), bench.Released(**flags)):
+        assert bench.results_folder(settings) == expected
+    runs = os.path.join(expected, "runs") if flags.get("quick") else os.path.join("runs", "quality")
+    assert bench.runs_folder(bench.Quality(**flags)) == runs
+    assert bench.runs_folder(bench.Quality(runs="there", **flags)) == "there"
+
+
+@pytest.mark.parametrize("command", ["world", "quality", "speed"])
+@pytest.mark.parametrize("folder", ["", "common"])
+def test_a_smoke_run_into_the_committed_results_is_refused(capsys, command, folder):
+    code, _, err = bench_main(capsys, command, "--quick", "--out", os.path.join(bench.RESULTS, folder))
+    assert code == 2 and "committed" in err and err.count("\n") == 1
+
+
+@pytest.fixture
+def committed_results():
+    """Fails a test that changes a file of results/."""
+    def listing():
+        return {os.path.join(folder, name): os.stat(os.path.join(folder, name)).st_mtime_ns
+                for folder, _, names in os.walk(bench.RESULTS) for name in names}
+    before = listing()
+    yield
+    assert listing() == before
+
+
+@pytest.mark.slow
+def test_a_quick_ablation_trains_measures_and_compares_two_arms(tmp_path, monkeypatch, capsys, committed_results):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = bench_main(capsys, "quality", "--quick")
+    assert code == 0, err
+    found = bench.read_json("out/quality.json")
+    assert list(found["arms"]) == [bench.BASE, "stable"] and found["rows"]["stable"]["rollouts"] == 96
+    assert len(found["arms"]["stable"]["curves"][0]) == 1 and f"stable - {bench.BASE}" in out
+    assert 0 < found["rows"]["SFT"]["quality"] < 1  # requests of both tracks
+    drawings = ["quality.svg", "quality-seconds.svg", "quality-hits.svg"]
+    assert sorted(os.listdir("out")) == sorted(["quality", "quality.json", "quality.md", "runs", *drawings])
+    assert os.listdir() == ["out"]
+    code, out, _ = bench_main(capsys, "quality", "--quick")  # everything is there: only the table
+    assert code == 0 and "step 1" not in out and bench.read_json("out/quality.json") == found
+
+
+@pytest.mark.slow
+def test_a_quick_look_at_the_world_writes_its_figures(tmp_path, monkeypatch, capsys, committed_results):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "WORLD_PARTS", (bench.oracle_figures, bench.reference_figures, bench.time_figures))
+    code, _, err = bench_main(capsys, "world", "--quick")
+    assert code == 0, err
+    found = bench.read_json("out/world.json")
+    assert found["oracle, 20 steps"]["kscore"] > 0.9 > found["oracle, 1 steps"]["kscore"]
+    looks = found["single subject, its look is right"]
+    assert looks["right reference"] > 0.8 and looks["no reference"] == looks["wrong reference"] == 0
+    assert 0 < found["seconds, 20 steps with guidance"]["one picture"]
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (("quality", "--arms", "grpo,grop"), "unknown arm 'grop'"), (("speed", "--rows", "turn"), "unknown row 'turn'"),
+    (("quality", "--sampling-steps", "3"), "--sampling-steps goes with --suite"),
+    (("released",), "--runtime"),
+])
+def test_unusable_flags_of_a_benchmark_are_named_in_one_line(tmp_path, capsys, arguments, said):
+    code, _, err = bench_main(capsys, *arguments, "--out", tmp_path)
+    assert code == 2 and said in err and err.count("\n") == 1
+
+
+# ---- Speed -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_quick_rows_of_the_speed_table(tmp_path, monkeypatch, capsys, committed_results):
+    monkeypatch.chdir(tmp_path)
+    rows = ["log-probs", "scaling", "slow tools", "low-rank adapters"]
+    code, _, err = bench_main(capsys, "speed", "--quick", "--repeats", 1, "--rows", ",".join(rows))
+    assert code == 0, err
+    found = bench.read_json("out/speed.json")
+    assert list(found) == ["machine", *rows] and found["machine"]["quick"] is True
+    assert found["log-probs"]["target"] == 1.2 and found["scaling"]["48: tokens/s"] > 0
+    assert found["slow tools"]["ratio"] > 1 and found["slow tools"]["turns a request"] > 1
+    assert found["low-rank adapters"]["trained"] == 16 * lora_width(256, 768) < found["low-rank adapters"]["parameters"]
+
+
+def lora_width(hidden, mlp, heads=32, kv_heads=8, head_dim=128):
+    """Inputs and outputs of a layer's seven projections together: what an adapter of rank 1 has."""
+    shapes = [(hidden, heads * head_dim), (hidden, kv_heads * head_dim), (hidden, kv_heads * head_dim),
+              (heads * head_dim, hidden), (hidden, mlp), (hidden, mlp), (mlp, hidden)]
+    return sum(rows + columns for rows, columns in shapes)
+
+
+@pytest.mark.slow
+@pytest.mark.peers
+@pytest.mark.parametrize("row, package", [("rollouts", "transformers"), ("training step", "transformers"),
+                                          ("sampler", "diffusers")])
+def test_quick_rows_beside_peers(tmp_path, capsys, row, package):
+    pytest.importorskip(package)
+    code, _, err = bench_main(capsys, "speed", "--quick", "--repeats", 1, "--rows", row, "--out", tmp_path)
+    found = bench.read_json(str(tmp_path / "speed.json"))[row]
+    assert code == 0 and found["ours s"] > 0 and found["peer s"] > 0, err
+    assert found.get("greatest pixel difference", 0) <= 2 and 0 < found.get("share of the machine", 0.5) < 2
+
+
+def test_a_row_whose_peer_is_missing_is_named_and_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    monkeypatch.setattr(bench, "measure_machine", lambda device: {})
+    code, out, _ = bench_main(capsys, "speed", "--quick", "--rows", "sampler", "--out", tmp_path)
+    assert code == 0 and "diffusers is not installed: pip install -r requirements-peers.txt" in out
+
+
+def test_a_measured_call_gives_its_seconds_its_peak_of_memory_and_its_result():
+    def work():
+        time.sleep(0.05)
+        return torch.ones(4 * 2**20).sum().item()
+    measured = bench.timed(work)
+    assert measured.result == 4 * 2**20 and 0.05 <= measured.seconds < 5
+    if measured.megabytes is not None:
+        assert 14 < measured.megabytes < 64
+
+
+def test_the_padded_update_of_the_peer_is_ours():
+    """Both sides of the training row compute the same loss: equal weights after one update."""
+    class Peer(torch.nn.Module):
+        """Our network behind the interface of transformers."""
+        device = "cpu"
+
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, input_ids, attention_mask):
+            return SimpleNamespace(logits=self.net(input_ids))
+    rng, rows = np.random.default_rng(0), []
+    for _ in range(2):
+        prompt, guide = rng.integers(0, 97, 10).tolist(), rng.integers(0, 97, 4).tolist()
+        for advantage in (1.0, -0.5, 0.5, -1.0, 0.25, 0.75):
+            answer = rng.integers(0, 97, 5).tolist()
+            spoken = [True] * len(answer)
+            rows.append(distill.TrainingRow(prompt + answer, [False] * 10 + spoken, advantage,
+                                            guide + prompt + answer, [False] * 14 + spoken))
+    recipe = distill.RECIPES["paper"]
+    ours, theirs = model_net(), Peer(model_net())
+    bench.our_update(ours, rows, recipe)()
+    bench.padded_update(theirs, rows, recipe)()
+    changed = model_net()
+    for a, b, start in zip(ours.parameters(), theirs.net.parameters(), changed.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=2e-7) and not torch.equal(a, start)
+
+
+# ---- One policy on any file ------------------------------------------------------------------------------------------
+
+@pytest.mark.slow
 def test_a_suite_is_measured_from_released_rows_and_goes_on_where_it_stopped(tmp_path, capsys):
     rows = atlas.world.requests("validation")[:5]
-    shutil.copytree(os.path.join(genevolve.HERE, "atlas", "truth"), tmp_path / "truth",
-                    ignore=lambda _, names: [n for n in names if n not in {f"{r['id']}.png" for r in rows}])
+    (tmp_path / "truth").mkdir()
+    for row in rows:
+        shutil.copy(os.path.join(genevolve.HERE, "atlas", row["gt_image"]), tmp_path / row["gt_image"])
     keep = ("id", "question", "gt_image", "eval_type", "category", "difficulty", "recipe")
-    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({k: r[k] for k in keep}) for r in rows))
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({k: row[k] for k in keep}) for row in rows))
     command = ["quality", "--suite", tmp_path / "rows.jsonl", "--out", tmp_path / "out", "--steps", 2]
-    code, out, err = bench_main(capsys, *command)
+    code, _, err = bench_main(capsys, *command)
     assert code == 0, err
-    found = json.loads((tmp_path / "out" / "suite.json").read_text())
+    found = bench.read_json(str(tmp_path / "out" / "suite.json"))
     assert found["KScore"]["all"]["rows"] == 5 and 0 < found["KScore"]["all"]["overall"] < 1
-    assert set(found["KScore"]["by_eval_type"]) == {r["eval_type"] for r in rows}
+    assert set(found["KScore"]["by_eval_type"]) == {row["eval_type"] for row in rows}
+
     kept = next((tmp_path / "out").glob("suite-*/rows.jsonl"))
     lines = kept.read_text().splitlines()
     kept.write_text("\n".join(lines[:3]) + "\n")  # as if it had been stopped
     code, out, err = bench_main(capsys, *command)
     assert code == 0 and "2/2 requests" in out
-    code, _, err = bench_main(capsys, "quality", "--judge", "http://127.0.0.1:1", "--out", tmp_path / "x")
-    assert code == 2 and "--suite" in err
+    assert [json.loads(line)["valid"] for line in kept.read_text().splitlines()] == \
+        [json.loads(line)["valid"] for line in lines]  # each request keeps its seed
+
+
+RELEASED_SCORES = {"rationale": "", "faithfulness": 1, "visual_correctness": 0.5, "text_accuracy": 0.5, "aesthetics": 1,
+                   "overall": 0.6}
 
 
 def test_what_the_released_evaluator_writes_is_read(tmp_path, capsys):
-    scores = {"rationale": "", "faithfulness": 1, "visual_correctness": 0.5, "text_accuracy": 0.5, "aesthetics": 1, "overall": 0.6}
-    rows = [{"id": 1, "eval_success": True, "meta": {"eval_type": "quality"}, "scores": scores | {"text_accuracy_na": True}},
-            {"id": 2, "eval_success": True, "eval_type": "knowledge", "scores": scores},
+    without_text = RELEASED_SCORES | {"text_accuracy_na": True}
+    rows = [{"id": 1, "eval_success": True, "meta": {"eval_type": "quality"}, "scores": without_text},
+            {"id": 2, "eval_success": True, "eval_type": "knowledge", "scores": RELEASED_SCORES},
             {"id": 3, "eval_success": False, "eval_type": "knowledge", "scores": None},
             {"summary_type": "overall_avg", "avg_scores": {}, "count": 2}]
     (tmp_path / "results_eval.json").write_text(json.dumps(rows))
     code, _, err = bench_main(capsys, "quality", "--suite", tmp_path / "results_eval.json", "--out", tmp_path)
     assert code == 0, err
-    found = json.loads((tmp_path / "suite.json").read_text())
+    found = bench.read_json(str(tmp_path / "suite.json"))
     first, second = 0.4 / 0.6, 0.1 + 0.2 + 0.2 + 0.1  # the missing text is left out, or counts one half
     assert found["KScore"]["all"]["overall"] == pytest.approx((first + second) / 2)
     assert found["KScore"]["all"]["overall_missing_zero"] == pytest.approx((first + second) / 3)
@@ -5211,25 +5642,52 @@ def test_what_the_released_evaluator_writes_is_read(tmp_path, capsys):
     assert found["KScore"]["by_eval_type"]["quality"]["rows"] == 1
 
 
-def test_wise_prompts_get_both_scores_and_a_failed_judgement_is_missing(tmp_path, capsys):
-    question = atlas.world.requests("validation")[0]["question"]
-    ids = (1, 400, 401, 567, 568, 700, 701, 801, 1000)
-    (tmp_path / "wise.json").write_text(json.dumps([
-        {"Prompt": question, "Explanation": f"what {i} means", "Category": "any", "Subcategory": "any", "prompt_id": i} for i in ids]))
+def test_a_missing_text_score_of_the_released_evaluator_may_be_null():
+    scores = RELEASED_SCORES | {"text_accuracy": None, "text_accuracy_na": True}
+    row = bench.evaluated_row({"id": 1, "eval_success": True, "scores": scores})
+    assert row["judgement"]["text_accuracy"] is None and row["judgement"]["kscore"] == pytest.approx(0.4 / 0.6)
+    assert row["category"] == "unknown"
 
+
+WISE_PROMPTS = (1, 400, 401, 567, 568, 700, 701, 801, 1000)
+
+
+@pytest.fixture
+def wise_judge():
+    """A server whose judge gives one score to all prompts and cannot score one of them."""
     def judge(text, images):
         assert len(images) == 1 and "Explanation: what" in text
         if "what 567 means" in text:
             return "no JSON"
         return {"consistency": 2, "realism": 1, "aesthetic": 0, "score": 1}
-    assert bench_main(capsys, "quality", "--suite", tmp_path / "wise.json", "--out", tmp_path / "out")[0] == 2  # no ground truth, no judge
     with tools.Server(tools.Corpus(os.path.join(genevolve.HERE, "atlas", "corpus")), judge=judge) as server:
-        code, _, err = bench_main(capsys, "quality", "--suite", tmp_path / "wise.json", "--out", tmp_path / "out", "--judge", server.url,
-                                  "--steps", 1, "--policy", os.path.join(genevolve.HERE, "weights", "sft"))
+        yield server.url
+
+
+@pytest.mark.slow
+def test_wise_prompts_get_both_scores_and_a_failed_judgement_is_missing(tmp_path, capsys, wise_judge):
+    question = atlas.world.requests("validation")[0]["question"]
+    (tmp_path / "wise.json").write_text(json.dumps([
+        {"Prompt": question, "Explanation": f"what {i} means", "Category": "any", "Subcategory": "any", "prompt_id": i}
+        for i in WISE_PROMPTS]))
+    command = ["quality", "--suite", tmp_path / "wise.json", "--out", tmp_path / "out"]
+    code, _, err = bench_main(capsys, *command)
+    assert code == 2 and "--judge" in err  # no ground truth, no judge
+    code, _, err = bench_main(capsys, *command, "--judge", wise_judge, "--steps", 1, "--policy", WEIGHTS)
     assert code == 0, err
-    found = json.loads((tmp_path / "out" / "suite.json").read_text())
+
+    found = bench.read_json(str(tmp_path / "out" / "suite.json"))
     assert found["WiScore, legacy"]["cultural"] == pytest.approx((0.7 * 2 + 0.2) / 2)
-    assert found["WiScore, legacy"]["time"] == pytest.approx(0.8) and found["WiScore, verified"]["overall"] == pytest.approx(1.0)
-    done = [json.loads(line) for line in next((tmp_path / "out").glob("suite-*/rows.jsonl")).read_text().splitlines()]
-    assert [r["category"] for r in done] == ["cultural"] * 2 + ["time"] * 2 + ["space"] * 2 + ["biology", "physics", "chemistry"]
-    assert all((r["wise"] is None) == (r["id"] == "567") for r in done if r["valid"])
+    assert found["WiScore, legacy"]["time"] == pytest.approx(0.8)
+    assert found["WiScore, verified"]["overall"] == pytest.approx(1.0)
+    done = bench.read_lines(next((tmp_path / "out").glob("suite-*/rows.jsonl")))
+    assert [row["category"] for row in done] == \
+        ["cultural"] * 2 + ["time"] * 2 + ["space"] * 2 + ["biology", "physics", "chemistry"]
+    assert all((row["wise"] is None) == (row["id"] == "567") for row in done if row["valid"])
+
+
+@pytest.mark.parametrize("program, termination, expected", [
+    (None, "max_rounds_reached", dict.fromkeys(bench.WISE_SCORES, 0.0)), (None, "error", None), ("a", "answer", None)])
+def test_a_wise_prompt_without_a_program_counts_zero_and_a_failed_service_is_missing(program, termination, expected):
+    attempt = SimpleNamespace(program=program, termination=termination, image=None)
+    assert bench.wise_scores(attempt, {}, None) == expected
