@@ -1745,7 +1745,7 @@ def guide_spans(guide, prompt, question):
 
 def fact_spans(observation, prompt, question):
     """[(start, end)] of the prompt's names and numbers that are new to the request and stand in the observation."""
-    new = set(distill.words_of(observation)) - set(distill.words_of(question)) - distill.OPENERS
+    new = set(tools.words(observation)) - set(tools.words(question)) - distill.OPENERS
     spans = []
     for match in re.finditer(r"\w+", prompt):
         word = match.group()
@@ -1886,7 +1886,8 @@ def lesson_record(best, worst):
 
 def attempt_record(t, limit=240):
     """A Trajectory with a program in short: reward, failed checks, every turn, and what draws its picture again."""
-    references = [t.images[reference["img_id"]] for reference in t.program.references]
+    chosen = [reference["img_id"] for reference in t.program.references]
+    references = [t.images[img_id] for img_id in chosen if img_id in t.images]
     turns = []
     for step in t.steps:
         turns.append({"think": step.think[:limit], "action": action_text(step)[:limit],
