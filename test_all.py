@@ -2710,26 +2710,6 @@ def test_padding_rows_equals_torchs_and_gives_every_row_its_gradient(shape):
     assert all(torch.equal(r.grad, upstream[i, :len(r)]) for i, r in enumerate(rows))
 
 
-def test_promotion_compares_with_the_best_so_far_and_allows_for_chance_alone(monkeypatch):
-    """Paired on the same requests: a drop within one standard error is promoted, a larger one is not, and no drop
-    lowers the bar for the next."""
-    monkeypatch.setattr(genevolve, "show", lambda *_: None)
-    kept, base = [], np.linspace(0.2, 0.8, 64)
-    run = SimpleNamespace(
-        validation=[{}] * 64, promoted=None, out="", steps_done=1, processes=SimpleNamespace(is_main=True),
-        scorer=SimpleNamespace(render_and_score=lambda _: None), memory=SimpleNamespace(lookup=lambda asked, count: [None] * len(asked)),
-        save_promoted=lambda: None, write_policy=lambda name, figures: kept.append(figures))
-    def check(rewards):
-        attempts = [SimpleNamespace(reward=float(r), question="", judgement={"kscore": 1.0}, program=object()) for r in rewards]
-        run.sample_trajectories = lambda rows, seeds: (attempts, 0.0)
-        return genevolve.Evolution.evaluate(run)["promoted"]
-    noise = np.where(np.arange(64) % 2, 0.1, -0.1)  # paired difference: standard error 0.0125
-    assert check(base) and check(base + noise - 0.012)       # 0.012 worse on average: chance would do that
-    assert not check(base + noise - 0.020)                   # compared with the first, not with the one before
-    assert run.promoted == base.tolist() and check(base + 0.01) and run.promoted != base.tolist()
-    assert not check(base) and len(kept) == 3                # 0.01 worse everywhere: no chance in it
-
-
 GUIDE_TEXT = 'Count aloud. Say: "Exactly three separate copies: one, two, three." with the number wanted.'
 TITLES = ("Velmar Bridge, early look", "Velmar Bridge, present look", "Velmar Bridge, replica")
 FOUND = "\n".join(f"{i}. IMG_{i:03d} {title}" for i, title in enumerate(TITLES, 1))
@@ -4331,6 +4311,25 @@ def test_the_policy_of_a_lora_run_is_merged_and_peft_finds_the_adapters_beside_i
 def test_an_impossible_run_is_refused(flags, message):
     with pytest.raises(ValueError, match=message):
         genevolve.Evolve(**flags)
+
+
+def test_promotion_compares_with_the_best_so_far_and_allows_for_chance_alone(offline_evolution, monkeypatch):
+    """Paired on the same requests: a drop within one standard error is promoted, a larger one is not, and no drop
+    lowers the bar for the next."""
+    monkeypatch.setattr(genevolve, "keep_examples", lambda *_: None)
+    run, kept = offline_evolution(), []
+    run.save_promoted, run.write_policy = (lambda: None), (lambda name, figures: kept.append(figures))
+
+    def promotes(rewards):
+        attempts = [distill.Trajectory("", "", reward=float(r), judgement={"kscore": 1.0}) for r in rewards]
+        run.sample_trajectories = lambda requests, seeds: (attempts, 0.0)
+        return run.evaluate()["promoted"]
+    base = np.linspace(0.2, 0.8, 64)
+    noise = np.where(np.arange(64) % 2, 0.1, -0.1)  # paired difference: standard error 0.0125
+    assert promotes(base) and promotes(base + noise - 0.012)  # 0.012 worse on average: chance would do that
+    assert not promotes(base + noise - 0.020)                 # compared with the first, not with the one before
+    assert run.promoted_rewards == base.tolist() and promotes(base + 0.01) and run.promoted_rewards != base.tolist()
+    assert not promotes(base) and len(kept) == 3              # 0.01 worse everywhere: no chance in it
 
 
 def log_rows(rewards):
