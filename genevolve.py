@@ -184,15 +184,17 @@ class LocalPolicy:
 
     def reply(self, request):
         """One turn of a conversation from outside (the chat endpoint): yields tools.ChatReply as tokens are decoded."""
-        messages = [m | {"role": "system" if m["role"] == "developer" else m["role"]} for m in request["messages"]]
+        roles = {"developer": "system"}
+        messages = [m | {"role": roles.get(m["role"], m["role"])} for m in request["messages"]]
         if self.compact:
             messages = atlas.world.compact_messages(messages, skill_guides(), atlas.world.known_requests())
         ids = self.tokenizer.apply_chat(messages, add_generation_prompt=True)
 
         sequence = self.engine.open(ids, request["seed"])
-        self.engine.submit(sequence, min(request["max_tokens"], self.sampling.max_new_tokens), request["temperature"],
-                           request["top_p"], self.stop_ids)
-        sent, ended, stopped = "", False, False
+        max_new_tokens = min(request["max_tokens"], self.sampling.max_new_tokens)
+        self.engine.submit(sequence, max_new_tokens, request["temperature"], request["top_p"], self.stop_ids)
+        sent = ""
+        ended = stopped = False
         try:
             while not ended and not stopped:
                 ended = sequence in self.engine.step()
@@ -265,9 +267,10 @@ class RolloutPolicy(RemotePolicy):
 
     def submit(self, trajectory):
         s = self.sampling
+        tokens = list(trajectory.tokens)
         seed = zlib.crc32(f"{trajectory.seed} {trajectory.rounds}".encode())
-        future = self.pool.submit(self.client.generate, list(trajectory.tokens), s.max_new_tokens, s.temperature,
-                                  s.top_p, self.stop_ids, seed)
+        future = self.pool.submit(self.client.generate, tokens, s.max_new_tokens, s.temperature, s.top_p,
+                                  self.stop_ids, seed)
         self.writing[future] = trajectory
 
     def read(self, trajectory, rollout):
@@ -277,7 +280,8 @@ class RolloutPolicy(RemotePolicy):
         return text, rollout.finish
 
     def observe(self, trajectory, text):
-        self.append(trajectory, self.tokenizer.observation(text, closed=trajectory.tokens[-1] in self.stop_ids))
+        is_closed = trajectory.tokens[-1] in self.stop_ids
+        self.append(trajectory, self.tokenizer.observation(text, closed=is_closed))
         self.submit(trajectory)
 
     def load_weights(self, folder, step):
@@ -299,9 +303,9 @@ class ChatPolicy(RemotePolicy):
         super().__init__(client, sampling, compact=False, workers=workers)
 
     def start(self, trajectory):
-        s = self.sampling
-        future = self.pool.submit(self.client.complete, trajectory.messages, temperature=s.temperature, top_p=s.top_p,
-                                  max_tokens=4096, seed=trajectory.seed % 2 ** 31)
+        options = {"temperature": self.sampling.temperature, "top_p": self.sampling.top_p, "max_tokens": 4096,
+                   "seed": trajectory.seed % 2**31}
+        future = self.pool.submit(self.client.complete, trajectory.messages, **options)
         self.writing[future] = trajectory
 
     def read(self, trajectory, text):
@@ -341,10 +345,11 @@ class Agent:
 
     def open(self, request, seed, guide=None):
         """The Trajectory of a request before its first turn."""
-        messages = [{"role": "system", "content": self.system}, {"role": "user", "content": request["question"]}]
+        question = request["question"]
+        messages = [{"role": "system", "content": self.system}, {"role": "user", "content": question}]
         if guide:
             messages = distill.teacher_messages(messages, guide)
-        return distill.Trajectory(request["id"], request["question"], request, messages, seed, self.toolbox.session())
+        return distill.Trajectory(request["id"], question, request, messages, seed, self.toolbox.session())
 
     def play(self, trajectories):
         """Take every trajectory to its end; yields each as it ends."""
@@ -384,8 +389,9 @@ class Agent:
 
         turn = tools.parse_turn(text)
         observation = self.respond(trajectory, turn)
-        trajectory.steps.append(distill.Step(turn.think, turn.kind, turn.name, turn.arguments, observation or ""))
-        self.listen(trajectory, trajectory.steps[-1])
+        step = distill.Step(turn.think, turn.kind, turn.name, turn.arguments, observation or "")
+        trajectory.steps.append(step)
+        self.listen(trajectory, step)
 
         if trajectory.program is not None:
             trajectory.termination = "answer"
@@ -470,7 +476,7 @@ class Scorer:
         if not trajectories:
             return []
         prompts = [t.program.gen_prompt for t in trajectories]
-        references = [[self.open(path) for path in reference_files(t)[:2]] for t in trajectories]
+        references = [list(map(self.open, reference_files(t)[:2])) for t in trajectories]
         seeds = [image_seed(t.row) for t in trajectories]
         return self.renderer.render(prompts, references, seeds, **self.options)
 
@@ -636,7 +642,7 @@ class Evolution:
         seconds = time.perf_counter() - started
         return gather_trajectories(local, requests, self.processes), seconds
 
-    # -- compare, remember, teach --
+    # -- compare, remember, teach, learn --
 
     def remember(self, requests, groups):
         """Compare best and worst of every group, keep what the widest gaps teach. Returns the log's part of the row."""
@@ -660,8 +666,6 @@ class Evolution:
     def choose_guides(self, requests, entries):
         """[Bundle or None], one a request: what its teacher reads. entries: what the memory found, Entry or None."""
         return [entry.bundle if entry else None for entry in entries]
-
-    # -- learn --
 
     def update(self, batch, groups, entries):
         """One optimizer step, or one a minibatch. Returns the update's part of the log's row."""
@@ -693,10 +697,11 @@ class Evolution:
     def gradients(self, minibatch, groups, entries):
         """(gradients of L_GRPO, gradients of L_SDL or of what takes its place, sums for the log)."""
         s = self.settings
+        recipe = self.recipe.at(self.steps_done)
         with self.autocast():
             policy_grads, sdl_grads, metrics = distill.update_gradients(
-                self.net, self.reference, self.teacher, minibatch, self.recipe.at(self.steps_done), s.temperature,
-                s.grpo, s.micro_tokens, processes=self.processes)
+                self.net, self.reference, self.teacher, minibatch, recipe, s.temperature, s.grpo, s.micro_tokens,
+                processes=self.processes)
             replacement = self.extra_gradients(minibatch, groups, entries)
         return policy_grads, sdl_grads if replacement is None else replacement, metrics
 
@@ -739,7 +744,8 @@ class Evolution:
             if target is not trained and trained.requires_grad:
                 target.copy_(model.full_tensor(trained))
         if self.settings.rollouts_url and self.processes.is_main:
-            self.components.policy.load_weights(os.path.join(self.settings.out, "served"), self.steps_done)
+            folder = os.path.join(self.settings.out, "served")
+            self.components.policy.load_weights(folder, self.steps_done)
         self.processes.barrier()
 
     # -- evaluate, promote, roll back --
@@ -766,14 +772,15 @@ class Evolution:
 
     def save_promoted(self):
         """Keep the training state that a collapse goes back to."""
-        tensors = model.training_tensors(self.net, self.optimizer, **self.averages())
+        tensors = model.training_tensors(self.net, self.optimizer, **averages(self))
         folder = os.path.join(self.settings.out, "promoted")
         model.save_checkpoint(folder, self.steps_done, tensors, {}, self.processes)
 
     def restore_promoted(self):
         """Back to the promoted weights and their optimizer, with half the learning rate. Memory and data go on."""
-        _, tensors = model.latest_checkpoint(os.path.join(self.settings.out, "promoted"), self.processes)
-        model.load_training_tensors(tensors, self.net, self.optimizer, **self.averages())
+        folder = os.path.join(self.settings.out, "promoted")
+        _, tensors = model.latest_checkpoint(folder, self.processes)
+        model.load_training_tensors(tensors, self.net, self.optimizer, **averages(self))
         self.lr_scale /= 2
         self.window_start = len(self.log)
         self.components.policy.reset()  # its cache may hold what is not a number
@@ -797,21 +804,18 @@ class Evolution:
     def load_extra_state(self, state):
         """The inverse of ``extra_state``."""
 
-    def averages(self):
-        """Networks that follow the trained one and are kept with it: an EMA teacher."""
-        return {"teacher": self.teacher} if self.recipe.teacher == "ema" else {}
-
     def save(self, row):
         """A checkpoint of the finished step; then the log's line, which ``resume`` mends if a kill comes between."""
         memory, keys = self.memory.state_dict()
-        tensors = model.training_tensors(self.net, self.optimizer, **self.averages())
+        tensors = model.training_tensors(self.net, self.optimizer, **averages(self))
         tensors["memory.keys"] = keys["keys"]
         state = {"settings": run_identity(self.settings, self.recipe), "row": row, "memory": memory,
                  "extra": self.extra_state(), **{name: getattr(self, name) for name in KEPT}}
         folder = os.path.join(self.settings.out, "checkpoints")
         model.save_checkpoint(folder, self.steps_done, tensors, state, self.processes)
         if self.processes.is_main:
-            with open(os.path.join(self.settings.out, "log.jsonl"), "a", encoding="utf-8") as file:
+            log = os.path.join(self.settings.out, "log.jsonl")
+            with open(log, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
     def resume(self):
@@ -825,13 +829,14 @@ class Evolution:
 
         state, tensors = found
         check_same_run(self.settings.out, state["settings"], run_identity(self.settings, self.recipe))
-        model.load_training_tensors(tensors, self.net, self.optimizer, **self.averages())
+        model.load_training_tensors(tensors, self.net, self.optimizer, **averages(self))
         self.memory.load_state(state["memory"], {"keys": tensors["memory.keys"]})
         self.steps_done = state["step"]
         for name in KEPT:
             setattr(self, name, state[name])
         self.load_extra_state(state["extra"])
-        self.log = [row for row in model.read_lines(log) if row["step"] < self.steps_done] + [state["row"]]
+        earlier = [row for row in model.read_lines(log) if row["step"] < self.steps_done]
+        self.log = [*earlier, state["row"]]
         if self.processes.is_main:
             model.write_lines(log, self.log)
             print(f"resuming after step {self.steps_done}", flush=True)
@@ -963,6 +968,11 @@ class WithoutAdapters:
             return self.net.forward_with(work, *arguments)
 
 
+def averages(run):
+    """Networks that follow the trained one and are kept with it: an EMA teacher."""
+    return {"teacher": run.teacher} if run.recipe.teacher == "ema" else {}
+
+
 class RequestEmbedder:
     """Requests -> unit rows (N, C), by a network that does not change, so that the memory's keys never age.
 
@@ -1007,7 +1017,8 @@ def set_old_logprobs(rows, net, temperature, processes):
     """Note log p of the rows' actions under the policy that wrote them: the denominator of the importance ratio."""
     local, counted = distill.local_rows(rows, processes)
     with torch.no_grad():
-        scores = distill.score_actions(net, [row.tokens for row in local], [row.mask for row in local], temperature)
+        tokens, masks = [row.tokens for row in local], [row.mask for row in local]
+        scores = distill.score_actions(net, tokens, masks, temperature)
 
     values = []
     for logp, mask, counts in zip(scores.logp, scores.mask, counted):
@@ -1096,8 +1107,9 @@ def audit_lessons(run, requests, entries, rewards):
     audited = [i for i, entry in enumerate(entries) if entry]
     if not audited:
         return {}
-    placebo = functools.partial(distill.placebo, length=lambda text: len(run.tokenizer.encode(text)))
 
+    def placebo(bundle):
+        return distill.placebo(bundle, lambda text: len(run.tokenizer.encode(text)))
     without = [distill.average(rewards[i].tolist()) for i in audited]
     means = []
     for stream, change in ((1, lambda bundle: bundle), (2, placebo)):
@@ -1176,7 +1188,8 @@ def paired_change(rewards, before):
     change = np.array(rewards) - np.array(before)
     change = change[~np.isnan(change)]
     count = max(len(change), 1)
-    return {"change": distill.average(change.tolist()), "standard_error": float(change.std() / count ** 0.5)}
+    return {"change": distill.average(change.tolist()),
+            "standard_error": float(change.std() / count**0.5)}
 
 
 # ---- What the log says of a step -------------------------------------------------------------------------------------
@@ -1195,7 +1208,7 @@ def rollout_metrics(groups, rewards):
             "missing": int(is_missing.sum()),
             "kscore": mean(t.judgement["kscore"] for t in trajectories if t.judgement),
             "validity": mean(t.program is not None for t in trajectories),
-            "tool_calls": mean(len([s for s in t.steps if s.kind == "tool_call"]) for t in trajectories),
+            "tool_calls": mean([step.kind for step in t.steps].count("tool_call") for t in trajectories),
             "response_tokens": mean(sum(t.mask) for t in trajectories),
             "rollouts": len(trajectories)}
 
