@@ -1673,11 +1673,11 @@ def rare_tokens(tokenizer, conversations):
     counts = Counter(token for ids in requests for token in set(ids))
     rare = sorted(token for token, count in counts.items() if count < 0.2 * len(requests))
     single = [token for token in rare if re.fullmatch("[A-Z0-9]", tokenizer.decode([token]))]
-    return [np.array(rare), np.array(single or rare)]
+    return [np.array(rare, dtype=np.int64), np.array(single or rare, dtype=np.int64)]
 
 
 def sft_batches(rows, batch_tokens, rng):
-    """Endless shuffled batches of about ``batch_tokens`` tokens; of all rows, if they have fewer. rows: [(ids, mask)]"""
+    """Endless shuffled batches of about ``batch_tokens`` tokens; of all rows if they have fewer. rows: [(ids, mask)]"""
     batch_tokens = min(batch_tokens, sum(len(ids) for ids, _ in rows))
     while True:
         batch, size = [], 0
