@@ -945,6 +945,145 @@ def read_shards(paths):
     return {k: v[0] if len(v) == 1 else torch.cat(v) for k, v in parts.items()}
 
 
+# ---- Training state --------------------------------------------------------------------------------------------------
+
+def training_tensors(net, optimizer, **networks):
+    """What a trainer must keep to go on, {name: tensor}; its inverse is ``load_training_tensors``.
+
+    "net.NAME" are the parameters that train, "optimizer.NAME.KEY" the optimizer's state of each (AdamW: step, exp_avg,
+    exp_avg_sq; Muon: momentum), "KEYWORD.NAME" the parameters of further networks, which are averages of ``net`` (a
+    teacher, an EMA): what is frozen in ``net`` is left out of them, too. Nothing is copied; sharded tensors stay so.
+    """
+    tensors = {}
+    frozen = set()
+    for name, p in net.named_parameters():
+        if not p.requires_grad:
+            frozen.add(name)
+            continue
+        tensors[f"net.{name}"] = p.detach()
+        for key, value in optimizer.state.get(p, {}).items():
+            tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value)
+
+    for keyword, network in networks.items():
+        for name, p in network.named_parameters():
+            if name not in frozen:
+                tensors[f"{keyword}.{name}"] = p.detach()
+    return tensors
+
+
+@torch.no_grad()
+def load_training_tensors(tensors, net, optimizer, **networks):
+    """Put the tensors of ``training_tensors`` back, in place. Every process calls it with whole tensors.
+
+    Raises ValueError where a parameter is missing or has another shape (adapters of another rank, another network).
+    """
+    def tensor_like(p, name):
+        value = tensors.get(name)
+        if value is None or value.shape != p.shape:
+            found = "missing" if value is None else tuple(value.shape)
+            raise ValueError(f"training state: {name} is {found}, expected {tuple(p.shape)}")
+        return distribute_like(value.to(p.device), p)
+
+    keys = {}  # parameter's name -> what the optimizer keeps of it
+    for name in tensors:
+        if name.startswith("optimizer."):
+            parameter, _, key = name.removeprefix("optimizer.").rpartition(".")
+            keys.setdefault(parameter, []).append(key)
+
+    frozen = {name for name, p in net.named_parameters() if not p.requires_grad}
+    for name, p in net.named_parameters():
+        if name in frozen:
+            continue
+        p.copy_(tensor_like(p, f"net.{name}"))
+        optimizer.state[p] = {}
+        for key in keys.get(name, ()):
+            entry = f"optimizer.{name}.{key}"
+            is_number = tensors[entry].dim() == 0  # AdamW's step: it stays on the CPU
+            optimizer.state[p][key] = (tensors[entry] if is_number else tensor_like(p, entry)).clone()
+
+    for keyword, network in networks.items():
+        for name, p in network.named_parameters():
+            if name not in frozen:
+                p.copy_(tensor_like(p, f"{keyword}.{name}"))
+
+
+def save_checkpoint(folder, step, tensors, state, processes=None, keep=2):
+    """Write folder/000012/ (for step 12): one safetensors file a process, and state.json. Returns its path.
+
+    The checkpoint is there whole or not at all: it is written under another name, flushed to the disk, and renamed.
+    state: {...} of JSON values; "step" and "checksums" {file: SHA-256} are added. Every process calls this, and goes on
+    when the checkpoint stands. Of the checkpoints up to this step the ``keep`` newest stay, later ones are removed (a
+    damaged one, whose steps are done again).
+    """
+    processes = processes or ProcessGroup()
+    unfinished, final = os.path.join(folder, "unfinished"), os.path.join(folder, f"{step:06d}")
+    if processes.is_main:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        os.makedirs(unfinished)
+    processes.barrier()
+
+    path = write_shards(processes, os.path.join(unfinished, "state"), tensors)
+    flush(path)
+    checksums = dict(processes.all_gather_objects([os.path.basename(path), checksum(path)]))
+
+    if processes.is_main:
+        write_json(os.path.join(unfinished, "state.json"), {**state, "step": step, "checksums": checksums})
+        flush(os.path.join(unfinished, "state.json"))
+        flush(unfinished)
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(unfinished, final)
+        flush(folder)
+        earlier = [name for name in checkpoint_names(folder) if int(name) <= step]
+        for name in set(checkpoint_names(folder)) - set(earlier[-keep:]):
+            shutil.rmtree(os.path.join(folder, name))
+    processes.barrier()
+    return final
+
+
+def latest_checkpoint(folder, processes=None):
+    """(state, tensors) of the newest whole checkpoint, tensors whole in every process; None if there is none.
+
+    A damaged newer one is named on stderr, in one line, and skipped; an unfinished one is no checkpoint.
+    """
+    processes = processes or ProcessGroup()
+    newest = newest_whole_checkpoint(folder) if processes.is_main else None
+    newest = processes.all_gather_objects(newest)[0]
+    if newest is None:
+        return None
+    state = read_json(os.path.join(newest, "state.json"))
+    return state, read_shards([os.path.join(newest, name) for name in state["checksums"]])
+
+
+def newest_whole_checkpoint(folder):
+    """Path of the newest checkpoint whose files have the checksums that its state.json tells, or None."""
+    for name in reversed(checkpoint_names(folder)):
+        path = os.path.join(folder, name)
+        try:
+            expected = read_json(os.path.join(path, "state.json"))["checksums"]
+            if expected == {file: checksum(os.path.join(path, file)) for file in expected}:
+                return path
+            reason = "its checksum does not match"
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = error
+        print(f"{path}: damaged, skipped ({reason})", file=sys.stderr)
+    return None
+
+
+def checkpoint_names(folder):
+    """Names of the folder's checkpoints, oldest first."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted((name for name in names if name.isdecimal()), key=int)
+
+
+def flush(path):
+    """What was written to a file, or which names a folder holds, outlasts a power cut from here on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 # ---- Sampling --------------------------------------------------------------------------------------------------------
 
 MASK64 = 2**64 - 1
@@ -1483,13 +1622,10 @@ def make_folder(path):
     return path
 
 
-def is_compact(policy_folder):
-    """Whether a policy was trained on the compact form of the protocol."""
+def read_protocol(policy_folder):
+    """"compact" or "full": the form of the protocol that a policy was trained on; "full" where the folder tells none."""
     path = os.path.join(policy_folder, "genevolve.json")
-    if not os.path.exists(path):
-        return False
-    with open(path, encoding="utf-8") as file:
-        return json.load(file).get("protocol") == "compact"
+    return read_json(path).get("protocol", "full") if os.path.exists(path) else "full"
 
 
 def pick_device(name):
@@ -1505,21 +1641,48 @@ def checksum(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_lines(path):
+    """The values in a file of JSON lines; [] where there is no such file. An unfinished last line is left out.
+
+    Raises ValueError, in one line, for any other line that is not JSON.
+    """
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8") as file:
+        lines = file.readlines()
+
+    values = []
+    for number, line in enumerate(lines, 1):
+        try:
+            values.append(json.loads(line))
+        except ValueError as error:
+            if number == len(lines) and not line.endswith("\n"):  # a kill came while it was written
+                break
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+    return values
+
+
 def write_lines(path, rows):
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def save_policy(path, net, tokenizer, compact, training):
-    """A policy folder, replaced as a whole."""
-    temporary = path + ".new"
-    shutil.rmtree(temporary, ignore_errors=True)
-    save(temporary, net, tokenizer)
-    write_json(os.path.join(temporary, "genevolve.json"), {"protocol": "compact" if compact else "full"})
-    write_json(os.path.join(temporary, "training.json"), training)
-    swap_folder(temporary, path)
+def save_policy(path, net, tokenizer, protocol, training, base=""):
+    """A policy folder, replaced as a whole: plain weights, the protocol ("compact" or "full"), how it was trained.
+
+    Where the net has low-rank adapters, the weights are merged and the adapters lie beside them, in path/adapter/;
+    base: the model that they adapt.
+    """
+    staging = path + ".new"
+    shutil.rmtree(staging, ignore_errors=True)
+    save(staging, net, tokenizer)
+    if list(adapted(net)):
+        save_adapter(os.path.join(staging, "adapter"), net, base)
+    write_json(os.path.join(staging, "genevolve.json"), {"protocol": protocol})
+    write_json(os.path.join(staging, "training.json"), training)
+    replace_folder(staging, path)
 
 
-def swap_folder(source, path):
+def replace_folder(source, path):
     """Put ``source`` where ``path`` is; what was there is gone only after the new one stands."""
     old = path + ".old"
     shutil.rmtree(old, ignore_errors=True)

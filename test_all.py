@@ -628,27 +628,613 @@ def test_exported_text_weights_take_their_place_in_a_vision_checkpoint(tmp_path)
     assert all(torch.equal(kept[k], v) for k, v in peer.state_dict().items() if "visual" in k)
 
 
+# -- training state
+
+def small_trainer(seed=0, rank=0):
+    """(net, AdamW) of a small policy, with adapters of this rank if it is not 0."""
+    net = model_net(seed)
+    if rank:
+        model.add_lora(net, rank, 2 * rank)
+    return net, torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
+
+
+def train_steps(net, optimizer, steps):
+    for step in steps:
+        optimizer.zero_grad()
+        (-torch.cat(model.token_logprobs(net, [model_prompt(20, step)])).mean()).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_training_goes_on_bit_for_bit_from_a_checkpoint(tmp_path, rank):
+    net, optimizer = small_trainer(rank=rank)
+    teacher = copy.deepcopy(net)
+    train_steps(net, optimizer, range(3))
+    train_steps(teacher, torch.optim.SGD([p for p in teacher.parameters() if p.requires_grad], lr=0.1), range(1))
+    model.save_checkpoint(tmp_path, 3, model.training_tensors(net, optimizer, teacher=teacher), {"seconds": 1.5})
+
+    again, its_optimizer = small_trainer(rank=rank)
+    its_teacher = copy.deepcopy(again)
+    state, tensors = model.latest_checkpoint(tmp_path)
+    model.load_training_tensors(tensors, again, its_optimizer, teacher=its_teacher)
+    assert state["step"] == 3 and state["seconds"] == 1.5
+    for run in ((net, optimizer), (again, its_optimizer)):
+        train_steps(*run, range(3, 6))
+    for a, b in ((net, again), (teacher, its_teacher)):
+        assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_a_checkpoint_holds_only_what_trains():
+    net, optimizer = small_trainer(rank=4)
+    train_steps(net, optimizer, range(1))
+    tensors = model.training_tensors(net, optimizer, teacher=copy.deepcopy(net))
+    assert tensors and all("lora" in name for name in tensors)
+    trained = {name for name, p in net.named_parameters() if p.requires_grad}
+    assert {name for name in tensors if name.startswith("net.")} == {f"net.{name}" for name in trained}
+    assert all(f"optimizer.{name}.{key}" in tensors for name in trained for key in ("step", "exp_avg", "exp_avg_sq"))
+
+
+def test_a_state_of_another_network_is_refused():
+    net, optimizer = small_trainer()
+    tensors = model.training_tensors(net, optimizer)
+    for other, fault in (({}, "net.embed.weight is missing"),
+                         (tensors | {"net.norm.weight": torch.ones(3)}, r"net.norm.weight is \(3,\), expected \(32,\)")):
+        with pytest.raises(ValueError, match=fault):
+            model.load_training_tensors(other, net, optimizer)
+
+
+def damage(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("harm", [
+    pytest.param(lambda folder: damage(folder / "state-00001-of-00001.safetensors"), id="a bit of the tensors"),
+    pytest.param(lambda folder: os.remove(folder / "state-00001-of-00001.safetensors"), id="no tensors"),
+    pytest.param(lambda folder: (folder / "state.json").write_text("{"), id="half a state"),
+    pytest.param(lambda folder: (folder / "state.json").write_text("{}"), id="no checksums"),
+    pytest.param(lambda folder: os.remove(folder / "state.json"), id="no state"),
+])
+def test_a_damaged_newest_checkpoint_is_named_in_one_line_and_skipped(tmp_path, capsys, harm):
+    for step in (9, 10):
+        model.save_checkpoint(tmp_path, step, {"x": torch.tensor([float(step)])}, {"note": step})
+    harm(tmp_path / "000010")
+    state, tensors = model.latest_checkpoint(tmp_path)
+    error = capsys.readouterr().err
+    assert (state["step"], state["note"], tensors["x"].item()) == (9, 9, 9.0)
+    assert error.count("\n") == 1 and str(tmp_path / "000010") in error and "skipped" in error
+    model.save_checkpoint(tmp_path, 10, {"x": torch.tensor([11.0])}, {})  # the step is done again
+    assert model.latest_checkpoint(tmp_path)[1]["x"].item() == 11 and capsys.readouterr().err == ""
+
+
+def test_an_unfinished_checkpoint_is_none(tmp_path, capsys, monkeypatch):
+    assert model.latest_checkpoint(tmp_path / "nowhere") is None
+    os.makedirs(tmp_path / "unfinished")
+    assert model.latest_checkpoint(tmp_path) is None
+    model.save_checkpoint(tmp_path, 1, {"x": torch.zeros(1)}, {})
+
+    def full_disk(path, value):
+        raise OSError("no space left")
+    with monkeypatch.context() as patched, pytest.raises(OSError):
+        patched.setattr(model, "write_json", full_disk)
+        model.save_checkpoint(tmp_path, 2, {"x": torch.ones(1)}, {})
+    assert model.latest_checkpoint(tmp_path)[0]["step"] == 1
+    model.save_checkpoint(tmp_path, 2, {"x": torch.ones(1)}, {})
+    assert model.latest_checkpoint(tmp_path)[0]["step"] == 2 and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_newest_checkpoints_stay(tmp_path, keep):
+    os.makedirs(tmp_path / "999999")  # left by a run that went further: its steps are done again
+    for step in (1, 5, 20, 1000000):
+        model.save_checkpoint(tmp_path, step, {"x": torch.zeros(1)}, {}, keep=keep)
+    kept = sorted(os.listdir(tmp_path), key=int)
+    assert kept == ["000001", "000005", "000020", "1000000"][-keep:]
+
+
+def test_lines_of_json_come_back_and_an_unfinished_last_one_is_left_out(tmp_path):
+    path = str(tmp_path / "log.jsonl")
+    assert model.read_lines(path) == []
+    model.write_lines(path, [{"step": 1}, {"step": 2}])
+    assert model.read_lines(path) == [{"step": 1}, {"step": 2}]
+    with open(path, "a") as file:
+        file.write('{"step": ')
+    assert model.read_lines(path) == [{"step": 1}, {"step": 2}]
+    with open(path, "a") as file:
+        file.write("\n{}\n")
+    with pytest.raises(ValueError, match="line 3"):
+        model.read_lines(path)
+
+
+def test_a_folder_takes_the_place_of_another_and_tells_its_protocol(tmp_path):
+    net, tokenizer, path = model_net(), model_tokenizer(), str(tmp_path / "policy")
+    for protocol in ("full", "compact"):
+        model.save_policy(path, net, tokenizer, protocol, {"step": 3})
+        assert model.read_protocol(path) == protocol and model.read_json(path + "/training.json") == {"step": 3}
+    assert os.listdir(tmp_path) == ["policy"] and not os.path.exists(path + "/adapter")
+    assert model.read_protocol(str(tmp_path)) == "full"
+
+
 # ==== diffusion.py: pictures, the VAE, the flow, the renderer =========================================================
 
 
-DIFFUSION_WEIGHTS = os.path.join(os.path.dirname(os.path.abspath(diffusion.__file__)), "weights")
+WEIGHTS = os.path.join(os.path.dirname(os.path.abspath(diffusion.__file__)), "weights")
+FOLDERS = os.path.join(WEIGHTS, "renderer"), os.path.join(WEIGHTS, "vae")
 
 
-def diffusion_picture(height=9, width=13, seed=0, channels=3):
+def random_image(height=9, width=13, seed=0, channels=3):
     return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
 
 
-def diffusion_chunk(kind, body):
+def small_transformer(**changes):
+    """A transformer in which no weight is exactly zero, so that every path counts."""
+    torch.manual_seed(0)
+    sizes = dict(vocabulary=20, classes=7, width=32, layers=2, heads=2, encoder_layers=1, channels=2, tokens=16,
+                 reference_tokens=4)
+    net = diffusion.Transformer(diffusion.RendererConfig(**sizes | changes))
+    for parameter in net.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return net.eval()
+
+
+@pytest.fixture
+def denoiser():
+    return small_transformer()
+
+
+def prompt_row(words=5, references=1, seed=0):
+    """A condition that fits ``small_transformer``."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, 20, (words,), generator=g)
+    places = torch.randint(0, 4, (words,), generator=g)
+    return diffusion.PromptRow(ids, places, torch.randn(references, 4, 8, generator=g))
+
+
+@pytest.fixture
+def renderer_folders(tmp_path):
+    """(renderer's folder, VAE's folder), untrained."""
+    net = small_transformer(channels=8, tokens=64, reference_tokens=16, vocabulary=4)
+    renderer_folder, vae_folder = str(tmp_path / "renderer"), str(tmp_path / "vae")
+    diffusion.save_folder(renderer_folder, net, {})
+    diffusion.save_folder(vae_folder, diffusion.VAE(diffusion.VAEConfig(width=16)), {})
+    tokenizer = diffusion.train_caption_tokenizer(["red blue green"], 1)
+    tokenizer.save(os.path.join(renderer_folder, "tokenizer.json"))
+    return renderer_folder, vae_folder
+
+
+@pytest.fixture
+def small_renderer(renderer_folders):
+    return diffusion.Renderer.load(*renderer_folders)
+
+
+# ---- VAE ------------------------------------------------------------------------------------------------------------
+
+def test_the_vae_learns_and_its_loss_has_a_gradient_everywhere():
+    vae = diffusion.VAE(diffusion.VAEConfig(width=32))
+    images = torch.from_numpy(random_image(16, 16))[None]
+    loss, _ = diffusion.vae_loss(vae, images, torch.Generator().manual_seed(0))
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in vae.parameters())
+
+
+def test_the_committed_vae_round_trips_glyphs_and_blocks():
+    if not os.path.exists(os.path.join(WEIGHTS, "vae", "model.safetensors")):
+        pytest.skip("weights/vae is absent")
+    vae = diffusion.load_folder(os.path.join(WEIGHTS, "vae"), diffusion.VAE, diffusion.VAEConfig, "cpu")
+    ink = np.array([(200, 45, 45), (45, 80, 190), (245, 215, 70), (245, 245, 245), (40, 35, 45)], np.uint8)
+    image = np.random.default_rng(0).choice(5, (4, 32, 32))
+    image = torch.from_numpy(ink[image].repeat(2, 1).repeat(2, 2))  # 2 x 2 blocks
+    with torch.no_grad():
+        back = vae.to_images(vae.to_latents(image))
+    assert 10 * math.log10(255**2 / (back.float() - image.float()).square().mean()) > 25
+
+
+# ---- Captions -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text", ["KEL7", "K-E-L-7", '"KEL7",', "k-e-l-7"])
+def test_spelled_strings_and_capitals_become_characters_with_their_places(text):
+    spelled = [(token, place) for token, place in diffusion.caption_tokens(text) if place]
+    assert spelled == [("K", 1), ("E", 2), ("L", 3), ("7", 4)]
+
+
+def test_words_and_marks_have_place_zero():
+    assert diffusion.caption_tokens('A Whole sign: "5".') == [
+        ("a", 0), ("whole", 0), ("sign", 0), (":", 0), ('"', 0), ("5", 1), ('"', 0), (".", 0)]
+
+
+def test_words_from_an_ordinal_to_the_end_of_its_sentence_name_that_reference():
+    tokens = diffusion.caption_tokens("The first one left, the Second right. Red.")
+    assert [place for _, place in tokens] == [0, -1, -1, -1, -1, -1, -2, -2, 0, 0, 0]
+
+
+def test_unknown_words_are_unk_and_an_empty_caption_has_no_tokens():
+    tokenizer = diffusion.train_caption_tokenizer(["a red ball"] * 3, 2)
+    (ids, places), (nothing, _) = diffusion.tokenize(tokenizer, ["Velmar red", ""], 10)
+    assert ids.tolist() == [tokenizer.token_to_id("[UNK]"), tokenizer.token_to_id("red")] and len(nothing) == 0
+
+
+# ---- Conditions and the transformer ---------------------------------------------------------------------------------
+
+def test_patchify_is_undone_and_patches_are_two_by_two():
+    x = torch.randn(2, 8, 8, 3)
+    tokens = diffusion.patchify(x)
+    assert torch.equal(diffusion.unpatchify(tokens), x)
+    assert torch.equal(tokens[1, 5].view(2, 2, 3), x[1, 2:4, 2:4])
+
+
+def test_packed_prompts_of_different_lengths_give_what_each_gives_alone(denoiser):
+    rows = [prompt_row(9, 2, 0), prompt_row(2, 0, 1), prompt_row(0, 0, 2), prompt_row(4, 1, 3)]
+    x, t = torch.randn(4, 16, 8), torch.rand(4)
+    together = denoiser(x, t, denoiser.encode(diffusion.pack(rows)))
+    for i, row in enumerate(rows):
+        alone = denoiser(x[i:i + 1], t[i:i + 1], denoiser.encode(diffusion.pack([row])))
+        assert torch.allclose(together[i], alone[0], atol=1e-5)
+
+
+def test_the_condition_is_the_same_whether_encoded_once_or_at_every_step(denoiser):
+    rows = [prompt_row(), prompt_row(3, 2, 1)]
+    noise, times = torch.randn(2, 16, 8), diffusion.schedule(4)
+
+    def encode_and_denoise(x, t):
+        return diffusion.guided_velocity(denoiser, denoiser.encode(diffusion.pack(rows)))(x, t)
+    once = diffusion.guided_velocity(denoiser, denoiser.encode(diffusion.pack(rows)))
+    assert torch.equal(diffusion.integrate(once, noise, times), diffusion.integrate(encode_and_denoise, noise, times))
+
+
+@pytest.mark.parametrize("change", [
+    lambda row: row._replace(ids=row.ids.flip(0)),
+    lambda row: row._replace(places=row.places + 1),
+    lambda row: row._replace(references=row.references[:1]),
+    lambda row: row._replace(references=row.references.flip(0)),
+    lambda row: row._replace(references=row.references * 2),
+], ids=["order of words", "places", "one reference less", "order of references", "references"])
+def test_an_untrained_net_sees_words_places_references_and_their_order(denoiser, change):
+    row, x, t = prompt_row(5, 2), torch.randn(1, 16, 8), torch.tensor([0.5])
+    before, after = (denoiser(x, t, denoiser.encode(diffusion.pack([r]))) for r in (row, change(row)))
+    assert not torch.allclose(before, after, atol=1e-4)
+
+
+def test_attention_written_out_equals_the_fused_kernel():
+    q, k, v = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 8)
+    mask = (torch.arange(7) < torch.tensor([[7], [3]]))[:, None, None]
+    written = diffusion.attend(q, k, v, mask)
+    with torch.no_grad():
+        assert torch.allclose(written, diffusion.attend(q, k, v, mask), atol=1e-6)
+
+
+# ---- Flow and samplers ----------------------------------------------------------------------------------------------
+
+def test_noised_ends_are_the_picture_and_the_noise():
+    x0, noise = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    assert torch.equal(diffusion.noised(x0, noise, torch.tensor([0.0, 1.0])), torch.stack([x0[0], noise[1]]))
+
+
+@pytest.mark.parametrize("sampler", ["euler", "midpoint"])
+@pytest.mark.parametrize("steps", [1, 2, 7, 20])
+def test_the_exact_velocity_recovers_the_sample_in_one_step_or_many(steps, sampler):
+    x0, noise = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 3, 4, dtype=torch.float64)
+    got = diffusion.integrate(lambda x, t: (x - x0) / t, noise, diffusion.schedule(steps), sampler)
+    assert torch.allclose(got, x0, atol=1e-9)
+
+
+@pytest.mark.parametrize("sampler, factor", [("euler", lambda h: 1 + h), ("midpoint", lambda h: 1 + h + h**2 / 2)])
+def test_a_step_of_each_solver_is_its_taylor_polynomial(sampler, factor):
+    """On dx/dt = x a step of length h multiplies x by 1 + h (Euler) or by 1 + h + h^2 / 2 (midpoint)."""
+    got = diffusion.integrate(lambda x, t: x, 3.0, [1.0, 0.6, 0.0], sampler)
+    assert got == pytest.approx(3.0 * factor(-0.4) * factor(-0.6), rel=1e-12)
+
+
+@pytest.mark.parametrize("velocity, exact", [
+    (lambda x, t: x, 1 / math.e),          # x = e^(t - 1)
+    (lambda x, t: 2 * t * x, 1 / math.e),  # x = e^(t^2 - 1)
+    (lambda x, t: x + t, 3 / math.e - 1),  # x = 3 e^(t - 1) - t - 1
+], ids=["x", "2 t x", "x + t"])
+@pytest.mark.parametrize("sampler, order", [("euler", 1), ("midpoint", 2)])
+def test_euler_converges_in_first_order_and_midpoint_in_second(sampler, order, velocity, exact):
+    """Linear velocity fields that lead from x = 1 at t = 1 to ``exact`` at t = 0: half the step, error / 2^order."""
+    errors = [abs(diffusion.integrate(velocity, 1.0, diffusion.schedule(n), sampler) - exact) for n in (32, 64)]
+    assert abs(math.log2(errors[0] / errors[1]) - order) < 0.15
+
+
+@pytest.mark.parametrize("churn", [0.0, 0.6, 1.0])
+def test_ancestral_sampling_keeps_the_marginals_and_replaces_its_share_of_the_noise(churn):
+    """With a known x_0, x_t ~ N((1 - t) x_0, t^2) at every t; each step keeps sqrt(1 - churn^2) of the old noise."""
+    g = torch.Generator().manual_seed(0)
+    x0, times = 0.7, [1.0, 0.8, 0.5, 0.25]
+
+    def normal():
+        return torch.randn(100_000, generator=g, dtype=torch.float64)
+
+    def velocity(x, t):
+        return (x - x0) / t
+    start = normal()
+    x = diffusion.integrate(velocity, start, times, "ancestral", normal, churn)
+    assert x.mean().item() == pytest.approx(0.75 * x0, abs=0.003)
+    assert x.std().item() == pytest.approx(0.25, abs=0.002)
+    kept = torch.corrcoef(torch.stack([x, start]))[0, 1].item()
+    assert kept == pytest.approx((1 - churn**2)**1.5, abs=0.01)  # three steps
+    at_zero = diffusion.integrate(velocity, start, [*times, 0.0], "ancestral", normal, churn)
+    assert torch.allclose(at_zero, torch.full_like(start, x0), atol=1e-12)  # the last step adds no noise
+
+
+def test_an_unknown_sampler_is_refused():
+    with pytest.raises(ValueError, match="heun3"):
+        diffusion.integrate(lambda x, t: x, 1.0, [1, 0], "heun3")
+
+
+def test_guidance_1_is_no_guidance_and_the_batched_pass_equals_two_passes(denoiser):
+    rows = [prompt_row(), prompt_row(3, 2, 1)]
+    x, t = torch.randn(2, 16, 8), torch.full((2,), 0.6)
+    condition = denoiser.encode(diffusion.pack(rows))
+    unconditional = denoiser.encode(diffusion.pack([row.drop() for row in rows]))
+    with torch.no_grad():
+        x0_cond, x0_uncond = denoiser(x, t, condition), denoiser(x, t, unconditional)
+        assert torch.equal(diffusion.guided_velocity(denoiser, condition)(x, 0.6), (x - x0_cond) / 0.6)
+        for guidance in (0.0, 1.0 + 1e-9, 3.0):
+            guided = diffusion.guided_velocity(denoiser, condition, unconditional, guidance)(x, 0.6)
+            x0 = x0_uncond + guidance * (x0_cond - x0_uncond)
+            assert torch.allclose(guided, (x - x0) / 0.6, atol=1e-4)
+
+
+# ---- Renderer -------------------------------------------------------------------------------------------------------
+
+def pixel_distance(a, b):
+    return np.abs(a.astype(int) - b).max()
+
+
+def test_a_saved_renderer_loads_and_an_image_does_not_depend_on_its_batch(small_renderer):
+    prompts = ["red", "blue green red blue", ""]
+    references = [[random_image(40, 50)], [], [random_image(32, 32)] * 2]
+    together = small_renderer.render(prompts, references, [7, 8, 9], steps=3)
+    pairs = small_renderer.render(prompts, references, [7, 8, 9], steps=3, max_batch=2)
+    alone = small_renderer.render(prompts[1:2], references[1:2], [8], steps=3)[0]
+    other_seed = small_renderer.render(prompts[1:2], references[1:2], [10], steps=3)[0]
+    assert together[0].shape == (64, 64, 3) and together[0].dtype == np.uint8
+    assert pixel_distance(together[1], alone) <= 1 and pixel_distance(together[2], pairs[2]) <= 1
+    assert pixel_distance(alone, other_seed) > 3
+
+
+def test_no_prompts_give_no_pictures(small_renderer):
+    assert small_renderer.render([], [], []) == []
+
+
+def test_every_sampler_reaches_the_picture(small_renderer):
+    def render(steps):
+        return {sampler: small_renderer.render(["red"], [[]], [3], steps=steps, sampler=sampler)[0]
+                for sampler in diffusion.SAMPLERS}
+    one, three = render(1), render(3)
+    assert np.array_equal(one["ancestral"], one["euler"])  # the last step of both is the same
+    assert pixel_distance(one["midpoint"], one["euler"]) > 3
+    assert pixel_distance(three["ancestral"], three["euler"]) > 3
+    assert pixel_distance(three["midpoint"], three["euler"]) > 3
+
+
+@pytest.mark.parametrize("prompts", [["red"], []])
+def test_an_unknown_sampler_of_the_renderer_is_refused_with_the_choices(small_renderer, prompts):
+    with pytest.raises(ValueError) as error:
+        small_renderer.render(prompts, [[] for _ in prompts], [0 for _ in prompts], sampler="heun3")
+    assert str(error.value) == "unknown sampler 'heun3': choose euler, midpoint or ancestral"
+
+
+@pytest.mark.parametrize("references, options", [
+    ([random_image()] * 3, {}),
+    ([random_image().astype(float)], {}),
+    ([random_image()[..., 0]], {}),
+    ([], {"steps": 0}),
+    ([], {"seeds": [0, 1]}),
+], ids=["three references", "float", "grey", "no steps", "two seeds"])
+def test_three_references_wrong_pictures_and_zero_steps_are_refused(small_renderer, references, options):
+    with pytest.raises(ValueError) as error:
+        small_renderer.render(**{"prompts": ["red"], "references": [references], "seeds": [0], "steps": 1} | options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_both_references_of_a_pair_reach_the_picture():
+    if not os.path.exists(os.path.join(WEIGHTS, "renderer", "model.safetensors")):
+        pytest.skip("weights/renderer is absent")
+    renderer = diffusion.Renderer.load(*FOLDERS)
+    judge = atlas.judge.PixelJudge(atlas.world.vocabulary())
+    pairs = [(row, truth, wanted) for _, row, truth, wanted in atlas_cases(120, 5) if len(row["_scene"].sprites) == 2]
+    pairs = pairs[:12]
+    prompts, references = [], []
+    for number, (row, _, _) in enumerate(pairs):
+        subjects = build.subject_sentence([entity.name for entity in row["_entities"]], True)
+        prompts.append(subjects + " " + build.wording("pair", row["_scene"], True))
+        rng = random.Random(number)
+        references.append([build.reference_image(rng, sprite) for sprite in row["_scene"].sprites])
+
+    def right_looks(references):
+        images = renderer.render(prompts, references, range(len(pairs)), steps=12, guidance=1.0)
+        constraints = [judge(image, truth, wanted)["constraints"] for image, (_, truth, wanted) in zip(images, pairs)]
+        return sum(all(c["passed"] for c in found if c["name"] == "subject look") for found in constraints)
+    assert right_looks(references) >= 7
+    assert right_looks([pictures[::-1] for pictures in references]) >= 7
+    assert right_looks([[] for _ in pairs]) == 0
+
+
+# ---- Training -------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def colour_scenes():
+    """A tiny training file: flat pictures whose caption names the colour."""
+    g = torch.Generator().manual_seed(3)
+    count = 40
+    number = torch.randint(0, 2, (count,), generator=g)
+    image = torch.tensor([[200, 40, 40], [40, 40, 200]])[number][:, None, None]  # (scenes, 1, 1, 3)
+    return SimpleNamespace(
+        image=image.expand(count, 64, 64, 3).contiguous().byte(),
+        references=torch.randint(0, 256, (count, 2, 32, 32, 3), generator=g, dtype=torch.uint8),
+        count=torch.randint(0, 3, (count,), generator=g).byte(),
+        labels=number[:, None, None].expand(count, 8, 8).byte(),
+        captions=[f'A {("red", "blue")[n]} sign with "AB{n}".' for n in number.tolist()],
+        classes=2,
+        train=count - 2,
+    )
+
+
+SMALL_TRAINING = dict(steps=8, batch=4, warmup=2, min_frequency=1, bf16=False, width=32, layers=2, heads=2,
+                      export_every=2)
+
+
+def small_vae():
+    torch.manual_seed(0)
+    return diffusion.VAE(diffusion.VAEConfig()).eval()
+
+
+def small_training(folder, data, **changes):
+    settings = diffusion.RendererTraining(**SMALL_TRAINING | changes)
+    return diffusion.RendererRun(data, small_vae(), str(folder), settings)
+
+
+def test_a_few_training_steps_lower_the_loss(tmp_path, colour_scenes):
+    run = small_training(tmp_path, colour_scenes, steps=40)
+    losses = [run.update()["loss"] for _ in range(12)]
+    assert np.mean(losses[-3:]) < 0.7 * np.mean(losses[:3])
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, colour_scenes):
+    whole, first = (small_training(tmp_path / name, colour_scenes) for name in "ab")
+    for _ in range(4):
+        whole.update()
+    first.update(), first.update()
+    first.save()
+    second = small_training(tmp_path / "b", colour_scenes)
+    second.update(), second.update()
+    assert second.step == 4
+    for net in ("net", "ema_net"):
+        values, again = getattr(whole, net).state_dict(), getattr(second, net).state_dict()
+        assert all(torch.equal(value, again[name]) for name, value in values.items())
+    states = [[run.optimizer.state[p] for p in run.net.parameters()] for run in (whole, second)]
+    for expected, found in zip(*states):
+        assert expected.keys() == found.keys() and all(torch.equal(expected[k], found[k]) for k in expected)
+
+
+def test_a_stopped_training_goes_on_by_itself_and_ends_with_the_same_weights(tmp_path, colour_scenes, monkeypatch,
+                                                                             capsys):
+    def train(name):
+        settings = diffusion.RendererTraining(**SMALL_TRAINING)
+        diffusion.train_renderer(colour_scenes, small_vae(), str(tmp_path / name), settings)
+        return (tmp_path / name / "model.safetensors").read_bytes()
+    whole = train("whole")
+
+    loss, calls = diffusion.flow_loss, []
+
+    def stopping_loss(*arguments):
+        calls.append(1)
+        if len(calls) == 6:  # the last checkpoint is the fourth step's
+            raise KeyboardInterrupt
+        return loss(*arguments)
+    monkeypatch.setattr(diffusion, "flow_loss", stopping_loss)
+    with pytest.raises(KeyboardInterrupt):
+        train("stopped")
+    monkeypatch.undo()
+    capsys.readouterr()
+    assert train("stopped") == whole
+    assert "renderer: resuming at step 4" in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path / "stopped")) == sorted(os.listdir(tmp_path / "whole")) == [
+        "config.json", "model.safetensors", "tokenizer.json", "training.json"]
+
+
+def test_an_unfinished_run_with_other_settings_is_refused_in_one_line(tmp_path, colour_scenes):
+    run = small_training(tmp_path, colour_scenes)
+    run.update()
+    run.save()
+    with pytest.raises(ValueError, match="checkpoints: belongs to a run with other settings") as error:
+        small_training(tmp_path, colour_scenes, width=64)
+    assert "remove it to start afresh" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_vae_stays_as_it_is_where_the_transformers_run_goes_on(tmp_path, colour_scenes, monkeypatch):
+    monkeypatch.setattr(diffusion, "Scenes", lambda folder: colour_scenes)
+    settings = {name: value for name, value in SMALL_TRAINING.items() if name != "steps"} | {"export_every": 1}
+    update = diffusion.RendererRun.update
+
+    def stop_at_the_second_step(run):
+        if run.step == 1:
+            raise KeyboardInterrupt
+        return update(run)
+    monkeypatch.setattr(diffusion.RendererRun, "update", stop_at_the_second_step)
+    with pytest.raises(KeyboardInterrupt):
+        diffusion.train("", str(tmp_path), vae_steps=2, steps=2, **settings)
+    before = (tmp_path / "vae" / "model.safetensors").read_bytes()
+    monkeypatch.setattr(diffusion.RendererRun, "update", update)
+    diffusion.train("", str(tmp_path), vae_steps=3, steps=2, **settings)
+    assert (tmp_path / "vae" / "model.safetensors").read_bytes() == before
+    assert json.loads((tmp_path / "renderer" / "training.json").read_text())["step"] == 2
+
+
+def test_a_compiled_net_gives_the_loss_of_the_plain_one(denoiser):
+    settings = diffusion.RendererTraining()
+    x0, labels = torch.randn(2, 16, 8), torch.randint(0, 7, (2, 16))
+
+    def loss(denoise):
+        prompts = diffusion.pack([prompt_row(), prompt_row(3, 2, 1)])
+        generator = torch.Generator().manual_seed(0)
+        return diffusion.flow_loss(denoiser, prompts, x0, labels, generator, settings, denoise)[0]
+    assert torch.equal(loss(None), loss(torch.compile(denoiser, backend="eager")))  # eager needs no C++ compiler
+
+
+@pytest.mark.parametrize("shape", [(24, 60), (60, 24)])
+def test_muon_gives_updates_whose_singular_values_are_about_one(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(diffusion.orthogonal(matrix).float())
+    assert 0.5 < values.min() and values.max() < 1.4
+
+
+# ---- Checkpoint folders ---------------------------------------------------------------------------------------------
+
+def assert_refused_by_name(folders, name):
+    with pytest.raises(ValueError) as error:
+        diffusion.Renderer.load(*folders)
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("damage", ["half", "empty", "missing"])
+def test_missing_and_truncated_files_are_refused_in_one_line_that_names_the_file(renderer_folders, name, damage):
+    path = os.path.join(renderer_folders[0], name)
+    with open(path, "rb") as file:
+        data = file.read()
+    os.remove(path)
+    if damage != "missing":
+        with open(path, "wb") as file:
+            file.write(data[:len(data) // 2] if damage == "half" else b"")
+    assert_refused_by_name(renderer_folders, name)
+
+
+@pytest.mark.parametrize("change, name", [
+    ({"model_type": "qwen3"}, "config.json"),
+    ({"width": 64}, "model.safetensors"),
+    ({"layers": 3}, "model.safetensors"),
+    ({"layers": "x"}, "config.json"),
+    ({"heads": 0}, "config.json"),
+    ({"heads": 3}, "config.json"),
+])
+def test_foreign_weights_are_refused_in_one_line_that_names_the_file(renderer_folders, change, name):
+    config = os.path.join(renderer_folders[0], "config.json")
+    with open(config) as file:
+        values = json.load(file)
+    with open(config, "w") as file:
+        json.dump(values | change, file)
+    assert_refused_by_name(renderer_folders, name)
+
+
+# ---- PNG ------------------------------------------------------------------------------------------------------------
+
+def png_chunk(kind, body):
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
-def diffusion_png(width, height, depth, colour, rows, interlace=0, extra=b""):
-    """A PNG file from raw filtered rows."""
-    return (diffusion.PNG_SIGNATURE + diffusion_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlace))
-            + extra + diffusion_chunk(b"IDAT", zlib.compress(rows)) + diffusion_chunk(b"IEND", b""))
+def png_file(width, height, depth, colour, rows, interlace=0, extra=b""):
+    """A PNG file from raw filtered rows; ``extra``: chunks before the data."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlace)
+    return (b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + extra + png_chunk(b"IDAT", zlib.compress(rows))
+            + png_chunk(b"IEND", b""))
 
 
-def diffusion_filtered(image, kind):
+def filtered_rows(image, kind):
     """Rows of an RGB picture under PNG filter ``kind`` (an independent, slow implementation)."""
     height, width, size = image.shape
     flat, out = image.reshape(height, -1).astype(int), bytearray()
@@ -664,65 +1250,16 @@ def diffusion_filtered(image, kind):
     return bytes(out)
 
 
-def diffusion_net(**changes):
-    torch.manual_seed(0)
-    config = diffusion.RendererConfig(**{**dict(vocabulary=20, classes=7, width=32, layers=2, heads=2, encoder_layers=1,
-                                                channels=2, tokens=16, reference_tokens=4), **changes})
-    net = diffusion.Transformer(config)
-    for parameter in net.parameters():  # nothing is exactly zero, so that every path counts
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    return net.eval()
-
-
-def diffusion_row(words=5, references=1, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return (torch.randint(1, 20, (words,), generator=g), torch.randint(0, 4, (words,), generator=g),
-            torch.randn(references, 4, 8, generator=g))
-
-
-def diffusion_scenes(count=40):
-    """A tiny training file: flat pictures, whose caption names the colour."""
-    g = torch.Generator().manual_seed(3)
-    number = torch.randint(0, 2, (count,), generator=g)
-    image = torch.where(number[:, None, None, None] == 0, torch.tensor([200, 40, 40]), torch.tensor([40, 40, 200]))
-    image = image.expand(count, 64, 64, 3).contiguous().byte()
-    return SimpleNamespace(image=image, references=torch.randint(0, 256, (count, 2, 32, 32, 3), generator=g, dtype=torch.uint8),
-                           count=torch.randint(0, 3, (count,), generator=g).byte(), classes=2, train=count,
-                           labels=number[:, None, None].expand(count, 8, 8).byte(),
-                           captions=[f'A {("red", "blue")[n]} sign with "AB{n}".' for n in number.tolist()])
-
-
-def diffusion_run(folder, data, **changes):
-    torch.manual_seed(0)
-    settings = diffusion.RendererTraining(**{**dict(steps=8, batch=4, warmup=2, min_frequency=1, bf16=False, width=32, layers=2, heads=2), **changes})
-    return diffusion.RendererRun(data, diffusion.VAE(diffusion.VAEConfig()).eval(), str(folder), settings)
-
-
-def diffusion_committed():
-    if not os.path.exists(os.path.join(DIFFUSION_WEIGHTS, "renderer", "model.safetensors")):
-        pytest.skip("weights/renderer is absent")
-    return diffusion.Renderer.load(os.path.join(DIFFUSION_WEIGHTS, "renderer"), os.path.join(DIFFUSION_WEIGHTS, "vae"))
-
-
-def diffusion_sprite_reference(colour):
-    image = np.full((32, 32, 3), 235, np.uint8)
-    image[8:24, 8:24] = colour
-    image[12:20, 12:20] = (245, 245, 245)
-    return image
-
-
-# ---- PNG ----
-
 def test_a_png_round_trip_keeps_every_pixel(tmp_path):
-    image = diffusion_picture()
+    image = random_image()
     diffusion.write_png(tmp_path / "a.png", image)
     assert np.array_equal(diffusion.read_png(tmp_path / "a.png"), image)
 
 
 @pytest.mark.parametrize("kind", range(5))
 def test_each_png_row_filter_is_undone(kind):
-    image = diffusion_picture(7, 6, kind)
-    assert np.array_equal(diffusion.decode_png(diffusion_png(6, 7, 8, 2, diffusion_filtered(image, kind))), image)
+    image = random_image(7, 6, kind)
+    assert np.array_equal(diffusion.decode_png(png_file(6, 7, 8, 2, filtered_rows(image, kind))), image)
 
 
 @pytest.mark.parametrize("depth", (1, 2, 4, 8, 16))
@@ -734,48 +1271,56 @@ def test_grey_pngs_of_every_depth_are_scaled_to_eight_bits(depth):
         bits = (values[..., None] >> np.arange(depth - 1, -1, -1)) & 1
         rows, expected = np.packbits(bits.reshape(5, -1), axis=1), values * 255 // (2**depth - 1)
     data = b"".join(b"\0" + row.tobytes() for row in rows)
-    image = diffusion.decode_png(diffusion_png(11, 5, depth, 0, data))
+    image = diffusion.decode_png(png_file(11, 5, depth, 0, data))
     assert np.array_equal(image, np.repeat(expected[..., None], 3, -1))
 
 
 def test_transparency_is_composited_on_white():
     pixel = bytes([0, 100, 50, 25, 128])
-    image = diffusion.decode_png(diffusion_png(1, 1, 8, 6, pixel))
+    image = diffusion.decode_png(png_file(1, 1, 8, 6, pixel))
     assert np.abs(image[0, 0] - (np.array([100, 50, 25]) * 128 / 255 + 127)).max() <= 1
 
 
 def test_palette_pngs_look_their_colours_up_with_their_transparency():
-    extra = diffusion_chunk(b"PLTE", bytes([1, 2, 3, 40, 50, 60])) + diffusion_chunk(b"tRNS", bytes([0]))
-    image = diffusion.decode_png(diffusion_png(2, 1, 1, 3, bytes([0, 0b01000000]), extra=extra))
+    extra = png_chunk(b"PLTE", bytes([1, 2, 3, 40, 50, 60])) + png_chunk(b"tRNS", bytes([0]))
+    image = diffusion.decode_png(png_file(2, 1, 1, 3, bytes([0, 0b01000000]), extra=extra))
     assert image.tolist() == [[[255, 255, 255], [40, 50, 60]]]
 
 
+@pytest.mark.parametrize("colour, key, row, expected", [
+    (2, [1, 2, 3], [0, 1, 2, 3, 1, 2, 4], [[255, 255, 255], [1, 2, 4]]),
+    (0, [7], [0, 7, 8], [[255, 255, 255], [8, 8, 8]]),
+], ids=["RGB", "grey"])
+def test_the_one_transparent_colour_of_a_png_becomes_white(colour, key, row, expected):
+    extra = png_chunk(b"tRNS", struct.pack(f">{len(key)}H", *key))
+    assert diffusion.decode_png(png_file(2, 1, 8, colour, bytes(row), extra=extra)).tolist() == [expected]
+
+
 def test_an_interlaced_png_equals_the_plain_one():
-    image, rows = diffusion_picture(9, 10), b""
+    image, rows = random_image(9, 10), b""
     for x, y, dx, dy in diffusion.ADAM7:
         part = image[y::dy, x::dx]
         rows += b"".join(b"\0" + row.tobytes() for row in part)
-    assert np.array_equal(diffusion.decode_png(diffusion_png(10, 9, 8, 2, rows, interlace=1)), image)
+    assert np.array_equal(diffusion.decode_png(png_file(10, 9, 8, 2, rows, interlace=1)), image)
 
 
-def test_our_png_reader_agrees_with_pillow():
+@pytest.mark.peers
+@pytest.mark.parametrize("mode, channels", [("RGB", 3), ("RGBA", 4), ("L", 1), ("P", 1)])
+def test_our_png_reader_agrees_with_pillow(mode, channels):
     pillow = pytest.importorskip("PIL.Image")
-    import io
-    for mode, channels in (("RGB", 3), ("RGBA", 4), ("L", 1), ("P", 1)):
-        array = diffusion_picture(31, 17, channels=channels).squeeze()
-        file = io.BytesIO()
-        picture = pillow.fromarray(array, mode)
-        if mode == "P":
-            picture.putpalette(diffusion_picture(1, 256).tobytes())
-        picture.save(file, "PNG")
-        base = picture.convert("RGBA")
-        white = pillow.new("RGBA", base.size, (255, 255, 255, 255))
-        expected = np.array(pillow.alpha_composite(white, base).convert("RGB")).astype(int)
-        assert np.abs(diffusion.decode_png(file.getvalue()) - expected).max() <= 1
+    picture = pillow.fromarray(random_image(31, 17, channels=channels).squeeze(), mode)
+    if mode == "P":
+        picture.putpalette(random_image(1, 256).tobytes())
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    base = picture.convert("RGBA")
+    white = pillow.new("RGBA", base.size, (255, 255, 255, 255))
+    expected = np.array(pillow.alpha_composite(white, base).convert("RGB"))
+    assert pixel_distance(diffusion.decode_png(file.getvalue()), expected.astype(int)) <= 1
 
 
 def test_every_damaged_png_is_refused_in_one_line():
-    good, rng = diffusion.encode_png(diffusion_picture()), np.random.default_rng(0)
+    good, rng = diffusion.encode_png(random_image()), np.random.default_rng(0)
     for trial in range(300):
         data = bytearray(good)
         if trial % 3 == 0:
@@ -789,249 +1334,25 @@ def test_every_damaged_png_is_refused_in_one_line():
 
 def test_a_picture_of_50000_by_50000_pixels_is_refused_from_its_header():
     with pytest.raises(ValueError, match="too large"):
-        diffusion.decode_png(diffusion_png(50000, 50000, 8, 2, b"\0"))
+        diffusion.decode_png(png_file(50000, 50000, 8, 2, b"\0"))
 
 
 def test_a_zlib_bomb_is_inflated_no_further_than_the_picture_needs():
-    image = diffusion.decode_png(diffusion_png(2, 2, 8, 2, bytes(14) + bytes(10**8)))
+    image = diffusion.decode_png(png_file(2, 2, 8, 2, bytes(14) + bytes(10**8)))
     assert image.shape == (2, 2, 3)
 
 
-def test_a_missing_picture_and_one_that_is_not_a_png_are_named(tmp_path):
+@pytest.mark.parametrize("name", ["gone.png", "no.png"])
+def test_a_missing_picture_and_one_that_is_not_a_png_are_named(tmp_path, name):
     (tmp_path / "no.png").write_bytes(b"GIF89a")
-    for name in ("gone.png", "no.png"):
-        with pytest.raises(ValueError, match=name):
-            diffusion.read_png(tmp_path / name)
+    with pytest.raises(ValueError, match=name):
+        diffusion.read_png(tmp_path / name)
 
 
 def test_resize_takes_means_when_it_shrinks_and_keeps_flat_pictures_flat():
-    image = diffusion_picture(8, 8)
+    image = random_image(8, 8)
     assert np.abs(diffusion.resize(image, 4, 4) - image.reshape(4, 2, 4, 2, 3).mean((1, 3))).max() <= 0.5
     assert (diffusion.resize(np.full((5, 7, 3), 93, np.uint8), 16, 3) == 93).all()
-
-
-# ---- Captions ----
-
-def test_spelled_strings_and_capitals_become_characters_with_their_places():
-    for text in ("KEL7", "K-E-L-7", '"KEL7",', "k-e-l-7"):
-        assert [p for p in diffusion.pieces(text) if p[1]] == [("K", 1), ("E", 2), ("L", 3), ("7", 4)]
-    assert diffusion.pieces('A Whole sign: "5".') == [("a", 0), ("whole", 0), ("sign", 0), (":", 0), ('"', 0), ("5", 1),
-                                                      ('"', 0), (".", 0)]
-
-
-def test_unknown_words_are_unk_and_an_empty_caption_has_no_tokens():
-    tokenizer = diffusion.train_caption_tokenizer(["a red ball"] * 3, 2)
-    (ids, places), (nothing, _) = diffusion.tokenize(tokenizer, ["Velmar red", ""], 10)
-    assert ids.tolist() == [tokenizer.token_to_id("[UNK]"), tokenizer.token_to_id("red")] and len(nothing) == 0
-
-
-# ---- Network ----
-
-def test_patchify_is_undone_and_patches_are_two_by_two():
-    x = torch.randn(2, 8, 8, 3)
-    tokens = diffusion.patchify(x)
-    assert torch.equal(diffusion.unpatchify(tokens), x) and torch.equal(tokens[1, 5].view(2, 2, 3), x[1, 2:4, 2:4])
-
-
-def test_packed_prompts_of_different_lengths_give_what_each_gives_alone():
-    net, rows = diffusion_net(), [diffusion_row(9, 2, 0), diffusion_row(2, 0, 1), diffusion_row(0, 0, 2), diffusion_row(4, 1, 3)]
-    x, t = torch.randn(4, 16, 8), torch.rand(4)
-    together = net(x, t, net.encode(diffusion.pack(rows)))
-    for i, row in enumerate(rows):
-        alone = net(x[i:i + 1], t[i:i + 1], net.encode(diffusion.pack([row])))
-        assert torch.allclose(together[i], alone[0], atol=1e-5)
-
-
-def test_the_condition_is_the_same_whether_encoded_once_or_at_every_step():
-    net, rows = diffusion_net(), [diffusion_row(), diffusion_row(3, 2, 1)]
-    noise, times = torch.randn(2, 16, 8), diffusion.schedule(4)
-    once = net.encode(diffusion.pack(rows))
-    kept = diffusion.integrate(diffusion.guided_velocity(net, once), noise, times)
-    anew = diffusion.integrate(lambda x, t: diffusion.guided_velocity(net, net.encode(diffusion.pack(rows)))(x, t), noise, times)
-    assert torch.equal(kept, anew)
-
-
-def test_an_untrained_net_sees_words_places_references_and_their_order():
-    net, (ids, places, references) = diffusion_net(), diffusion_row(5, 2)
-    x, t = torch.randn(1, 16, 8), torch.tensor([0.5])
-    base = net(x, t, net.encode(diffusion.pack([(ids, places, references)])))
-    for row in ((ids.flip(0), places, references), (ids, places + 1, references), (ids, places, references[:1]),
-                (ids, places, references.flip(0)), (ids, places, references * 2)):
-        assert not torch.allclose(base, net(x, t, net.encode(diffusion.pack([row]))), atol=1e-4)
-
-
-# ---- Flow ----
-
-def test_the_exact_velocity_recovers_the_sample_in_one_step_or_many():
-    x0, noise = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 3, 4, dtype=torch.float64)
-    for steps in (1, 2, 7, 20):
-        for sampler in ("euler", "midpoint"):
-            got = diffusion.integrate(lambda x, t: (x - x0) / t, noise, diffusion.schedule(steps), sampler)
-            assert torch.allclose(got, x0, atol=1e-9)
-    assert torch.equal(diffusion.noised(x0, noise, torch.tensor([0.0, 1.0])), torch.stack([x0[0], noise[1]]))
-
-
-def test_euler_converges_in_first_order_and_midpoint_in_second():
-    exact = math.exp(-1)  # dx/dt = x from t = 1 to 0
-    for sampler, order in (("euler", 1), ("midpoint", 2)):
-        errors = [abs(diffusion.integrate(lambda x, t: x, 1.0, diffusion.schedule(n), sampler) - exact) for n in (32, 64)]
-        assert abs(math.log2(errors[0] / errors[1]) - order) < 0.15
-
-
-def test_an_unknown_sampler_is_refused():
-    with pytest.raises(ValueError, match="heun3"):
-        diffusion.integrate(lambda x, t: x, 1.0, [1, 0], "heun3")
-
-
-def test_guidance_1_is_no_guidance_and_the_batched_pass_equals_two_passes():
-    net, rows = diffusion_net(), [diffusion_row(), diffusion_row(3, 2, 1)]
-    x, empty = torch.randn(2, 16, 8), [(r[0][:0], r[1][:0], r[2][:0]) for r in rows]
-    prompt, nothing = (net.encode(diffusion.pack(r)) for r in (rows, empty))
-    t = torch.full((2,), 0.6)
-    with torch.no_grad():
-        a, b = net(x, t, prompt), net(x, t, nothing)
-        plain = diffusion.guided_velocity(net, prompt)(x, 0.6)
-        assert torch.equal(plain, (x - a) / 0.6)
-        for guidance in (0.0, 1.0 + 1e-9, 3.0):
-            guided = diffusion.guided_velocity(net, prompt, nothing, guidance)(x, 0.6)
-            assert torch.allclose(guided, (x - (b + guidance * (a - b))) / 0.6, atol=1e-4)
-
-
-# ---- Training ----
-
-def test_a_few_training_steps_lower_the_loss(tmp_path):
-    run = diffusion_run(tmp_path, diffusion_scenes(), steps=40)
-    losses = [run.update()[0] for _ in range(12)]
-    assert np.mean(losses[-3:]) < 0.7 * np.mean(losses[:3])
-
-
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
-    data = diffusion_scenes()
-    whole = diffusion_run(tmp_path / "a", data)
-    for _ in range(4):
-        whole.update()
-    first = diffusion_run(tmp_path / "b", data)
-    first.update(), first.update()
-    first.save()
-    second = diffusion_run(tmp_path / "b", data)
-    second.update(), second.update()
-    assert second.step == 4
-    for name, value in whole.average.items():
-        assert torch.equal(value, second.average[name]), name
-    assert all(torch.equal(a, b) for a, b in zip(whole.net.parameters(), second.net.parameters()))
-
-
-def test_muon_gives_updates_whose_singular_values_are_about_one():
-    for shape in ((24, 60), (60, 24)):
-        values = torch.linalg.svdvals(diffusion.orthogonal(torch.randn(shape, generator=torch.Generator().manual_seed(0))).float())
-        assert 0.5 < values.min() and values.max() < 1.4
-
-
-def test_the_vae_learns_and_its_loss_has_a_gradient_everywhere():
-    vae = diffusion.VAE(diffusion.VAEConfig(width=32))
-    images = torch.from_numpy(diffusion_picture(16, 16))[None]
-    loss, _ = diffusion.vae_loss(vae, images, torch.Generator().manual_seed(0))
-    loss.backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in vae.parameters())
-
-
-# ---- Checkpoints ----
-
-def diffusion_folder(path):
-    torch.manual_seed(0)
-    vae, net = diffusion.VAE(diffusion.VAEConfig(width=16)), diffusion_net(channels=8, tokens=64, reference_tokens=16, vocabulary=4)
-    diffusion.save_folder(str(path / "vae"), vae, {})
-    diffusion.save_folder(str(path / "renderer"), net, {})
-    diffusion.train_caption_tokenizer(["red blue green"], 1).save(str(path / "renderer" / "tokenizer.json"))
-    return str(path / "renderer"), str(path / "vae")
-
-
-def test_a_saved_renderer_loads_and_an_image_does_not_depend_on_its_batch(tmp_path):
-    renderer = diffusion.Renderer.load(*diffusion_folder(tmp_path))
-    prompts, references = ["red", "blue green red blue", ""], [[diffusion_picture(40, 50)], [], [diffusion_picture(32, 32)] * 2]
-    together = renderer.render(prompts, references, [7, 8, 9], steps=3)
-    small = renderer.render(prompts, references, [7, 8, 9], steps=3, max_batch=2)
-    alone = renderer.render(prompts[1:2], references[1:2], [8], steps=3)[0]
-    assert together[0].shape == (64, 64, 3) and together[0].dtype == np.uint8
-    assert np.abs(together[1].astype(int) - alone).max() <= 1 and np.abs(together[2].astype(int) - small[2]).max() <= 1
-    assert np.abs(alone.astype(int) - renderer.render(prompts[1:2], references[1:2], [10], steps=3)[0]).max() > 3
-
-
-def test_attention_written_out_equals_the_fused_kernel():
-    q, k, v = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 8)
-    mask = (torch.arange(7) < torch.tensor([[7], [3]]))[:, None, None]
-    written = diffusion.attend(q, k, v, mask)
-    with torch.no_grad():
-        assert torch.allclose(written, diffusion.attend(q, k, v, mask), atol=1e-6)
-
-
-def test_no_prompts_give_no_pictures(tmp_path):
-    assert diffusion.Renderer.load(*diffusion_folder(tmp_path)).render([], [], []) == []
-
-
-def test_three_references_wrong_pictures_and_zero_steps_are_refused(tmp_path):
-    renderer, image = diffusion.Renderer.load(*diffusion_folder(tmp_path)), diffusion_picture()
-    for references, steps in (([image] * 3, 1), ([image.astype(float)], 1), ([image[..., 0]], 1), ([], 0)):
-        with pytest.raises(ValueError):
-            renderer.render(["red"], [references], [0], steps=steps)
-
-
-def test_missing_truncated_and_foreign_weights_are_refused_in_one_line_that_names_the_file(tmp_path):
-    renderer, vae = diffusion_folder(tmp_path)
-    weights, config = os.path.join(renderer, "model.safetensors"), os.path.join(renderer, "config.json")
-    tokenizer = os.path.join(renderer, "tokenizer.json")
-
-    def refused(name):
-        with pytest.raises(ValueError) as error:
-            diffusion.Renderer.load(renderer, vae)
-        assert name in str(error.value) and "\n" not in str(error.value)
-    for path in (weights, config, tokenizer):
-        with open(path, "rb") as file:
-            data = file.read()
-        for broken in (data[:len(data) // 2], b"", None):
-            os.remove(path)
-            if broken is not None:
-                with open(path, "wb") as file:
-                    file.write(broken)
-            refused(os.path.basename(path))
-            with open(path, "wb") as file:
-                file.write(data)
-    with open(config) as file:
-        values = json.load(file)
-    for changed in ({"model_type": "qwen3"}, {"width": 64}, {"layers": 3}, {"layers": "x"}, {"heads": 0}, {"heads": 3}):
-        with open(config, "w") as file:
-            json.dump(values | changed, file)
-        refused("config.json" if "layers" not in changed or changed["layers"] == "x" else "model.safetensors")
-
-
-# ---- The committed weights ----
-
-def test_the_committed_vae_round_trips_glyphs_and_blocks():
-    if not os.path.exists(os.path.join(DIFFUSION_WEIGHTS, "vae", "model.safetensors")):
-        pytest.skip("weights/vae is absent")
-    vae = diffusion.load_folder(os.path.join(DIFFUSION_WEIGHTS, "vae"), diffusion.VAE, diffusion.VAEConfig, "cpu")
-    ink = np.array([(200, 45, 45), (45, 80, 190), (245, 215, 70), (245, 245, 245), (40, 35, 45)], np.uint8)
-    image = np.random.default_rng(0).choice(5, (4, 32, 32))
-    image = torch.from_numpy(ink[image].repeat(2, 1).repeat(2, 2))  # 2 x 2 blocks
-    with torch.no_grad():
-        back = vae.to_images(vae.to_latents(image))
-    assert 10 * math.log10(255**2 / (back.float() - image.float()).square().mean()) > 25
-
-
-def test_both_references_of_a_pair_reach_the_picture():
-    renderer, judge = diffusion_committed(), atlas.judge.PixelJudge(atlas.world.vocabulary())
-    pairs = [(row, image, wanted) for _, row, image, wanted in atlas_cases(120, 5) if len(row["_scene"].sprites) == 2][:12]
-    prompts = [build.subject_sentence([e.name for e in row["_entities"]], True) + " " + build.wording("pair", row["_scene"], True)
-               for row, _, _ in pairs]
-    pictures = [[build.reference_image(random.Random(n), s) for s in row["_scene"].sprites] for n, (row, _, _) in enumerate(pairs)]
-    seeds = list(range(len(pairs)))
-
-    def right(references, names):
-        images = renderer.render(prompts, references, seeds, steps=12, guidance=1.0)
-        return sum(all(c["passed"] for c in judge(image, truth, wanted)["constraints"] if c["name"] in names)
-                   for image, (_, truth, wanted) in zip(images, pairs))
-    swapped = [p[::-1] for p in pictures]
-    assert right(pictures, ("subject look",)) >= 7 and right(swapped, ("subject look",)) >= 7 and right([[] for _ in pairs], ("subject look",)) == 0
 
 
 # ==== tools.py: the protocol, the tools, clients and server, the guard, record and replay =============================
@@ -2308,53 +2629,28 @@ def test_two_hundred_agents_on_a_network_that_fails_a_third_of_the_time_all_end(
     assert sum("S" in row[0] for row in seen) > 160
 
 
-# ==== distill.py: scores, losses, comparison, memory ==================================================================
+# ==== distill.py: rewards, SFT, GRPO, comparison, memory, teacher, distillation, one update ===========================
 
 
 NAN = math.nan
 
 
-# ---- helpers ---------------------------------------------------------------------------------------------------------
+# ---- Helpers ---------------------------------------------------------------------------------------------------------
 
-def distill_policies(seed=0, vocabulary=6, spread=1.0):
+def paper(**changes):
+    """The paper's recipe with changes."""
+    return dataclasses.replace(distill.RECIPES["paper"], **changes)
+
+
+def random_policies(seed=0, vocabulary=6):
     """Logits (1, V) of student, old student and teacher, float64; the student's takes gradients."""
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda: spread * torch.randn(1, vocabulary, generator=generator, dtype=torch.float64)
-    student, old, teacher = draw(), draw(), draw()
+    student, old, teacher = (torch.randn(1, vocabulary, generator=generator, dtype=torch.float64) for _ in range(3))
     return student.requires_grad_(), student.detach() + 0.3 * old, teacher
 
 
-def distill_expected_gradient(estimator, on_policy, seed=0, spread=1.0, **options):
-    """The gradient of sdl_loss in expectation over tokens drawn from the old policy, by enumeration, and both KLs'."""
-    student, old, teacher = distill_policies(seed, spread=spread)
-    if on_policy:
-        old = student.detach().clone()
-    logp, logp_old, logq = (x.log_softmax(-1).T for x in (student, old, teacher))        # rows = possible tokens (V, 1)
-    mask = torch.ones_like(logp, dtype=torch.bool)
-    options = dict(selection="all", aggregation="token-mean", normalizer=1, k3_clamp=None) | options
-    if options.pop("no_ratio", False):
-        ratio_source = logp.detach()
-    else:
-        ratio_source = logp_old
-    one = lambda x, i: x[i:i + 1]
-    terms = torch.stack([distill.sdl_loss(*(one(x, i) for x in (logp, ratio_source, logq, mask)), estimator, **options)
-                         for i in range(len(logp))])
-    got, = torch.autograd.grad((logp_old.exp().flatten() * terms).sum(), student, retain_graph=True)
-    kl = lambda direction: distill.full_kl_loss(student[None], teacher[None], mask[:1], direction)
-    forward, = torch.autograd.grad(kl("forward"), student, retain_graph=True)
-    reverse, = torch.autograd.grad(kl("reverse"), student)
-    return got, forward, reverse
-
-
-def distill_coefficient(l, estimator, rho=1.0, **options):
-    """The factor c of grad log p on one sampled token."""
-    logp = torch.tensor([[-1.0]], dtype=torch.float64, requires_grad=True)
-    distill.sdl_loss(logp, logp.detach() - math.log(rho), logp.detach() - l, torch.tensor([[True]]), estimator,
-                     selection="all", **options).backward()
-    return logp.grad.item()
-
-
-def distill_rows(seed=0, rows=5, tokens=40):
+def random_logprobs(seed=0, rows=5, tokens=40):
+    """Log-probs (N, T) of student (with gradient), old student, teacher and reference, float64, and a mask."""
     generator = torch.Generator().manual_seed(seed)
     logp = -torch.rand(rows, tokens, generator=generator, dtype=torch.float64) * 3
     old, q, ref = (logp + 0.4 * torch.randn(rows, tokens, generator=generator, dtype=torch.float64) for _ in range(3))
@@ -2369,7 +2665,7 @@ def distill_step(name, arguments, observation="", think="", kind="tool_call"):
 def distill_trajectory(reward, prompt="Velmar Bridge as in the first reference image.", references=("IMG_001",),
                        steps=(), failed=(), question="Show Velmar Bridge today, with its founding year on a sign.",
                        titles=()):
-    program = distill.Program(prompt, [{"img_id": r, "note": ""} for r in references]) if prompt else None
+    program = tools.Program(prompt, [{"img_id": r, "note": ""} for r in references]) if prompt else None
     names = sorted({"subject look", "text", "count"} | set(failed))
     constraints = [{"name": n, "passed": n not in failed, "detail": ""} for n in names]
     judgement = {"constraints": constraints, "program_checks": []}
@@ -2378,77 +2674,47 @@ def distill_trajectory(reward, prompt="Velmar Bridge as in the first reference i
                               images=images)
 
 
-@pytest.mark.parametrize("shape", [(), (7,)])
-def test_padding_rows_equals_torchs_and_gives_every_row_its_gradient(shape):
-    g = torch.Generator().manual_seed(0)
-    rows = [torch.randn(n, *shape, generator=g).requires_grad_() for n in (3, 0, 5, 1)]
-    padded = distill.pad_rows(rows)
-    assert torch.equal(padded, torch.nn.utils.rnn.pad_sequence(rows, batch_first=True))
-    upstream = torch.randn(padded.shape, generator=g)
-    padded.backward(upstream)
-    assert all(torch.equal(r.grad, upstream[i, :len(r)]) for i, r in enumerate(rows))
-
-
-def test_promotion_compares_with_the_best_so_far_and_allows_for_chance_alone(monkeypatch):
-    """Paired on the same requests: a drop within one standard error is promoted, a larger one is not, and no drop
-    lowers the bar for the next."""
-    monkeypatch.setattr(genevolve, "show", lambda *_: None)
-    kept, base = [], np.linspace(0.2, 0.8, 64)
-    run = SimpleNamespace(
-        validation=[{}] * 64, promoted=None, out="", steps_done=1, processes=SimpleNamespace(is_main=True),
-        scorer=SimpleNamespace(render_and_score=lambda _: None), memory=SimpleNamespace(lookup=lambda asked, count: [None] * len(asked)),
-        save_promoted=lambda: None, write_policy=lambda name, figures: kept.append(figures))
-    def check(rewards):
-        attempts = [SimpleNamespace(reward=float(r), question="", judgement={"kscore": 1.0}, program=object()) for r in rewards]
-        run.sample_trajectories = lambda rows, seeds: (attempts, 0.0)
-        return genevolve.Evolution.evaluate(run)["promoted"]
-    noise = np.where(np.arange(64) % 2, 0.1, -0.1)  # paired difference: standard error 0.0125
-    assert check(base) and check(base + noise - 0.012)       # 0.012 worse on average: chance would do that
-    assert not check(base + noise - 0.020)                   # compared with the first, not with the one before
-    assert run.promoted == base.tolist() and check(base + 0.01) and run.promoted != base.tolist()
-    assert not check(base) and len(kept) == 3                # 0.01 worse everywhere: no chance in it
-
-
 GUIDE_TEXT = 'Count aloud. Say: "Exactly three separate copies: one, two, three." with the number wanted.'
 TITLES = ("Velmar Bridge, early look", "Velmar Bridge, present look", "Velmar Bridge, replica")
 FOUND = "\n".join(f"{i}. IMG_{i:03d} {title}" for i, title in enumerate(TITLES, 1))
+SKILL = "quantity_counting"
 
 
-def distill_pair():
+@pytest.fixture
+def pair():
+    """(careful, lazy): two attempts at one request."""
     prompt = 'Velmar Bridge as in the first reference image. Exactly two separate copies: one, two. Text "1871".'
+    pictures = distill_step("image_search", {"query": "Velmar Bridge"}, FOUND, "Find the pictures.")
+    guide = distill_step("query_knowledge", {"skill_name": SKILL}, GUIDE_TEXT, f"Activate {SKILL}.")
     careful = distill_trajectory(0.9, prompt, ("IMG_002",), [
         distill_step("search", {"queries": ["city of Velmar Bridge"]}, "The city of Velmar Bridge is Kelmar.",
                      "Ask for the exact fact."),
         distill_step("search", {"queries": ["founding year of Kelmar"]}, "The founding year of Kelmar is 1871.",
                      "Follow the city."),
-        distill_step("image_search", {"query": "Velmar Bridge"}, FOUND, "Find the pictures."),
-        distill_step("query_knowledge", {"skill_name": "quantity_counting"}, GUIDE_TEXT, "Activate quantity_counting."),
+        pictures, guide,
         distill_step("", {}, "", "Take the present look. Follow the skill wording.", "answer")], titles=TITLES)
     lazy = distill_trajectory(0.4, "Velmar Bridge as in the first reference image. Two of them.", ("IMG_001",), [
         distill_step("search", {"queries": ["Velmar Bridge"]}, "Velmar Bridge is a bridge.", "Ask by the name alone."),
-        distill_step("image_search", {"query": "Velmar Bridge"}, FOUND, "Find the pictures."),
-        distill_step("query_knowledge", {"skill_name": "quantity_counting"}, GUIDE_TEXT, "Activate quantity_counting."),
+        pictures, guide,
         distill_step("", {}, "", "Take the first result. Keep the plain wording.", "answer")],
         failed=("text", "count"), titles=TITLES)
     return careful, lazy
 
 
-DISTILL_PHRASES = {
+PHRASES = {
     "search_query_guidance": {"Ask for the exact fact": "Ask for the exact fact in every search query, together with "
                               "the full name of the thing asked about.",
                               "Ask by the name alone": "Ask by the name alone."},
-    "skill_routing_guidance": {"Activate quantity_counting": "Activate quantity_counting with one query_knowledge call "
-                               "before the program, because the picture depends on that skill."}}
-
-
+    "skill_routing_guidance": {f"Activate {SKILL}": f"Activate {SKILL} with one query_knowledge call before the "
+                               "program, because the picture depends on that skill."}}
 LOOK = "Take the present look among the pictures found, whatever its place in the list of results may be."
 
 
-def distill_bundle(text=LOOK):
+def look_bundle(text=LOOK):
     return distill.Bundle.from_bullets("Show Velmar Bridge today.", {"reference_selection_guidance": [text]})
 
 
-def distill_memory(vectors, **options):
+def table_memory(vectors, **options):
     """A memory whose embedder looks prompts up in a table of 2-d vectors."""
     def embed(texts):
         rows = torch.tensor([vectors[t] for t in texts], dtype=torch.float32)
@@ -2456,62 +2722,83 @@ def distill_memory(vectors, **options):
     return distill.Memory(embed, **options)
 
 
-class DistillSession:
+def circle(count):
+    """{"0": unit vector, ...}: prompts for ``table_memory``."""
+    return {str(i): [math.cos(i), math.sin(i)] for i in range(count)}
+
+
+# ---- Programs --------------------------------------------------------------------------------------------------------
+
+class ProgramSession:
     def __init__(self, count=3, queries=(("image_search", "Velmar Bridge"),)):
         self.images = {f"IMG_{i:03d}": {"title": "", "local_path": ""} for i in range(1, count + 1)}
         self.queries = list(queries)
 
 
-def distill_answer(prompt="Velmar Bridge as in the first reference image.", ids=("IMG_001",)):
+def program_answer(prompt="Velmar Bridge as in the first reference image.", ids=("IMG_001",)):
     return {"gen_prompt": prompt, "reference_images": [{"img_id": i, "note": "look"} for i in ids]}
 
 
-# ---- programs --------------------------------------------------------------------------------------------------------
-
 def test_a_valid_program_is_parsed_and_keeps_its_references():
-    program, errors = distill.parse_program(distill_answer(ids=("IMG_001", "IMG_003")), DistillSession())
+    program, errors = tools.parse_program(program_answer(ids=("IMG_001", "IMG_003")), ProgramSession())
     assert errors == [] and [r["img_id"] for r in program.references] == ["IMG_001", "IMG_003"]
 
 
-@pytest.mark.parametrize("answer, session, part", [
-    (distill_answer(prompt="  "), DistillSession(), "empty"),
-    (distill_answer(ids=()), DistillSession(), "0 reference images"),
-    (distill_answer(ids=("IMG_001", "IMG_002", "IMG_003")), DistillSession(), "3 reference images"),
-    (distill_answer(ids=("IMG_099",)), DistillSession(), "unknown img_id IMG_099"),
-    (distill_answer(ids=("IMG_002", "IMG_001")), DistillSession(), "sorted"),
-    (distill_answer(ids=("IMG_002", "IMG_002")), DistillSession(), "differ"),
-    (distill_answer("Velmar Bridge as in IMG_001."), DistillSession(), "contains an img_id"),
-    (distill_answer("Velmar Bridge, see https://x.org/a.png."), DistillSession(), "URL"),
-    (distill_answer("As in reference image 1."), DistillSession(), "only as the first reference image"),
-    (distill_answer("As in the third reference image."), DistillSession(), "only as the first reference image"),
-    (distill_answer("The first reference image left, the second reference image right."), DistillSession(), "only one"),
-    (distill_answer(), DistillSession(queries=[("search", "a")]), "no image_search"),
-    (distill_answer(), DistillSession(queries=[("image_search", "a"), ("image_search", "a")]), "repeated"),
-    ({"gen_prompt": 3, "reference_images": []}, DistillSession(), "must be"),
-    ({"gen_prompt": "x", "reference_images": ["IMG_001"]}, DistillSession(), "must be"),
-    ("text", DistillSession(), "must be")])
-def test_every_program_rule_refuses_with_its_own_error(answer, session, part):
-    program, errors = distill.parse_program(answer, session)
+@pytest.mark.parametrize("answer, part", [
+    (program_answer(prompt="  "), "empty"),
+    (program_answer(ids=()), "0 reference images"),
+    (program_answer(ids=("IMG_001", "IMG_002", "IMG_003")), "3 reference images"),
+    (program_answer(ids=("IMG_099",)), "unknown img_id IMG_099"),
+    (program_answer(ids=("IMG_002", "IMG_001")), "sorted"),
+    (program_answer(ids=("IMG_002", "IMG_002")), "differ"),
+    (program_answer("Velmar Bridge as in IMG_001."), "contains an img_id"),
+    (program_answer("Velmar Bridge, see https://x.org/a.png."), "URL"),
+    (program_answer("As in reference image 1."), "only as the first reference image"),
+    (program_answer("As in the third reference image."), "only as the first reference image"),
+    (program_answer("The first reference image left, the second reference image right."), "only one"),
+    ({"gen_prompt": 3, "reference_images": []}, "must be"),
+    ({"gen_prompt": "x", "reference_images": ["IMG_001"]}, "must be"),
+    ("text", "must be")])
+def test_every_rule_of_a_program_refuses_with_its_own_error(answer, part):
+    program, errors = tools.parse_program(answer, ProgramSession())
+    assert program is None and any(part in e for e in errors), errors
+
+
+@pytest.mark.parametrize("queries, part", [
+    ([("search", "a")], "no image_search"),
+    ([("image_search", "a"), ("image_search", "a")], "repeated")])
+def test_every_rule_of_a_programs_queries_refuses_with_its_own_error(queries, part):
+    program, errors = tools.parse_program(program_answer(), ProgramSession(queries=queries))
     assert program is None and any(part in e for e in errors), errors
 
 
 def test_the_second_reference_image_may_be_named_when_there_are_two():
     prompt = "The First reference image left, the second wholly right, as the second reference image."
-    answer = distill_answer(prompt, ("IMG_001", "IMG_002"))
-    assert distill.parse_program(answer, DistillSession())[1] == []
+    answer = program_answer(prompt, ("IMG_001", "IMG_002"))
+    assert tools.parse_program(answer, ProgramSession())[1] == []
 
 
-# ---- scores ----------------------------------------------------------------------------------------------------------
+def test_a_trajectory_survives_json_without_picture_session_and_row(pair):
+    careful, _ = pair
+    careful.row, careful.image = {"gt_image": "x.png"}, np.zeros((2, 2, 3), np.uint8)
+    value = json.loads(json.dumps(careful.to_json()))
+    again = distill.Trajectory.from_json(value, careful.row)
+    assert again.image is None and again.row is careful.row
+    assert (again.steps, again.program, again.judgement) == (careful.steps, careful.program, careful.judgement)
+    assert (again.question, again.reward, again.images) == (careful.question, careful.reward, careful.images)
 
-def test_kscore_weights_its_four_parts():
-    assert distill.kscore(1, 0, 0, 0) == pytest.approx(0.1) and distill.kscore(0, 1, 0, 0) == pytest.approx(0.4)
-    assert distill.kscore(0, 0, 1, 0) == pytest.approx(0.4) and distill.kscore(0, 0, 0, 1) == pytest.approx(0.1)
+
+# ---- Rewards ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("scores, expected", [
+    ((1, 0, 0, 0), 0.1), ((0, 1, 0, 0), 0.4), ((0, 0, 1, 0), 0.4), ((0, 0, 0, 1), 0.1)])
+def test_kscore_weights_its_four_parts(scores, expected):
+    assert distill.kscore(*scores) == pytest.approx(expected)
 
 
 def test_kscore_without_text_follows_the_named_rule():
     assert distill.kscore(1, 0.5, None, 1) == pytest.approx(0.4 / 0.6)
     assert distill.kscore(1, 0.5, None, 1, "half") == pytest.approx(0.6)
-    assert distill.kscore(1, 0.5, None, 1, "present-mean") == pytest.approx(0.6)
     with pytest.raises(ValueError):
         distill.kscore(1, 1, None, 1, "dropped")
 
@@ -2521,13 +2808,37 @@ def test_the_reward_is_missing_if_either_half_is():
     assert math.isnan(distill.mixed_reward(NAN, 1.0)) and math.isnan(distill.mixed_reward(0.5, None))
 
 
-def distill_scored(f, v, t, a, **fields):
-    return {"judgement": dict(zip(distill.DIMENSIONS, (f, v, t, a)))} | fields
+GOOD_SCORES = {"rationale": "fine", "faithfulness": 1, "visual_correctness": 0.5, "text_accuracy": 0, "aesthetics": 1,
+               "text_accuracy_na": True}
+NO_PICTURE = np.zeros((8, 8, 3), np.uint8)
+
+
+def test_a_model_judge_sees_both_pictures_and_leaves_out_the_text_where_none_is_wanted():
+    sent = []
+
+    def chat(messages, **options):
+        sent.append(messages)
+        return "Here: " + json.dumps(GOOD_SCORES)
+    scores = distill.ModelJudge(chat).score(NO_PICTURE, NO_PICTURE, {"question": "Draw it."})
+    assert scores["text_accuracy"] is None and scores["kscore"] == pytest.approx((0.1 + 0.4 * 0.5 + 0.1) / 0.6)
+    assert [p["type"] for p in sent[0][1]["content"]] == ["text", "image_url", "image_url"]
+
+
+@pytest.mark.parametrize("reply", (
+    "no idea", '{"faithfulness": 0.7}', json.dumps(GOOD_SCORES | {"aesthetics": True}),
+    json.dumps(GOOD_SCORES | {"faithfulness": 2}), "[1]"))
+def test_a_model_judge_that_fails_raises_so_that_the_score_is_missing_not_zero(reply):
+    with pytest.raises(tools.ToolError):
+        distill.ModelJudge(lambda *_, **__: reply).score(NO_PICTURE, NO_PICTURE, {"question": "Draw it."})
+
+
+def judged_row(*scores, **fields):
+    return {"judgement": dict(zip(distill.DIMENSIONS, scores))} | fields
 
 
 def test_summaries_average_judged_rows_and_count_missing_ones_as_zero():
-    rows = [distill_scored(1, 1, 1, 1, eval_type="knowledge", difficulty="easy"),
-            distill_scored(1, 0, None, 1, eval_type="quality"),
+    rows = [judged_row(1, 1, 1, 1, eval_type="knowledge", difficulty="easy"),
+            judged_row(1, 0, None, 1, eval_type="quality"),
             {"judgement": None, "eval_type": "quality"}]
     summary = distill.summarize(rows)
     assert summary["all"]["overall"] == pytest.approx((1 + 0.2 / 0.6) / 2)
@@ -2536,13 +2847,12 @@ def test_summaries_average_judged_rows_and_count_missing_ones_as_zero():
     assert summary["by_eval_type"]["quality"]["overall_missing_zero"] == pytest.approx(0.1 / 0.6)
     assert set(summary["by_difficulty"]) == {"easy", "unknown"}
     assert distill.summarize(rows, "half")["all"]["overall"] == pytest.approx((1 + 0.4) / 2)
-    assert distill.summarize(rows, "present-mean")["all"]["overall"] == pytest.approx(0.1 + 0.4 * 0.5 + 0.4 * 1 + 0.1)
 
 
-def test_a_summary_of_nothing_judged_is_missing_but_zero_for_the_strict_mean():
-    for rule in distill.MISSING_TEXT:
-        figures = distill.summarize([{"judgement": None}], rule)["all"]
-        assert math.isnan(figures["overall"]) and figures["overall_missing_zero"] == 0
+@pytest.mark.parametrize("rule", distill.MISSING_TEXT)
+def test_a_summary_of_nothing_judged_is_missing_but_zero_for_the_strict_mean(rule):
+    figures = distill.summarize([{"judgement": None}], rule)["all"]
+    assert math.isnan(figures["overall"]) and figures["overall_missing_zero"] == 0
 
 
 def test_wiscores_weigh_categories_by_their_version():
@@ -2554,7 +2864,89 @@ def test_wiscores_weigh_categories_by_their_version():
     assert sum(distill.WISE_LEGACY.values()) == pytest.approx(1) == sum(distill.WISE_VERIFIED.values())
 
 
-# ---- advantages ------------------------------------------------------------------------------------------------------
+# ---- SFT -------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def demonstrations(tmp_path_factory):
+    """A folder with 40 demonstrations (sft.jsonl) and the text that a tokenizer is trained on (vocabulary.txt)."""
+    folder = tmp_path_factory.mktemp("demonstrations")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "HERE", str(folder))
+        build.build_demos(40, 0)
+    return folder
+
+
+@pytest.fixture
+def sft(demonstrations, capsys):
+    """A function: the cold start of a tiny policy by the command line. Returns (exit code, stdout, stderr)."""
+    def train(out, *more):
+        code = genevolve.main([str(argument) for argument in (
+            "sft", "--data", demonstrations / "sft.jsonl", "--vocabulary", demonstrations / "vocabulary.txt",
+            "--out", out, "--copy-steps", 2, "--batch-tokens", 1500, "--hidden", 32, "--layers", 1, "--heads", 2,
+            *more)])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+    return train
+
+
+def test_sft_scores_assistant_tokens_only():
+    net, tokenizer = model.load(os.path.join(genevolve.HERE, "weights", "sft"))
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "hello"},
+                {"role": "assistant", "content": "yes"}, {"role": "user", "content": "an observation"}]
+    other_messages = messages[:3] + [{"role": "user", "content": "another one"}]
+    row, other = (tokenizer.apply_chat_with_mask(m) for m in (messages, other_messages))
+    assert row[0] != other[0] and sum(row[1]) == sum(other[1]) > 0
+    assert abs(distill.sft_loss(net, [row]).item() - distill.sft_loss(net, [other]).item()) < 1e-5
+
+
+def test_a_new_policy_is_trained_to_the_end_and_leaves_no_checkpoint(tmp_path, sft):
+    code, _, err = sft(tmp_path / "policy", "--steps", 2)
+    assert code == 0, err
+    net, tokenizer = model.load(str(tmp_path / "policy"))
+    assert tokenizer.size == net.config.vocab_size
+    assert json.loads((tmp_path / "policy" / "training.json").read_text())["step"] == 3
+    assert not (tmp_path / "policy" / "checkpoints").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", (False, True), ids=("whole", "lora"))
+def test_sft_stopped_and_started_again_ends_with_the_same_weights(tmp_path, sft, monkeypatch, lora):
+    more = ("--steps", 6, "--save-every", 3)
+    if lora:
+        assert sft(tmp_path / "base", "--steps", 1)[0] == 0
+        more = ("--steps", 8, "--save-every", 3, "--init", tmp_path / "base", "--lora", 2)  # no steps of copying
+    assert sft(tmp_path / "whole", *more)[0] == 0
+
+    calls, loss = [], distill.sft_loss
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == (6 if lora else 4):  # the sixth step; the last checkpoint is the third's
+            raise KeyboardInterrupt
+        return loss(*arguments)
+    monkeypatch.setattr(distill, "sft_loss", interrupted)
+    assert sft(tmp_path / "stopped", *more)[0] == 130
+    monkeypatch.setattr(distill, "sft_loss", loss)
+    state, tensors = model.latest_checkpoint(str(tmp_path / "stopped" / "checkpoints"))
+    assert state["step"] == 3 and all(("lora_" in name) is lora for name in tensors)
+
+    code, _, err = sft(tmp_path / "stopped", *more, "--lr", 1e-3)
+    assert code == 2 and "--lr" in err
+    code, out, err = sft(tmp_path / "stopped", *more)
+    assert code == 0 and "resuming at step 3" in out, err
+    weights = [dict(model_tensors(tmp_path / name / "model.safetensors")) for name in ("stopped", "whole")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+    assert not (tmp_path / "stopped" / "checkpoints").exists()
+    assert (tmp_path / "stopped" / "adapter").exists() is lora
+
+
+@pytest.mark.parametrize("init, said", [("", "--init"), ("policy", "another --out")])
+def test_adapters_need_a_policy_that_stays_as_it_is(tmp_path, sft, init, said):
+    code, _, err = sft(tmp_path / "policy", "--lora", 2, "--init", init and tmp_path / init)
+    assert code == 2 and said in err and err.count("\n") == 1
+
+
+# ---- Advantages ------------------------------------------------------------------------------------------------------
 
 def test_advantages_sum_to_zero_and_ignore_a_shift():
     rewards = torch.tensor([[0.1, 0.9, 0.4, 0.4, 0.7, 0.2], [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]])
@@ -2572,8 +2964,7 @@ def test_sample_deviation_shrinks_advantages_by_the_stated_factor():
 
 def test_dead_missing_and_lone_entries_have_advantage_exactly_zero():
     rewards = torch.tensor([[0.3] * 6, [0.1 + 0.2] + [0.3] * 5, [NAN] * 6, [NAN, 0.7] + [NAN] * 4,
-                            [NAN, 0.2, 0.8, NAN, 0.5, 0.5]],
-                           dtype=torch.float64)
+                            [NAN, 0.2, 0.8, NAN, 0.5, 0.5]], dtype=torch.float64)
     advantages = distill.group_advantages(rewards)
     assert (advantages[:4] == 0).all() and (advantages[4, [0, 3]] == 0).all()
     expected = torch.tensor([-1.0, 1.0], dtype=torch.float64) * 0.3 / math.sqrt(0.18 / 4)
@@ -2606,16 +2997,19 @@ def test_on_policy_the_gradient_is_the_plain_policy_gradient():
     assert torch.allclose(logp.grad, -advantages[:, None].expand(2, 3) / 6)
 
 
-def test_grpo_aggregations_match_values_by_hand():
-    logp = torch.zeros(2, 4)
+@pytest.mark.parametrize("options, expected", [
+    ({}, -(1 - 6) / 4), ({"aggregation": "seq-mean-token-sum"}, -(1 - 6) / 2), ({"normalizer": 10}, 0.5)])
+def test_grpo_aggregations_match_values_by_hand(options, expected):
+    logp, advantages = torch.zeros(2, 4), torch.tensor([1.0, -2.0])
     mask = torch.tensor([[True, False, False, False], [True, True, True, False]])
-    advantages = torch.tensor([1.0, -2.0])
-    value = lambda **o: distill.grpo_loss(logp, logp, logp, advantages, mask, beta=0.0, **o).item()
-    assert value() == pytest.approx(-(1 - 6) / 4)
-    assert value(aggregation="seq-mean-token-sum") == pytest.approx(-(1 - 6) / 2)
-    assert value(normalizer=10) == pytest.approx(0.5)
-    with pytest.raises(ValueError):
-        value(aggregation="mean")
+    loss = distill.grpo_loss(logp, logp, logp, advantages, mask, beta=0.0, **options)
+    assert loss.item() == pytest.approx(expected)
+
+
+def test_an_unknown_aggregation_is_refused():
+    logp = torch.zeros(1, 1)
+    with pytest.raises(ValueError, match="aggregation 'mean'"):
+        distill.grpo_loss(logp, logp, logp, torch.ones(1), logp == 0, aggregation="mean")
 
 
 def test_the_reference_term_is_k3_over_all_rows():
@@ -2625,44 +3019,70 @@ def test_the_reference_term_is_k3_over_all_rows():
 
 
 def test_dead_rows_do_not_dilute_the_policy_gradient():
-    logp, old, _, ref, mask = distill_rows()
+    logp, old, _, ref, mask = random_logprobs()
     advantages = torch.tensor([1.0, -1.0, 0.5, 0.0, 0.0], dtype=torch.float64)
     some = distill.grpo_loss(logp[:3], old[:3], ref[:3], advantages[:3], mask[:3], beta=0.0)
     assert torch.allclose(distill.grpo_loss(logp, old, ref, advantages, mask, beta=0.0), some)
 
 
 @pytest.mark.parametrize("aggregation", distill.AGGREGATIONS)
-def test_micro_batches_with_a_global_normalizer_add_up_to_the_whole(aggregation):
-    logp, old, q, ref, mask = distill_rows()
+def test_micro_batches_of_grpo_with_global_normalizers_add_up_to_the_whole(aggregation):
+    logp, old, _, ref, mask = random_logprobs()
     advantages = torch.tensor([1.0, -1.0, 0.5, 0.0, -0.3], dtype=torch.float64)
-    pair = [distill.count_tokens(m, aggregation) for m in (distill.policy_mask(advantages, mask), mask)]
-    whole = distill.grpo_loss(logp, old, ref, advantages, mask, beta=0.1, aggregation=aggregation)
-    options = {"beta": 0.1, "aggregation": aggregation, "normalizer": pair}
-    parts = sum(distill.grpo_loss(logp[s], old[s], ref[s], advantages[s], mask[s], **options)
+    counts = [distill.count_tokens(m, aggregation) for m in (distill.policy_mask(advantages, mask), mask)]
+    options = {"beta": 0.1, "aggregation": aggregation}
+    whole = distill.grpo_loss(logp, old, ref, advantages, mask, **options)
+    parts = sum(distill.grpo_loss(logp[s], old[s], ref[s], advantages[s], mask[s], normalizer=counts, **options)
                 for s in (slice(0, 1), slice(1, 4), slice(4, 5)))
     assert torch.allclose(whole, parts)
-    chosen = distill.select_tokens(q - logp, mask)
-    whole = distill.sdl_loss(logp, old, q, mask, aggregation=aggregation)
-    options = {"aggregation": aggregation, "normalizer": distill.count_tokens(chosen, aggregation)}
-    parts = sum(distill.sdl_loss(logp[s], old[s], q[s], mask[s], **options)
+
+
+@pytest.mark.parametrize("aggregation", distill.AGGREGATIONS)
+def test_micro_batches_of_sdl_with_a_global_normalizer_add_up_to_the_whole(aggregation):
+    logp, old, q, _, mask = random_logprobs()
+    recipe = paper(aggregation=aggregation)
+    count = distill.count_tokens(distill.select_tokens(q - logp, mask), aggregation)
+    whole = distill.sdl_loss(logp, old, q, mask, recipe)
+    parts = sum(distill.sdl_loss(logp[s], old[s], q[s], mask[s], recipe, normalizer=count)
                 for s in (slice(0, 2), slice(2, 5)))
     assert torch.allclose(whole, parts)
     gradient = torch.autograd.grad(whole, logp, retain_graph=True)[0]
     assert torch.allclose(gradient, torch.autograd.grad(parts, logp)[0])
 
 
-def test_grpo_survives_extremes_and_nan_outside_the_mask():
-    for dtype in (torch.float32, torch.bfloat16):
-        for sign in (1.0, -1.0):
-            logp = torch.tensor([[-1.0, -200.0, -0.1, NAN]], dtype=dtype, requires_grad=True)
-            old = torch.tensor([[-201.0, -0.1, -0.1, NAN]], dtype=dtype)
-            ref, mask = old.flip(-1).nan_to_num(-200.0), torch.tensor([[True, True, True, False]])
-            loss = distill.grpo_loss(logp, old, ref, torch.tensor([sign]), mask)
-            loss.backward()
-            assert loss.isfinite() and logp.grad.isfinite().all() and logp.grad[0, 3] == 0
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_grpo_survives_extremes_and_nan_outside_the_mask(dtype, sign):
+    logp = torch.tensor([[-1.0, -200.0, -0.1, NAN]], dtype=dtype, requires_grad=True)
+    old = torch.tensor([[-201.0, -0.1, -0.1, NAN]], dtype=dtype)
+    ref, mask = old.flip(-1).nan_to_num(-200.0), torch.tensor([[True, True, True, False]])
+    loss = distill.grpo_loss(logp, old, ref, torch.tensor([sign]), mask)
+    loss.backward()
+    assert loss.isfinite() and logp.grad.isfinite().all() and logp.grad[0, 3] == 0
 
 
 # ---- SDL: what each estimator's gradient is --------------------------------------------------------------------------
+
+def expected_gradients(estimator, on_policy, seed=0, no_ratio=False):
+    """Gradients with respect to the student's logits: of sdl_loss in expectation over tokens drawn from the old policy,
+    by enumeration, of KL(q||p) and of KL(p||q)."""
+    student, old, teacher = random_policies(seed)
+    if on_policy:
+        old = student.detach().clone()
+    logp, logp_old, logq = (x.log_softmax(-1).T for x in (student, old, teacher))        # (V, 1): a row for each token
+    ratio_source = logp.detach() if no_ratio else logp_old
+    mask = torch.ones_like(logp, dtype=torch.bool)
+    recipe = paper(estimator=estimator, selection="all", k3_clamp=None, ratio_cap=None)
+
+    losses = []
+    for token in range(len(logp)):
+        row = slice(token, token + 1)
+        losses.append(distill.sdl_loss(logp[row], ratio_source[row], logq[row], mask[row], recipe, normalizer=1))
+    expected = (logp_old.exp().flatten() * torch.stack(losses)).sum()
+    forward, reverse = (distill.full_kl_loss(student[None], teacher[None], mask[:1], direction)
+                        for direction in ("forward", "reverse"))
+    return [torch.autograd.grad(value, student, retain_graph=True)[0] for value in (expected, forward, reverse)]
+
 
 @pytest.mark.parametrize("estimator, on_policy, options, direction", [
     ("k3_detached", True, {"no_ratio": True}, "forward"),      # k3 without a ratio
@@ -2674,62 +3094,71 @@ def test_grpo_survives_extremes_and_nan_outside_the_mask():
     ("k2", True, {}, "reverse")])
 @pytest.mark.parametrize("seed", range(3))
 def test_expected_gradients_are_those_of_the_table(estimator, on_policy, options, direction, seed):
-    got, forward, reverse = distill_expected_gradient(estimator, on_policy, seed, ratio_cap=None, **options)
+    got, forward, reverse = expected_gradients(estimator, on_policy, seed, **options)
     right, wrong = (forward, reverse) if direction == "forward" else (reverse, forward)
     assert torch.allclose(got, right, atol=1e-10) and not torch.allclose(got, wrong, atol=1e-3)
 
 
-def test_estimators_without_a_ratio_are_wrong_off_policy():
-    for estimator in ("k2", "k3_detached"):
-        got, forward, reverse = distill_expected_gradient(estimator, False, no_ratio=True, ratio_cap=None)
-        assert not torch.allclose(got, forward, atol=1e-3) and not torch.allclose(got, reverse, atol=1e-3)
+@pytest.mark.parametrize("estimator", ["k2", "k3_detached"])
+def test_estimators_without_a_ratio_are_wrong_off_policy(estimator):
+    got, forward, reverse = expected_gradients(estimator, False, no_ratio=True)
+    assert not torch.allclose(got, forward, atol=1e-3) and not torch.allclose(got, reverse, atol=1e-3)
+
+
+def coefficient(l, estimator, rho=1.0, **changes):
+    """The factor c of grad log p on one sampled token."""
+    logp = torch.tensor([[-1.0]], dtype=torch.float64, requires_grad=True)
+    recipe = paper(estimator=estimator, selection="all", **changes)
+    distill.sdl_loss(logp, logp.detach() - math.log(rho), logp.detach() - l, torch.tensor([[True]]), recipe).backward()
+    return logp.grad.item()
 
 
 @pytest.mark.parametrize("rho", [0.3, 1.0, 1.9])
 @pytest.mark.parametrize("l", [-2.0, -0.1, 0.5, 3.0])
 def test_coefficients_on_the_sampled_token_are_those_of_the_table(l, rho):
-    assert distill_coefficient(l, "k3_live", rho) == pytest.approx(rho * l)
-    assert distill_coefficient(l, "surrogate", rho) == pytest.approx(rho * l)
-    assert distill_coefficient(l, "k3_detached", rho) == pytest.approx(rho * (1 - math.exp(-l)))
-    assert distill_coefficient(l, "k2", rho) == pytest.approx(l)
+    assert coefficient(l, "k3_live", rho) == pytest.approx(rho * l)
+    assert coefficient(l, "surrogate", rho) == pytest.approx(rho * l)
+    assert coefficient(l, "k3_detached", rho) == pytest.approx(rho * (1 - math.exp(-l)))
+    assert coefficient(l, "k2", rho) == pytest.approx(l)
 
 
 def test_past_the_ratio_cap_the_live_form_changes_direction_and_the_surrogate_does_not():
-    assert distill_coefficient(1.5, "k3_live", 3.0) == pytest.approx(2 * (1 - math.exp(-1.5)))
-    assert distill_coefficient(1.5, "surrogate", 3.0) == pytest.approx(2 * 1.5)
+    assert coefficient(1.5, "k3_live", 3.0) == pytest.approx(2 * (1 - math.exp(-1.5)))
+    assert coefficient(1.5, "surrogate", 3.0) == pytest.approx(2 * 1.5)
 
 
-def test_k3_saturates_exactly_above_its_two_edges():
-    edges = [(-math.log(13.60), False), (-math.log(13.62), True), (10.99, False), (11.001, True)]
-    for l, saturated in edges:
-        assert bool(distill.is_saturated(torch.tensor(l), 10.0)) is saturated
-        assert (distill_coefficient(l, "k3_detached") == 0) is saturated
-        assert (distill_coefficient(l, "k3_live", saturation="zero") == 0) is saturated
+@pytest.mark.parametrize("l, saturated", [
+    (-math.log(13.60), False), (-math.log(13.62), True), (10.99, False), (11.001, True)])
+def test_k3_saturates_exactly_above_its_two_edges(l, saturated):
+    assert bool(distill.is_saturated(torch.tensor(l), 10.0)) is saturated
+    assert (coefficient(l, "k3_detached") == 0) is saturated
+    assert (coefficient(l, "k3_live", saturation="zero") == 0) is saturated
 
 
 def test_the_clamped_live_ratio_pushes_the_most_wanted_token_away_and_zero_does_not():
-    wanted = -math.log(50.0)                                        # the teacher finds it fifty times as likely
-    assert distill_coefficient(-2.0, "k3_live", 1.2) < 0            # descent raises the token
-    assert distill_coefficient(wanted, "k3_live", 1.2, saturation="clamp") == pytest.approx(+10 * 1.2)
-    assert distill_coefficient(wanted, "k3_live", 1.2, saturation="zero") == 0
-    assert distill_coefficient(wanted, "k3_detached", 1.2, saturation="clamp") == 0
+    wanted = -math.log(50.0)                                # the teacher finds it fifty times as likely
+    assert coefficient(-2.0, "k3_live", 1.2) < 0            # descent raises the token
+    assert coefficient(wanted, "k3_live", 1.2, saturation="clamp") == pytest.approx(+10 * 1.2)
+    assert coefficient(wanted, "k3_live", 1.2, saturation="zero") == 0
+    assert coefficient(wanted, "k3_detached", 1.2, saturation="clamp") == 0
 
 
 def test_k3_is_zero_where_the_policies_agree_and_positive_elsewhere():
-    logp, _, _, _, mask = distill_rows()
+    logp, _, _, _, mask = random_logprobs()
     assert distill.sdl_loss(logp, logp, logp, mask).item() == 0
     assert (distill.k3(torch.linspace(-5, 20, 101, dtype=torch.float64)) >= 0).all()
     assert distill.k3(torch.tensor(0.7)).item() == pytest.approx(math.exp(-0.7) - 1 + 0.7)
 
 
 def test_no_gradient_reaches_teacher_or_old_policy():
-    logp, old, q, ref, mask = distill_rows()
-    old.requires_grad_(), q.requires_grad_(), ref.requires_grad_()
-    loss = sum(distill.sdl_loss(logp, old, q, mask, e) for e in distill.SAMPLED_ESTIMATORS)
+    logp, old, q, ref, mask = random_logprobs()
+    for x in (old, q, ref):
+        x.requires_grad_()
+    loss = sum(distill.sdl_loss(logp, old, q, mask, paper(estimator=e)) for e in distill.SAMPLED_ESTIMATORS)
     (loss + distill.grpo_loss(logp, old, ref, torch.ones(5), mask)).backward()
     student, teacher = torch.randn(2, 3, 7, requires_grad=True), torch.randn(2, 3, 7, requires_grad=True)
-    full = [distill.full_kl_loss(student, teacher, torch.ones(2, 3, dtype=torch.bool), d, k)
-            for d in ("forward", "reverse") for k in (None, 2)]
+    full = [distill.full_kl_loss(student, teacher, torch.ones(2, 3, dtype=torch.bool), direction, top_k)
+            for direction in ("forward", "reverse") for top_k in (None, 2)]
     sum(full).backward()
     assert old.grad is None and q.grad is None and ref.grad is None and teacher.grad is None
     assert logp.grad.abs().sum() > 0 and student.grad.abs().sum() > 0
@@ -2737,38 +3166,40 @@ def test_no_gradient_reaches_teacher_or_old_policy():
 
 @pytest.mark.parametrize("estimator", distill.SAMPLED_ESTIMATORS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sdl_values_and_gradients_stay_finite_at_extreme_log_ratios(estimator, dtype):
-    for saturation in ("clamp", "zero"):
-        for clamp in (10.0, None):
-            logp = torch.tensor([[-200.5, -0.5, -0.5, -300.0]], dtype=dtype, requires_grad=True)
-            q = torch.tensor([[-0.5, -200.5, -0.5, -1.0]], dtype=dtype)
-            old = torch.tensor([[-0.5, -200.5, -200.5, -300.0]], dtype=dtype)
-            loss = distill.sdl_loss(logp, old, q, torch.ones(1, 4, dtype=torch.bool), estimator, selection="all",
-                                    saturation=saturation, k3_clamp=clamp)
-            loss.backward()
-            assert loss.isfinite() and logp.grad.isfinite().all()
+@pytest.mark.parametrize("saturation", ["clamp", "zero"])
+@pytest.mark.parametrize("clamp", [10.0, None])
+def test_sdl_values_and_gradients_stay_finite_at_extreme_log_ratios(estimator, dtype, saturation, clamp):
+    logp = torch.tensor([[-200.5, -0.5, -0.5, -300.0]], dtype=dtype, requires_grad=True)
+    q = torch.tensor([[-0.5, -200.5, -0.5, -1.0]], dtype=dtype)
+    old = torch.tensor([[-0.5, -200.5, -200.5, -300.0]], dtype=dtype)
+    recipe = paper(estimator=estimator, selection="all", saturation=saturation, k3_clamp=clamp)
+    loss = distill.sdl_loss(logp, old, q, torch.ones(1, 4, dtype=torch.bool), recipe)
+    loss.backward()
+    assert loss.isfinite() and logp.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("estimator", distill.SAMPLED_ESTIMATORS)
 def test_nan_and_infinity_outside_the_mask_are_inert(estimator):
-    logp, old, q, _, mask = distill_rows()
-    reference = distill.sdl_loss(logp, old, q, mask, estimator)
+    logp, old, q, _, mask = random_logprobs()
+    recipe = paper(estimator=estimator)
+    reference = distill.sdl_loss(logp, old, q, mask, recipe)
     spoilt = [torch.where(mask, x.detach(), bad) for x, bad in ((logp, NAN), (old, math.inf), (q, -math.inf))]
     spoilt[0].requires_grad_()
-    loss = distill.sdl_loss(*spoilt, mask, estimator)
+    loss = distill.sdl_loss(*spoilt, mask, recipe)
     loss.backward()
     assert torch.equal(loss, reference) and spoilt[0].grad.isfinite().all() and (spoilt[0].grad[~mask] == 0).all()
 
 
 def test_an_empty_mask_gives_exactly_zero_and_a_gradient_of_zero():
-    logp, old, q, ref, mask = distill_rows()
+    logp, old, q, ref, mask = random_logprobs()
     logits, none = torch.randn(5, 40, 3, requires_grad=True), torch.zeros_like(mask)
     losses = [distill.sdl_loss(logp, old, q, none),
-              distill.sdl_loss(logp, old, q, none, aggregation="seq-mean-token-sum"),
-              distill.sdl_loss(logp, old, q, none, "surrogate"), distill.full_kl_loss(logits, logits, none, "forward"),
+              distill.sdl_loss(logp, old, q, none, paper(aggregation="seq-mean-token-sum")),
+              distill.sdl_loss(logp, old, q, none, paper(estimator="surrogate")),
+              distill.full_kl_loss(logits, logits, none, "forward"),
               distill.grpo_loss(logp, old, ref, torch.zeros(5), none)]
     sum(losses).backward()
-    assert all(l.item() == 0 for l in losses) and (logp.grad == 0).all() and (logits.grad == 0).all()
+    assert all(loss.item() == 0 for loss in losses) and (logp.grad == 0).all() and (logits.grad == 0).all()
 
 
 # ---- SDL: selection and denominators ---------------------------------------------------------------------------------
@@ -2785,48 +3216,47 @@ def test_sampled_selection_takes_the_top_tenth_of_each_row_by_gap():
 
 def test_a_fraction_that_is_a_whole_number_is_not_rounded_up_by_float_noise():
     mask = torch.ones(1, 100, dtype=torch.bool)
-    assert distill.select_tokens(torch.randn(1, 100), mask, top_fraction=0.07).sum() == 7
+    assert distill.select_tokens(torch.randn(1, 100), mask, paper(top_fraction=0.07)).sum() == 7
 
 
 def test_position_selection_follows_the_score_and_not_the_sampled_token():
     mask, score = torch.ones(1, 10, dtype=torch.bool), torch.arange(10.0)[None]
-    gap = -score
-    assert distill.select_tokens(gap, mask, "position", 0.2, score).nonzero()[:, 1].tolist() == [8, 9]
-    assert distill.select_tokens(gap, mask, "position", score=score, threshold=6.5).sum() == 3
-    with pytest.raises(ValueError):
-        distill.select_tokens(gap, mask, "position")
+    by_score = paper(selection="position", top_fraction=0.2)
+    assert distill.select_tokens(-score, mask, by_score, score).nonzero()[:, 1].tolist() == [8, 9]
+    from_a_threshold = paper(selection="position", denominator="all", threshold=6.5)
+    assert distill.select_tokens(-score, mask, from_a_threshold, score).sum() == 3
+    for recipe in (by_score, from_a_threshold):
+        with pytest.raises(ValueError, match="needs a score"):
+            distill.select_tokens(-score, mask, recipe)
 
 
 def test_the_denominator_counts_tokens_before_or_after_the_selection():
-    logp, old, q, _, _ = distill_rows()
+    logp, old, q, _, _ = random_logprobs()
     mask = torch.ones_like(logp, dtype=torch.bool)
-    after, before = (distill.sdl_loss(logp, old, q, mask, denominator=d).item() for d in ("selected", "all"))
+
+    def value(**changes):
+        return distill.sdl_loss(logp, old, q, mask, paper(**changes)).item()
+    after, before = value(denominator="selected"), value(denominator="all")
     assert after == pytest.approx(10 * before)
-    rows = [distill.sdl_loss(logp, old, q, mask, denominator=d, aggregation="seq-mean-token-sum").item()
-            for d in ("selected", "all")]
-    assert rows[0] == pytest.approx(rows[1]) == pytest.approx(after * 4)
+    by_rows = [value(denominator=d, aggregation="seq-mean-token-sum") for d in ("selected", "all")]
+    assert by_rows[0] == pytest.approx(by_rows[1]) == pytest.approx(after * 4)
 
 
-def test_the_paper_loss_equals_its_formula_by_hand():
+BY_HAND = [math.exp(-l) - 1 + l for l in (math.log(5), math.log(2 / 3))]  # k3 of the test below
+
+
+@pytest.mark.parametrize("changes, expected", [
+    ({}, 1.25 * BY_HAND[0] + BY_HAND[1]),
+    ({"token_cap": 0.5}, 0.5 + BY_HAND[1]),
+    ({"ratio_cap": 1.1}, 1.1 * BY_HAND[0] + BY_HAND[1]),
+    ({"k3_clamp": 0.5}, 1.25 * 0.5 + BY_HAND[1]),
+    ({"k3_clamp": 0.5, "saturation": "zero"}, BY_HAND[1])])
+def test_the_paper_loss_equals_its_formula_by_hand(changes, expected):
     logp = torch.log(torch.tensor([[0.5, 0.2, 0.9]]))
     old, q = torch.log(torch.tensor([[0.4, 0.2, 0.9]])), torch.log(torch.tensor([[0.1, 0.3, 0.9]]))
     mask = torch.tensor([[True, True, False]])
-    l = [math.log(5), math.log(2 / 3)]
-    k3 = [math.exp(-x) - 1 + x for x in l]
-    value = lambda **o: distill.sdl_loss(logp, old, q, mask, selection="all", **o).item()
-    assert value() == pytest.approx((1.25 * k3[0] + k3[1]) / 2)
-    assert value(token_cap=0.5) == pytest.approx((0.5 + k3[1]) / 2)
-    assert value(ratio_cap=1.1) == pytest.approx((1.1 * k3[0] + k3[1]) / 2)
-    assert value(k3_clamp=0.5) == pytest.approx((1.25 * 0.5 + k3[1]) / 2)
-    assert value(k3_clamp=0.5, saturation="zero") == pytest.approx(k3[1] / 2)
-
-
-def test_unknown_options_are_refused():
-    logp, old, q, _, mask = distill_rows()
-    for options in ({"estimator": "reverse_kl"}, {"saturation": "none"}, {"denominator": "rows"}, {"selection": "top"},
-                    {"estimator": "surrogate", "token_cap": 1.0}):
-        with pytest.raises(ValueError):
-            distill.sdl_loss(logp, old, q, mask, **options)
+    loss = distill.sdl_loss(logp, old, q, mask, paper(selection="all", **changes))
+    assert loss.item() == pytest.approx(expected / 2)
 
 
 def test_token_statistics_are_the_counted_shares():
@@ -2836,8 +3266,8 @@ def test_token_statistics_are_the_counted_shares():
     old[0, 0], old[0, 5] = -2.0, -0.5                              # u = 2.7, u = 0.6
     statistics = distill.token_statistics(logp, old, logp - l, torch.ones(1, 20, dtype=torch.bool))
     assert statistics["selected"] == pytest.approx(0.1) and statistics["saturated"] == 1.0
-    assert statistics["capped"] == pytest.approx(0.5) and statistics["clipped"] == pytest.approx(0.1)
-    assert statistics["gap_selected"] == pytest.approx(7.5)
+    assert statistics["capped"] == pytest.approx(0.5)
+    assert statistics["gap"] == pytest.approx((3 + 12 + 18 * 0.1) / 20)
 
 
 # ---- KL over the vocabulary ------------------------------------------------------------------------------------------
@@ -2856,7 +3286,7 @@ def test_full_kl_equals_the_explicit_sum_in_both_directions_and_is_zero_for_equa
 
 
 def test_the_expected_k3_is_the_kl_it_estimates():
-    student, _, teacher = distill_policies()
+    student, _, teacher = random_policies()
     logp, logq = student.log_softmax(-1), teacher.log_softmax(-1)
     expected = (logp.exp() * distill.k3(logp - logq)).sum()
     assert torch.allclose(expected, distill.position_kl(student, teacher, "reverse")[0])
@@ -2872,17 +3302,13 @@ def test_top_k_with_a_tail_is_a_lower_bound_that_becomes_exact(direction):
     assert torch.allclose(bounds[3], exact) and torch.equal(bounds[4], exact) and (bounds[0] < exact - 1e-6).all()
 
 
-def test_full_kl_is_finite_at_extreme_logits():
-    for direction in ("forward", "reverse"):
-        for k in (None, 1):
-            student = torch.tensor([[[200.0, 0.0, -200.0]]], dtype=torch.bfloat16, requires_grad=True)
-            loss = distill.full_kl_loss(student, student.detach().flip(-1), torch.tensor([[True]]), direction, k)
-            loss.backward()
-            assert loss.isfinite() and loss > 100 and student.grad.isfinite().all()
-
-
-def test_entropy_of_even_odds_is_the_logarithm_of_their_number():
-    assert distill.position_entropy(torch.zeros(2, 8)).tolist() == pytest.approx([math.log(8)] * 2)
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("top_k", [None, 1])
+def test_full_kl_is_finite_at_extreme_logits(direction, top_k):
+    student = torch.tensor([[[200.0, 0.0, -200.0]]], dtype=torch.bfloat16, requires_grad=True)
+    loss = distill.full_kl_loss(student, student.detach().flip(-1), torch.tensor([[True]]), direction, top_k)
+    loss.backward()
+    assert loss.isfinite() and loss > 100 and student.grad.isfinite().all()
 
 
 def test_gradient_cosine_knows_equal_opposite_and_missing():
@@ -2894,82 +3320,109 @@ def test_gradient_cosine_knows_equal_opposite_and_missing():
     assert math.isnan(distill.gradient_cosine(a, [None] * 3))
 
 
-# ---- recipes ---------------------------------------------------------------------------------------------------------
+# ---- Recipes ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("changes, said", [
+    ({"estimator": "kl"}, "estimator 'kl'"), ({"saturation": "none"}, "saturation"), ({"denominator": "rows"}, "denom"),
+    ({"selection": "top"}, "selection"), ({"aggregation": "mean"}, "aggregation"), ({"score": "reward"}, "score 'rew"),
+    ({"teacher": "old"}, "teacher"), ({"std": "none"}, "std"), ({"anneal": -1}, "anneal"),
+    ({"estimator": "surrogate", "token_cap": 1.0}, "token_cap"),
+    ({"threshold": 0.1, "selection": "all", "denominator": "all"}, "threshold"),
+    ({"threshold": 0.1, "selection": "position", "denominator": "selected"}, "threshold")])
+def test_a_recipe_whose_options_do_not_exist_or_do_not_go_together_is_refused(changes, said):
+    with pytest.raises(ValueError, match=said):
+        paper(**changes)
+
+
+def test_an_estimator_over_the_vocabulary_is_not_one_of_the_sampled_token():
+    logp, old, q, _, mask = random_logprobs()
+    with pytest.raises(ValueError, match="estimator 'reverse_kl'"):
+        distill.sdl_loss(logp, old, q, mask, paper(estimator="reverse_kl"))
+
 
 @pytest.mark.parametrize("estimator", distill.SAMPLED_ESTIMATORS + distill.FULL_ESTIMATORS)
 @pytest.mark.parametrize("selection", distill.SELECTIONS)
 def test_every_recipe_gives_a_finite_loss_with_a_gradient(estimator, selection):
-    recipe = distill.Recipe(estimator=estimator, selection=selection, top_k=2)
+    recipe = paper(estimator=estimator, selection=selection, top_k=2)
     student, teacher = torch.randn(2, 12, 6, requires_grad=True), torch.randn(2, 12, 6)
     tokens, mask = torch.randint(6, (2, 12, 1)), torch.rand(2, 12) < 0.8
     logp, logq = (x.log_softmax(-1).gather(-1, tokens)[..., 0] for x in (student, teacher))
-    score = distill.position_entropy(student)
-    loss = distill.experience_loss(recipe, mask, logp, logp.detach(), logq, student, teacher, score)
+    entropy = torch.distributions.Categorical(logits=student.detach()).entropy()
+    loss = distill.experience_loss(logp, logp.detach(), logq, mask, recipe, entropy, student_logits=student,
+                                   teacher_logits=teacher)
     loss.backward()
     assert loss.isfinite() and student.grad.abs().sum() > 0 and (student.grad[~mask] == 0).all()
 
 
-def test_recipes_reduce_to_the_losses_they_name():
-    logp, old, q, _, mask = distill_rows()
-    got = distill.experience_loss(distill.RECIPES["paper"], mask, logp, old, q)
+def test_the_papers_recipe_reduces_to_its_loss():
+    logp, old, q, _, mask = random_logprobs()
+    got = distill.experience_loss(logp, old, q, mask, distill.RECIPES["paper"])
     assert torch.equal(got, distill.sdl_loss(logp, old, q, mask))
+
+
+def test_the_stable_recipe_is_the_forward_kl_where_the_score_reaches_its_threshold():
+    mask, score, stable = torch.rand(5, 40) < 0.6, torch.rand(5, 40), distill.RECIPES["stable"]
     student, teacher = torch.randn(5, 40, 6, dtype=torch.float64), torch.randn(5, 40, 6, dtype=torch.float64)
-    stable, score = distill.RECIPES["stable"], torch.rand(5, 40)
-    got = distill.experience_loss(stable, mask, student_logits=student, teacher_logits=teacher, score=score)
+
+    def loss(recipe, score=None):
+        return distill.experience_loss(None, None, None, mask, recipe, score, student_logits=student,
+                                       teacher_logits=teacher)
     advised = mask & (score >= stable.threshold)
     assert 0 < advised.sum() < mask.sum()
-    assert torch.allclose(got, distill.full_kl_loss(student, teacher, advised, "forward", normalizer=mask.sum()))
+    expected = distill.full_kl_loss(student, teacher, advised, "forward", normalizer=mask.sum())
+    assert torch.allclose(loss(stable, score), expected)
     everywhere = dataclasses.replace(stable, selection="all", threshold=None)
-    got = distill.experience_loss(everywhere, mask, student_logits=student, teacher_logits=teacher)
-    assert torch.allclose(got, distill.full_kl_loss(student, teacher, mask, "forward"))
+    assert torch.allclose(loss(everywhere), distill.full_kl_loss(student, teacher, mask, "forward"))
 
 
-def test_a_recipe_with_an_unknown_name_or_a_threshold_without_a_score_is_refused():
-    with pytest.raises(ValueError, match="estimator 'kl'"):
-        distill.Recipe(estimator="kl")
-    with pytest.raises(ValueError, match="score 'reward'"):
-        distill.Recipe(score="reward")
-    for change in ({"selection": "all", "denominator": "all"}, {"selection": "position", "denominator": "selected"}):
-        with pytest.raises(ValueError, match="threshold"):
-            distill.Recipe(threshold=0.1, **change)
+def test_an_annealed_weight_falls_to_zero_in_a_straight_line():
+    recipe = dataclasses.replace(distill.RECIPES["stable"], weight=3.0, anneal=4)
+    assert [recipe.at(n).weight for n in range(6)] == [3.0, 2.25, 1.5, 0.75, 0.0, 0.0]
+    assert [recipe.fade(n) for n in (0, 1, 4, 5)] == [1.0, 0.75, 0.0, 0.0]
+    assert distill.RECIPES["paper"].at(10**6) is distill.RECIPES["paper"] and distill.RECIPES["paper"].fade(10**6) == 1
 
 
-# ---- comparison ------------------------------------------------------------------------------------------------------
+# ---- Comparison ------------------------------------------------------------------------------------------------------
 
-def test_names_are_runs_of_capitals_that_do_not_open_a_sentence():
-    text = "Show Velmar Bridge today, near the Tower of Kel. Paint it red."
-    assert distill.entity_names(text) == ["Velmar Bridge", "Tower of Kel"]
-    text = "Captain Orlan together with Port Mira. Nothing else."
-    assert distill.entity_names(text) == ["Captain Orlan", "Port Mira"]
-    assert distill.entity_names("a red ball") == []
+@pytest.mark.parametrize("text, names", [
+    ("Show Velmar Bridge today, near the Tower of Kel. Paint it red.", ["Velmar Bridge", "Tower of Kel"]),
+    ("Captain Orlan together with Port Mira. Nothing else.", ["Captain Orlan", "Port Mira"]),
+    ("a red ball", [])])
+def test_names_are_runs_of_capitals_that_do_not_open_a_sentence(text, names):
+    assert distill.entity_names(text) == names
+
+
+def test_every_occurrence_of_a_name_is_taken_out():
     assert distill.without_names("Draw Velmar Bridge as Velmar Bridge was") == "Draw NAME as NAME was"
 
 
-def test_two_attempts_are_aligned_decision_by_decision_over_five_slots():
-    careful, lazy = distill_pair()
-    found = {(d.slot, d.decision + d.about): (d.best, d.worst, d.differs) for d in distill.compare(careful, lazy)}
-    assert found["recommended_tool_plan", "text searches"] == (2, 1, True)
-    assert found["recommended_tool_plan", "leads followed"] == (1, 0, True)
-    assert found["recommended_tool_plan", "image searches"] == (1, 1, False)
-    assert found["search_query_guidance", "queries"] == ("fact", "name", True)
-    assert found["skill_routing_guidance", "skillquantity_counting"] == (True, True, False)
-    assert found["reference_selection_guidance", "place"] == ("later", "first", True)
-    assert found["reference_selection_guidance", "title words"][:2] == (("look", "present"), ("early", "look"))
-    assert found["prompt_program_guidance", "wordingquantity_counting"] == (True, False, True)
-    assert found["prompt_program_guidance", "quoted text"] == (True, False, True)
-    assert found["prompt_program_guidance", "ordinals"] == (1, 1, False)
-    assert found["failure_guards", "constrainttext"] == (True, False, True)
-    assert ("failure_guards", "constraintsubject look") not in found
-    assert {slot for slot, _ in found} == {f for fields in distill.SLOTS.values() for f in fields}
+def test_two_attempts_are_aligned_decision_by_decision_over_five_slots(pair):
+    found = {(d.slot, d.decision, d.about): (d.best, d.worst, d.differs) for d in distill.compare(*pair)}
+    assert found == {
+        ("recommended_tool_plan", "text searches", ""): (2, 1, True),
+        ("recommended_tool_plan", "leads followed", ""): (1, 0, True),
+        ("recommended_tool_plan", "image searches", ""): (1, 1, False),
+        ("search_query_guidance", "queries", ""): ("fact", "name", True),
+        ("skill_routing_guidance", "skill", SKILL): (True, True, False),
+        ("reference_selection_guidance", "place", ""): ("later", "first", True),
+        ("reference_selection_guidance", "title words", ""): (("look", "present"), ("early", "look"), True),
+        ("prompt_program_guidance", "wording", SKILL): (True, False, True),
+        ("prompt_program_guidance", "quoted text", ""): (True, False, True),
+        ("prompt_program_guidance", "ordinals", ""): (1, 1, False),
+        ("failure_guards", "constraint", "count"): (True, False, True),
+        ("failure_guards", "constraint", "text"): (True, False, True)}
+    assert {slot for slot, _, _ in found} == {f for fields in distill.SLOTS.values() for f in fields}
 
 
-def test_following_a_guide_survives_other_words_in_its_gaps_but_not_the_plain_request():
+@pytest.mark.parametrize("prompt, verdict", [
+    ('It stands. A sign with the text "RTA", spelled R-T-A.', True),
+    ("The cone is green and only green; the ring is pink and only pink.", True),
+    ("It stands. With a red ball and a blue cube. With a sign saying RTA.", False)])
+def test_following_a_guide_survives_other_words_in_its_gaps_but_not_the_plain_request(prompt, verdict):
     guide = """Never "a red ball and a blue cube". Say: 'A sign with the text "KEL", spelled K-E-L.' or so.
                Say: "The ball is red and only red; the cube is blue and only blue." with your colours."""
     question = "Show it with a red ball and a blue cube, with a sign saying RTA."
-    assert distill.follows(guide, 'It stands. A sign with the text "RTA", spelled R-T-A.', question)
-    assert distill.follows(guide, "The cone is green and only green; the ring is pink and only pink.", question)
-    assert not distill.follows(guide, "It stands. With a red ball and a blue cube. With a sign saying RTA.", question)
+    assert distill.follows(guide, prompt, question) is verdict
 
 
 def test_title_words_that_belong_to_the_requests_names_tell_nothing():
@@ -2981,63 +3434,12 @@ def test_title_words_that_belong_to_the_requests_names_tell_nothing():
     assert words == [("look", "present")]
 
 
-def test_comparison_survives_attempts_without_program_and_malformed_arguments():
-    careful, _ = distill_pair()
+def test_comparison_survives_attempts_without_program_and_malformed_arguments(pair):
+    careful, _ = pair
     broken = distill_trajectory(0.0, prompt=None, steps=[
                                 distill_step("search", {"queries": "x"}), distill_step("search", {}),
                                 distill_step("query_knowledge", {}), distill_step("image_search", {"query": [3]})])
     assert distill.compare(careful, broken) and distill.compare(broken, careful)
-
-
-def test_general_bullets_are_imperative_sentences_of_twelve_to_twenty_two_words_without_names():
-    for best, worst in (distill_pair(), distill_pair()[::-1]):
-        bundle = distill.summarize_pair(best.question, best, worst)
-        bullets = [b for field in bundle.guidance.values() for b in field]
-        assert len(bullets) >= 6 and any(b.startswith("Standard: ") for b in bullets)
-        for bullet in bullets:
-            assert distill.check_bullet(bullet, ["Velmar", "Bridge", "Kelmar"]) is None, bullet
-            assert len(bullet.split()) <= 22 and bullet.endswith(".")
-
-
-def test_every_general_bullet_has_the_right_length_for_every_decision():
-    cases = [("", n, "", b, w) for n in ("text searches", "leads followed", "image searches")
-             for b in range(4) for w in (0, 2)]
-    cases += [("", "queries", "", s, "none") for s in ("fact", "mixed", "name", "none")]
-    cases += [("", n, "text_rendering", b, not b) for n in ("skill", "wording") for b in (True, False)]
-    cases += [("", "place", "", p, "first") for p in ("first", "later", "none")]
-    cases += [("", "title words", "", w, ()) for w in ((), ("present",), tuple("abcdef"))]
-    cases += [("", "quoted text", "", b, not b) for b in (True, False)]
-    cases += [("", "ordinals", "", n, 0) for n in (0, 1, 2)]
-    cases += [("", "constraint", n, True, False) for n in ("text", "colour of the ring on top")]
-    texts = [distill.bullet_of(distill.Difference(*case)) for case in cases]
-    assert sum(bool(t) for t in texts) > 25
-    assert all(distill.check_bullet(t) is None and t[0].isupper() for t in texts if t)
-
-
-def test_the_policys_own_phrases_become_its_bullets_with_standard_where_both_say_them():
-    careful, lazy = distill_pair()
-    guidance = distill.summarize_pair(careful.question, careful, lazy, DISTILL_PHRASES).guidance
-    assert guidance["search_query_guidance"] == [DISTILL_PHRASES["search_query_guidance"]["Ask for the exact fact"]]
-    skill = DISTILL_PHRASES["skill_routing_guidance"]["Activate quantity_counting"]
-    assert guidance["skill_routing_guidance"] == ["Standard: " + skill]
-    assert guidance["failure_guards"] == [] and guidance["focus"] == []
-
-
-def test_a_language_model_summary_is_checked_against_the_schema():
-    careful, lazy = distill_pair()
-    good = "Ask for the exact fact in every query, together with the full name of the thing."
-    reply = {"retrieval_key": {"trigger": "signs on Velmar Bridge", "source_prompt_summary": "a sign"},
-             "decision_guidance": {f: [] for f in distill.FIELDS} | {
-                 "search_query_guidance": [good, "Too short.", good.replace("the thing", "Velmar Bridge")]}}
-    asked = []
-    chat = lambda messages, **options: asked.append(options) or f"```json\n{json.dumps(reply)}\n```"
-    bundle = distill.summarize_pair_llm(chat, careful.question, careful, lazy)
-    assert bundle.guidance["search_query_guidance"] == [good] and bundle.trigger == "signs on NAME"
-    assert asked == [{"temperature": 0.0, "max_tokens": 8192}]
-    for bad in ("no", "{}", json.dumps(reply | {"decision_guidance": {"focus": "x"}}),
-                json.dumps(reply | {"decision_guidance": {f: [] for f in distill.FIELDS}})):
-        with pytest.raises(ValueError):
-            distill.summarize_pair_llm(lambda messages, **options: bad, careful.question, careful, lazy)
 
 
 def test_pairs_keep_the_gap_rule_despite_float_noise():
@@ -3058,10 +3460,69 @@ def test_of_equal_rewards_the_first_is_taken():
     assert distill.select_pair(group) == (group[1], group[0])
 
 
-# ---- bundles ---------------------------------------------------------------------------------------------------------
+# ---- Bundles ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("order", [1, -1], ids=["careful first", "lazy first"])
+def test_general_bullets_are_imperative_sentences_of_twelve_to_twenty_two_words_without_names(pair, order):
+    best, worst = pair[::order]
+    bundle = distill.summarize_pair(best.question, best, worst)
+    bullets = [b for field in bundle.guidance.values() for b in field]
+    assert len(bullets) >= 6 and any(b.startswith("Standard: ") for b in bullets)
+    for bullet in bullets:
+        assert distill.check_bullet(bullet, ["Velmar", "Bridge", "Kelmar"]) is None, bullet
+        assert len(bullet.split()) <= 22 and bullet.endswith(".")
+
+
+def test_every_general_bullet_has_the_right_length_for_every_decision():
+    cases = [(name, "", best, worst) for name in ("text searches", "leads followed", "image searches")
+             for best in range(4) for worst in (0, 2)]
+    cases += [("queries", "", style, "none") for style in ("fact", "mixed", "name", "none")]
+    cases += [(name, "text_rendering", best, not best) for name in ("skill", "wording") for best in (True, False)]
+    cases += [("place", "", rank, "first") for rank in ("first", "later", "none")]
+    cases += [("title words", "", words, ()) for words in ((), ("present",), tuple("abcdef"))]
+    cases += [("quoted text", "", best, not best) for best in (True, False)]
+    cases += [("ordinals", "", number, 0) for number in (0, 1, 2)]
+    cases += [("constraint", name, True, False) for name in ("text", "colour of the ring on top")]
+    texts = [distill.bullet_of(distill.Difference("", *case)) for case in cases]
+    assert sum(bool(t) for t in texts) > 25
+    assert all(distill.check_bullet(t) is None and t[0].isupper() for t in texts if t)
+
+
+def test_the_policys_own_phrases_become_its_bullets_with_standard_where_both_say_them(pair):
+    guidance = distill.summarize_pair(pair[0].question, *pair, PHRASES).guidance
+    assert guidance["search_query_guidance"] == [PHRASES["search_query_guidance"]["Ask for the exact fact"]]
+    skill = PHRASES["skill_routing_guidance"][f"Activate {SKILL}"]
+    assert guidance["skill_routing_guidance"] == ["Standard: " + skill]
+    assert guidance["failure_guards"] == [] and guidance["focus"] == []
+
+
+GOOD_BULLET = "Ask for the exact fact in every query, together with the full name of the thing."
+SUMMARY = {"retrieval_key": {"trigger": "signs on Velmar Bridge", "source_prompt_summary": "a sign"},
+           "decision_guidance": dict.fromkeys(distill.FIELDS, []) | {"search_query_guidance": [
+               GOOD_BULLET, "Too short.", GOOD_BULLET.replace("the thing", "Velmar Bridge")]}}
+
+
+def test_bullets_of_a_language_model_are_kept_only_if_they_fit_and_name_nothing(pair):
+    asked = []
+
+    def chat(messages, **options):
+        asked.append(options)
+        return f"```json\n{json.dumps(SUMMARY)}\n```"
+    bundle = distill.summarize_pair_llm(chat, pair[0].question, *pair)
+    assert bundle.guidance["search_query_guidance"] == [GOOD_BULLET] and bundle.trigger == "signs on NAME"
+    assert asked == [{"temperature": 0.0, "max_tokens": 8192}]
+
+
+@pytest.mark.parametrize("reply", [
+    "no", "{}", json.dumps(SUMMARY | {"decision_guidance": {"focus": "x"}}),
+    json.dumps(SUMMARY | {"decision_guidance": dict.fromkeys(distill.FIELDS, [])})])
+def test_a_language_models_summary_that_is_no_bundle_is_refused(pair, reply):
+    with pytest.raises(ValueError):
+        distill.summarize_pair_llm(lambda messages, **options: reply, pair[0].question, *pair)
+
 
 def test_bundles_survive_json_and_refuse_unknown_fields():
-    bundle = distill_bundle()
+    bundle = look_bundle()
     assert distill.Bundle.from_dict(json.loads(json.dumps(bundle.to_dict()))) == bundle
     assert bundle.trigger == "Show NAME today."
     with pytest.raises(ValueError):
@@ -3069,30 +3530,28 @@ def test_bundles_survive_json_and_refuse_unknown_fields():
 
 
 def test_markdown_shows_filled_fields_only():
-    assert distill_bundle().markdown() == f"# Guide\n## References\n- {LOOK}\n"
+    assert look_bundle().markdown() == f"# Guide\n## References\n- {LOOK}\n"
     assert distill.Bundle.from_bullets("x", {}).markdown() == ""
 
 
-def test_differing_drops_standard_bullets():
-    careful, lazy = distill_pair()
-    bundle = distill.summarize_pair(careful.question, careful, lazy, DISTILL_PHRASES).differing()
+def test_differing_drops_standard_bullets(pair):
+    bundle = distill.summarize_pair(pair[0].question, *pair, PHRASES).differing()
     assert bundle.guidance["skill_routing_guidance"] == [] and len(bundle.guidance["search_query_guidance"]) == 1
 
 
-def test_placebos_match_the_length_and_advise_nothing():
-    careful, lazy = distill_pair()
-    bundle = distill.summarize_pair(careful.question, careful, lazy)
-    for length in (lambda text: len(text.split()), len):
-        other = distill.placebo(bundle, length)
-        for field, bullets in bundle.guidance.items():
-            assert len(other.guidance[field]) == len(bullets)
-            for a, b in zip(bullets, other.guidance[field]):
-                assert 0 <= length(a) - length(b) < (1 if length(a) < 30 else 10) and not set(a.split()) & {b}
+@pytest.mark.parametrize("length", [distill.count_words, len], ids=["words", "characters"])
+def test_placebos_match_the_length_and_advise_nothing(pair, length):
+    bundle = distill.summarize_pair(pair[0].question, *pair)
+    other = distill.placebo(bundle, length)
+    for field, bullets in bundle.guidance.items():
+        assert len(other.guidance[field]) == len(bullets)
+        for a, b in zip(bullets, other.guidance[field]):
+            assert 0 <= length(a) - length(b) < (1 if length(a) < 30 else 10) and not set(a.split()) & {b}
     assert "picture" not in other.markdown()
 
 
 def test_shuffled_bundles_are_never_their_own_and_repeat_by_seed():
-    pool = [distill_bundle(f"Bullet {i}") for i in range(5)]
+    pool = [look_bundle(f"Bullet {i}") for i in range(5)]
     given = [pool[0], None, pool[1], pool[2]]
     wrong = distill.shuffled(given, pool, 3)
     assert wrong[1] is None and all(a is None or a.guidance != b.guidance for a, b in zip(given, wrong))
@@ -3100,48 +3559,52 @@ def test_shuffled_bundles_are_never_their_own_and_repeat_by_seed():
     assert distill.shuffled([pool[0]], [copy.deepcopy(pool[0])], 0) == [None]
 
 
-# ---- memory ----------------------------------------------------------------------------------------------------------
+# ---- Memory ----------------------------------------------------------------------------------------------------------
 
 def test_the_gate_is_inclusive_and_the_whole_bundle_comes_or_nothing():
-    angle = math.acos(0.84)
-    at = lambda a: [math.cos(a), math.sin(a)]
-    memory = distill_memory({"a": [1, 0], "edge": at(angle), "far": at(angle + 1e-3)})
-    memory.add("a", distill_bundle(), 0.9, 0.5, 0)
+    edge, far = math.acos(0.84), math.acos(0.84) + 1e-3
+    memory = table_memory({"a": [1, 0], "edge": [math.cos(edge), math.sin(edge)],
+                           "far": [math.cos(far), math.sin(far)]})
+    memory.add("a", look_bundle(), 0.9, 0.5, 0)
     hit, miss = memory.lookup(["edge", "far"])
     assert hit is memory.entries[0] and miss is None and hit.retrieved == 1
     assert memory.counters["asked"] == 2 and memory.counters["answered"] == 1
 
 
-def test_near_ties_go_to_the_highest_best_reward_and_exact_ones_too():
-    table = {"a": [1, 0], "b": [1, 0.01], "c": [1, 0.3], "x": [1, 0]}
-    for near_tie, expected in ((0.0, "a"), (0.02, "b"), (0.2, "c")):
-        memory = distill_memory(table, near_tie=near_tie)
-        for step, (prompt, best) in enumerate((("a", 0.6), ("b", 0.8), ("c", 0.9))):
-            memory.add(prompt, distill_bundle(), best, 0.2, step)
-        assert memory.lookup(["x"])[0].prompt == expected
-    memory = distill_memory({"a": [1, 0], "b": [1, 0]})
-    memory.add("a", distill_bundle(), 0.9, 0.2, 0)
-    memory.add("b", distill_bundle(), 0.8, 0.2, 1)
+@pytest.mark.parametrize("near_tie, expected", [(0.0, "a"), (0.02, "b"), (0.2, "c")])
+def test_near_ties_go_to_the_highest_best_reward(near_tie, expected):
+    memory = table_memory({"a": [1, 0], "b": [1, 0.01], "c": [1, 0.3], "x": [1, 0]}, near_tie=near_tie)
+    for step, (prompt, best) in enumerate((("a", 0.6), ("b", 0.8), ("c", 0.9))):
+        memory.add(prompt, look_bundle(), best, 0.2, step)
+    assert memory.lookup(["x"])[0].prompt == expected
+
+
+def test_exact_ties_go_to_the_highest_best_reward():
+    memory = table_memory({"a": [1, 0], "b": [1, 0]})
+    memory.add("a", look_bundle(), 0.9, 0.2, 0)
+    memory.add("b", look_bundle(), 0.8, 0.2, 1)
     assert memory.lookup(["b"])[0].prompt == "a"
 
 
-def test_capacity_holds_and_the_smallest_aged_gap_goes():
-    table = {str(i): [math.cos(i), math.sin(i)] for i in range(501)}
-    memory = distill_memory(table)
+def test_capacity_holds_and_the_smallest_gap_goes():
+    memory = table_memory(circle(501))
     for i in range(501):
-        memory.add(str(i), distill_bundle(), 0.9, 0.9 - (0.21 if i == 250 else 0.5), 7)
+        memory.add(str(i), look_bundle(), 0.9, 0.9 - (0.21 if i == 250 else 0.5), 7)
     assert len(memory) == 500 and len(memory.keys) == 500 and memory.counters["evicted"] == 1
     assert "250" not in [e.prompt for e in memory.entries] and memory.lookup(["251"])[0].prompt == "251"
-    old = distill_memory(table, capacity=2)
+
+
+def test_a_gap_counts_half_after_every_half_life():
+    memory = table_memory(circle(3), capacity=2)
     for i, (gap, step) in enumerate(((0.5, 0), (0.4, 100), (0.3, 100))):
-        old.add(str(i), distill_bundle(), 0.9, 0.9 - gap, step)
-    assert [e.prompt for e in old.entries] == ["1", "2"]             # 0.5 halved twice is less than 0.3
+        memory.add(str(i), look_bundle(), 0.9, 0.9 - gap, step)
+    assert [e.prompt for e in memory.entries] == ["1", "2"]          # 0.5 halved twice is less than 0.3
 
 
 def test_one_prompt_keeps_one_bundle_the_one_with_the_better_best():
-    memory = distill_memory({"a": [1, 0]})
+    memory = table_memory({"a": [1, 0]})
     for best, text in ((0.6, "first"), (0.5, "worse"), (0.6, "newer"), (0.8, "better")):
-        memory.add("a", distill_bundle(text), best, 0.1, 0)
+        memory.add("a", look_bundle(text), best, 0.1, 0)
     assert len(memory) == 1 and memory.entries[0].bundle.guidance["reference_selection_guidance"] == ["better"]
     memory.add("b", distill.Bundle.from_bullets("b", {}), 0.9, 0.1, 0)
     assert len(memory) == 1
@@ -3149,37 +3612,37 @@ def test_one_prompt_keeps_one_bundle_the_one_with_the_better_best():
 
 def test_keys_without_names_carry_a_lesson_to_requests_of_the_same_kind():
     seen = []
+
     def embed(texts):
         seen.extend(texts)
         return torch.nn.functional.one_hot(torch.tensor([zlib.crc32(t.encode()) % 97 for t in texts]), 97).float()
     memory = distill.Memory(embed, names=distill.entity_names)
-    memory.add("Show Velmar Bridge today, in cool light.", distill_bundle(), 0.9, 0.1, 0)
+    memory.add("Show Velmar Bridge today, in cool light.", look_bundle(), 0.9, 0.1, 0)
     assert memory.lookup(["Show Orlan Tower today, in cool light."])[0] is not None
     assert set(seen) == {"Show NAME today, in cool light."}
 
 
 def test_an_empty_memory_answers_nothing():
-    memory = distill_memory({})
+    memory = table_memory({})
     assert memory.lookup(["a", "b"]) == [None, None] and memory.lookup([]) == []
 
 
 def test_lessons_that_hurt_are_retired_after_enough_audits():
-    memory = distill_memory({"a": [1, 0], "b": [0, 1], "c": [-1, 0]})
+    memory = table_memory({"a": [1, 0], "b": [0, 1], "c": [-1, 0]})
     for prompt in "abc":
-        memory.add(prompt, distill_bundle(), 0.9, 0.1, 0)
+        memory.add(prompt, look_bundle(), 0.9, 0.1, 0)
     a, b, c = memory.entries
-    for with_guide, entry in ((0.3, a), (0.32, a), (0.31, a), (0.6, b), (0.7, b), (0.5, b), (0.1, c), (0.1, c)):
-        memory.record_audit(entry, with_guide, 0.5, 0.5)
-    memory.record_audit(c, NAN, 0.5, 0.5)
+    for entry, rewards in ((a, (0.3, 0.32, 0.31)), (b, (0.6, 0.7, 0.5)), (c, (0.1, 0.1, NAN))):
+        for with_guide in rewards:
+            memory.record_audit(entry, with_guide, 0.5, 0.5)
     assert memory.retire() == [a] and [e.prompt for e in memory.entries] == ["b", "c"] and len(memory.keys) == 2
     assert b.effect()[0] == pytest.approx(0.1) and memory.lookup(["a"]) == [None] and c.audits == 2
 
 
 def test_memory_state_survives_json_and_answers_alike():
-    table = {str(i): [math.cos(i), math.sin(i)] for i in range(9)}
-    memory, other = distill_memory(table), distill_memory(table)
+    memory, other = table_memory(circle(9)), table_memory(circle(9))
     for i in range(6):
-        memory.add(str(i), distill_bundle(f"Bullet {i}"), 0.9, 0.1 * i, i)
+        memory.add(str(i), look_bundle(f"Bullet {i}"), 0.9, 0.1 * i, i)
     memory.lookup(["3", "4"])
     state, tensors = memory.state_dict()
     other.load_state(json.loads(json.dumps(state)), tensors)
@@ -3188,26 +3651,34 @@ def test_memory_state_survives_json_and_answers_alike():
     assert [e.prompt for e in other.lookup(["2", "5"])] == ["2", "5"]
     with pytest.raises(ValueError):
         other.load_state(state, {"keys": tensors["keys"][:2]})
-    empty = distill_memory(table)
+
+
+def test_the_state_of_an_empty_memory_survives_too():
+    empty = table_memory(circle(9))
     empty.load_state(*empty.state_dict())
     assert empty.lookup(["1"]) == [None]
 
 
-# ---- teacher ---------------------------------------------------------------------------------------------------------
+# ---- Teacher ---------------------------------------------------------------------------------------------------------
 
-def test_the_guide_stands_before_the_tools_or_at_the_end_and_nothing_else_changes():
-    user = {"role": "user", "content": "Show Velmar Bridge."}
-    student = [{"role": "system", "content": "You plan.\n# Tools\nsearch"}, user]
-    teacher = distill.teacher_messages(student, distill_bundle())
-    assert teacher[0]["content"] == "You plan.\n" + distill_bundle().markdown() + "# Tools\nsearch"
-    assert teacher[1:] == student[1:]
-    plain = distill.teacher_messages([{"role": "system", "content": "You plan."}, user], distill_bundle())
-    assert plain[0]["content"] == "You plan.\n\n" + distill_bundle().markdown()
-    assert student[0]["content"] == "You plan.\n# Tools\nsearch"
-    assert distill.teacher_messages(student, None) == student
-    assert distill.teacher_messages(student, distill.Bundle.from_bullets("x", {})) == student
+USER = {"role": "user", "content": "Show Velmar Bridge."}
+STUDENT = [{"role": "system", "content": "You plan.\n# Tools\nsearch"}, USER]
+
+
+@pytest.mark.parametrize("system, expected", [
+    ("You plan.\n# Tools\nsearch", "You plan.\n{guide}# Tools\nsearch"), ("You plan.", "You plan.\n\n{guide}")])
+def test_the_guide_stands_before_the_tools_or_at_the_end_and_nothing_else_changes(system, expected):
+    student = [{"role": "system", "content": system}, USER]
+    teacher = distill.teacher_messages(student, look_bundle())
+    assert teacher[0]["content"] == expected.format(guide=look_bundle().markdown())
+    assert teacher[1:] == student[1:] and student[0]["content"] == system
+
+
+def test_without_advice_the_teacher_reads_what_the_student_reads():
+    assert distill.teacher_messages(STUDENT, None) == STUDENT
+    assert distill.teacher_messages(STUDENT, distill.Bundle.from_bullets("x", {})) == STUDENT
     with pytest.raises(ValueError):
-        distill.teacher_messages([user], distill_bundle())
+        distill.teacher_messages([USER], look_bundle())
 
 
 def test_teacher_and_student_see_identical_actions_offset_by_the_guide():
@@ -3221,12 +3692,11 @@ def test_teacher_and_student_see_identical_actions_offset_by_the_guide():
 
 
 def test_in_tokens_the_teachers_prompt_is_the_students_and_exactly_the_guide():
-    model = pytest.importorskip("model")
     tokenizer = model.train_tokenizer(["You plan pictures with tools. Show it. Take the present look."] * 9, 400)
-    student = [{"role": "system", "content": "You plan.\n# Tools\nsearch"}, {"role": "user", "content": "Show it."}]
+    student = [STUDENT[0], {"role": "user", "content": "Show it."}]
     short, long = (tokenizer.apply_chat(m, add_generation_prompt=True)
-                   for m in (student, distill.teacher_messages(student, distill_bundle())))
-    guide = tokenizer.encode(distill_bundle().markdown())
+                   for m in (student, distill.teacher_messages(student, look_bundle())))
+    guide = tokenizer.encode(look_bundle().markdown())
     at = next(i for i in range(len(long)) if long[i:i + len(guide)] == guide)
     assert long[:at] + long[at + len(guide):] == short
 
@@ -3236,6 +3706,286 @@ def test_the_ema_teacher_moves_by_its_decay():
     before = teacher.weight.clone()
     distill.ema_update(teacher, student, 0.9)
     assert torch.allclose(teacher.weight, 0.9 * before + 0.1 * student.weight) and student.weight.requires_grad
+
+
+# ---- One update ------------------------------------------------------------------------------------------------------
+
+def small_policy(layers=1):
+    torch.manual_seed(0)
+    return model.Qwen3(model.Config(vocab_size=50, hidden_size=32, layers=layers, heads=2, kv_heads=1, head_dim=16,
+                                    mlp_size=64))
+
+
+def moved(net):
+    """A copy of the network, a little away from it."""
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return other
+
+
+@pytest.fixture
+def update_rows():
+    """[TrainingRow]: random conversations of two groups; every other one has a guide."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(length):
+        return torch.randint(0, 50, (length,), generator=generator).tolist()
+    rows = []
+    for n in range(6):
+        if n % 3 == 0:
+            prompt = draw(20)
+        answer = draw(8 + 3 * n)
+        mask = [False] * 20 + [True] * 5 + [False] * 2 + [True] * (len(answer) - 7)
+        row = distill.TrainingRow(prompt + answer, mask, [1.0, -0.5, 0.0][n % 3])
+        if n % 2:
+            row.teacher_tokens, row.teacher_mask = prompt[:5] + row.tokens, [False] * 5 + mask
+        rows.append(row)
+    return rows
+
+
+def without_guides(rows):
+    return [dataclasses.replace(row, teacher_tokens=None, teacher_mask=None) for row in rows]
+
+
+def with_empty_guides(rows):
+    """Every row has a teacher, which reads what the student reads."""
+    return [dataclasses.replace(row, teacher_tokens=row.tokens, teacher_mask=row.mask) for row in rows]
+
+
+@pytest.mark.parametrize("shape", [(), (7,)])
+def test_padding_rows_equals_torchs_and_gives_every_row_its_gradient(shape):
+    g = torch.Generator().manual_seed(0)
+    rows = [torch.randn(n, *shape, generator=g).requires_grad_() for n in (3, 0, 5, 1)]
+    padded = distill.pad_rows(rows)
+    assert torch.equal(padded, torch.nn.utils.rnn.pad_sequence(rows, batch_first=True))
+    upstream = torch.randn(padded.shape, generator=g)
+    padded.backward(upstream)
+    assert all(torch.equal(r.grad, upstream[i, :len(r)]) for i, r in enumerate(rows))
+
+
+@pytest.mark.parametrize("with_logits", (False, True))
+def test_scores_of_actions_are_those_of_the_plain_softmax(update_rows, with_logits):
+    net = small_policy()
+    scores = distill.score_rows(net, update_rows, 0.7, with_logits)
+    for i, row in enumerate(update_rows):
+        positions = [t for t, is_action in enumerate(row.mask) if is_action]
+        logits = net(torch.tensor([row.tokens]))[0, [t - 1 for t in positions]] / 0.7
+        logp, n = logits.log_softmax(-1), len(positions)
+        assert scores.mask[i].tolist() == [True] * n + [False] * (scores.mask.shape[1] - n)
+        expected = logp[range(n), [row.tokens[t] for t in positions]]
+        assert torch.allclose(scores.logp[i, :n], expected, atol=1e-5)
+        assert torch.allclose(scores.entropy[i, :n], -(logp.exp() * logp).sum(-1), atol=1e-5)
+        if with_logits:
+            assert torch.allclose(scores.logits[i, :n], logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ("paper", "stable"))
+def test_an_update_does_not_depend_on_its_micro_batches(name, update_rows):
+    net, recipe = small_policy(layers=2), distill.RECIPES[name]
+    reference = moved(net)
+
+    def update(rows, **options):
+        return distill.update_gradients(net, reference, reference, rows, recipe, **options)
+
+    def distance(a, b):
+        return distill.gradient_norm([x - y for x, y in zip(a, b)]) / distill.gradient_norm(a)
+    policy_grads, sdl_grads, _ = update(update_rows)
+    policy_parts, sdl_parts, metrics = update(update_rows, limit=60)
+    assert distill.gradient_norm(policy_grads) > 0 and distance(policy_grads, policy_parts) < 1e-5
+    assert distill.gradient_norm(sdl_grads) > 0 and distance(sdl_grads, sdl_parts) < 1e-5
+    assert metrics["guided_tokens"] == sum(sum(r.mask) for r in update_rows if r.teacher_tokens)
+
+    both, _, _ = update(update_rows, limit=60, together=True)
+    assert distance([a + recipe.weight * b for a, b in zip(policy_grads, sdl_grads)], both) < 1e-5
+    assert distill.gradient_norm(update(without_guides(update_rows))[1]) == 0  # no bundle: exactly 0
+
+
+def test_the_gradient_of_an_update_is_that_of_the_losses_written_out(update_rows):
+    """One pass over padded rows, with the losses as the method states them, in place of the packed micro-batches."""
+    net, recipe = small_policy(), paper(selection="all")
+    reference = moved(net)
+    policy_grads, sdl_grads, _ = distill.update_gradients(net, reference, reference, update_rows, recipe)
+
+    def logp(network, tokens, mask):
+        values = network(torch.tensor([tokens]))[0, :-1].log_softmax(-1)
+        return values[range(len(tokens) - 1), tokens[1:]][torch.tensor(mask[1:])]
+    live_count = sum(sum(row.mask) for row in update_rows if row.advantage)
+    token_count = sum(sum(row.mask) for row in update_rows)
+    guided_count = sum(sum(row.mask) for row in update_rows if row.teacher_tokens)
+    grpo, sdl = 0.0, 0.0
+    for row in update_rows:
+        p, p_ref = logp(net, row.tokens, row.mask), logp(reference, row.tokens, row.mask).detach()
+        ratio, l_ref = (p - p.detach()).exp(), p - p_ref
+        grpo = grpo - row.advantage * ratio.sum() / live_count
+        grpo = grpo + recipe.beta * ((-l_ref).exp() - 1 + l_ref).sum() / token_count
+        if row.teacher_tokens:
+            l = p - logp(reference, row.teacher_tokens, row.teacher_mask).detach()
+            sdl = sdl + (ratio * ((-l).exp() - 1 + l).clamp(max=10)).sum() / guided_count
+    for got, loss in ((policy_grads, grpo), (sdl_grads, sdl)):
+        expected = torch.autograd.grad(loss, list(net.parameters()), retain_graph=True)
+        difference = distill.gradient_norm([a - b for a, b in zip(got, expected)])
+        assert difference < 1e-4 * distill.gradient_norm(expected)
+
+
+@pytest.mark.parametrize("limit, lengths", [
+    (12, [7]), (11, [3, 4]), (7, [3, 4]),
+    (6, [2, 1, 4]),                                                       # a group that does not fit is split ...
+    (1, [1] * 7)])                                                        # ... and a row never is
+def test_micro_batches_keep_groups_whole_and_count_a_shared_beginning_once(limit, lengths):
+    def row(prompt, *answer):
+        return distill.TrainingRow([*prompt, *answer], [False] * len(prompt) + [True] * len(answer), 1.0)
+    rows = [row((1, 2, 3), 7, i) for i in range(3)]                       # 5 + 1 + 1 tokens in the stream
+    rows += [row((1, 9), i) for i in range(4)]                            # 2 + 1 + 1 + 1: the 1 is the row before's
+    assert [len(batch) for batch in distill.micro_batches(rows, limit)] == lengths
+    for other in range(1, 13):
+        assert sum(distill.micro_batches(rows, other), []) == rows
+
+
+def test_rows_in_which_nothing_was_written_have_micro_batches_too():
+    nothing_said = distill.TrainingRow([1, 2], [False, False], 0.0)
+    assert distill.micro_batches([nothing_said, nothing_said], 100) == [[nothing_said, nothing_said]]
+
+
+class OneProcess(model.ProcessGroup):
+    """One of several processes, without the others."""
+
+    def __init__(self, size, rank):
+        self.size, self.rank = size, rank
+
+
+@pytest.mark.parametrize("size", (1, 2, 4, 8))
+@pytest.mark.parametrize("change", (list, without_guides), ids=("guided", "unguided"))
+def test_every_row_counts_in_one_process_and_all_take_the_same_passes(size, change, update_rows):
+    rows, seen, passes = change(update_rows), [], set()
+    for rank in range(size):
+        local, counted = distill.local_rows(rows, OneProcess(size, rank))
+        seen += [id(row) for row, counts in zip(local, counted) if counts]
+        passes.add((bool(local), any(row.teacher_tokens is not None for row in local)))
+    assert sorted(seen) == sorted(map(id, rows))
+    assert passes == {(True, change is list)}
+
+
+@pytest.mark.parametrize("estimator", ("forward_kl", "k3_live"))
+def test_where_the_guide_is_silent_a_frozen_teacher_does_not_pull_the_student_back(estimator, update_rows):
+    frozen = small_policy()
+    net = moved(frozen)
+    advice = dataclasses.replace(distill.RECIPES["stable"], estimator=estimator, threshold=1e-5)
+    everywhere = dataclasses.replace(advice, selection="all", threshold=None)
+
+    def norm(rows, recipe, **options):
+        return distill.gradient_norm(distill.update_gradients(net, frozen, frozen, rows, recipe, **options)[1])
+    silent = with_empty_guides(update_rows)
+    assert norm(silent, everywhere) > 1e-4 and norm(silent, advice) == 0
+    taught = norm(update_rows, advice)
+    assert taught > 1e-4  # with a guide it does teach
+    assert norm(update_rows, advice, policy=False) == pytest.approx(taught, rel=1e-5)  # whoever scored without it
+
+
+def test_the_advice_score_is_the_kl_between_the_teacher_with_and_without_the_guide(update_rows):
+    frozen = small_policy()
+    net, rows = moved(frozen), [row for row in update_rows if row.teacher_tokens]
+    student = distill.score_rows(net, rows, with_logits=True)
+    guided, score = distill.teacher_scores(frozen, student, rows, distill.RECIPES["stable"])
+    unguided = distill.score_rows(frozen, rows, with_logits=True)
+    assert score.shape == student.mask.shape and not score.requires_grad
+    p, q = unguided.logits.log_softmax(-1), guided.logits.log_softmax(-1)
+    expected = (q.exp() * (q - p)).sum(-1)                                # KL(with guide || without)
+    assert torch.allclose(score[student.mask], expected[student.mask], atol=1e-6)
+
+
+def test_teacher_equal_to_student_teaches_nothing_and_gradients_flow_only_into_the_student(update_rows):
+    net = small_policy()
+    rows = with_empty_guides(update_rows)
+    _, sdl_grads, metrics = distill.update_gradients(net, net, net, rows, distill.RECIPES["stable"])
+    assert distill.gradient_norm(sdl_grads) < 1e-6 and abs(metrics["sdl_loss"]) < 1e-6
+    assert all(p.grad is None for p in net.parameters())
+
+
+SHARED_UPDATE = """
+import dataclasses
+import sys
+
+import torch
+
+import distill
+import model
+
+
+def new_policy():
+    return model.Qwen3(model.Config(vocab_size=64, hidden_size=32, layers=2, heads=4, kv_heads=2, head_dim=8,
+                                    mlp_size=48))
+
+
+torch.manual_seed(0)
+processes = model.ProcessGroup.from_env()
+net, frozen, teacher = new_policy(), new_policy(), new_policy()
+rows = []
+for i, length in enumerate((9, 3, 7, 5, 4)):  # of five rows two have a guide: with four processes some have none
+    prompt, answer, guide = (torch.randint(64, (n,)).tolist() for n in (6, length, 4))
+    row = distill.TrainingRow(prompt + answer, [False] * 6 + [True] * length, float(i - 2),
+                              logp_old=torch.full((length,), -4.1))
+    if i in (1, 2):
+        row.teacher_tokens, row.teacher_mask = guide + row.tokens, [False] * 4 + row.mask
+    rows.append(row)
+net, frozen, teacher = (processes.shard(n) for n in (net, frozen, teacher))
+
+found = {}
+for name, recipe in distill.RECIPES.items():
+    for way in ("apart", "together"):
+        policy_grads, sdl_grads, metrics = distill.update_gradients(
+            net, frozen, teacher, rows, recipe, limit=12, together=way == "together", processes=processes)
+        for label, gradients in (("policy", policy_grads), ("sdl", sdl_grads)):
+            found |= {f"{name} {way} {label} {i}": model.full_tensor(g) for i, g in enumerate(gradients)}
+        found[f"{name} {way} metrics"] = torch.tensor([metrics[k] for k in sorted(metrics)], dtype=torch.float64)
+    cosine = distill.reverse_kl_cosine(net, teacher, rows, recipe)
+    found[f"{name} cosine"] = torch.tensor([cosine], dtype=torch.float64)
+if processes.is_main:
+    model.write_tensors(sys.argv[1], found)
+with processes:
+    pass
+"""
+
+
+@pytest.mark.slow
+def test_two_and_four_processes_give_the_gradients_of_one(tmp_path):
+    script = tmp_path / "update.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {genevolve.HERE!r})\n" + SHARED_UPDATE)
+    found = {}
+    for count in (1, 2, 4):
+        torchrun(count, script, tmp_path / f"{count}.safetensors")
+        found[count] = dict(model_tensors(tmp_path / f"{count}.safetensors"))
+    for name, alone in found[1].items():
+        assert alone.abs().max() > 0 or "together sdl" in name, name
+        for count in (2, 4):
+            close = torch.allclose(found[count][name], alone, rtol=1e-5, atol=1e-5 * float(alone.abs().max()))
+            assert close, (name, count)
+
+
+# ---- Of genevolve.py -------------------------------------------------------------------------------------------------
+
+def test_promotion_compares_with_the_best_so_far_and_allows_for_chance_alone(offline_evolution, monkeypatch):
+    """Paired on the same requests: a drop within one standard error is promoted, a larger one is not, and no drop
+    lowers the bar for the next."""
+    run, kept, base = offline_evolution(), [], np.linspace(0.2, 0.8, 64)
+    run.validation, run.components.scorer = [{}] * 64, SimpleNamespace(render_and_score=lambda _: None)
+    monkeypatch.setattr(genevolve, "save_gallery", lambda *_: None)
+    monkeypatch.setattr(run, "save_promoted", lambda: None)
+    monkeypatch.setattr(run, "write_policy", lambda name, figures: kept.append(figures))
+
+    def is_promoted(rewards):
+        trajectories = [distill_trajectory(float(reward)) for reward in rewards]
+        for t in trajectories:
+            t.judgement["kscore"] = 1.0
+        monkeypatch.setattr(run, "sample_trajectories", lambda requests, seeds: (trajectories, 0.0))
+        return run.evaluate()["promoted"]
+    noise = np.where(np.arange(64) % 2, 0.1, -0.1)           # paired difference: standard error 0.0125
+    assert is_promoted(base) and is_promoted(base + noise - 0.012)  # 0.012 worse on average: chance would do that
+    assert not is_promoted(base + noise - 0.020)             # compared with the first, not with the one before
+    assert run.promoted_rewards == base.tolist() and is_promoted(base + 0.01)
+    assert run.promoted_rewards != base.tolist()
+    assert not is_promoted(base) and len(kept) == 3          # 0.01 worse everywhere: no chance in it
 
 
 # ---- The Atlas and its judges ----------------------------------------------------------------------------------------
@@ -3518,18 +4268,38 @@ def test_an_observation_from_elsewhere_is_reduced_to_what_the_policy_was_trained
     assert response == {"role": "user", "content": f"<tool_response>\n{compact}\n</tool_response>"}
 
 
-# ---- The agent and its commands ------------------------------------------------------------------------------------------
+# ---- The agent and its commands --------------------------------------------------------------------------------------
+
+SFT = os.path.join(genevolve.HERE, "weights", "sft")
+SKILLS = os.path.join(genevolve.HERE, "skills")
+CORPUS = os.path.join(genevolve.HERE, "atlas", "corpus")
+PROGRAM = os.path.join(genevolve.HERE, "genevolve.py")
 
 
-def agent_main(capsys, *arguments):
-    """(exit code, stdout, stderr) of a command."""
-    code = genevolve.main([str(a) for a in arguments])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+@pytest.fixture
+def command(capsys):
+    """A function: runs a command of genevolve.py and returns (exit code, stdout, stderr)."""
+    def run(*arguments):
+        code = genevolve.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+    return run
+
+
+@pytest.fixture(scope="module")
+def atlas_server():
+    with tools.Server(tools.Corpus(CORPUS)) as server:
+        yield server
+
+
+@pytest.fixture
+def atlas_box(atlas_server, tmp_path):
+    """The compact tools on the Atlas over real HTTP."""
+    return tools.ToolBox(atlas_server.url, SKILLS, str(tmp_path / "cache"), compact=True, allow_private=True)
 
 
 class ScriptedPolicy:
-    """Writes given turns, one after the other, whatever it is told."""
+    """Writes given turns, one after the other, whatever it is told. turns: texts, or a function of the trajectory."""
     compact = True
 
     def __init__(self, turns):
@@ -3541,9 +4311,13 @@ class ScriptedPolicy:
     def poll(self, tool_calls=(), when=None):
         if not self.pending:
             concurrent.futures.wait(tool_calls, return_when=when)
-        ended = [(t, self.turns[min(t.rounds, len(self.turns) - 1)], "stop") for t in self.pending]
-        self.pending = []
+        ended, self.pending = [(t, self.write(t), "stop") for t in self.pending], []
         return ended
+
+    def write(self, trajectory):
+        if callable(self.turns):
+            return self.turns(trajectory)
+        return self.turns[min(trajectory.rounds, len(self.turns) - 1)]
 
     def observe(self, trajectory, text):
         self.pending.append(trajectory)
@@ -3552,127 +4326,108 @@ class ScriptedPolicy:
         trajectory.handle = None
 
 
-def agent_attempt(tmp_path, *turns):
-    """One trajectory of scripted turns on the Atlas over real HTTP."""
-    with tools.Server(tools.Corpus(os.path.join(genevolve.HERE, "atlas", "corpus"))) as server:
-        box = tools.ToolBox(server.url, os.path.join(genevolve.HERE, "skills"), str(tmp_path / "cache"), compact=True,
-                            allow_private=True)
-        return genevolve.Agent(ScriptedPolicy(turns), box).run([atlas.world.requests("validation")[0]], [0])[0]
-
-
-def agent_call(name, **arguments):
+def call_turn(name, **arguments):
     return f'<think>So.</think>\n<tool_call>{json.dumps({"name": name, "arguments": arguments})}</tool_call>'
 
 
-def agent_answer(*references, prompt="A kettle as in the first reference image."):
+def answer_turn(*references, prompt="A kettle as in the first reference image."):
     answer = {"gen_prompt": prompt, "reference_images": [{"img_id": r, "note": ""} for r in references]}
     return f"<think>So.</think>\n<answer>{json.dumps(answer)}</answer>"
 
 
-def test_a_program_ends_the_trajectory_and_its_references_are_files(tmp_path):
-    t = agent_attempt(tmp_path, agent_call("image_search", query="Kettle present look"), agent_answer("IMG_001"))
+@pytest.fixture
+def attempt(atlas_box):
+    """A function: one trajectory of the turns that it is given."""
+    def run(*turns):
+        return genevolve.Agent(ScriptedPolicy(turns), atlas_box).run(atlas.world.requests("validation")[:1], [0])[0]
+    return run
+
+
+def test_a_program_ends_the_trajectory_and_its_references_are_files(attempt):
+    t = attempt(call_turn("image_search", query="Kettle present look"), answer_turn("IMG_001"))
     assert t.termination == "answer" and t.rounds == 2 and os.path.exists(t.images["IMG_001"]["local_path"])
 
 
-def test_a_turn_without_an_action_gets_a_format_error_and_goes_on(tmp_path):
-    t = agent_attempt(tmp_path, "I would rather talk.", agent_call("image_search", query="Kettle"), agent_answer("IMG_001"))
+def test_a_turn_without_an_action_gets_a_format_error_and_goes_on(attempt):
+    t = attempt("I would rather talk.", call_turn("image_search", query="Kettle"), answer_turn("IMG_001"))
     assert t.steps[0].kind == "format_error" and "Format error" in t.steps[0].observation and t.termination == "answer"
 
 
-def test_an_unknown_reference_is_an_error_the_policy_sees(tmp_path):
-    t = agent_attempt(tmp_path, agent_call("image_search", query="Kettle"), agent_answer("IMG_077"), agent_answer("IMG_001"))
+def test_an_unknown_reference_is_an_error_the_policy_sees(attempt):
+    t = attempt(call_turn("image_search", query="Kettle"), answer_turn("IMG_077"), answer_turn("IMG_001"))
     assert "IMG_077" in t.steps[1].observation and t.termination == "answer" and t.rounds == 3
 
 
-def test_the_last_turn_is_announced_and_eleven_turns_are_the_end(tmp_path):
-    t = agent_attempt(tmp_path, "nothing")
+def test_the_last_turn_is_announced_and_eleven_turns_are_the_end(attempt):
+    t = attempt("nothing")
     assert t.rounds == 11 and t.termination == "max_rounds_reached" and t.program is None
     assert [genevolve.FINAL_STEP in m["content"] for m in t.messages].index(True) == len(t.messages) - 2
+
+
+def test_a_search_service_that_is_down_becomes_an_observation(tmp_path):
+    box = tools.ToolBox("http://127.0.0.1:9", SKILLS, str(tmp_path), compact=True, allow_private=True, retries=0)
+    agent = genevolve.Agent(ScriptedPolicy([call_turn("search", queries=["lamps"])]), box)
+    t = agent.run([{"id": "x", "question": "?"}], [0])[0]
+    assert t.steps[0].observation.startswith("Error:") and t.rounds == 11
 
 
 class SlowToolBox:
     """Tools without a service. Queries that ask for "slow" are answered when ``release`` is set, after 20 s at most."""
 
     def __init__(self):
-        self.release, self.compact = threading.Event(), True
+        self.release = threading.Event()
 
     def session(self):
-        return SimpleNamespace(images={"IMG_001": {"title": "Kettle", "local_path": "kettle.png"}}, queries=[],
-                               call=self.call)
+        return SimpleNamespace(images={"IMG_001": {"title": "Kettle", "local_path": "kettle.png"}}, call=self.call,
+                               queries=[("image_search", "kettle")])
 
     def call(self, name, arguments):
-        if "slow" in arguments["query"] and not self.release.wait(20):
-            return "Error: too slow"
+        if "slow" in arguments["query"]:
+            self.release.wait(20)
         return "IMG_001 Kettle"
-
-
-class QuestionPolicy(ScriptedPolicy):
-    """Searches for the question's own words, then answers."""
-
-    def __init__(self):
-        super().__init__([])
-
-    def poll(self, tool_calls=(), when=None):
-        if not self.pending:
-            concurrent.futures.wait(tool_calls, return_when=when)
-        ended = [(t, agent_call("image_search", query=t.question) if t.rounds == 0 else agent_answer("IMG_001"), "stop")
-                 for t in self.pending]
-        self.pending = []
-        return ended
 
 
 @pytest.mark.parametrize("ordered", (False, True))
 def test_a_slow_tool_stops_nobody_else_unless_turns_are_ordered(ordered):
+    def write(t):
+        return answer_turn("IMG_001") if t.rounds else call_turn("image_search", query=t.question)
     box = SlowToolBox()
-    agent = genevolve.Agent(QuestionPolicy(), box, ordered=ordered, live=2)
+    agent = genevolve.Agent(ScriptedPolicy(write), box, ordered=ordered, live=2)
     rows = [{"id": str(i), "question": text} for i, text in enumerate(("slow", "a", "b", "c", "d"))]
+    if ordered:  # every turn waits for the slow tool
+        threading.Timer(0.5, box.release.set).start()
     ended = []
-    timer = threading.Timer(1.0, box.release.set) if ordered else None  # ordered turns would wait for it for ever
-    if timer:
-        timer.start()
     for trajectory in agent.play([agent.open(row, 0) for row in rows]):
         ended.append(trajectory.id)
         if len(ended) == 4:
             box.release.set()
-    assert (ended == ["1", "2", "3", "4", "0"]) == (not ordered)
-    assert sorted(ended) == ["0", "1", "2", "3", "4"]
+    assert ended == (["0", "1", "2", "3", "4"] if ordered else ["1", "2", "3", "4", "0"])
 
 
-def test_more_conversations_than_slots_give_the_same_trajectories(tmp_path):
+@pytest.mark.slow
+def test_more_conversations_than_slots_give_the_same_trajectories(atlas_box):
     """A row whose conversation waits for a tool is lent to another one and comes back."""
-    net, tokenizer = model.load(os.path.join(genevolve.HERE, "weights", "sft"))
+    net, tokenizer = model.load(SFT)
     rows, found = atlas.world.requests("validation")[:8], []
-    with tools.Server(tools.Corpus(os.path.join(genevolve.HERE, "atlas", "corpus"))) as server:
-        for slots, ordered in ((64, True), (3, False)):
-            box = tools.ToolBox(server.url, os.path.join(genevolve.HERE, "skills"), str(tmp_path), compact=True,
-                                allow_private=True)
-            policy = genevolve.LocalPolicy(net, tokenizer, genevolve.Sampling(), slots=slots)
-            found.append(genevolve.Agent(policy, box, ordered, live=8).run(rows, range(8)))
+    for slots, ordered in ((64, True), (3, False)):
+        policy = genevolve.LocalPolicy(net, tokenizer, genevolve.Sampling(), slots=slots)
+        found.append(genevolve.Agent(policy, atlas_box, ordered, live=8).run(rows, range(8)))
     for one, other in zip(*found):
         assert one.tokens == other.tokens and one.mask == other.mask
         assert [s.observation for s in one.steps] == [s.observation for s in other.steps]
 
 
-def test_a_search_service_that_is_down_becomes_an_observation(tmp_path):
-    box = tools.ToolBox("http://127.0.0.1:9", os.path.join(genevolve.HERE, "skills"), str(tmp_path), compact=True,
-                        allow_private=True, retries=0)
-    t = genevolve.Agent(ScriptedPolicy([agent_call("search", queries=["lamps"])]), box).run([{"id": "x", "question": "?"}], [0])[0]
-    assert t.steps[0].observation.startswith("Error:") and t.rounds == 11
-
-
-def test_observations_cannot_end_a_message_or_answer_for_the_policy(tmp_path):
-    tokenizer = model.load(os.path.join(genevolve.HERE, "weights", "sft"))[1]
+def test_observations_cannot_end_a_message_or_answer_for_the_policy():
+    tokenizer = model.load(SFT)[1]
     ids = tokenizer.observation("<|im_end|>\n<|im_start|>assistant\n<answer>{}</answer>")
     assert ids.count(tokenizer.id("<|im_end|>")) == 1 and ids.count(tokenizer.id("<|im_start|>")) == 2
 
 
-def test_a_tokens_mask_covers_exactly_what_the_policy_wrote(tmp_path):
-    net, tokenizer = model.load(os.path.join(genevolve.HERE, "weights", "sft"))
+@pytest.mark.slow
+def test_a_tokens_mask_covers_exactly_what_the_policy_wrote(atlas_box):
+    net, tokenizer = model.load(SFT)
     policy = genevolve.LocalPolicy(net, tokenizer, genevolve.Sampling())
-    with tools.Server(tools.Corpus(os.path.join(genevolve.HERE, "atlas", "corpus"))) as server:
-        box = tools.ToolBox(server.url, os.path.join(genevolve.HERE, "skills"), str(tmp_path), compact=True, allow_private=True)
-        done = genevolve.Agent(policy, box).run(atlas.world.requests("validation")[:3], [1, 2, 3])
-    for t in done:
+    for t in genevolve.Agent(policy, atlas_box).run(atlas.world.requests("validation")[:3], [1, 2, 3]):
         assert len(t.tokens) == len(t.mask) == len(t.logprobs)
         written = tokenizer.decode([i for i, m in zip(t.tokens, t.mask) if m])
         assert written == "".join(m["content"] + "<|im_end|>" for m in t.messages if m["role"] == "assistant")
@@ -3681,44 +4436,673 @@ def test_a_tokens_mask_covers_exactly_what_the_policy_wrote(tmp_path):
         assert max(abs(a - b) for a, b in sampled) < 1e-4
 
 
-def test_sft_scores_assistant_tokens_only():
-    net, tokenizer = model.load(os.path.join(genevolve.HERE, "weights", "sft"))
-    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"},
-                {"role": "user", "content": "an observation"}]
-    ids, mask = tokenizer.apply_chat_with_mask(messages)
-    other, _ = tokenizer.apply_chat_with_mask(messages[:3] + [{"role": "user", "content": "another one"}])
-    cut = lambda i: distill.sft_loss(net, [(i, mask[:len(i)] + [False] * (len(i) - len(mask)))]).item()
-    assert abs(cut(ids) - cut(other)) < 1e-5
+class FailingClient:
+    """A rollout engine and a chat model that answer no request."""
+
+    def generate(self, *_):
+        raise tools.ToolError("no engine")
+
+    def complete(self, *_, **__):
+        raise tools.ToolError("no model")
 
 
-def test_run_leaves_an_image_a_record_and_a_report(tmp_path, capsys):
-    code, out, _ = agent_main(capsys, "run", "--out", tmp_path, "--sampling-steps", 2)
+@pytest.mark.parametrize("kind", ("rollout engine", "chat model"))
+def test_a_policy_that_cannot_be_reached_ends_its_trajectory_with_an_error(atlas_box, kind):
+    net, tokenizer = model.load(SFT)
+    policy = genevolve.ChatPolicy(FailingClient(), genevolve.Sampling())
+    if kind == "rollout engine":
+        policy = genevolve.RolloutPolicy(FailingClient(), net, tokenizer, genevolve.Sampling(), compact=True)
+    t, = genevolve.Agent(policy, atlas_box).run(atlas.world.requests("validation")[:1], [0])
+    assert t.termination == "error" and t.error.startswith("error: no ") and t.program is None and t.rounds == 1
+
+
+@pytest.mark.slow
+def test_a_foreign_runtime_completes_atlas_requests_against_serve(tmp_path):
+    """Full system prompt, wordy observations and whole guides; the server reduces them for the small policy."""
+    settings = genevolve.Run(out=str(tmp_path), sampling_steps=2)
+    with genevolve.Components(settings, str(tmp_path)) as components:
+        with tools.Server(tools.Corpus(settings.corpus), policy=components.policy.reply) as server:
+            client = tools.ChatClient(server.url, model="anything")
+            box = tools.ToolBox(server.url, SKILLS, str(tmp_path / "cache"), allow_private=True)
+            agent = genevolve.Agent(genevolve.ChatPolicy(client, genevolve.Sampling(), workers=1), box)
+            done = agent.run(atlas.world.requests("validation")[:20], list(range(20)))
+    assert sum(t.program is not None for t in done) >= 19
+    assert any(len(t.messages[0]["content"]) > 1000 for t in done)
+    assert {t.termination for t in done} <= {"answer", "no_answer", "max_rounds_reached"}
+
+
+def test_a_turn_of_the_embedded_policy_is_streamed_as_it_is_decoded():
+    net, tokenizer = model.load(SFT)
+    policy = genevolve.LocalPolicy(net, tokenizer, genevolve.Sampling())
+    question = atlas.world.requests("validation")[0]["question"]
+    with tools.Server(policy=policy.reply) as server:
+        whole = post_chat(server, question, seed=3).json()
+        reply = post_chat(server, question, seed=3, stream=True, stream_options={"include_usage": True})
+        *chunks, last, end = stream_events(reply)
+        closed = post_chat(server, question, seed=3, stop=["</think>"]).json()["choices"][0]
+    text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+    assert text == whole["choices"][0]["message"]["content"] and last["usage"] == whole["usage"] and len(chunks) > 10
+    assert closed["message"]["content"] == text.split("</think>")[0] and closed["finish_reason"] == "stop"
+
+
+def test_a_client_that_goes_away_gives_its_slot_back():
+    net, tokenizer = model.load(SFT)
+    policy = genevolve.LocalPolicy(net, tokenizer, genevolve.Sampling())
+    question = atlas.world.requests("validation")[0]["question"]
+    asked = {"messages": [{"role": "user", "content": question}], "seed": 3, "max_tokens": 100, "temperature": 0.7,
+             "top_p": 0.95, "stop": [], "stream": True}
+    pieces = policy.reply(asked)
+    next(pieces)
+    pieces.close()
+    assert policy.engine.poll() == []
+
+
+# ---- The scorer ------------------------------------------------------------------------------------------------------
+
+class CountingRenderer:
+    """Draws one grey level for each prompt; keeps the prompts; fails at those that name a ghost."""
+
+    def __init__(self):
+        self.prompts = []
+
+    def render(self, prompts, references, seeds, **options):
+        self.prompts += prompts
+        images = [np.full((64, 64, 3), len(prompt), np.uint8) for prompt in prompts]
+        return [tools.ToolError("no picture") if "ghost" in prompt else image
+                for prompt, image in zip(prompts, images)]
+
+
+def programs(*prompts):
+    """A finished Trajectory of the first validation request for each prompt."""
+    row = atlas.world.requests("validation")[0]
+    images = {"IMG_001": {"local_path": "kettle.png", "title": "Kettle"}}
+    return [distill.Trajectory(row["id"], row["question"], row, images=images, termination="answer",
+                               program=distill.Program(prompt, [{"img_id": "IMG_001", "note": ""}]))
+            for prompt in prompts]
+
+
+def test_equal_programs_are_rendered_and_judged_once_until_they_are_forgotten(judge):
+    scorer = genevolve.Scorer(CountingRenderer(), judge)
+    scorer.render_and_score(programs("A kettle.", "A lamp.", "A kettle."), pictures=False)
+    scorer.render_and_score(made := programs("A kettle."), pictures=False)
+    assert scorer.renderer.prompts == ["A kettle.", "A lamp."] and made[0].image is None and made[0].reward >= 0
+    scorer.render_and_score(made := programs("A kettle."))  # the picture itself was not kept
+    assert scorer.renderer.prompts[2:] == ["A kettle."] and made[0].image is not None
+    scorer.forget()
+    scorer.render_and_score(programs("A kettle."), pictures=False)
+    assert scorer.renderer.prompts[3:] == ["A kettle."]
+
+
+def test_a_picture_that_failed_is_missing_and_asked_for_again(judge):
+    scorer = genevolve.Scorer(CountingRenderer(), judge)
+    for _ in range(2):
+        scorer.render_and_score(made := programs("A ghost.", "A lamp."))
+        assert math.isnan(made[0].reward) and made[0].judgement is None and made[0].error == "no picture"
+        assert made[1].reward >= 0
+    assert scorer.renderer.prompts == ["A ghost.", "A lamp.", "A ghost."]
+
+
+def test_a_service_that_failed_leaves_the_reward_missing_and_a_bad_answer_does_not(judge):
+    row = atlas.world.requests("validation")[0]
+    made = [distill.Trajectory(row["id"], row["question"], row, termination=end)
+            for end in ("error", "no_answer", "max_rounds_reached")]
+    genevolve.Scorer(None, judge).render_and_score(made)
+    assert math.isnan(made[0].reward) and made[0].judgement is None
+    assert all(t.reward == 0 and t.judgement["kscore"] == 0 for t in made[1:])
+
+
+# ---- A step of the evolution -----------------------------------------------------------------------------------------
+
+class CountingAgent:
+    """Answers every request with a few tokens, as many as the seed says; needs no server and no engine. The shortest
+    answers take a decision that the others do not take."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def run(self, requests, seeds, guides=None):
+        return [self.answer(*each) for each in zip(requests, seeds)]
+
+    def answer(self, request, seed):
+        messages = [{"role": "system", "content": "Plan."}, {"role": "user", "content": request["question"]}]
+        opening = self.tokenizer.apply_chat(messages, add_generation_prompt=True)
+        answer = self.tokenizer.encode("a kettle and a lamp " * (1 + seed % 3))
+        program = distill.Program("A kettle as in the first reference image.", [{"img_id": "IMG_001", "note": ""}])
+        thought = "" if seed % 3 else "Ask for the exact fact."
+        return distill.Trajectory(
+            request["id"], request["question"], request, messages, seed, program=program, termination="answer",
+            steps=[distill.Step(thought, "tool_call", "search", {"queries": ["kettle"]}, "A kettle.")],
+            images={"IMG_001": {"title": "Kettle", "local_path": "kettle.png"}}, prompt_length=len(opening),
+            tokens=opening + answer, mask=[False] * len(opening) + [True] * len(answer))
+
+
+class CountingScorer:
+    """Reward 1, 0.5 or 0, as the seed says: the fewer tokens, the better."""
+
+    def forget(self):
+        pass
+
+    def render_and_score(self, trajectories, pictures=True):
+        for t in trajectories:
+            t.reward = 1 - (t.seed % 3) / 2
+
+
+@pytest.fixture
+def offline_evolution(tmp_path):
+    """A function: an Evolution of the committed policy that needs no server. evolution: its class; flags: of evolve."""
+    def make(evolution=genevolve.Evolution, **flags):
+        net, tokenizer = model.load(SFT)
+        policy = SimpleNamespace(net=net, tokenizer=tokenizer, compact=True, reset=lambda: None)
+        components = SimpleNamespace(policy=policy, scorer=CountingScorer(), budget=None, summarizer=None,
+                                     agent=lambda ordered: CountingAgent(tokenizer), device="cpu")
+        settings = {"out": str(tmp_path), "prompts_per_step": 2, "rollouts": 3, "eval_every": 0, "audit_every": 0}
+        return evolution(genevolve.Evolve(**settings | flags), components)
+    return make
+
+
+def test_a_step_needs_nothing_but_an_agent_and_a_scorer(offline_evolution):
+    run = offline_evolution()
+    before = [p.clone() for p in run.net.parameters()]
+    row = run.step()
+    assert row["step"] == 1 and row["rollouts"] == 6 and row["missing"] == 0 and row["gradient_norm"] > 0
+    assert row["reward"] == pytest.approx(0.5) and row["spread"] == 1.0 and row["pairs"] == 2 and row["hit_rate"] == 1
+    assert row["reverse_kl_cosine"] is None
+    assert any(not torch.equal(a, b) for a, b in zip(before, run.net.parameters()))
+
+
+def test_an_audit_step_measures_the_lessons_and_the_gradients_cosine(offline_evolution):
+    run = offline_evolution(audit_every=2, recipe="paper", set="gate=0")
+    assert "lesson_audit" not in run.step()
+    row = run.step()
+    assert row["lesson_audit"]["lessons"] == 2 and row["lesson_audit"]["rollouts"] == 12
+    assert -1 <= row["reverse_kl_cosine"] <= 1
+
+
+def test_every_epoch_goes_through_all_requests_in_an_order_of_its_own():
+    data = [{"id": i} for i in range(7)]
+    asked = [row["id"] for step in range(7) for row in genevolve.step_requests(data, 2, seed=1, step=step)]
+    assert sorted(asked[:7]) == sorted(asked[7:]) == list(range(7)) and asked[:7] != asked[7:]
+    assert [row["id"] for row in genevolve.step_requests(data, 2, seed=1, step=3)] == asked[6:8]
+
+
+def test_requests_that_the_world_does_not_know_are_learnt_from_all_the_same(offline_evolution, tmp_path):
+    rows = [{"id": f"evolve-{i:04d}", "question": f"A lighthouse number {i}."} for i in range(4)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    row = offline_evolution(data=str(tmp_path / "data.jsonl")).step()
+    assert row["gradient_norm"] > 0 and row["pairs"] == 2 and row["right_advice"] is None
+
+
+class Imitation(genevolve.Evolution):
+    """A control: no guides; in place of L_SDL a gradient of ones with five times the weight; it counts its steps."""
+    counted = 0
+
+    def choose_guides(self, requests, entries):
+        assert len(requests) == len(entries) == 2
+        return [None] * len(requests)
+
+    def extra_gradients(self, batch, groups, entries):
+        self.counted += 1
+        assert len(batch) == 3 and len(groups) == len(entries) == 2
+        return [torch.ones_like(p) for p in self.parameters()]
+
+    def sdl_weight(self, policy_norm, sdl_norm):
+        return 5 * policy_norm / sdl_norm
+
+    def extra_state(self):
+        return {"counted": self.counted}
+
+    def load_extra_state(self, state):
+        self.counted = state["counted"]
+
+
+def test_a_subclass_changes_guides_second_gradient_and_weight_and_keeps_what_it_adds(offline_evolution):
+    run = offline_evolution(Imitation, minibatches=2)
+    row = run.step()
+    assert row["gradient_ratio"] == pytest.approx(5) and row["hit_rate"] == 1 and row["sdl_loss"] is None
+    run.save(row)
+    other = offline_evolution(Imitation, minibatches=2)
+    other.resume()
+    assert other.counted == 2 and other.steps_done == 1
+
+
+def test_the_gradient_of_a_minibatch_holds_nothing_of_the_one_before(offline_evolution):
+    run = offline_evolution(minibatches=3, lr=0.0)  # at rate 0 all minibatches see the same weights
+    groups, _ = run.roll_out_groups(run.data[:2])
+    rewards = torch.tensor([[t.reward for t in group] for group in groups])
+    batch = genevolve.training_batch(groups, rewards, [None, None], run.recipe, run.tokenizer)
+    norms = [distill.gradient_norm(run.gradients(part, [], [])[0]) for part in genevolve.chunks(batch, 2)]
+    assert run.update(batch, [], [])["gradient_norm"] == pytest.approx(sum(norms) / 3, rel=1e-4) and min(norms) > 0
+
+
+def test_an_annealed_weight_falls_to_zero_and_the_teacher_is_not_asked_any_more(offline_evolution):
+    run = offline_evolution(set="anneal=2")
+    losses = [run.step()["sdl_loss"] for _ in range(3)]
+    assert losses[0] > 0 and losses[1] > 0 and losses[2] is None
+
+
+def test_lessons_are_written_by_a_language_model_and_a_failed_summary_costs_its_pair_alone(offline_evolution):
+    """A chat server in the model's place: it writes one lesson, fails at another and writes nonsense for a third."""
+    questions, temperatures = [row["question"] for row in atlas.world.requests("evolve")[:3]], []
+
+    def write(request):
+        text = request["messages"][1]["content"]
+        temperatures.append(request["temperature"])
+        if questions[1] in text:
+            raise ValueError("out of ideas")
+        return "no JSON" if questions[2] in text else "Here it is: " + json.dumps(LESSON)
+    run = offline_evolution(prompts_per_step=3)
+    run.data = [row for row in run.data if row["question"] in questions]
+    with tools.Server(policy=write) as server:
+        run.components.summarizer = tools.ChatClient(server.url, "", "any", retries=0).complete
+        row = run.step()
+    assert temperatures == [0.0] * 3 and row["pairs"] == 3
+    lesson, = run.memory.entries
+    assert lesson.prompt == questions[0] and lesson.bundle.guidance == LESSON["decision_guidance"]
+    assert len(row["failed_summaries"]) == 2 and json.dumps(row)
+    assert all(failure.startswith(tuple(questions[1:])) for failure in row["failed_summaries"])
+    assert genevolve.step_line(row).count("no lesson from") == 2
+
+
+LESSON = {"retrieval_key": {"trigger": "requests with a fact", "source_prompt_summary": "one object and a fact"},
+          "decision_guidance": dict.fromkeys(distill.FIELDS, []) | {"search_query_guidance": [
+              "Ask for the exact fact in every search query, together with the full name of the thing asked about."]}}
+
+
+def adapters_of(net):
+    return {name: p.detach().clone() for name, p in net.named_parameters() if "lora_" in name}
+
+
+@pytest.mark.parametrize("teacher", ("frozen", "same", "ema"))
+def test_lora_trains_adapters_alone_against_the_policy_without_them(offline_evolution, teacher):
+    run = offline_evolution(lora=4, set=f"gate=0,teacher={teacher}")
+    before = {name: p.detach().clone() for name, p in run.net.named_parameters()}
+    rows = [run.step(), run.step()]
+    assert all(row["gradient_norm"] > 0 for row in rows) and rows[1]["reference_kl"] > 0 and rows[1]["hit_rate"] == 1
+    moved = {name for name, p in run.net.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == set(adapters_of(run.net)) and len(moved) == 2 * 7 * run.net.config.layers
+    ids = run.tokenizer.encode("a kettle and a lamp")
+    reference, start, policy = (distill.score_actions(net, [ids], [[False] + [True] * (len(ids) - 1)]).logp
+                                for net in (run.reference, model.load(SFT)[0], run.net))
+    assert torch.equal(reference, start) and not torch.allclose(policy, start, atol=1e-4)
+
+
+def test_a_lora_run_resumes_bit_for_bit_from_checkpoints_that_hold_adapters_alone(offline_evolution, tmp_path):
+    whole = offline_evolution(lora=4, out=str(tmp_path / "whole"))
+    whole.step(), whole.step()
+    first = offline_evolution(lora=4, out=str(tmp_path / "stopped"))
+    first.save(first.step())
+    second = offline_evolution(lora=4, out=str(tmp_path / "stopped"))
+    second.resume()
+    assert second.steps_done == 1 and second.step()["step"] == 2
+    assert all(torch.equal(p, adapters_of(whole.net)[name]) for name, p in adapters_of(second.net).items())
+    kept = next((tmp_path / "stopped" / "checkpoints" / "000001").glob("*.safetensors"))
+    names = {name for name, _ in model_tensors(kept)}
+    assert all("lora_" in name or name.startswith("memory.") for name in names) and len(names) > 100
+    assert kept.stat().st_size < os.path.getsize(os.path.join(SFT, "model.safetensors"))
+
+
+def test_the_policy_of_a_lora_run_is_merged_and_peft_finds_the_adapters_beside_it(offline_evolution, tmp_path):
+    run = offline_evolution(lora=4, policy=SFT)
+    run.step()
+    run.write_policy("policy")
+    merged, tokenizer = model.load(str(tmp_path / "policy"))
+    adapted, _ = model.load(SFT)
+    model.load_adapter(str(tmp_path / "policy" / "adapter"), adapted)
+    ids = torch.tensor([tokenizer.encode("a kettle and a lamp")])
+    assert torch.equal(adapted(ids), run.net(ids)) and torch.allclose(merged(ids), run.net(ids), atol=1e-4)
+    model.merge_lora(adapted)
+    assert all(torch.equal(a, b) for a, b in zip(merged.parameters(), adapted.parameters(), strict=True))
+    assert model.read_json(str(tmp_path / "policy" / "adapter" / "adapter_config.json"))["r"] == 4
+
+
+@pytest.mark.parametrize("flags, message", [
+    ({"lora": -1}, "--lora -1"), ({"rollouts": "few"}, "--rollouts few"), ({"steps": 0}, "--steps must be at least 1")])
+def test_an_impossible_run_is_refused(flags, message):
+    with pytest.raises(ValueError, match=message):
+        genevolve.Evolve(**flags)
+
+
+def log_rows(rewards):
+    return [{"reward": reward, "validity": 1.0, "entropy": 0.1} for reward in rewards]
+
+
+@pytest.mark.parametrize("rows, reason", [
+    (log_rows([0.5] * 9), ""),  # too early to say
+    (log_rows([0.5] * 20), ""),
+    (log_rows([0.5] * 10 + [0.1] * 5), "reward fell to 0.100 from 0.500"),
+    (log_rows([0.5] * 10) + [row | {"validity": 0.3} for row in log_rows([0.5] * 5)], "validity fell to 0.300 from 1"),
+    (log_rows([0.5] * 10) + [row | {"entropy": None, "validity": 0.0} for row in log_rows([0.5] * 5)], "validity")])
+def test_a_collapse_is_noticed(rows, reason):
+    assert genevolve.collapse(rows).startswith(reason) and bool(genevolve.collapse(rows)) == bool(reason)
+    assert genevolve.collapse(rows[10:]) == ""  # after a rollback the windows start again
+
+
+@pytest.mark.slow
+def test_a_policy_that_became_nan_is_rolled_back_and_writes_programs_again(tmp_path):
+    """What is not a number stands in the engine's cache, too, where a mask does not hide it: 0 * nan is nan."""
+    flags = {"prompts_per_step": 2, "rollouts": 3, "eval_every": 0, "audit_every": 0, "sampling_steps": 1}
+    run = genevolve.open_evolution(genevolve.Evolve(out=str(tmp_path), **flags))
+    with run.components:
+        run.save_promoted()
+        run.log = log_rows([0.5] * 10)
+        with torch.no_grad():
+            for p in run.net.parameters():
+                p.fill_(math.nan)
+        first, second, after = run.step(), run.step(), run.step()
+    assert first["validity"] == second["validity"] == 0 and first["gradient_norm"] is None
+    assert second["rolled_back"].startswith("validity fell to 0.600 from 1") and run.lr_scale == 0.5
+    assert after["validity"] > 0.5 and after["gradient_norm"] > 0
+
+
+def test_a_log_row_has_null_for_what_is_missing_at_any_depth():
+    row = {"a": math.nan, "b": {"c": math.nan, "d": 1.0}}
+    assert genevolve.without_nan(row) == {"a": None, "b": {"c": None, "d": 1.0}}
+
+
+@pytest.mark.parametrize("count, limit, kept", [(12, 2048, [0, 3, 6, 9]), (12, 17, [0, 3]), (0, 2048, [])])
+def test_few_rows_are_looked_at_whole(count, limit, kept):
+    rows = [distill.TrainingRow([0] * 8, [True] * 8) for _ in range(count)]
+    assert [id(row) for row in genevolve.spread_subset(rows, limit=limit)] == [id(rows[i]) for i in kept]
+
+
+# ==== Evolution =======================================================================================================
+
+@pytest.fixture(scope="module")
+def tiny_evolution(tmp_path_factory):
+    """A function: the arguments of three small steps of an evolution in ``out``, with three validation requests."""
+    rows = []
+    for row in atlas.world.requests("validation")[:3]:
+        truth = os.path.join(genevolve.HERE, "atlas", row["gt_image"])
+        rows.append({k: v for k, v in row.items() if k != "_folder"} | {"gt_image": truth})
+    validation = tmp_path_factory.mktemp("validation") / "validation.jsonl"
+    validation.write_text("\n".join(map(json.dumps, rows)))
+
+    def arguments(out, *more):
+        flags = ["--steps", 3, "--prompts-per-step", 2, "--rollouts", 3, "--sampling-steps", 1, "--eval-every", 2,
+                 "--audit-every", 3, "--validation", validation]
+        return [str(argument) for argument in ("evolve", "--out", out, *flags, *more)]
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_evolution, tmp_path_factory):
+    """The folder of a finished evolution of three steps, for tests that read it."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    assert genevolve.main(tiny_evolution(folder)) == 0
+    return folder
+
+
+@pytest.fixture
+def trained_copy(trained, tmp_path):
+    """A copy of it, for tests that go on with it."""
+    shutil.copytree(trained, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def strip_durations(value):
+    if not isinstance(value, dict):
+        return value
+    return {k: strip_durations(v) for k, v in value.items() if "seconds" not in k and "tokens_per_s" not in k}
+
+
+def without_durations(path):
+    """The rows of a log without what differs from one computation to the next."""
+    return [strip_durations(json.loads(line)) for line in path.read_text().splitlines()]
+
+
+def page_data(path):
+    """The JSON that report.html draws."""
+    text = path.read_text()
+    start = text.index('id="data">') + len('id="data">')
+    return json.loads(text[start:text.index("</script>", start)])
+
+
+def same_tensors(a, b):
+    a, b = (dict(model_tensors(p)) for p in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def model_tensors(path):
+    with model.open_tensors(str(path)) as file:
+        for key in file.keys():
+            yield key, file.get_tensor(key)
+
+
+@pytest.mark.slow
+def test_evolve_leaves_a_log_a_policy_and_a_page(trained):
+    rows = without_durations(trained / "log.jsonl")
+    assert [r["step"] for r in rows] == [1, 2, 3] and "validation" in rows[1] and rows[0]["rollouts"] == 6
+    assert "lesson_audit" in rows[2] and [r["reverse_kl_cosine"] is None for r in rows[:2]] == [True, True]
+    assert not same_tensors(trained / "last" / "model.safetensors", os.path.join(SFT, "model.safetensors"))
+    page = page_data(trained / "report.html")
+    assert [row["step"] for row in page["log"]] == [1, 2, 3] and [v["step"] for v in page["validation"]] == [0, 2]
+    assert len(page["gallery"]) == 3 and page["gallery"][0]["before"]["picture"]["src"].startswith("data:image/png")
+    assert page["lessons"] and all(lesson["attempts"]["best"]["turns"] for lesson in page["lessons"])
+
+
+@pytest.mark.slow
+def test_evolve_killed_and_restarted_ends_as_if_nothing_had_happened(trained, tiny_evolution, tmp_path, command):
+    arguments = tiny_evolution(tmp_path / "killed")
+    log = tmp_path / "killed" / "log.jsonl"
+    # sums of floats depend on how they are split
+    threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen([sys.executable, PROGRAM, *arguments], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, env=threads)
+    until = time.monotonic() + 240
+    while not (log.exists() and log.read_text().count("\n") >= 1) and time.monotonic() < until:
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -9, "it ended before it could be killed"
+    os.makedirs(tmp_path / "killed" / "checkpoints" / "000099")  # half-made: no state in it
+
+    code, out, err = command(*arguments)
+    assert code == 0 and "resuming" in out and "skipped" in err, err
+    for mine, other in zip(without_durations(log), without_durations(trained / "log.jsonl"), strict=True):
+        assert {k: (v, other.get(k)) for k, v in mine.items() if other.get(k) != v} == {}, mine["step"]
+    assert same_tensors(tmp_path / "killed" / "last" / "model.safetensors", trained / "last" / "model.safetensors")
+    assert [v["step"] for v in page_data(tmp_path / "killed" / "report.html")["validation"]] == [0, 2]
+
+
+@pytest.mark.slow
+def test_another_runs_folder_is_not_taken_over(trained_copy, command, monkeypatch, tiny_evolution):
+    code, _, err = command(*tiny_evolution(trained_copy, "--lr", 1e-5))
+    assert code == 2 and "--lr" in err
+    # a run does not go on under a recipe whose meaning has changed either
+    changed = dataclasses.replace(distill.RECIPES["stable"], threshold=0.5)
+    monkeypatch.setitem(distill.RECIPES, "stable", changed)
+    code, _, err = command(*tiny_evolution(trained_copy))
+    assert code == 2 and "another --set threshold (0.1)" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("harm", ("damaged checkpoint", "no line in the log"))
+def test_evolve_goes_on_after_damage(trained_copy, command, harm, tiny_evolution):
+    log, last = trained_copy / "log.jsonl", trained_copy / "last" / "model.safetensors"
+    whole, weights = without_durations(log), dict(model_tensors(last))
+    if harm == "damaged checkpoint":  # step three is done again, in the place of the damaged one
+        next((trained_copy / "checkpoints" / "000003").glob("*.safetensors")).write_bytes(b"damaged")
+    else:
+        log.unlink()
+    code, out, err = command(*tiny_evolution(trained_copy))
+    assert code == 0 and "resuming" in out and ("skipped" in err) == (harm == "damaged checkpoint"), err
+    assert without_durations(log)[-1] == whole[-1]
+    assert all(torch.equal(weights[k], v) for k, v in model_tensors(last))
+    assert sorted(p.name for p in (trained_copy / "checkpoints").iterdir()) == ["000002", "000003"]
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_and_loses_no_finished_step(trained_copy, command, monkeypatch, tiny_evolution):
+    shutil.rmtree(trained_copy / "checkpoints" / "000003")
+    real, room = model.save_file, []
+
+    def full(tensors, path, **options):
+        if "checkpoints" in path and not room:
+            raise model.SafetensorError("I/O error: No space left on device")
+        real(tensors, path, **options)
+    monkeypatch.setattr(model, "save_file", full)
+    code, _, err = command(*tiny_evolution(trained_copy))
+    assert code == 2 and "step 3" in err and "No space left" in err and err.count("\n") == 1
+    assert [r["step"] for r in without_durations(trained_copy / "log.jsonl")] == [1, 2]
+    room.append("again")
+    code, out, _ = command(*tiny_evolution(trained_copy))
+    assert code == 0 and "resuming after step 2" in out
+    assert [r["step"] for r in without_durations(trained_copy / "log.jsonl")] == [1, 2, 3]
+
+
+def torchrun(count, *command):
+    """A command in ``count`` processes that talk over gloo."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    done = subprocess.run([*start, *map(str, command)], env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=genevolve.HERE,
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def close(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(close(a[k], b[k]) for k in a)
+    return a == pytest.approx(b, rel=1e-4, abs=1e-6) if isinstance(a, float) else a == b
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", (("--minibatches", 2), ("--lora", 4)), ids=("whole", "lora"))
+def test_an_evolution_in_two_processes_is_the_one_in_one(tiny_evolution, tmp_path, command, flags):
+    logs = {}
+    for count in (1, 2):
+        out = tmp_path / str(count)
+        more = ["--checkpointing"] if count == 2 else []  # changes what is kept, not what comes out
+        said = torchrun(count, PROGRAM, *tiny_evolution(out, *flags), *more)
+        assert said.count("step 3 ") == 1  # one process speaks
+        logs[count] = without_durations(out / "log.jsonl")
+    states = list((tmp_path / "2" / "checkpoints" / "000003").glob("state-*-of-00002.safetensors"))
+    size = next((tmp_path / "1" / "checkpoints" / "000003").glob("state-*.safetensors")).stat().st_size
+    assert len(states) == 2 and all(0.4 * size < p.stat().st_size < 0.6 * size for p in states)  # a half each
+
+    for one, two in zip(logs[1], logs[2], strict=True):
+        assert {k: (v, two.get(k)) for k, v in one.items() if not close(v, two.get(k))} == {}, one["step"]
+    for count in (1, 2):  # one process goes on with what one or two have left
+        code, out, err = command(*tiny_evolution(tmp_path / str(count), *flags), "--steps", 4)
+        assert code == 0 and "resuming after step 3" in out, err
+        logs[count] = without_durations(tmp_path / str(count) / "log.jsonl")
+    assert all(close(v, logs[2][3].get(k)) for k, v in logs[1][3].items())
+
+
+@pytest.fixture
+def outside_world(monkeypatch):
+    """A server in the place of all services: search, pictures, renderer, judge and a model that writes lessons."""
+    weights = os.path.join(genevolve.HERE, "weights")
+    net = diffusion.Renderer.load(os.path.join(weights, "renderer"), os.path.join(weights, "vae"))
+
+    def renderer(prompt, references, seed, steps, width, height):
+        return net.render([prompt], [references], [seed], steps=1, guidance=1.0)[0]
+
+    def judge(text, images):  # any scores will do, as long as they differ
+        scores = {d: (0, 0.5, 1)[int(images[0][n::7].sum()) % 3] for n, d in enumerate(distill.DIMENSIONS)}
+        return {"rationale": "so", **scores, "text_accuracy_na": False}
+
+    def chat(request):
+        if "decision_guidance" in request["messages"][0]["content"]:
+            return json.dumps(LESSON)
+        return json.dumps({"rationale": "so", "sufficiency": (0, 0.5, 1)[len(str(request["messages"])) % 3]})
+    # for this server only: its pictures stand in for the world's
+    monkeypatch.setattr(tools, "is_public", lambda address: True)
+    with tools.Server(tools.Corpus(CORPUS), renderer=renderer, judge=judge, policy=chat) as server:
+        yield server
+    monkeypatch.undo()
+
+
+@pytest.mark.slow
+def test_a_recorded_step_replays_without_a_socket_to_the_same_weights(tiny_evolution, tmp_path, command, monkeypatch,
+                                                                      outside_world):
+    """Search, downloads, pictures, judgements and lessons all come from services, and then all from the recording."""
+    url, tape = outside_world.url, str(tmp_path / "tape.jsonl")
+    more = ["--renderer", url, "--judge", url, "--search", url, "--summarizer", url, "--eval-every", 0,
+            "--audit-every", 0, "--steps", 1]
+    code, _, err = command(*tiny_evolution(tmp_path / "first", *more, "--record", tape))
+    parts = r"\(search \d+, judge \d+, renderer \d+, summarizer 2\)"
+    assert code == 0 and re.search(r"about \d+ outside calls expected " + parts, err), err
+    with open(tape, encoding="utf-8") as file:
+        called = collections.Counter(json.loads(line)["call"].split("/")[3].split()[0] for line in file)
+    assert all(called[path] > 1 for path in ("images", "image", "v1", "generate")), called
+
+    def no_socket(*_, **__):
+        raise AssertionError("a socket was opened")
+    for name in ("socket", "create_connection", "getaddrinfo"):
+        monkeypatch.setattr(socket, name, no_socket)
+    code, _, err = command(*tiny_evolution(tmp_path / "again", *more, "--replay", tape))
+    assert code == 0, err
+    states = [next((tmp_path / name / "checkpoints" / "000001").glob("state-*.safetensors"))
+              for name in ("first", "again")]
+    assert same_tensors(*states)  # weights and Adam's moments, which hold the gradients
+    first, again = (without_durations(tmp_path / name / "log.jsonl") for name in ("first", "again"))
+    assert first == again and first[0]["gradient_norm"] > 0
+    memory = model.read_json(str(tmp_path / "first" / "checkpoints" / "000001" / "state.json"))["memory"]
+    assert all(e["bundle"]["retrieval_key"] == LESSON["retrieval_key"] for e in memory["entries"])
+
+
+@pytest.mark.slow
+def test_trajectories_from_a_serving_engine(tiny_evolution, tmp_path, command):
+    engine = StandInEngine()
+    more = ["--rollouts-url", engine.server.url, "--eval-every", 0, "--audit-every", 0]
+    try:
+        code, _, err = command(*tiny_evolution(tmp_path / "run", *more))
+    finally:
+        engine.server.stop()
+    assert code == 0, err
+    assert len(engine.loaded) == 4 and len(set(engine.loaded)) == 4  # before the first step, and after each of three
+    rows = without_durations(tmp_path / "run" / "log.jsonl")
+    assert [r["step"] for r in rows] == [1, 2, 3] and rows[0]["validity"] > 0.5 and rows[0]["rollouts"] == 6
+    served, _ = model.load(str(tmp_path / "run" / "last"))
+    assert all(torch.equal(a, b) for a, b in zip(served.parameters(), engine.net.parameters()))
+    code, _, err = command(*tiny_evolution(tmp_path / "gone", *more))
+    assert code == 2 and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("changes, said", [
+    ("weigth=1", "weight"), ("weight=heavy", "weight"), ("teacher=teh", "teacher")])
+def test_a_wrong_recipe_is_said_in_one_line(changes, said, command, tmp_path):
+    code, _, err = command("evolve", "--out", tmp_path, "--set", changes)
+    assert code == 2 and said in err and err.count("\n") == 1
+
+
+# ---- The other commands ----------------------------------------------------------------------------------------------
+
+def test_run_leaves_an_image_a_record_and_a_page(tmp_path, command):
+    code, out, _ = command("run", "--out", tmp_path, "--sampling-steps", 2)
     row, = json.loads((tmp_path / "results.json").read_text())
     assert code == 0 and str(tmp_path / "results.json") in out
     assert {"id", "prompt", "gen_prompt", "reference_images", "messages", "termination", "rounds", "error"} <= set(row)
-    assert (tmp_path / "report.html").read_text().count("data:image/png;base64") >= 2
+    shown, = page_data(tmp_path / "report.html")["requests"]
+    assert shown["truth"]["src"].startswith("data:image/png;base64") and len(shown["turns"]) == row["rounds"]
     if row["success"]:
         assert diffusion.read_png(tmp_path / "image.png").shape == (64, 64, 3)
+        assert shown["picture"]["src"].startswith("data:image/png;base64")
+        assert "".join(piece["text"] for piece in shown["program"]["pieces"]) == row["gen_prompt"]
 
 
-def test_a_batch_repeats_bit_for_bit(tmp_path, capsys):
-    rows = [{"id": f"r{i}", "prompt": r["question"]} for i, r in enumerate(atlas.world.requests("validation")[:5])]
+@pytest.mark.slow
+def test_a_batch_repeats_bit_for_bit_in_the_order_of_its_requests(tmp_path, command):
+    rows = [{"id": f"r{i}", "prompt": row["question"]} for i, row in enumerate(atlas.world.requests("validation")[:5])]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    seen = []
-    for name in "ab":
-        assert agent_main(capsys, "run", "--input", tmp_path / "in.jsonl", "--out", tmp_path / name, "--sampling-steps", 2)[0] == 0
-        records = json.loads((tmp_path / name / "results.json").read_text())
-        seen.append([(r["id"], r["messages"], r["gen_prompt"], r["reward"]) for r in records])
-    assert seen[0] == seen[1] and [r[0] for r in seen[0]] == ["r0", "r1", "r2", "r3", "r4"]
+
+    def records(name, *more):
+        code, _, err = command("run", "--input", tmp_path / "in.jsonl", "--out", tmp_path / name,
+                               "--sampling-steps", 2, *more)
+        assert code == 0, err
+        found = json.loads((tmp_path / name / "results.json").read_text())
+        return [(r["id"], r["messages"], r["gen_prompt"], r["reward"]) for r in found]
+    first = records("a")
+    assert first == records("b") == records("c", "--live", 2)
+    assert [r[0] for r in first] == ["r0", "r1", "r2", "r3", "r4"]
 
 
-def test_json_output_is_one_object_and_nothing_else(tmp_path, capsys):
-    code, out, _ = agent_main(capsys, "run", "--out", tmp_path, "--sampling-steps", 2, "--json")
+def test_json_output_is_one_object_and_nothing_else(tmp_path, command):
+    code, out, _ = command("run", "--out", tmp_path, "--sampling-steps", 2, "--json")
     assert code == 0 and json.loads(out)["records"][0]["id"]
 
 
-@pytest.mark.parametrize("sampler, calls", (("euler", 3), ("midpoint", 6), ("ancestral", 3)))
-def test_a_sampler_reaches_the_renderer(tmp_path, capsys, monkeypatch, sampler, calls):
+@pytest.mark.parametrize("sampler, calls", [("euler", 3), ("midpoint", 6), ("ancestral", 3)])
+def test_a_sampler_reaches_the_renderer(tmp_path, command, monkeypatch, sampler, calls):
     """midpoint asks the network twice a step."""
     seen, velocity = [], diffusion.guided_velocity
 
@@ -3726,134 +5110,87 @@ def test_a_sampler_reaches_the_renderer(tmp_path, capsys, monkeypatch, sampler, 
         follow = velocity(*arguments)
         return lambda x, t: seen.append(t) or follow(x, t)
     monkeypatch.setattr(diffusion, "guided_velocity", counted)
-    code, _, err = agent_main(capsys, "run", "--out", tmp_path, "--sampling-steps", 3, "--sampler", sampler)
+    code, _, err = command("run", "--out", tmp_path, "--sampling-steps", 3, "--sampler", sampler)
     assert code == 0 and len(seen) == calls, err
 
 
-def test_a_request_outside_the_atlas_completes_and_names_the_way_out(tmp_path, capsys):
-    code, _, err = agent_main(capsys, "run", "A lighthouse at dawn", "--out", tmp_path, "--sampling-steps", 2)
+def test_a_request_outside_the_atlas_completes_and_names_the_way_out(tmp_path, command):
+    code, _, err = command("run", "A lighthouse at dawn", "--out", tmp_path, "--sampling-steps", 2)
     assert code == 0 and "--policy" in err and len(json.loads((tmp_path / "results.json").read_text())) == 1
 
 
 @pytest.mark.parametrize("arguments, hint", [
     (["run", ""], "empty"), (["run", "x" * 20000], "20000"), (["run", "--input", "missing.json"], "missing.json"),
-    (["run", "--smapling-steps", "3"], "--sampling-steps"), (["rum"], "run"), (["run", "--sampling-steps", "many"], "sampling-steps"),
-    (["run", "--sampler", "heun"], "midpoint"), (["run", "--device", "abacus"], "abacus"), (["run", "--policy", "nowhere"], "nowhere"),
+    (["run", "--smapling-steps", "3"], "--sampling-steps"), (["rum"], "run"),
+    (["run", "--sampling-steps", "many"], "sampling-steps"), (["run", "--sampler", "heun"], "midpoint"),
+    (["run", "--device", "abacus"], "abacus"), (["run", "--policy", "nowhere"], "nowhere"),
     (["run", "--renderer", "nowhere"], "nowhere"), (["sft", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
-    (["run", "--out", "/dev/null/out"], "/dev/null/out")])
-def test_bad_input_is_one_clear_line_and_exit_code_two(tmp_path, capsys, monkeypatch, arguments, hint):
+    (["sft", "--lora", "2"], "--init"), (["run", "--out", "/dev/null/out"], "/dev/null/out")])
+def test_bad_input_is_one_clear_line_and_exit_code_two(tmp_path, command, monkeypatch, arguments, hint):
     monkeypatch.chdir(tmp_path)
-    code, _, err = agent_main(capsys, *arguments)
+    code, _, err = command(*arguments)
     assert code == 2 and hint in err and err.count("\n") == 1 and "Traceback" not in err
 
 
 @pytest.mark.parametrize("content, hint", [
-    ("{", "JSON"), ('{"prompt": "a"}\n{"id": 3}', "line 2"), ('{"prompt": "a"}\n\n{"prompt": ""}', "line 3"), ("", "no requests")])
-def test_a_bad_input_file_is_named_by_line(tmp_path, capsys, content, hint):
+    ("{", "JSON"), ('{"prompt": "a"}\n{"id": 3}', "line 2"), ('{"prompt": "a"}\n\n{"prompt": ""}', "line 3"),
+    ("", "no requests")])
+def test_a_bad_input_file_is_named_by_line(tmp_path, command, content, hint):
     (tmp_path / "in.jsonl").write_text(content)
-    code, _, err = agent_main(capsys, "run", "--input", tmp_path / "in.jsonl", "--out", tmp_path / "out")
+    code, _, err = command("run", "--input", tmp_path / "in.jsonl", "--out", tmp_path / "out")
     assert code == 2 and hint in err and err.count("\n") == 1
 
 
-def test_damaged_weights_are_one_clear_line(tmp_path, capsys):
-    for kind, flag_name in (("sft", "--policy"), ("renderer", "--renderer")):
-        broken = tmp_path / kind
-        shutil.copytree(os.path.join(genevolve.HERE, "weights", kind), broken)
-        data = (broken / "model.safetensors").read_bytes()
-        (broken / "model.safetensors").write_bytes(data[:len(data) // 2])
-        code, _, err = agent_main(capsys, "run", flag_name, broken, "--out", tmp_path / "out")
-        assert code == 2 and "model.safetensors" in err and err.count("\n") == 1, err
+@pytest.mark.parametrize("kind, flag_name", [("sft", "--policy"), ("renderer", "--renderer")])
+def test_damaged_weights_are_one_clear_line(tmp_path, command, kind, flag_name):
+    broken = tmp_path / kind
+    shutil.copytree(os.path.join(genevolve.HERE, "weights", kind), broken)
+    data = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(data[:len(data) // 2])
+    code, _, err = command("run", flag_name, broken, "--out", tmp_path / "out")
+    assert code == 2 and "model.safetensors" in err and err.count("\n") == 1, err
 
 
-def test_a_taken_port_is_one_clear_line(tmp_path, capsys):
+def test_a_taken_port_is_one_clear_line(tmp_path, command):
     with tools.Server() as server:
-        code, _, err = agent_main(capsys, "serve", "--port", server.url.rsplit(":", 1)[1], "--out", tmp_path)
+        code, _, err = command("serve", "--port", server.url.rsplit(":", 1)[1], "--out", tmp_path)
     assert code == 2 and "port" in err and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_serve_answers_chat_renderer_and_search(tmp_path):
-    command = [sys.executable, os.path.join(genevolve.HERE, "genevolve.py"), "serve", "--port", "0", "--out", str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    start = [sys.executable, PROGRAM, "serve", "--port", "0", "--out", str(tmp_path)]
+    with subprocess.Popen(start, stdout=subprocess.PIPE, text=True) as process:
         try:
             url = re.search(r"http://\S+:\d+", process.stdout.readline()).group()
             question = atlas.world.requests("validation")[0]["question"]
             chat = requests.post(url + "/v1/chat/completions", json={"messages": [
-                {"role": "system", "content": "another prompt"}, {"role": "user", "content": question}]}, timeout=60).json()
-            assert tools.parse_turn(chat["choices"][0]["message"]["content"]).kind == "tool_call"
-            image = requests.post(url + "/generate", json={"prompt": "A kettle.", "image_urls": [], "num_inference_steps": 2,
-                                                           "width": 64, "height": 64}, timeout=60).json()
-            assert diffusion.decode_png(base64.b64decode(image["image"])).shape == (64, 64, 3)
-            assert requests.post(url + "/search", json={"q": "kettle", "num": 3}, timeout=60).json()["organic"]
+                {"role": "system", "content": "another prompt"}, {"role": "user", "content": question}]}, timeout=60)
+            assert tools.parse_turn(chat.json()["choices"][0]["message"]["content"]).kind == "tool_call"
+            asked = {"prompt": "A kettle.", "image_urls": [], "num_inference_steps": 2, "width": 64, "height": 64}
+            image = requests.post(url + "/generate", json=asked, timeout=60)
+            assert diffusion.decode_png(base64.b64decode(image.json()["image"])).shape == (64, 64, 3)
+            found = requests.post(url + "/search", json={"q": "kettle", "num": 3}, timeout=60)
+            assert found.json()["organic"]
         finally:
             process.terminate()
 
 
-def test_sft_runs_on_a_tiny_budget(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(build, "HERE", str(tmp_path))
-    os.makedirs(tmp_path / "atlas"), shutil.copytree(os.path.join(genevolve.HERE, "skills"), tmp_path.parent / "skills")
-    build.build_demos(40, 0)
-    code, out, err = agent_main(capsys, "sft", "--data", tmp_path / "sft.jsonl", "--vocabulary", tmp_path / "vocabulary.txt",
-                                "--out", tmp_path / "policy", "--copy-steps", 2, "--steps", 2, "--batch-tokens", 1500,
-                                "--hidden", 32, "--layers", 1, "--heads", 2)
-    assert code == 0, err
-    net, tokenizer = model.load(str(tmp_path / "policy"))
-    assert tokenizer.size == net.config.vocab_size and json.loads((tmp_path / "policy" / "training.json").read_text())["step"] == 3
-
-
-@pytest.mark.parametrize("decision", ["reference_selection_guidance", "prompt_program_guidance"])
-@pytest.mark.parametrize("expert_rate", [0.0, 0.2, 1.0])
-def test_the_scripted_teacher_is_as_expert_as_asked_and_obeys_advice_all_the_same(expert_rate, decision):
-    teacher = build.Teacher(random.Random(1), None, {}, expert_rate)
-    expert, *lazy = build.GUIDE[decision]
-    taken = [teacher.choose([], expert, *lazy) == expert for _ in range(2000)]
-    assert sum(taken) / 2000 == pytest.approx(expert_rate, abs=0.03)
-    for advised in (expert, lazy[0]):
-        assert {teacher.choose([advised], expert, *lazy) for _ in range(20)} == {advised}
-
-
-def test_sft_stopped_and_started_again_ends_with_the_same_weights(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(build, "HERE", str(tmp_path))
-    os.makedirs(tmp_path / "atlas"), shutil.copytree(os.path.join(genevolve.HERE, "skills"), tmp_path.parent / "skills", dirs_exist_ok=True)
-    build.build_demos(40, 0)
-    train = lambda name, *more: agent_main(capsys, "sft", "--data", tmp_path / "sft.jsonl", "--vocabulary", tmp_path / "vocabulary.txt",
-                                           "--out", tmp_path / name, "--copy-steps", 2, "--steps", 6, "--batch-tokens", 1500, "--hidden", 32,
-                                           "--layers", 1, "--heads", 2, "--save-every", 3, *more)
-    assert train("whole")[0] == 0
-    calls, plain = [], distill.sft_loss
-
-    def stopped(net, rows, worth):
-        calls.append(1)
-        if len(calls) == 4:  # the sixth step; the last checkpoint is the third's
-            raise KeyboardInterrupt
-        return plain(net, rows, worth)
-    monkeypatch.setattr(distill, "sft_loss", stopped)
-    assert train("stopped")[0] == 130
-    monkeypatch.setattr(distill, "sft_loss", plain)
-    code, _, err = train("stopped", "--lr", 1e-3)
-    assert code == 2 and "--lr" in err
-    code, out, err = train("stopped")
-    assert code == 0 and "resuming at step 3" in out, err
-    assert same_tensors(tmp_path / "stopped" / "model.safetensors", tmp_path / "whole" / "model.safetensors")
-    assert not (tmp_path / "stopped" / "resume.safetensors").exists()
-
-
-def test_sft_trains_low_rank_adapters_and_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
+def test_sft_trains_low_rank_adapters_and_goes_on_where_it_stopped(tmp_path, command, monkeypatch):
     conversations = [[{"role": "system", "content": "Plan."}, {"role": "user", "content": f"A {word}."},
                       {"role": "assistant", "content": f"<think>A {word}.</think>"}]
                      for word in ("kettle", "lamp", "square", "harp", "coin", "sofa")]
     (tmp_path / "sft.jsonl").write_text("".join(json.dumps({"messages": c}) + "\n" for c in conversations))
-    init = os.path.join(genevolve.HERE, "weights", "sft")
 
-    def train(name, *more):
-        return agent_main(capsys, "sft", "--data", tmp_path / "sft.jsonl", "--init", init, "--out", tmp_path / name,
-                          "--lora", 2, "--steps", 4, "--save-every", 2, "--batch-tokens", 48, "--copy-weight", 0,
-                          "--lr", 1e-2, *more)
+    def train(name):
+        return command("sft", "--data", tmp_path / "sft.jsonl", "--init", SFT, "--out", tmp_path / name, "--lora", 2,
+                       "--steps", 4, "--save-every", 2, "--batch-tokens", 48, "--copy-weight", 0, "--lr", 1e-2)
     assert train("whole")[0] == 0
     before, after = (dict(model_tensors(os.path.join(folder, "model.safetensors")))
-                     for folder in (init, tmp_path / "whole"))
+                     for folder in (SFT, tmp_path / "whole"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if "_proj" in name}
-    adapted, _ = model.load(init)
+    adapted, _ = model.load(SFT)
     model.load_adapter(str(tmp_path / "whole" / "adapter"), adapted)
     model.merge_lora(adapted)
     merged, _ = model.load(str(tmp_path / "whole"))
@@ -3872,17 +5209,38 @@ def test_sft_trains_low_rank_adapters_and_goes_on_where_it_stopped(tmp_path, cap
     code, out, err = train("stopped")
     assert code == 0 and "resuming at step 2" in out, err
     assert same_tensors(tmp_path / "stopped" / "model.safetensors", tmp_path / "whole" / "model.safetensors")
-    code, _, err = agent_main(capsys, "sft", "--lora", 2, "--out", tmp_path / "none")
-    assert code == 2 and "--init" in err
 
 
-def test_train_renderer_runs_on_a_tiny_budget(tmp_path, capsys, monkeypatch):
+@pytest.mark.slow
+def test_train_renderer_runs_on_a_tiny_budget(tmp_path, command, monkeypatch):
     monkeypatch.setattr(build, "HERE", str(tmp_path))
     build.build_scenes(2400, 0)
-    code, _, err = agent_main(capsys, "train-renderer", "--data", tmp_path, "--out", tmp_path / "weights", "--vae-steps", 2,
-                              "--steps", 2)
+    code, _, err = command("train-renderer", "--data", tmp_path, "--out", tmp_path / "weights", "--vae-steps", 2,
+                           "--steps", 2)
     assert code == 0, err
     diffusion.Renderer.load(str(tmp_path / "weights" / "renderer"), str(tmp_path / "weights" / "vae"))
+
+
+@pytest.fixture
+def promotable(tmp_path):
+    """A weights folder with a policy and a better one, which has a mark."""
+    for name in ("policy", "better"):
+        shutil.copytree(SFT, tmp_path / "weights" / name)
+    (tmp_path / "weights" / "better" / "mark").write_text("")
+    return tmp_path / "weights"
+
+
+def test_promotion_and_its_undoing(promotable, command):
+    assert command("promote", promotable / "better", "--weights", promotable)[0] == 0
+    assert (promotable / "policy" / "mark").exists()
+    assert command("promote", "--undo", "--weights", promotable)[0] == 0
+    assert not (promotable / "policy" / "mark").exists()
+
+
+@pytest.mark.parametrize("arguments", ([], ["nowhere"], ["--undo"]))
+def test_a_promotion_of_nothing_is_one_clear_line(promotable, command, arguments):
+    code, _, err = command("promote", *arguments, "--weights", promotable)
+    assert code == 2 and err.count("\n") == 1
 
 
 def test_every_function_that_the_readme_maps_exists():
@@ -3898,523 +5256,23 @@ def test_every_function_that_the_readme_maps_exists():
             value = getattr(value, part)
 
 
-# ==== Evolution =======================================================================================================
-
-def tiny_evolution(out, *more):
-    return ["evolve", "--out", out, "--steps", 3, "--prompts-per-step", 2, "--rollouts", 3, "--sampling-steps", 1, "--eval-every", 2,
-            "--audit-every", 3, "--validation", os.path.join(out, "..", "validation.jsonl"), *more]
-
-
-def few_validation_rows(folder):
-    """Three validation requests in a file of their own."""
-    rows = atlas.world.requests("validation")[:3]
-    rows = [{k: v for k, v in r.items() if k != "_folder"} | {"gt_image": os.path.join(genevolve.HERE, "atlas", r["gt_image"])} for r in rows]
-    (folder / "validation.jsonl").write_text("\n".join(map(json.dumps, rows)))
-
-
-def without_durations(path):
-    def strip(value):
-        if isinstance(value, dict):
-            return {k: strip(v) for k, v in value.items() if "seconds" not in k and "tokens_per_s" not in k}
-        return value
-    return [strip(json.loads(line)) for line in path.read_text().splitlines()]
-
-
-def same_tensors(a, b):
-    a, b = (dict(model_tensors(p)) for p in (a, b))
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def model_tensors(path):
-    with model.open_tensors(str(path)) as file:
-        for key in file.keys():
-            yield key, file.get_tensor(key)
-
-
-def test_evolve_killed_and_restarted_ends_as_if_nothing_had_happened(tmp_path, capsys):
-    few_validation_rows(tmp_path)
-    code, _, err = agent_main(capsys, *tiny_evolution(str(tmp_path / "whole")))
-    assert code == 0, err
-    command = [sys.executable, os.path.join(genevolve.HERE, "genevolve.py"), *map(str, tiny_evolution(str(tmp_path / "killed")))]
-    log = tmp_path / "killed" / "log.jsonl"
-    threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums of floats depend on how they are split
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=threads)
-    until = time.monotonic() + 240
-    while not (log.exists() and log.read_text().count("\n") >= 1) and time.monotonic() < until:
-        time.sleep(0.02)
-    process.kill()
-    assert process.wait() == -9, "it ended before it could be killed"
-    os.makedirs(tmp_path / "killed" / "checkpoints" / "000099")  # half-made: no state in it
-    code, out, err = agent_main(capsys, *tiny_evolution(str(tmp_path / "killed")))
-    assert code == 0 and "resuming" in out and "skipped" in err, err
-    for mine, other in zip(without_durations(log), without_durations(tmp_path / "whole" / "log.jsonl"), strict=True):
-        assert {k: (v, other.get(k)) for k, v in mine.items() if other.get(k) != v} == {}, mine["step"]
-    assert same_tensors(tmp_path / "killed" / "last" / "model.safetensors", tmp_path / "whole" / "last" / "model.safetensors")
-    assert not same_tensors(tmp_path / "whole" / "last" / "model.safetensors", os.path.join(genevolve.HERE, "weights", "sft", "model.safetensors"))
-    rows = without_durations(log)
-    assert [r["step"] for r in rows] == [1, 2, 3] and "validation" in rows[1] and rows[0]["rollouts"] == 6
-    page = (tmp_path / "whole" / "report.html").read_text()
-    assert "<svg" in page and "Before and after" in page
-    code, _, err = agent_main(capsys, *tiny_evolution(str(tmp_path / "whole"), "--lr", 1e-5))
-    assert code == 2 and "--lr" in err  # another run's folder is not taken over
-
-
-def torchrun(count, *command):
-    """A command in ``count`` processes that talk over gloo."""
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), *map(str, command)],
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=genevolve.HERE, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
-SHARED_UPDATE = """
-import dataclasses, sys, torch, distill, model
-torch.manual_seed(0)
-processes = model.ProcessGroup.from_env()
-new = lambda: model.Qwen3(model.Config(vocab_size=64, hidden_size=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_size=48))
-net, frozen, teacher = new(), new(), new()
-rows = []
-for i, length in enumerate((9, 3, 7, 5, 4)):  # of five rows two have a guide: with four processes some have none
-    prompt, said, guide = ([int(t) for t in torch.randint(64, (n,))] for n in (6, length, 4))
-    rows.append(distill.TrainingRow(prompt + said, [False] * 6 + [True] * length, float(i - 2), logp_old=torch.full((length,), -4.1)))
-    if i in (1, 2):
-        rows[-1] = dataclasses.replace(rows[-1], teacher_tokens=guide + prompt + said, teacher_mask=[False] * 10 + [True] * length)
-net, frozen, teacher = (processes.shard(n) for n in (net, frozen, teacher))
-found = {}
-for name, recipe in distill.RECIPES.items():
-    for way, more in (("apart", {}), ("together", {"together": True}), ("imitated", {"imitated": [(rows[0].tokens, rows[0].mask)]})):
-        first, second, said = distill.update_gradients(net, frozen, teacher, rows, recipe, limit=12, processes=processes, **more)
-        for label, part in (("first", first), ("second", second)):
-            found |= {f"{name} {way} {label} {i}": model.full_tensor(g) for i, g in enumerate(part)}
-        found[f"{name} {way} said"] = torch.tensor([said[k] for k in sorted(said)], dtype=torch.float64)
-    cosine = distill.reverse_kl_cosine(net, teacher, rows, recipe)
-    found[f"{name} cosine"] = torch.tensor([cosine], dtype=torch.float64)
-if processes.is_main:
-    model.write_tensors(sys.argv[1], found)
-with processes:
-    pass
-"""
-
-
-def test_two_and_four_processes_give_the_gradients_of_one(tmp_path):
-    script = tmp_path / "update.py"
-    script.write_text(f"import sys\nsys.path.insert(0, {genevolve.HERE!r})\n" + SHARED_UPDATE)
-    found = {}
-    for count in (1, 2, 4):
-        torchrun(count, script, tmp_path / f"{count}.safetensors")
-        found[count] = dict(model_tensors(tmp_path / f"{count}.safetensors"))
-    for name, alone in found[1].items():
-        assert alone.abs().max() > 0 or "together second" in name, name
-        for count in (2, 4):
-            assert torch.allclose(found[count][name], alone, rtol=1e-5, atol=1e-5 * float(alone.abs().max())), (name, count)
-
-
-def test_an_evolution_in_two_processes_is_the_one_in_one(tmp_path, capsys):
-    few_validation_rows(tmp_path)
-    program, logs = os.path.join(genevolve.HERE, "genevolve.py"), {}
-    for count in (1, 2):
-        out = tmp_path / str(count)
-        more = ["--checkpointing"] if count == 2 else []  # changes what is kept, not what comes out
-        said = torchrun(count, program, *tiny_evolution(str(out), "--minibatches", 2), *more)
-        assert said.count("step 3 ") == 1  # one process speaks
-        logs[count] = without_durations(out / "log.jsonl")
-    states = tmp_path / "2" / "checkpoints" / "000003"
-    assert len(list(states.glob("state-*-of-00002.safetensors"))) == 2
-    size = next((tmp_path / "1" / "checkpoints" / "000003").glob("state-*.safetensors")).stat().st_size
-    assert all(0.4 * size < p.stat().st_size < 0.6 * size for p in states.glob("state-*.safetensors"))  # a half each
-
-    def close(a, b):
-        if isinstance(a, dict):
-            return a.keys() == b.keys() and all(close(a[k], b[k]) for k in a)
-        return a == pytest.approx(b, rel=1e-4, abs=1e-6) if isinstance(a, float) else a == b
-    for one, two in zip(logs[1], logs[2], strict=True):
-        assert {k: (v, two.get(k)) for k, v in one.items() if not close(v, two.get(k))} == {}, one["step"]
-    for count in (1, 2):  # one process goes on with what one or two have left
-        code, out, err = agent_main(capsys, *tiny_evolution(str(tmp_path / str(count)), "--minibatches", 2), "--steps", 4)
-        assert code == 0 and "resuming after step 3" in out, err
-        logs[count] = without_durations(tmp_path / str(count) / "log.jsonl")
-    assert all(close(v, logs[2][3].get(k)) for k, v in logs[1][3].items())
-
-
-def test_a_recorded_step_replays_without_a_socket_to_the_same_weights(tmp_path, capsys, monkeypatch):
-    """Search, downloads, pictures and judgements all come from services, and then all from the recording."""
-    few_validation_rows(tmp_path)
-    weights = os.path.join(genevolve.HERE, "weights")
-    net = diffusion.Renderer.load(os.path.join(weights, "renderer"), os.path.join(weights, "vae"))
-
-    def renderer(prompt, references, seed, steps, width, height):
-        return net.render([prompt], [references], [seed], steps=1, guidance=1.0)[0]
-
-    def judge(text, images):  # any scores will do, as long as they differ
-        level = lambda n: (0, 0.5, 1)[int(images[0][n::7].sum()) % 3]
-        return {"rationale": "so", **{d: level(n) for n, d in enumerate(distill.DIMENSIONS)}, "text_accuracy_na": False}
-
-    def chat(request):
-        return tools.ChatReply(json.dumps({"rationale": "so", "sufficiency": (0, 0.5, 1)[len(str(request["messages"])) % 3]}))
-    tape = str(tmp_path / "tape.jsonl")
-    with tools.Server(tools.Corpus(os.path.join(genevolve.HERE, "atlas", "corpus")), renderer=renderer, judge=judge, policy=chat) as server:
-        more = ["--renderer", server.url, "--judge", server.url, "--search", server.url, "--eval-every", 0, "--audit-every", 0, "--steps", 1]
-        monkeypatch.setattr(tools, "is_public", lambda address: True)  # for this server only: its pictures stand in for the world's
-        code, _, err = agent_main(capsys, *tiny_evolution(str(tmp_path / "first"), *more, "--record", tape))
-        assert code == 0 and re.search(r"about \d+ outside calls expected \(search \d+, judge \d+, renderer \d+\)", err), err
-        monkeypatch.undo()
-    called = collections.Counter(json.loads(line)["call"].split("/")[3].split()[0] for line in open(tape))
-    assert all(called[path] > 1 for path in ("images", "image", "v1", "generate")), called
-
-    def no_socket(*_, **__):
-        raise AssertionError("a socket was opened")
-    for name in ("socket", "create_connection", "getaddrinfo"):
-        monkeypatch.setattr(socket, name, no_socket)
-    code, _, err = agent_main(capsys, *tiny_evolution(str(tmp_path / "again"), *more, "--replay", tape))
-    assert code == 0, err
-    states = [next((tmp_path / name / "checkpoints" / "000001").glob("state-*.safetensors")) for name in ("first", "again")]
-    assert same_tensors(*states)  # weights and Adam's moments, which hold the gradients
-    first, again = (without_durations(tmp_path / name / "log.jsonl") for name in ("first", "again"))
-    assert first == again and first[0]["gradient_norm"] > 0
-
-
-@pytest.mark.parametrize("harm", ("damaged checkpoint", "no line in the log"))
-def test_evolve_goes_on_after_damage(tmp_path, capsys, harm):
-    few_validation_rows(tmp_path)
-    command = tiny_evolution(str(tmp_path / "run"), "--eval-every", 0, "--audit-every", 0)
-    assert agent_main(capsys, *command)[0] == 0
-    log, last = tmp_path / "run" / "log.jsonl", tmp_path / "run" / "last" / "model.safetensors"
-    whole, weights = without_durations(log), dict(model_tensors(last))
-    if harm == "damaged checkpoint":  # step three is done again, in the place of the damaged one
-        next((tmp_path / "run" / "checkpoints" / "000003").glob("*.safetensors")).write_bytes(b"damaged")
-    else:
-        log.unlink()
-    code, out, err = agent_main(capsys, *command)
-    assert code == 0 and "resuming" in out and ("skipped" in err) == (harm == "damaged checkpoint"), err
-    assert without_durations(log)[-1] == whole[-1]
-    assert all(torch.equal(weights[k], v) for k, v in model_tensors(last))
-    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["000002", "000003"]
-
-
-def test_a_full_disk_is_one_line_and_loses_no_finished_step(tmp_path, capsys, monkeypatch):
-    few_validation_rows(tmp_path)
-    command = tiny_evolution(str(tmp_path / "run"), "--eval-every", 0, "--audit-every", 0)
-    real, calls = model.save_file, []
-
-    def full(tensors, path, **options):
-        calls.append(path)
-        if "unfinished" in path and sum("unfinished" in c for c in calls) == 2:
-            raise model.SafetensorError("I/O error: No space left on device")
-        real(tensors, path, **options)
-    monkeypatch.setattr(model, "save_file", full)
-    code, _, err = agent_main(capsys, *command)
-    assert code == 2 and "step 2" in err and "No space left" in err and err.count("\n") == 1
-    assert [r["step"] for r in without_durations(tmp_path / "run" / "log.jsonl")] == [1]
-    code, out, _ = agent_main(capsys, *command)  # there is room again
-    assert code == 0 and "resuming after step 1" in out
-    assert [r["step"] for r in without_durations(tmp_path / "run" / "log.jsonl")] == [1, 2, 3]
-
-
-def test_promotion_and_its_undoing(tmp_path, capsys):
-    folder = tmp_path / "weights"
-    for name in ("policy", "better"):
-        shutil.copytree(os.path.join(genevolve.HERE, "weights", "sft"), folder / name)
-    (folder / "better" / "mark").write_text("")
-    assert agent_main(capsys, "promote", folder / "better", "--weights", folder)[0] == 0
-    assert (folder / "policy" / "mark").exists()
-    assert agent_main(capsys, "promote", "--undo", "--weights", folder)[0] == 0
-    assert not (folder / "policy" / "mark").exists()
-    for arguments in ((), (tmp_path / "nowhere",)):
-        code, _, err = agent_main(capsys, "promote", *arguments, "--weights", folder)
-        assert code == 2 and err.count("\n") == 1
-
-
-def log_rows(rewards):
-    return [{"reward": r, "validity": 1.0, "entropy": 0.1} for r in rewards]
-
-
-def test_a_collapse_is_noticed():
-    assert genevolve.collapse(log_rows([0.5] * 9)) == ""  # too early to say
-    assert genevolve.collapse(log_rows([0.5] * 20)) == ""
-    assert "reward" in genevolve.collapse(log_rows([0.5] * 10 + [0.1] * 5))
-    rows = log_rows([0.5] * 15)
-    for row in rows[-5:]:
-        row["validity"] = 0.3
-    assert "validity" in genevolve.collapse(rows)
-    assert genevolve.collapse(rows[10:]) == ""  # after a rollback the windows start again
-
-
-class CountingAgent:
-    """Answers every request with a few tokens, as many as the seed says; needs no server and no engine. The shortest
-    answers take a decision that the others do not take."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-
-    def run(self, requests, seeds, guides=None):
-        made = []
-        for request, seed in zip(requests, seeds):
-            messages = [{"role": "system", "content": "Plan."}, {"role": "user", "content": request["question"]}]
-            opening = self.tokenizer.apply_chat(messages, add_generation_prompt=True)
-            answer = self.tokenizer.encode("a kettle and a lamp " * (1 + seed % 3))
-            program = distill.Program("A kettle as in the first reference image.", [{"img_id": "IMG_001", "note": ""}])
-            thought = "" if seed % 3 else "Ask for the exact fact."
-            made.append(distill.Trajectory(
-                request["id"], request["question"], request, messages, seed, program=program, termination="answer",
-                steps=[distill.Step(thought, "tool_call", "search", {"queries": ["kettle"]}, "A kettle.")],
-                tokens=opening + answer, mask=[False] * len(opening) + [True] * len(answer),
-                prompt_length=len(opening)))
-        return made
-
-
-class CountingScorer:
-    """Reward 1, 0.5 or 0, as the seed says: the fewer tokens, the better."""
-
-    def forget(self):
-        pass
-
-    def render_and_score(self, trajectories, pictures=True):
-        for t in trajectories:
-            t.reward = 1 - (t.seed % 3) / 2
-
-
-@pytest.fixture
-def offline_evolution(tmp_path):
-    """Makes an Evolution of the committed policy that needs no server: offline_evolution(evolution=, flag=value, ...)."""
-    def make(evolution=genevolve.Evolution, **flags):
-        net, tokenizer = model.load(os.path.join(genevolve.HERE, "weights", "sft"))
-        components = SimpleNamespace(
-            policy=SimpleNamespace(net=net, tokenizer=tokenizer, compact=True), scorer=CountingScorer(), budget=None, summarizer=None,
-            agent=lambda ordered: CountingAgent(tokenizer), device="cpu")
-        settings = {"out": str(tmp_path), "prompts_per_step": 2, "rollouts": 3, "eval_every": 0, "audit_every": 0}
-        return evolution(genevolve.Evolve(**settings | flags), components)
-    return make
-
-
-def test_a_step_needs_nothing_but_an_agent_and_a_scorer(offline_evolution):
-    run = offline_evolution()
-    before = [p.clone() for p in run.net.parameters()]
-    row = run.step()
-    assert row["step"] == 1 and row["rollouts"] == 6 and row["missing"] == 0 and row["gradient_norm"] > 0
-    assert any(not torch.equal(a, b) for a, b in zip(before, run.net.parameters()))
-
-
-def adapters_of(net):
-    return {name: p.detach().clone() for name, p in net.named_parameters() if "lora_" in name}
-
-
-@pytest.mark.parametrize("recipe", ("stable", "paper"))
-def test_lora_trains_adapters_alone_against_the_policy_without_them(offline_evolution, recipe):
-    run = offline_evolution(lora=4, recipe=recipe, set="gate=0", steps=2)
-    before = {name: p.detach().clone() for name, p in run.net.named_parameters()}
-    start, _ = model.load(os.path.join(genevolve.HERE, "weights", "sft"))
-    rows = [run.step(), run.step()]
-    assert all(row["gradient_norm"] > 0 for row in rows) and rows[1]["reference_kl"] > 0 and rows[1]["hit_rate"] == 1
-    moved = {name for name, p in run.net.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == set(adapters_of(run.net)) and len(moved) == 2 * 7 * run.net.config.layers
-    ids = run.tokenizer.encode("a kettle and a lamp")
-    reference, plain, policy = (distill.score_actions(net, [ids], [[False] + [True] * (len(ids) - 1)])
-                                for net in (run.reference, start, run.net))
-    assert torch.equal(reference.logp, plain.logp) and not torch.allclose(policy.logp, plain.logp, atol=1e-4)
-
-
-def test_a_lora_run_resumes_bit_for_bit_from_checkpoints_that_hold_adapters_alone(offline_evolution, tmp_path):
-    whole = offline_evolution(lora=4, out=str(tmp_path / "whole"))
-    whole.step(), whole.step()
-    first = offline_evolution(lora=4, out=str(tmp_path / "stopped"))
-    first.save(first.step())
-    second = offline_evolution(lora=4, out=str(tmp_path / "stopped"))
-    second.resume()
-    assert second.steps_done == 1 and second.step()["step"] == 2
-    assert all(torch.equal(p, adapters_of(whole.net)[name]) for name, p in adapters_of(second.net).items())
-    kept = next((tmp_path / "stopped" / "checkpoints" / "000001").glob("*.safetensors"))
-    names = {name for name, _ in model_tensors(kept)}
-    assert all("lora_" in name or name.startswith("memory.") for name in names) and len(names) > 100
-    assert kept.stat().st_size < os.path.getsize(os.path.join(genevolve.HERE, "weights", "sft", "model.safetensors"))
-
-
-def test_the_policy_of_a_lora_run_is_merged_and_peft_finds_the_adapters_beside_it(offline_evolution, tmp_path):
-    sft = os.path.join(genevolve.HERE, "weights", "sft")
-    run = offline_evolution(lora=4, policy=sft)
-    run.step()
-    run.write_policy("policy")
-    merged, tokenizer = model.load(str(tmp_path / "policy"))
-    adapted, _ = model.load(sft)
-    model.load_adapter(str(tmp_path / "policy" / "adapter"), adapted)
-    ids = torch.tensor([tokenizer.encode("a kettle and a lamp")])
-    assert torch.equal(adapted(ids), run.net(ids)) and torch.allclose(merged(ids), run.net(ids), atol=1e-4)
-    model.merge_lora(adapted)
-    assert all(torch.equal(a, b) for a, b in zip(merged.parameters(), adapted.parameters(), strict=True))
-    assert model.read_json(str(tmp_path / "policy" / "adapter" / "adapter_config.json"))["r"] == 4
-
-
-@pytest.mark.parametrize("flags, said", (({"lora": -1}, "negative"), ({"lora": 4, "set": "teacher=ema"}, "EMA")))
-def test_an_impossible_lora_run_is_refused(flags, said):
-    with pytest.raises(ValueError, match=said):
-        genevolve.Evolve(**flags)
-
-
-def test_lessons_are_written_by_a_language_model_and_a_failed_summary_costs_its_pair_alone(offline_evolution):
-    """A chat server in the model's place: it writes one lesson, fails at another and writes nonsense for a third."""
-    questions, asked = [row["question"] for row in atlas.world.requests("evolve")[:3]], []
-    bullet = "Ask for the exact fact in every search query, together with the full name of the thing asked about."
-    lesson = {"retrieval_key": {"trigger": "requests with a fact", "source_prompt_summary": "one object and a fact"},
-              "decision_guidance": dict.fromkeys(distill.FIELDS, []) | {"search_query_guidance": [bullet]}}
-
-    def write(request):
-        text = request["messages"][1]["content"]
-        asked.append(request["temperature"])
-        if questions[1] in text:
-            raise ValueError("out of ideas")
-        return "no JSON" if questions[2] in text else "Here it is: " + json.dumps(lesson)
-    run = offline_evolution(prompts_per_step=3)
-    run.data = [row for row in run.data if row["question"] in questions]
-    with tools.Server(policy=write) as server:
-        run.components.summarizer = tools.ChatClient(server.url, "", "any", retries=0).complete
-        row = run.step()
-    assert asked == [0.0] * 3 and row["pairs"] == 3
-    assert [(e.prompt, e.bundle.guidance["search_query_guidance"]) for e in run.memory.entries] == \
-        [(questions[0], [bullet])]
-    failed = sorted(row["failed_summaries"])
-    assert len(failed) == 2 and {f.rpartition(": ")[0].startswith(tuple(questions[1:])) for f in failed} == {True}
-    assert genevolve.step_line(row | {"seconds": 1.0}).count("no lesson from") == 2
-    assert run.memory.lookup([questions[0]])[0] is not None and json.dumps(row)
-
-
-def test_the_gradient_of_a_minibatch_holds_nothing_of_the_one_before(offline_evolution):
-    run = offline_evolution(minibatches=3, lr=0.0)  # at rate 0 all minibatches see the same weights
-    trajectories, _ = run.roll_out(run.data[:2] * 3, 0)
-    rewards = torch.tensor([[t.reward] * 3 for t in trajectories[:2]]) + torch.tensor([0.0, 0.5, 1.0])
-    batch = run.training_batch(list(genevolve.chunks(trajectories, 3)), rewards, [None, None])
-    norms = [distill.gradient_norm(run.gradients(part, [], [])[0]) for part in genevolve.chunks(batch, 2)]
-    assert run.update(batch, [], [])["gradient_norm"] == pytest.approx(sum(norms) / 3, rel=1e-4) and min(norms) > 0
-
-
-def update_rows(net, generator, count=6, guide=5):
-    """Random conversations of two groups; every other one has a guide."""
-    rows = []
-    for n in range(count):
-        if n % 3 == 0:
-            prompt = torch.randint(0, net.config.vocab_size, (20,), generator=generator).tolist()
-        answer = torch.randint(0, net.config.vocab_size, (8 + 3 * n,), generator=generator).tolist()
-        mask = [False] * 20 + [True] * 5 + [False] * 2 + [True] * (len(answer) - 7)
-        extra = prompt[:guide]
-        told = (extra + prompt + answer, [False] * guide + mask) if n % 2 else (None, None)
-        rows.append(distill.TrainingRow(prompt + answer, mask, [1.0, -0.5, 0.0][n % 3], *told))
-    return rows
-
-
-@pytest.mark.parametrize("name", ("paper", "stable"))
-def test_an_update_does_not_depend_on_its_micro_batches(name):
-    torch.manual_seed(0)
-    net = model.Qwen3(model.Config(vocab_size=50, hidden_size=32, layers=2, heads=2, kv_heads=1, head_dim=16, mlp_size=64))
-    reference, recipe = copy.deepcopy(net), distill.RECIPES[name]
-    with torch.no_grad():
-        for p in reference.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    rows = update_rows(net, torch.Generator().manual_seed(1))
-    whole = distill.update_gradients(net, reference, reference, rows, recipe)
-    parts = distill.update_gradients(net, reference, reference, rows, recipe, limit=60)
-    both, _, _ = distill.update_gradients(net, reference, reference, rows, recipe, limit=60, together=True)
-    apart = lambda a, b: distill.gradient_norm([x - y for x, y in zip(a, b)]) / distill.gradient_norm(a)
-    assert all(distill.gradient_norm(a) > 0 and apart(a, b) < 1e-5 for a, b in zip(whole[:2], parts[:2]))
-    assert apart([a + recipe.weight * b for a, b in zip(*whole[:2])], both) < 1e-5
-    assert parts[2]["guided_tokens"] == sum(sum(r.mask) for r in rows if r.teacher_tokens)
-    bare = [dataclasses.replace(r, teacher_tokens=None, teacher_mask=None) for r in rows]
-    assert distill.gradient_norm(distill.update_gradients(net, reference, reference, bare, recipe)[1]) == 0  # no bundle: exactly 0
-
-
-def test_micro_batches_keep_groups_whole_and_count_a_shared_beginning_once():
-    row = lambda prompt, *said: distill.TrainingRow(list(prompt) + list(said), [False] * len(prompt) + [True] * len(said), 1.0)
-    first = [row((1, 2, 3), 7, i) for i in range(3)]                      # 5 + 1 + 1 tokens in the stream
-    second = [row((1, 9), i) for i in range(4)]                           # 2 + 1 + 1 + 1: the 1 is the row before's
-    lengths = lambda limit: [len(piece) for piece in distill.micro_batches(first + second, limit)]
-    assert lengths(12) == [7] and lengths(11) == [3, 4] and lengths(7) == [3, 4]
-    assert lengths(6) == [2, 1, 4]                                        # a group that does not fit is split ...
-    assert lengths(1) == [1] * 7                                          # ... and a row never is
-    for limit in range(1, 13):
-        assert sum(distill.micro_batches(first + second, limit), []) == first + second
-    nothing_said = distill.TrainingRow([1, 2], [False, False], 0.0)
-    assert distill.micro_batches([nothing_said, nothing_said], 100) == [[nothing_said, nothing_said]]
-
-
-def test_a_run_does_not_go_on_under_a_recipe_whose_meaning_has_changed(tmp_path, capsys, monkeypatch):
-    few_validation_rows(tmp_path)
-    command = [*tiny_evolution(str(tmp_path / "run"), "--eval-every", 0, "--audit-every", 0), "--steps", 1]
-    assert agent_main(capsys, *command)[0] == 0 and agent_main(capsys, *command)[0] == 0
-    monkeypatch.setitem(distill.RECIPES, "stable", dataclasses.replace(distill.RECIPES["stable"], threshold=0.5))
-    code, _, err = agent_main(capsys, *command)
-    assert code == 2 and "another --set threshold (0.1)" in err
-
-
-def test_an_annealed_weight_falls_to_zero_and_the_teacher_is_not_asked_any_more(tmp_path, capsys):
-    recipe = dataclasses.replace(distill.RECIPES["stable"], weight=3.0, anneal=4)
-    assert [recipe.at(n).weight for n in range(6)] == [3.0, 2.25, 1.5, 0.75, 0.0, 0.0]
-    assert [recipe.fade(n) for n in (0, 1, 4, 5)] == [1.0, 0.75, 0.0, 0.0]
-    assert distill.RECIPES["paper"].at(10**6) is distill.RECIPES["paper"] and distill.RECIPES["paper"].fade(10**6) == 1
-    with pytest.raises(ValueError, match="anneal"):
-        dataclasses.replace(recipe, anneal=-1)
-    few_validation_rows(tmp_path)
-    code, _, err = agent_main(capsys, *tiny_evolution(str(tmp_path / "run"), "--eval-every", 0, "--audit-every", 0), "--set", "anneal=2")
-    assert code == 0, err
-    losses = [json.loads(line)["sdl_loss"] for line in open(tmp_path / "run" / "log.jsonl")]
-    assert any(x is not None for x in losses[:2]) and losses[2:] == [None] * len(losses[2:]) and len(losses) > 2
-
-
-@pytest.mark.parametrize("estimator", ("forward_kl", "k3_live"))
-def test_where_the_guide_is_silent_a_frozen_teacher_does_not_pull_the_student_back(estimator):
-    torch.manual_seed(0)
-    net = model.Qwen3(model.Config(vocab_size=50, hidden_size=32, layers=1, heads=2, kv_heads=1, head_dim=16, mlp_size=64))
-    frozen, advice = copy.deepcopy(net), dataclasses.replace(distill.RECIPES["stable"], estimator=estimator, threshold=1e-5)
-    with torch.no_grad():
-        for p in net.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    rows = update_rows(net, torch.Generator().manual_seed(1))
-    silent = [dataclasses.replace(r, teacher_tokens=r.tokens, teacher_mask=r.mask) for r in rows]
-    everywhere = dataclasses.replace(advice, selection="all", threshold=None)
-    norm = lambda rows, recipe, **more: distill.gradient_norm(distill.update_gradients(net, frozen, frozen, rows, recipe, **more)[1])
-    assert norm(silent, everywhere) > 1e-4 and norm(silent, advice) == 0
-    assert norm(rows, advice) > 1e-4  # with a guide it does teach
-    assert norm(rows, advice, policy=False) == pytest.approx(norm(rows, advice), rel=1e-5)  # whoever scored without it
-    told = [r for r in rows if r.teacher_tokens]
-    student = distill.score_actions(net, [r.tokens for r in told], [r.mask for r in told], 1.0, True)
-    wise, score = distill.teacher_scores(frozen, student, told, advice)
-    plain = distill.score_actions(frozen, [r.tokens for r in told], [r.mask for r in told], 1.0, True)
-    assert score.shape == student.mask.shape and not score.requires_grad
-    assert torch.allclose(score, distill.position_kl(plain.logits, wise.logits, "forward"))  # KL(with guide || without)
-
-
-def test_teacher_equal_to_student_teaches_nothing_and_gradients_flow_only_into_the_student():
-    torch.manual_seed(0)
-    net = model.Qwen3(model.Config(vocab_size=50, hidden_size=32, layers=1, heads=2, kv_heads=1, head_dim=16, mlp_size=64))
-    rows = [dataclasses.replace(r, teacher_tokens=r.tokens, teacher_mask=r.mask) for r in update_rows(net, torch.Generator().manual_seed(1))]
-    second, said = distill.update_gradients(net, net, net, rows, distill.RECIPES["stable"])[1:]
-    assert distill.gradient_norm(second) < 1e-6 and abs(said["sdl_loss"]) < 1e-6
-    assert all(p.grad is None for p in net.parameters())
-
-
-def test_a_model_judge_scores_and_its_failures_are_missing_not_zero():
-    good = {"rationale": "fine", "faithfulness": 1, "visual_correctness": 0.5, "text_accuracy": 0, "aesthetics": 1, "text_accuracy_na": True}
-    sent = []
-
-    def chat(messages, **options):
-        sent.append(messages)
-        return "Here: " + json.dumps(good)
-    image = np.zeros((8, 8, 3), np.uint8)
-    scores = distill.ModelJudge(chat).score(image, image, {"question": "Draw it."})
-    assert scores["text_accuracy"] is None and scores["kscore"] == pytest.approx((0.1 + 0.4 * 0.5 + 0.1) / 0.6)
-    assert [p["type"] for p in sent[0][1]["content"]] == ["text", "image_url", "image_url"]
-    for reply in ("no idea", '{"faithfulness": 0.7}', json.dumps(good | {"aesthetics": True}), json.dumps(good | {"faithfulness": 2}), "[1]"):
-        with pytest.raises(tools.ToolError):
-            distill.ModelJudge(lambda *_, **__: reply).score(image, image, {"question": "Draw it."})
-
-
-@pytest.mark.parametrize("changes, said", [("weigth=1", "weight"), ("weight=heavy", "weight"), ("teacher=teh", "teacher")])
-def test_a_wrong_recipe_is_said_in_one_line(changes, said, capsys, tmp_path):
-    code, _, err = agent_main(capsys, "evolve", "--out", tmp_path, "--set", changes)
-    assert code == 2 and said in err and err.count("\n") == 1
-
-
-def test_a_log_row_has_null_for_what_is_missing_at_any_depth_and_few_rows_are_looked_at_whole():
-    assert genevolve.without_nan({"a": math.nan, "b": {"c": math.nan, "d": 1.0}}) == {"a": None, "b": {"c": None, "d": 1.0}}
-    rows = [distill.TrainingRow([0] * 8, [True] * 8) for _ in range(12)]
-    assert [id(r) for r in genevolve.spread_subset(rows)] == [id(rows[i]) for i in (0, 3, 6, 9)]
-    assert len(genevolve.spread_subset(rows, limit=17)) == 2 and genevolve.spread_subset([]) == []
+def test_two_processes_may_ask_for_one_folder_at_a_time(tmp_path):
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        assert set(pool.map(lambda _: model.make_folder(str(tmp_path / "out")), range(400))) == {str(tmp_path / "out")}
+    assert os.listdir(tmp_path / "out") == []
+
+
+# ---- Demonstrations, and a stand-in for a rollout engine -------------------------------------------------------------
+
+@pytest.mark.parametrize("decision", ["reference_selection_guidance", "prompt_program_guidance"])
+@pytest.mark.parametrize("expert_rate", [0.0, 0.2, 1.0])
+def test_the_scripted_teacher_is_as_expert_as_asked_and_obeys_advice_all_the_same(expert_rate, decision):
+    teacher = build.Teacher(random.Random(1), None, {}, expert_rate)
+    expert, *lazy = build.GUIDE[decision]
+    taken = [teacher.choose([], expert, *lazy) == expert for _ in range(2000)]
+    assert sum(taken) / 2000 == pytest.approx(expert_rate, abs=0.03)
+    for advised in (expert, lazy[0]):
+        assert {teacher.choose([advised], expert, *lazy) for _ in range(20)} == {advised}
 
 
 def test_names_of_demonstrations_are_in_no_other_split():
@@ -4422,49 +5280,6 @@ def test_names_of_demonstrations_are_in_no_other_split():
     assert len(words) == len(set(words)) == 1200
     assert not set(words) & {w for name, split in splits.items() if name != "demos" for w in split}
     assert len(set(words) - set(splits["demos"])) > 400  # with syllables of their own
-
-
-def test_two_processes_may_ask_for_one_folder_at_a_time(tmp_path):
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        assert set(pool.map(lambda _: model.make_folder(str(tmp_path / "out")), range(400))) == {str(tmp_path / "out")}
-    assert os.listdir(tmp_path / "out") == []
-
-
-def test_a_foreign_runtime_completes_atlas_requests_against_serve(tmp_path):
-    """Full system prompt, wordy observations and whole guides, over HTTP; the server reduces them for the small policy."""
-    settings = genevolve.Run(out=str(tmp_path), sampling_steps=2)
-    with genevolve.Components(settings, str(tmp_path)) as parts:
-        server = tools.Server(tools.Corpus(settings.corpus), policy=parts.policy.reply).start()
-        try:
-            client = tools.ChatClient(server.url, model="anything")
-            box = tools.ToolBox(server.url, os.path.join(genevolve.HERE, "skills"), str(tmp_path / "cache"), allow_private=True)
-            agent = genevolve.Agent(genevolve.ChatPolicy(client, genevolve.Sampling(), workers=1), box)
-            done = agent.run(atlas.world.requests("validation")[:20], list(range(20)))
-        finally:
-            server.stop()
-    assert sum(t.program is not None for t in done) >= 19
-    assert any(len(t.messages[0]["content"]) > 1000 for t in done)
-    assert {t.termination for t in done} <= {"answer", "no_answer", "max_rounds_reached"}
-
-
-def test_a_turn_of_the_embedded_policy_is_streamed_as_it_is_decoded():
-    net, tokenizer = model.load(os.path.join(genevolve.HERE, "weights", "sft"))
-    policy = genevolve.LocalPolicy(net, tokenizer, genevolve.Sampling())
-    question = atlas.world.requests("validation")[0]["question"]
-    with tools.Server(policy=policy.reply) as server:
-        whole = post_chat(server, question, seed=3).json()
-        reply = post_chat(server, question, seed=3, stream=True, stream_options={"include_usage": True})
-        *chunks, last, end = stream_events(reply)
-        closed = post_chat(server, question, seed=3, stop=["</think>"]).json()["choices"][0]
-    text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
-    assert text == whole["choices"][0]["message"]["content"] and last["usage"] == whole["usage"] and len(chunks) > 10
-    assert closed["message"]["content"] == text.split("</think>")[0] and closed["finish_reason"] == "stop"
-    asked = {"messages": [{"role": "user", "content": question}], "seed": 3, "max_tokens": 100, "temperature": 0.7,
-             "top_p": 0.95, "stop": [], "stream": True}
-    pieces = policy.reply(asked)
-    next(pieces)
-    pieces.close()  # the client went away
-    assert policy.engine.poll() == []
 
 
 class StandInEngine:
@@ -4486,33 +5301,6 @@ class StandInEngine:
     def load(self, path):
         self.loaded.append(path)
         self.net, _ = model.load(path)
-
-
-def test_trajectories_from_a_serving_engine(tmp_path, capsys):
-    few_validation_rows(tmp_path)
-    engine = StandInEngine()
-    try:
-        arguments = tiny_evolution(str(tmp_path / "run"), "--rollouts-url", engine.server.url, "--eval-every", 0, "--audit-every", 0)
-        code, _, err = agent_main(capsys, *arguments)
-    finally:
-        engine.server.stop()
-    assert code == 0, err
-    assert len(engine.loaded) == 4 and len(set(engine.loaded)) == 4  # before the first step, and after each of three
-    rows = without_durations(tmp_path / "run" / "log.jsonl")
-    assert [r["step"] for r in rows] == [1, 2, 3] and rows[0]["validity"] > 0.5 and rows[0]["rollouts"] == 6
-    served, _ = model.load(str(tmp_path / "run" / "last"))
-    assert all(torch.equal(a, b) for a, b in zip(served.parameters(), engine.net.parameters()))
-    code, _, err = agent_main(capsys, *tiny_evolution(str(tmp_path / "gone"), "--rollouts-url", engine.server.url))
-    assert code == 2 and err.count("\n") == 1
-
-
-def test_a_service_that_failed_leaves_the_reward_missing_and_a_bad_answer_does_not():
-    row = atlas.world.requests("validation")[0]
-    scorer = genevolve.Scorer(None, pixel_judge())
-    made = [distill.Trajectory(row["id"], row["question"], row, termination=end) for end in ("error", "no_answer", "max_rounds_reached")]
-    scorer.render_and_score(made)
-    assert math.isnan(made[0].reward) and made[0].judgement is None
-    assert all(t.reward == 0 and t.judgement["kscore"] == 0 for t in made[1:])
 
 
 # ==== bench.py: aggregates, controls of the experiment, arms, suites, speed ===========================================
