@@ -89,7 +89,8 @@ class PixelBlock(nn.Module):
         self.down = nn.Linear(2 * width, width)
 
     def forward(self, x):
-        return x + self.down(F.gelu(self.up(self.norm(x))))
+        hidden = F.gelu(self.up(self.norm(x)))
+        return x + self.down(hidden)
 
 
 class VAE(nn.Module):
@@ -124,14 +125,16 @@ class VAE(nn.Module):
 
     def encode(self, pixels):
         """(B, 3, H, W) in -1..1 -> mean and log variance of the latents, both (B, h, w, C)."""
-        patches = F.pixel_unshuffle(pixels, self.config.factor).permute(0, 2, 3, 1)  # (B, h, w, 48)
-        mean, log_variance = self.encoder(patches).float().chunk(2, -1)  # (B, h, w, C)
+        patches = F.pixel_unshuffle(pixels, self.config.factor)  # (B, 48, h, w)
+        moments = self.encoder(patches.permute(0, 2, 3, 1)).float()  # (B, h, w, 2C)
+        mean, log_variance = moments.chunk(2, -1)
         return mean, log_variance.clamp(-12, 4)
 
     def decode(self, latents):
         """(B, h, w, C) -> (B, 3, H, W), about -1..1."""
         patches = self.decoder(latents).permute(0, 3, 1, 2)  # (B, 8 * 16, h, w)
-        return self.out(F.pixel_shuffle(patches, self.config.factor)).float()  # (B, 3, H, W)
+        features = F.pixel_shuffle(patches, self.config.factor)  # (B, 8, H, W)
+        return self.out(features).float()  # (B, 3, H, W)
 
     def to_latents(self, images):
         """uint8 (B, H, W, 3) -> normalised latents (B, h, w, C), without sampling noise."""
@@ -158,14 +161,15 @@ def vae_loss(vae, images, generator, kl_weight=1e-3):
     pixels = to_pixels(images)  # (B, 3, H, W)
     mean, log_variance = vae.encode(pixels)  # (B, h, w, C)
 
-    # z = mean + deviation * noise: written so, the gradient reaches mean and deviation
+    # z = mean + deviation * noise: in this form the gradient reaches mean and deviation
     noise = torch.randn(mean.shape, generator=generator).to(mean.device)
     latents = mean + noise * (log_variance / 2).exp()
 
     error = vae.decode(latents) - pixels
     square = error.square().mean()
     reconstruction = 0.5 * square + 0.5 * error.abs().mean()
-    kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+    variance = log_variance.exp()
+    kl = 0.5 * (mean.square() + variance - 1 - log_variance).mean()
 
     psnr = 10 * torch.log10(4 / square.detach())  # pixels span 2, so the peak's square is 4
     return reconstruction + kl_weight * kl, {"psnr": psnr}
@@ -200,7 +204,8 @@ def caption_tokens(caption):
         text = match.group()
         if match.group("spelled"):
             characters = text.replace("-", "").upper()
-            tokens += [(character, min(i, MAX_PLACE)) for i, character in enumerate(characters, 1)]
+            for i, character in enumerate(characters, 1):
+                tokens.append((character, min(i, MAX_PLACE)))
             continue
         word = text.lower()
         if word == ".":
@@ -229,8 +234,8 @@ def tokenize(tokenizer, captions, limit):
     rows = []
     for encoding, tokens in zip(encodings, split):
         ids = torch.tensor(encoding.ids, dtype=torch.long)
-        places = torch.tensor([place for _, place in tokens], dtype=torch.long)
-        rows.append((ids, places))
+        places = [place for _, place in tokens]
+        rows.append((ids, torch.tensor(places, dtype=torch.long)))
     return rows
 
 
@@ -283,7 +288,8 @@ class Prompts:
     mask: torch.Tensor        # (B, T) bool: True where there is a token
 
     def to(self, device):
-        return Prompts(*(getattr(self, field.name).to(device) for field in fields(self)))
+        tensors = [getattr(self, field.name) for field in fields(self)]
+        return Prompts(*(tensor.to(device) for tensor in tensors))
 
 
 def pack(rows, device="cpu", columns=0):
@@ -332,8 +338,8 @@ def to_grid(packed, prompts):
 
 def from_grid(grid, prompts):
     """(B, K, T, d) -> (S, K d): the inverse of ``to_grid``, with the heads side by side."""
-    packed = grid.transpose(1, 2).flatten(0, 1)[prompts.grid_index]  # (S, K, d)
-    return packed.flatten(1)
+    tokens = grid.transpose(1, 2).flatten(0, 1)  # (B T, K, d)
+    return tokens[prompts.grid_index].flatten(1)
 
 
 @dataclass
@@ -386,7 +392,7 @@ class SwiGLU(nn.Module):
 
 
 def split_heads(x, parts, heads):
-    """(..., parts * D) -> ``parts`` tensors (..., K, D / K), as a joint projection of queries, keys and values needs it."""
+    """A joint projection (..., parts * D) -> ``parts`` tensors (..., K, D / K): queries, keys, values."""
     return x.unflatten(-1, (parts, heads, -1)).unbind(-3)
 
 
@@ -419,7 +425,8 @@ class EncoderBlock(nn.Module):
 
     def forward(self, x, prompts):
         """x (S, D) -> (S, D)."""
-        q, k, v = split_heads(self.qkv(self.norm1(x)), 3, self.heads)  # (S, K, D / K)
+        qkv = self.qkv(self.norm1(x))
+        q, k, v = split_heads(qkv, 3, self.heads)  # (S, K, D / K)
         q = to_grid(self.q_norm(q), prompts)  # (B, K, T, D / K)
         k = to_grid(self.k_norm(k), prompts)
         v = to_grid(v, prompts)
@@ -456,12 +463,15 @@ class Block(nn.Module):
 
     def forward(self, x, modulation, contexts):
         """x (B, N, D), modulation (B, 6, D), contexts [(keys, values, mask)] for the rows from first to last."""
-        vectors = (modulation + self.offset).to(x.dtype)[:, :, None]  # (B, 6, 1, D)
-        scale1, shift1, gate1, scale2, shift2, gate2 = vectors.unbind(1)  # (B, 1, D)
+        vectors = (modulation + self.offset).to(x.dtype)  # (B, 6, D)
+        scale1, shift1, gate1, scale2, shift2, gate2 = vectors[:, :, None].unbind(1)  # (B, 1, D)
 
-        attended = self.attention(self.norm(x) * (1 + scale1) + shift1, contexts)  # (B, N, D)
+        normed = self.norm(x) * (1 + scale1) + shift1
+        attended = self.attention(normed, contexts)  # (B, N, D)
         x = x + (1 + gate1) * self.out(attended)
-        return x + (1 + gate2) * self.mlp(self.norm(x) * (1 + scale2) + shift2)
+
+        normed = self.norm(x) * (1 + scale2) + shift2
+        return x + (1 + gate2) * self.mlp(normed)
 
     def attention(self, x, contexts):
         """Each picture token attends to its picture and to the picture's condition, in one softmax. (B, N, D)."""
@@ -520,7 +530,7 @@ class Transformer(nn.Module):
         self.initialize()
 
     def initialize(self):
-        """Weights that depart from PyTorch's defaults: embeddings, and layers that say nothing at first."""
+        """Weights that depart from PyTorch's defaults: embeddings, and layers that add nothing at first."""
         nn.init.normal_(self.word.weight, std=0.3)
         nn.init.normal_(self.place.weight, std=0.3)
         nn.init.normal_(self.which.weight, std=0.3)
@@ -543,24 +553,29 @@ class Transformer(nn.Module):
             x = block(x, prompts)
         x = self.encoder_norm(x)
 
-        keys, values = zip(*(block.read(x, prompts) for block in self.blocks))
-        return Condition(list(keys), list(values), prompts.mask)
+        condition = Condition([], [], prompts.mask)
+        for block in self.blocks:
+            keys, values = block.read(x, prompts)
+            condition.keys.append(keys)
+            condition.values.append(values)
+        return condition
 
     def embed_words(self, prompts):
         """(words, D): each word with its place, the words just before it and its position."""
-        # words carry the vector of the picture they speak of: so "the first ... left" and that picture find each other
+        # a word carries the vector of the reference that it speaks of, so attention can match "the first ... left" with
+        # the patches of that reference
         ordinal = -1 - prompts.places  # 0, 1: first, second reference; negative: none
         reference = self.which(ordinal.clamp(min=0))
         place = self.place(prompts.places.clamp(min=0))
-        speaks_of_one = (ordinal >= 0)[:, None]
-        words = self.word(prompts.ids) + torch.where(speaks_of_one, reference, place)
+        has_reference = (ordinal >= 0)[:, None]
+        words = self.word(prompts.ids) + torch.where(has_reference, reference, place)
 
-        # "the cone is yellow": yellow belongs to the words just before it, and order alone tells so
+        # "the cone is yellow": an attribute belongs to the words just before it, so those are mixed into it
         before = []
         for k in range(1, NEARBY + 1):
             shifted = F.pad(words, (0, 0, k, 0))[:len(words)]
-            same_row = (prompts.positions >= k)[:, None]
-            before.append(shifted * same_row)
+            same_caption = (prompts.positions >= k)[:, None]
+            before.append(shifted * same_caption)
         before = torch.cat(before, 1)  # (words, NEARBY * D)
         return words + self.nearby(before) + self.position(prompts.positions)
 
@@ -575,12 +590,14 @@ class Transformer(nn.Module):
             mask = F.pad(c.mask, (x.shape[1], 0), value=True)  # picture tokens are always there
             masks.append(mask[:, None, None])  # (rows, 1, 1, N + T)
 
-        modulation = self.time(time_features(t)).unflatten(-1, (6, -1))  # (B, 6, D)
+        modulation = self.time(time_features(t))  # (B, 6 D)
+        modulation = modulation.unflatten(-1, (6, -1))
         x = self.from_latents(x) + self.token  # (B, N, D)
         logits = None
         for i, block in enumerate(self.blocks):
-            contexts = [(c.keys[i], c.values[i], mask) for c, mask in zip(conditions, masks)]
-            x = block(x, modulation, contexts)
+            keys = [c.keys[i] for c in conditions]
+            values = [c.values[i] for c in conditions]
+            x = block(x, modulation, list(zip(keys, values, masks)))
             if with_classes and i == len(self.blocks) // 2:
                 logits = self.classes(x)  # (B, N, classes)
 
@@ -668,7 +685,8 @@ class Renderer:
         self.net = net
         self.tokenizer = tokenizer
         self.device = vae.mean.device
-        self.reference_side = 2 * vae.config.factor * math.isqrt(net.config.reference_tokens)  # pixels
+        patch_side = 2 * vae.config.factor  # pixels
+        self.reference_side = patch_side * math.isqrt(net.config.reference_tokens)
 
     @classmethod
     def load(cls, renderer_dir, vae_dir, device="cpu"):
@@ -707,7 +725,7 @@ class Renderer:
         """One PromptRow per prompt."""
         words = tokenize(self.tokenizer, prompts, self.net.config.max_words)
         latents = self.encode_references(references)
-        return [PromptRow(ids, places, part) for (ids, places), part in zip(words, latents)]
+        return [PromptRow(*tokens, part) for tokens, part in zip(words, latents)]
 
     def encode_references(self, references):
         """Per prompt a list of uint8 (H, W, 3) pictures -> per prompt latents (R, 16, 4C), on the CPU."""
@@ -718,7 +736,7 @@ class Renderer:
             for picture in pictures:
                 check_picture(picture, "a reference picture")
 
-        # all references in one pass, then dealt back to their prompts
+        # the references of all prompts in one pass, then split by prompt
         side = self.reference_side
         resized = [resize(picture, side, side) for pictures in references for picture in pictures]
         latents = torch.zeros(0, c.reference_tokens, 4 * c.channels)
@@ -730,10 +748,11 @@ class Renderer:
     def sample_batch(self, rows, seeds, steps, guidance, sampler):
         """[PromptRow] -> uint8 (64, 64, 3) arrays, all in one batch."""
         c = self.net.config
+        shape = c.tokens, 4 * c.channels
         generators = [torch.Generator().manual_seed(int(seed) % 2**63) for seed in seeds]  # one a picture
 
         def noise_fn():
-            noise = [torch.randn(c.tokens, 4 * c.channels, generator=generator) for generator in generators]
+            noise = [torch.randn(shape, generator=generator) for generator in generators]
             return torch.stack(noise).to(self.device)  # (B, N, 4C)
 
         unconditional = None
@@ -843,7 +862,8 @@ def train_vae(data, out, settings=None, device="cpu"):
 def measure_latents(vae, data, device):
     """Set the VAE's statistics of the latents, from the first 2,000 training pictures."""
     means = []
-    for images in data.image[:min(2000, data.train)].split(250):
+    sample = data.image[:min(2000, data.train)]
+    for images in sample.split(250):
         mean, _ = vae.encode(to_pixels(images.to(device)))  # (250, h, w, C)
         means.append(mean)
     means = torch.cat(means)
@@ -856,8 +876,8 @@ def held_out_psnr(vae, data, device):
     """Peak signal-to-noise ratio in dB of a round trip through the latents, over 200 pictures held out."""
     images = data.image[data.train:data.train + 200].to(device)
     decoded = vae.to_images(vae.to_latents(images))
-    square = (decoded.float() - images.float()).square().mean()
-    return 10 * math.log10(255**2 / square.item())
+    error = decoded.float() - images.float()
+    return 10 * math.log10(255**2 / error.square().mean().item())
 
 
 # ---- Training: the transformer --------------------------------------------------------------------------------------
@@ -910,10 +930,14 @@ def flow_loss(net, prompts, x0, labels, generator, s, denoise=None):
     t = noise_levels(len(x0), generator, s).to(x0.device)
     xt = noised(x0, noise, t)
 
-    predicted, logits = (denoise or net)(xt, t, condition, with_classes=True)
-    x0_error = (predicted.float() - x0).square().mean((1, 2))  # (B * levels,)
+    denoise = denoise or net
+    predicted, logits = denoise(xt, t, condition, with_classes=True)
+    error = predicted.float() - x0
+    x0_error = error.square().mean((1, 2))  # (B * levels,)
     flow = (x0_error / t.clamp(min=0.25)).mean()
-    class_loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+
+    logits = logits.float().flatten(0, 1)  # (B * levels * N, classes)
+    class_loss = F.cross_entropy(logits, labels.flatten())
     metrics = {"class_loss": class_loss.detach(), "t": t, "x0_error": x0_error.detach()}
     return flow + s.class_weight * class_loss, metrics
 
@@ -928,14 +952,16 @@ def noise_levels(count, generator, s):
 def training_rows(data, tokens, vae, index, generator, s):
     """(rows for ``pack`` with condition dropout, normalised latents (B, N, 4C)) of the pictures ``index``."""
     device = vae.mean.device
-    x0 = patchify(vae.to_latents(data.image[index].to(device)))  # (B, N, 4C)
+    images = data.image[index].to(device)  # (B, H, W, 3)
+    x0 = patchify(vae.to_latents(images))  # (B, N, 4C)
 
-    # references of all rows in one pass, then dealt back to their rows
-    count = data.count[index].long()  # (B,)
-    present = torch.arange(data.references.shape[1]) < count[:, None]  # (B, 2)
-    pictures = data.references[index][present]  # (sum of counts, 32, 32, 3)
-    latents = patchify(vae.to_latents(pictures.to(device))).cpu()  # (sum of counts, 16, 4C)
-    references = latents.split(count.tolist())
+    # the references of all rows in one pass, then split by row
+    counts = data.count[index].long()  # (B,)
+    order = torch.arange(data.references.shape[1])
+    present = order < counts[:, None]  # (B, 2)
+    pictures = data.references[index][present].to(device)  # (sum of counts, 32, 32, 3)
+    latents = patchify(vae.to_latents(pictures)).cpu()  # (sum of counts, 16, 4C)
+    references = latents.split(counts.tolist())
 
     # condition dropout teaches the unconditional x_0 that guidance needs
     text_dice, reference_dice, both_dice = torch.rand(3, len(index), generator=generator)
@@ -945,8 +971,8 @@ def training_rows(data, tokens, vae, index, generator, s):
 
     rows = []
     for row, scene in enumerate(index.tolist()):
-        full = PromptRow(*tokens[scene], references[row])
-        rows.append(full.drop(text=drop_text[row], references=drop_references[row]))
+        complete = PromptRow(*tokens[scene], references[row])
+        rows.append(complete.drop(drop_text[row], drop_references[row]))
     return rows, x0
 
 
@@ -964,8 +990,10 @@ class MuonAdamW:
         others = []
         for name, p in net.named_parameters():
             in_layer = name.startswith(("encoder.", "blocks."))
-            is_matrix = name.endswith("weight") and p.dim() == 2
-            (self.matrices if in_layer and is_matrix else others).append(p)
+            if in_layer and name.endswith("weight") and p.dim() == 2:
+                self.matrices.append(p)
+            else:
+                others.append(p)
 
         self.adam = torch.optim.AdamW(others, lr, betas=(0.9, 0.98), weight_decay=0.0)
         self.state = self.adam.state  # parameter -> its tensors, for both kinds, as an optimizer of PyTorch has it
@@ -978,16 +1006,17 @@ class MuonAdamW:
         self.adam.param_groups[0]["lr"] = self.lr * scale
         self.adam.step()
         for p in self.matrices:
-            momentum = self.state[p]["momentum"].mul_(0.95).add_(p.grad)
-            update = orthogonal(p.grad + 0.95 * momentum)  # Nesterov
+            momentum = self.state[p]["momentum"]
+            momentum.mul_(0.95).add_(p.grad)
+            update = orthogonal(p.grad + 0.95 * momentum)  # Nesterov's look ahead
             rows, columns = p.shape
             rate = self.muon_lr * scale * max(1, rows / columns)**0.5
             p.add_(update.to(p.dtype), alpha=-rate)
 
     def zero_grad(self):
+        self.adam.zero_grad()
         for p in self.matrices:
             p.grad = None
-        self.adam.zero_grad()
 
 
 def orthogonal(matrix):
@@ -1011,8 +1040,8 @@ class RendererRun:
         self.vae = vae
         self.out = out
         self.settings = settings
-        self.device = device
-        self.file = os.path.join(out, "resume.safetensors")
+        self.device = torch.device(device)
+        self.checkpoints = checkpoints_of(out)
 
         torch.manual_seed(settings.seed)
         self.net, self.tokenizer = self.open_network()
@@ -1037,10 +1066,11 @@ class RendererRun:
             net = load_folder(s.start, Transformer, RendererConfig, self.device).train()
             return net, load_caption_tokenizer(s.start, net.config)
 
-        if os.path.exists(self.file):
+        if os.path.isdir(self.checkpoints):
             tokenizer = load_caption_tokenizer(self.out)
         else:
-            tokenizer = train_caption_tokenizer(self.data.captions[:self.data.train], s.min_frequency)
+            captions = self.data.captions[:self.data.train]
+            tokenizer = train_caption_tokenizer(captions, s.min_frequency)
         config = RendererConfig(
             vocabulary=tokenizer.get_vocab_size(),
             classes=self.data.classes,
@@ -1058,13 +1088,15 @@ class RendererRun:
 
         # a batch of pictures
         index = torch.randint(self.data.train, (s.batch,), generator=generator)
-        labels = self.data.labels[index].flatten(1).long().to(self.device)  # (B, N)
+        labels = self.data.labels[index].flatten(1)  # (B, N)
+        labels = labels.long().to(self.device)
+        columns = self.columns if s.compile else 0  # compiled code wants one shape
 
-        # forward
-        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=s.bf16):
+        # forward: the frozen VAE gives latents, the loss needs gradients of the transformer alone
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=s.bf16):
             with torch.no_grad():
                 rows, x0 = training_rows(self.data, self.tokens, self.vae, index, generator, s)
-            prompts = pack(rows, self.device, self.columns if s.compile else 0)  # compiled code wants one shape
+            prompts = pack(rows, self.device, columns)
             loss, metrics = flow_loss(self.net, prompts, x0, labels, generator, s, self.denoise)
 
         # backward and update
@@ -1082,17 +1114,46 @@ class RendererRun:
         return {"loss": loss.item(), "grad_norm": grad_norm.item(), **metrics}
 
     def save(self):
+        """The averaged weights as a renderer folder, and beside them what a stopped run needs to go on."""
         os.makedirs(self.out, exist_ok=True)
         self.tokenizer.save(os.path.join(self.out, "tokenizer.json"))
-        training = {"command": model.command_line(), "settings": asdict(self.settings), "step": self.step,
-                    "seconds": round(self.seconds), **self.metrics}
+        training = {
+            "command": model.command_line(),
+            "settings": asdict(self.settings),
+            "step": self.step,
+            "seconds": round(self.seconds),
+            **self.metrics,
+        }
         save_folder(self.out, self.ema_net, training)
 
+        tensors = model.training_tensors(self.net, self.optimizer, ema=self.ema_net)
+        state = {"seconds": self.seconds, "metrics": self.metrics}
+        model.save_checkpoint(self.checkpoints, self.step, tensors, state)
+
     def resume(self):
-        pass
+        """Go on from the newest checkpoint in the output folder, if there is one."""
+        checkpoint = model.latest_checkpoint(self.checkpoints)
+        if checkpoint is None:
+            return
+        state, tensors = checkpoint
+        try:
+            model.load_training_tensors(tensors, self.net, self.optimizer, ema=self.ema_net)
+        except ValueError as error:
+            raise ValueError(f"{self.checkpoints}: belongs to a run with other settings ({error}); "
+                             "remove it to start afresh") from None
+        self.step = state["step"]
+        self.seconds = state["seconds"]
+        self.metrics = state["metrics"]
+        print(f"renderer: resuming at step {self.step}", flush=True)
 
     def finish(self):
-        pass
+        """Remove the checkpoints: the next run with this folder starts afresh."""
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+
+def checkpoints_of(folder):
+    """Where an unfinished training run keeps its checkpoints; there is no such folder after the last step."""
+    return os.path.join(folder, "checkpoints")
 
 
 def rate_scale(step, s):
@@ -1136,14 +1197,17 @@ def summarize(window):
     """[metrics of a step] -> ({"loss", "class_loss", "x0_error_by_level"}, mean gradient norm)."""
     t = torch.cat([metrics["t"] for metrics in window])
     x0_error = torch.cat([metrics["x0_error"] for metrics in window])
-    level = torch.bucketize(t, torch.tensor(LEVELS, device=t.device), right=True)
+    bounds = torch.tensor(LEVELS, device=t.device)
+    level = torch.bucketize(t, bounds, right=True)
     by_level = []
     for i in range(len(LEVELS) + 1):
         errors = x0_error[level == i]
-        by_level.append(round(errors.mean().item(), 4) if len(errors) else None)
+        mean_error = round(errors.mean().item(), 4) if len(errors) else None
+        by_level.append(mean_error)
 
     def mean(name):
-        return float(np.mean([float(metrics[name]) for metrics in window]))
+        values = [float(metrics[name]) for metrics in window]
+        return float(np.mean(values))
     summary = {"loss": mean("loss"), "class_loss": mean("class_loss"), "x0_error_by_level": by_level}
     return summary, mean("grad_norm")
 
@@ -1157,7 +1221,7 @@ def train(data, out, seed=0, device="cpu", vae_steps=0, steps=0, **settings):
     vae_folder = os.path.join(out, "vae")
     renderer_folder = os.path.join(out, "renderer")
 
-    if os.path.exists(os.path.join(renderer_folder, "resume.safetensors")):
+    if os.path.isdir(checkpoints_of(renderer_folder)):
         vae = load_folder(vae_folder, VAE, VAEConfig, device)
     else:
         vae_settings = VAETraining(seed=seed, steps=vae_steps or VAETraining.steps)
@@ -1176,7 +1240,8 @@ def save_folder(path, net, training):
     os.makedirs(path, exist_ok=True)
     tensors = {}
     for name, tensor in net.state_dict().items():
-        tensors[name] = tensor.detach().to("cpu", torch.float32).contiguous()
+        tensor = tensor.detach().to("cpu", torch.float32)
+        tensors[name] = tensor.contiguous()
     model.write_tensors(os.path.join(path, "model.safetensors"), tensors)
     model.write_json(os.path.join(path, "config.json"), asdict(net.config))
     model.write_json(os.path.join(path, "training.json"), training)
@@ -1329,11 +1394,13 @@ def decode_png(data):
     pixels = np.empty((header.height, header.width, header.samples), dtype)
     start = 0
     for p in passes:
-        lines = raw[start:start + p.size].reshape(p.rows, 1 + p.stride)
+        filtered = raw[start:start + p.size].reshape(p.rows, 1 + p.stride)
         start += p.size
-        samples = unpack_samples(unfilter(lines, header.pixel_bytes), header.depth)
+        lines = unfilter(filtered, header.pixel_bytes)  # (rows, stride)
+        samples = unpack_samples(lines, header.depth)
         samples = samples[:, :p.columns * header.samples]  # without the bits that fill the last byte of a row
-        pixels[p.y::p.dy, p.x::p.dx] = samples.reshape(p.rows, p.columns, -1)
+        samples = samples.reshape(p.rows, p.columns, -1)
+        pixels[p.y::p.dy, p.x::p.dx] = samples
     return to_rgb(pixels, header, palette, transparency)
 
 
@@ -1392,7 +1459,7 @@ def iterate_chunks(data):
         checksum = data[at + 8 + length:at + 12 + length]
         if len(checksum) < 4:
             raise ValueError("corrupt PNG: the file ends early")
-        if zlib.crc32(kind + content) != struct.unpack(">I", checksum)[0]:
+        if checksum != struct.pack(">I", zlib.crc32(kind + content)):
             raise ValueError("corrupt PNG: wrong checksum")
         yield kind, content
         at += 12 + length
@@ -1407,7 +1474,8 @@ def read_header(kind, content):
     unknown = header.compression or header.filtering or header.interlace > 1
     if header.depth not in depths or unknown or not header.width or not header.height:
         raise ValueError("corrupt PNG: impossible header")
-    if header.width * header.height > MAX_PIXELS or max(header.width, header.height) > MAX_SIDE:
+    longer_side = max(header.width, header.height)
+    if header.width * header.height > MAX_PIXELS or longer_side > MAX_SIDE:
         raise ValueError(f"a picture of {header.width:,} x {header.height:,} pixels is too large "
                          f"(limit {MAX_PIXELS >> 20} megapixels, {MAX_SIDE:,} a side)")
     return header
@@ -1469,14 +1537,17 @@ def unfilter(lines, size):
     data = data.reshape(rows, columns, size)
     out = np.zeros((rows + 1, columns + 1, size), np.uint8)  # a border of zeros above and to the left
     for diagonal in range(rows + columns - 1):
-        r = np.arange(max(0, diagonal - columns + 1), min(rows, diagonal + 1))
+        first = max(0, diagonal - columns + 1)
+        r = np.arange(first, min(rows, diagonal + 1))
         c = diagonal - r
         left = out[r + 1, c].astype(np.int16)  # (bytes of the diagonal, size)
         up = out[r, c + 1].astype(np.int16)
         corner = out[r, c].astype(np.int16)
-        guesses = (0 * left, left, up, (left + up) // 2, paeth(left, up, corner))  # of filters 0 to 4
+        average = (left + up) // 2
+        guesses = (0 * left, left, up, average, paeth(left, up, corner))  # of filters 0 to 4
         guess = np.choose(filters[r][:, None], guesses)
-        out[r + 1, c + 1] = (data[r, c] + guess).astype(np.uint8)  # modulo 256
+        byte = data[r, c] + guess
+        out[r + 1, c + 1] = byte.astype(np.uint8)  # modulo 256
     return out[1:, 1:].reshape(rows, -1)
 
 
@@ -1495,7 +1566,8 @@ def unpack_samples(lines, depth):
         return lines.view(">u2")
     per_byte = 8 // depth
     shifts = [8 - depth * (i + 1) for i in range(per_byte)]  # high bits first
-    values = np.stack([lines >> shift & (2**depth - 1) for shift in shifts], -1)  # (rows, stride, per_byte)
+    ones = 2**depth - 1
+    values = np.stack([lines >> shift & ones for shift in shifts], -1)  # (rows, stride, per_byte)
     return values.reshape(len(lines), -1)
 
 
@@ -1538,6 +1610,6 @@ def split_alpha(pixels, header, transparency):
 
     if transparency is None or len(transparency) != 2 * header.samples:
         return values, None
-    key = np.frombuffer(transparency, ">u2")  # one colour that stands for "nothing here"
-    see_through = (pixels == key).all(-1, keepdims=True)
-    return values, np.where(see_through, np.uint8(0), np.uint8(255))
+    key = np.frombuffer(transparency, ">u2")  # the one colour that is transparent
+    opaque = (pixels != key).any(-1, keepdims=True)
+    return values, opaque * np.uint8(255)
