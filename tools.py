@@ -103,13 +103,15 @@ def json_object(text):
 
 # ---- The protocol: a turn -------------------------------------------------------------------------------------------
 
-TOOL_NAMES = ("search", "image_search", "query_knowledge")
 ACTION = re.compile(r"\s*<(tool_call|answer)>(.*)</\1>\s*", re.DOTALL)
 TAG = re.compile(r"</?(?:think|tool_call|answer)>")
 
 
 def tool_schemas(skills):
-    """The three tools as JSON schemas, for the system prompt of a function-calling model. skills: see read_skills."""
+    """The tools as JSON schemas, for the system prompt of a function-calling model. skills: see read_skills.
+
+    A new tool is one more entry here and a method of the same name in ToolSession.
+    """
     queries = {"type": "array", "items": {"type": "string"}, "description": "What to look up."}
     query = {"type": "string", "description": "What the picture should show."}
     skill_name = {"type": "string", "enum": list(skills)}
@@ -127,6 +129,9 @@ def tool_schema(name, description, required, **properties):
     parameters = {"type": "object", "properties": properties, "required": [required]}
     return {"type": "function",
             "function": {"name": name, "description": description, "parameters": parameters}}
+
+
+TOOL_NAMES = tuple(schema["function"]["name"] for schema in tool_schemas(skills=()))
 
 
 @dataclass
@@ -354,11 +359,7 @@ class ToolSession:
         try:
             if not isinstance(arguments, dict) or name not in TOOL_NAMES:
                 raise ToolError(f"unknown tool; the tools are {', '.join(TOOL_NAMES)}")
-            if name == "search":
-                return self.search(arguments)
-            if name == "image_search":
-                return self.image_search(arguments)
-            return self.query_knowledge(arguments)
+            return getattr(self, name)(arguments)
         except (ToolError, OSError) as error:
             return f"Error: {sanitize(str(error))}"
 
