@@ -927,6 +927,8 @@ class Entry:
     moved: float = 0.0        # sum over audits of: group's mean reward with the guide, less without it
     moved_squares: float = 0.0
     moved_placebo: float = 0.0  # the same sum for the length-matched placebo
+    attempts: dict | None = None  # the pair in short, for the report
+    uses: list = field(default_factory=list)  # {"step", "request", "agreement"} of its uses at other requests
 
     def effect(self):
         """Mean change of the reward and its standard error (inf below two audits)."""
@@ -966,12 +968,12 @@ class Memory:
             raise ValueError(f"the embedder gave the shape {tuple(keys.shape)} for {len(prompts)} prompts")
         return keys
 
-    def add(self, prompt, bundle, best, worst, step):
+    def add(self, prompt, bundle, best, worst, step, attempts=None):
         """Remember a bundle with the rewards of its pair. Of two for one prompt the one with the higher best reward
         stays, the newer of equals. An empty bundle is not kept. Returns whether it was kept."""
         if bundle.empty:
             return False
-        entry = Entry(prompt, bundle, float(best), float(best - worst), step)
+        entry = Entry(prompt, bundle, float(best), float(best - worst), step, attempts=attempts)
         at = next((i for i, e in enumerate(self.entries) if e.prompt == prompt), None)
         self.counters["added"] += 1
         if at is not None:

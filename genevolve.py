@@ -38,11 +38,11 @@ import dataclasses
 import difflib
 import functools
 import hashlib
-import html
 import itertools
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import threading
@@ -532,51 +532,26 @@ class Evolution:
     """
 
     def __init__(self, settings, components, processes=None):
-        """components: has policy (net, tokenizer, compact), scorer, agent(), summarizer, budget and device; see
-        ``Components``."""
+        """components: its policy, scorer, summarizer, budget, device and agent(), see ``Components``."""
         self.settings, self.components = settings, components
         self.processes = processes or model.ProcessGroup()
         self.recipe = read_recipe(settings.recipe, settings.set)
         self.data = tools.read_requests(settings.data)
         self.validation = tools.read_requests(settings.validation)
 
-        if settings.lora:
-            add_adapters(self.rollout_net, settings.lora, settings.seed)
-        self.net = self.training_net()
-        self.reference = WithoutAdapters(self.net) if settings.lora else self.frozen_copy()
-        teachers = {"same": self.net, "frozen": self.reference}
-        self.teacher = teachers.get(self.recipe.teacher) or self.frozen_copy()
+        self.net, self.reference, self.teacher = open_networks(settings, self.recipe, components, self.processes)
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
         self.memory = open_memory(self.recipe, self.reference, components.policy, self.data)
 
         self.steps_done, self.log = 0, []          # rows of log.jsonl
         self.lr_scale, self.window_start = 1.0, 0  # a rollback halves the rate; ``collapse`` reads log[window_start:]
+        self.first_validation = None               # figures of the policy that the run began with
         self.promoted_rewards = None               # of the best policy so far on the validation requests
         self.example = None                        # (trajectory, bundle) for the report
-
-    def training_net(self):
-        """The network that is trained, sharded over the processes; one process trains the one that it samples from."""
-        net = self.rollout_net
-        if self.processes.size > 1:
-            net = self.processes.shard(copy.deepcopy(net))
-            if self.settings.rollouts_url:
-                self.rollout_net.to("cpu")  # it only hands the weights over
-        net.checkpointing = self.settings.checkpointing
-        return net
-
-    def frozen_copy(self):
-        """The policy as it is at the start, without gradients."""
-        net = copy.deepcopy(self.rollout_net).to(self.components.device)
-        return self.processes.shard(net.requires_grad_(False))
 
     def parameters(self):
         """What is trained: every parameter of the net, or its adapters alone."""
         return [p for p in self.net.parameters() if p.requires_grad]
-
-    @property
-    def rollout_net(self):
-        """The network that writes the trajectories, whole in every process."""
-        return self.components.policy.net
 
     @property
     def tokenizer(self):
@@ -591,25 +566,23 @@ class Evolution:
         requests = step_requests(self.data, s.prompts_per_step, s.seed, self.steps_done)
         groups, render_seconds = self.roll_out_groups(requests)                     # G groups of K trajectories
         rollout_seconds = time.perf_counter() - started - render_seconds
-        self.stop_if_budget_is_spent()  # else some rewards are missing for want of calls
+        check_budget(self.components.budget, self.steps_done)  # else some rewards are missing for want of calls
 
         update_started = time.perf_counter()
         rewards = torch.tensor([[t.reward for t in group] for group in groups], dtype=torch.float64)       # (G, K)
         lessons = self.remember(requests, groups)  # before the look-up, so that a group learns from its own lesson, too
         entries = self.memory.lookup([request["question"] for request in requests])
         guides = self.choose_guides(requests, entries)
-        batch = self.training_batch(groups, rewards, guides)
-        audit = audit_lessons(self, requests, entries, rewards) if self.is_due(s.audit_every) else None
+        batch = training_batch(groups, rewards, guides, self.recipe.at(self.steps_done), self.tokenizer)
+        audit = audit_lessons(self, requests, entries, rewards) if self.is_due(s.audit_every) else {}
         update = self.update(batch, groups, entries)
         self.steps_done += 1
         self.sync_weights()
         update_seconds = time.perf_counter() - update_started
 
         row = {"step": self.steps_done, **rollout_metrics(groups, rewards), **lessons, "memory": len(self.memory),
-               **guide_metrics(requests, entries, guides), **update,
+               **guide_metrics(requests, entries, guides), **update, **audit,
                "rollout_seconds": rollout_seconds, "render_seconds": render_seconds, "update_seconds": update_seconds}
-        if audit:
-            row["lesson_audit"] = audit
         if s.eval_every and self.steps_done % s.eval_every == 0:
             row["validation"] = self.evaluate()
         row = without_nan(row)
@@ -624,24 +597,19 @@ class Evolution:
         """Whether the step at hand is one of every so many (0: none is)."""
         return every > 0 and (self.steps_done + 1) % every == 0
 
-    def stop_if_budget_is_spent(self):
-        budget = self.components.budget
-        if budget and budget.spent >= budget.max_calls:
-            raise tools.BudgetExceeded(f"the budget of {budget.max_calls} calls is used up; the steps up to "
-                                       f"{self.steps_done} are kept, and the same command with a larger one goes on")
-
     # -- roll out, render, judge --
 
-    def roll_out_groups(self, requests):
-        """([[Trajectory] * K] * G, judged; seconds of rendering)."""
-        K = self.settings.rollouts
-        trajectories, seconds = self.roll_out([request for request in requests for _ in range(K)], stream=0)
-        return list(chunks(trajectories, K)), seconds
+    def roll_out_groups(self, requests, stream=0, guides=None):
+        """([[Trajectory] * K] * G, judged; seconds of rendering). guides: a Bundle or None for each request.
 
-    def roll_out(self, requests, stream, guides=None):
-        """As ``sample_trajectories``. stream: int that tells apart the uses of randomness within a step."""
+        stream: int that tells apart the uses of randomness within a step.
+        """
+        K = self.settings.rollouts
+        rows = [request for request in requests for _ in range(K)]
+        guides = [guide for guide in guides for _ in range(K)] if guides else None
         base = zlib.crc32(f"{self.settings.seed} {self.steps_done} {stream}".encode()) << 16
-        return self.sample_trajectories(requests, [base + i for i in range(len(requests))], guides)
+        trajectories, seconds = self.sample_trajectories(rows, [base + i for i in range(len(rows))], guides)
+        return list(chunks(trajectories, K)), seconds
 
     def sample_trajectories(self, requests, seeds, guides=None):
         """(judged trajectories, one a request; seconds of rendering). Every process writes its share and sees all."""
@@ -669,54 +637,25 @@ class Evolution:
         pairs.sort(key=lambda pair: pair[2].reward - pair[1].reward)  # stable: of equals, the first
 
         kept = pairs[:self.recipe.pairs]
-        bundles, failures = self.summarize(kept)
+        bundles, failures = summarize_pairs(kept, self.components, self.processes)
         for (question, best, worst), bundle in zip(kept, bundles):
             if bundle is not None:
                 bundle = bundle if self.recipe.standard else bundle.differing()
-                self.memory.add(question, bundle, best.reward, worst.reward, self.steps_done)
+                self.memory.add(question, bundle, best.reward, worst.reward, self.steps_done,
+                                lesson_record(best, worst))
         return {"pairs": len(pairs)} | ({"failed_summaries": failures} if failures else {})
-
-    def summarize(self, pairs):
-        """([Bundle or None], [what failed]) of [(question, best, worst)]: by rules, or by a language model."""
-        if self.components.summarizer:
-            return summarize_by_model(self.components.summarizer, pairs, self.processes)
-        phrases = atlas.world.phrases() if self.components.policy.compact else None
-        return [distill.summarize_pair(*pair, phrases) for pair in pairs], []
 
     def choose_guides(self, requests, entries):
         """[Bundle or None], one a request: what its teacher reads. entries: what the memory found, Entry or None."""
         return [entry.bundle if entry else None for entry in entries]
 
-    def training_batch(self, groups, rewards, guides):
-        """[TrainingRow]: every trajectory in which the policy wrote something, with its advantage. rewards (G, K)."""
-        advantages = distill.group_advantages(rewards, self.recipe.std).tolist()                           # (G, K)
-        batch = []
-        for group, group_advantages, guide in zip(groups, advantages, guides):
-            for trajectory, advantage in zip(group, group_advantages):
-                if any(trajectory.mask):
-                    batch.append(self.training_row(trajectory, advantage, guide))
-        if not batch:
-            raise tools.ToolError(f"step {self.steps_done + 1}: no trajectory was written "
-                                  f"({groups[0][0].error or 'no tokens'})")
-        return batch
-
-    def training_row(self, trajectory, advantage, guide):
-        """What the update needs of a trajectory; with a guide, also the teacher's view of it."""
-        row = distill.TrainingRow(trajectory.tokens, trajectory.mask, advantage)
-        if guide is not None and self.recipe.at(self.steps_done).weight:
-            row.teacher_tokens, row.teacher_mask = self.teacher_view(trajectory, guide)
-        return row
-
-    def teacher_view(self, trajectory, guide):
-        """(tokens, mask) of the trajectory as the teacher reads it, under a system prompt that contains the guide."""
-        messages = distill.teacher_messages(trajectory.messages[:2], guide)
-        opening = self.tokenizer.apply_chat(messages, add_generation_prompt=True)
-        return distill.teacher_tokens(trajectory.tokens, trajectory.mask, trajectory.prompt_length, opening)
-
     # -- learn --
 
     def update(self, batch, groups, entries):
         """One optimizer step, or one a minibatch. Returns the update's part of the log's row."""
+        if not batch:
+            raise tools.ToolError(f"step {self.steps_done + 1}: no trajectory was written "
+                                  f"({groups[0][0].error or 'no tokens'})")
         s, recipe = self.settings, self.recipe.at(self.steps_done)
         minibatches = list(chunks(batch, math.ceil(len(batch) / s.minibatches)))
         with self.autocast():
@@ -781,7 +720,7 @@ class Evolution:
     @torch.no_grad()
     def sync_weights(self):
         """Hand the weights to whatever writes the trajectories."""
-        for target, trained in zip(self.rollout_net.parameters(), self.net.parameters()):
+        for target, trained in zip(self.components.policy.net.parameters(), self.net.parameters()):
             if target is not trained and trained.requires_grad:
                 target.copy_(model.full_tensor(trained))
         if self.settings.rollouts_url and self.processes.is_main:
@@ -800,10 +739,7 @@ class Evolution:
         entries = self.memory.lookup([t.question for t in trajectories], count=False)
         self.example = next(((t, e.bundle) for t, e in zip(trajectories, entries) if e and t.program), None)
 
-        rewards = [t.reward for t in trajectories]
-        figures = {"reward": distill.average(rewards),
-                   "kscore": distill.average([t.judgement["kscore"] for t in trajectories if t.judgement]),
-                   "validity": distill.average([float(t.program is not None) for t in trajectories])}
+        rewards, figures = [t.reward for t in trajectories], validation_figures(trajectories)
         if self.promoted_rewards is not None:
             figures |= paired_change(rewards, self.promoted_rewards)
 
@@ -834,8 +770,9 @@ class Evolution:
         """The policy as a folder of the run."""
         if self.processes.is_main:
             training = {"command": model.command_line(), "step": self.steps_done, "validation": figures}
-            model.save_policy(os.path.join(self.settings.out, name), self.rollout_net, self.tokenizer,
-                              protocol_name(self.components.policy.compact), training, model.portable(self.settings.policy))
+            policy, base = self.components.policy, model.portable(self.settings.policy)
+            model.save_policy(os.path.join(self.settings.out, name), policy.net, policy.tokenizer,
+                              protocol_name(policy.compact), training, base)
 
     # -- checkpoints --
 
@@ -856,7 +793,8 @@ class Evolution:
         tensors = model.training_tensors(self.net, self.optimizer, **self.averages()) | {"memory.keys": keys["keys"]}
         state = {"settings": run_identity(self.settings, self.recipe), "row": row, "memory": memory,
                  "lr_scale": self.lr_scale, "window_start": self.window_start,
-                 "promoted_rewards": self.promoted_rewards, "extra": self.extra_state()}
+                 "promoted_rewards": self.promoted_rewards, "first_validation": self.first_validation,
+                 "extra": self.extra_state()}
         folder = os.path.join(self.settings.out, "checkpoints")
         model.save_checkpoint(folder, self.steps_done, tensors, state, self.processes)
         if self.processes.is_main:
@@ -876,7 +814,8 @@ class Evolution:
         check_same_run(self.settings.out, state["settings"], run_identity(self.settings, self.recipe))
         model.load_training_tensors(tensors, self.net, self.optimizer, **self.averages())
         self.memory.load_state(state["memory"], {"keys": tensors["memory.keys"]})
-        self.steps_done, self.promoted_rewards = state["step"], state["promoted_rewards"]
+        self.steps_done, self.first_validation = state["step"], state["first_validation"]
+        self.promoted_rewards = state["promoted_rewards"]
         self.lr_scale, self.window_start = state["lr_scale"], state["window_start"]
         self.load_extra_state(state["extra"])
         self.log = [row for row in model.read_lines(log) if row["step"] < self.steps_done] + [state["row"]]
@@ -899,7 +838,7 @@ def evolve(s, evolution=Evolution):
             lessons = (s.steps - run.steps_done) * min(run.recipe.pairs, s.prompts_per_step)  # at most
             run.components.announce(expected_trajectories(run), **{"summarizer": lessons} if s.summarizer else {})
         if run.steps_done == 0 and s.eval_every:
-            first = run.evaluate()
+            first = run.first_validation = run.evaluate()
             say(f"before: validation reward {first['reward']:.3f}, KScore {first['kscore']:.3f}")
         elif run.steps_done == 0:
             run.save_promoted()
@@ -914,9 +853,9 @@ def evolve(s, evolution=Evolution):
             seconds_a_step = (time.perf_counter() - started) / (run.steps_done - first_step)
             say(f"{step_line(row)}  {seconds_a_step * (s.steps - run.steps_done):.0f} s left")
             if "validation" in row:
-                write_evolution_report(run)
+                report(run)
 
-        write_evolution_report(run)
+        report(run)
         run.write_policy("last")
     say(f"wrote {os.path.join(s.out, 'log.jsonl')}, {os.path.join(s.out, 'report.html')}, "
         f"{os.path.join(s.out, 'last')} and what was promoted, {os.path.join(s.out, 'policy')} "
@@ -950,6 +889,13 @@ def open_evolution(settings, evolution=Evolution):
     return run
 
 
+def report(run):
+    """report.html of an evolution; all processes help to read their part of the weights, the first one writes."""
+    view = evolution_view(run)
+    if run.processes.is_main:
+        write_report(os.path.join(run.settings.out, "report.html"), view)
+
+
 # ---- What a step is made of ------------------------------------------------------------------------------------------
 
 def chunks(items, size):
@@ -967,14 +913,33 @@ def step_requests(data, count, seed, step):
     return [data[order[number // len(data)][number % len(data)]] for number in numbers]
 
 
-def add_adapters(net, rank, seed):
-    """Freeze the net and give its projections low-rank adapters, which at first add nothing."""
-    torch.manual_seed(seed)
-    model.add_lora(net, rank, alpha=2 * rank)
+def open_networks(settings, recipe, components, processes):
+    """(net that is trained, reference, teacher), sharded over the processes.
+
+    The policy's own net writes the trajectories and is whole in every process; one process alone trains it, too.
+    """
+    rollout_net = components.policy.net
+    if settings.lora:
+        torch.manual_seed(settings.seed)  # the same adapters in all processes
+        model.add_lora(rollout_net, settings.lora, alpha=2 * settings.lora)
+
+    def frozen_copy():
+        net = copy.deepcopy(rollout_net).to(components.device)
+        return processes.shard(net.requires_grad_(False))
+    net = rollout_net
+    if processes.size > 1:
+        net = processes.shard(copy.deepcopy(rollout_net))
+        if settings.rollouts_url:
+            rollout_net.to("cpu")  # it only hands the weights over
+    net.checkpointing = settings.checkpointing
+
+    reference = WithoutAdapters(net) if settings.lora else frozen_copy()
+    teachers = {"same": net, "frozen": reference}
+    return net, reference, teachers.get(recipe.teacher) or frozen_copy()
 
 
 class WithoutAdapters:
-    """The policy without its adapters, as ``distill`` reads a network: the reference of a LoRA run, and no second copy."""
+    """The policy without its adapters, as ``distill`` reads a network: a LoRA run needs no second copy of it."""
 
     def __init__(self, net):
         self.net = net
@@ -1026,6 +991,46 @@ def set_old_logprobs(rows, net, temperature, processes):
         row.logp_old = torch.tensor(logp)
 
 
+def check_budget(budget, steps_done):
+    """Raise tools.BudgetExceeded if all calls to outside services have been made. budget: tools.Budget or None."""
+    if budget and budget.spent >= budget.max_calls:
+        raise tools.BudgetExceeded(f"the budget of {budget.max_calls} calls is used up; the steps up to {steps_done} "
+                                   "are kept, and the same command with a larger one goes on")
+
+
+def summarize_pairs(pairs, components, processes):
+    """([Bundle or None], [what failed]) of [(question, best, worst)]: by rules, or by a language model."""
+    if components.summarizer:
+        return summarize_by_model(components.summarizer, pairs, processes)
+    phrases = atlas.world.phrases() if components.policy.compact else None  # the words in which it states decisions
+    return [distill.summarize_pair(*pair, phrases) for pair in pairs], []
+
+
+def training_batch(groups, rewards, guides, recipe, tokenizer):
+    """[TrainingRow]: every trajectory in which the policy wrote something, with its advantage and its teacher's view.
+
+    rewards (G, K). guides: a Bundle or None for each group; a teacher without weight reads none.
+    """
+    advantages = distill.group_advantages(rewards, recipe.std).tolist()                                    # (G, K)
+    batch = []
+    for group, group_advantages, guide in zip(groups, advantages, guides):
+        for trajectory, advantage in zip(group, group_advantages):
+            if not any(trajectory.mask):
+                continue
+            row = distill.TrainingRow(trajectory.tokens, trajectory.mask, advantage)
+            if guide is not None and recipe.weight:
+                row.teacher_tokens, row.teacher_mask = teacher_view(trajectory, guide, tokenizer)
+            batch.append(row)
+    return batch
+
+
+def teacher_view(trajectory, guide, tokenizer):
+    """(tokens, mask) of the trajectory as the teacher reads it, under a system prompt that contains the guide."""
+    messages = distill.teacher_messages(trajectory.messages[:2], guide)
+    opening = tokenizer.apply_chat(messages, add_generation_prompt=True)
+    return distill.teacher_tokens(trajectory.tokens, trajectory.mask, trajectory.prompt_length, opening)
+
+
 def summarize_by_model(chat, pairs, processes):
     """([Bundle or None], [what failed]) of [(question, best, worst)]; a failed summary costs its pair alone.
 
@@ -1059,26 +1064,25 @@ def audit_lessons(run, requests, entries, rewards):
 
     Before the update, so that all three are written by the same weights. rewards (G, K): without a guide.
     """
-    K = run.settings.rollouts
     audited = [i for i, entry in enumerate(entries) if entry]
     if not audited:
-        return None
+        return {}
     placebo = functools.partial(distill.placebo, length=lambda text: len(run.tokenizer.encode(text)))
 
     without = [distill.average(rewards[i].tolist()) for i in audited]
     means = []
     for stream, change in ((1, lambda bundle: bundle), (2, placebo)):
-        rows = [requests[i] for i in audited for _ in range(K)]
-        guides = [guide for i in audited for guide in [change(entries[i].bundle)] * K]
-        trajectories, _ = run.roll_out(rows, stream, guides)
-        means.append([distill.average([t.reward for t in group]) for group in chunks(trajectories, K)])
+        guides = [change(entries[i].bundle) for i in audited]
+        groups, _ = run.roll_out_groups([requests[i] for i in audited], stream, guides)
+        means.append([distill.average([t.reward for t in group]) for group in groups])
     with_guide, with_placebo = means
 
     for i, *rewards_of_entry in zip(audited, with_guide, without, with_placebo):
         distill.Memory.record_audit(entries[i], *rewards_of_entry)
-    return {"lessons": len(audited), "with_guide": distill.average(with_guide), "without": distill.average(without),
-            "placebo": distill.average(with_placebo), "retired": len(run.memory.retire()),
-            "rollouts": 2 * K * len(audited)}
+    return {"lesson_audit": {
+        "lessons": len(audited), "with_guide": distill.average(with_guide), "without": distill.average(without),
+        "placebo": distill.average(with_placebo), "retired": len(run.memory.retire()),
+        "rollouts": 2 * run.settings.rollouts * len(audited)}}
 
 
 # shares of the run's own first (validity, entropy) or best (reward) window below which a policy has collapsed
@@ -1102,6 +1106,25 @@ def collapse(rows):
     if last < COLLAPSE["reward"] * best:
         return f"reward fell to {last:.3f} from {best:.3f}"
     return ""
+
+
+def validation_figures(trajectories):
+    """Means with standard errors, and the share of the attempts that take each decision."""
+    reward, reward_error = mean_and_error([t.reward for t in trajectories])
+    kscore, kscore_error = mean_and_error([t.judgement["kscore"] for t in trajectories if t.judgement])
+    validity = distill.average([float(t.program is not None) for t in trajectories])
+    return {"reward": reward, "reward_error": reward_error, "kscore": kscore, "kscore_error": kscore_error,
+            "validity": validity, "decisions": decision_shares(trajectories)}
+
+
+def mean_and_error(values):
+    """Mean of the values that are not missing, and the mean's standard error (nan below two)."""
+    kept = [value for value in values if not math.isnan(value)]
+    mean = distill.average(kept)
+    if len(kept) < 2:
+        return mean, math.nan
+    variance = sum((value - mean) ** 2 for value in kept) / (len(kept) - 1)
+    return mean, math.sqrt(variance / len(kept))
 
 
 def paired_change(rewards, before):
@@ -1582,105 +1605,231 @@ def print_result(trajectory, file=sys.stdout):
         print("failed: " + ("; ".join(failed) or "nothing"), file=file)
 
 
-STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;
-background:#fcfbf8}
-img{image-rendering:pixelated;border-radius:4px;border:1px solid #ccc}figure{display:inline-block;margin:0 1rem 1rem 0}
-figcaption{font-size:.8rem;color:#666;max-width:16rem}pre{background:#f1efe9;padding:.6rem;border-radius:4px;
-white-space:pre-wrap;font-size:.85rem;margin:.3rem 0}.think{color:#777;font-style:italic}.ok{color:#276}.no{color:#b33}
-section{border-top:1px solid #ddd;margin-top:2rem}
-td,th{padding:.1rem .8rem .1rem 0;text-align:left;font-size:.9rem}h1,h2{font-weight:600}"""
+# ---- Views: what web/report.html shows, as JSON ----------------------------------------------------------------------
+
+JUDGED_SIZE = 64       # side of the picture in which the pixel judge's boxes are measured (atlas.judge.SIZE)
+SHOWN_SIZE = 512       # longest side of an embedded picture
+THUMBNAIL_SIZE = 128   # longest side of a picture that a search found
+LESSON_PICTURES = 12   # lessons whose two attempts are drawn for the page
+NUMBER_WORDS = frozenset("one two three four five six seven eight nine ten eleven twelve".split())
+TURN_SLOTS = {  # tool of a turn ("": the answer) -> the slots of guidance that are decided in it
+    "search": ["search strategy"],
+    "image_search": ["search strategy"],
+    "query_knowledge": ["knowledge activation"],
+    "": ["reference selection", "prompt construction", "failure avoidance"]}
+SLOT_OF_FIELD = {"focus": "focus"} | {field: slot for slot, names in distill.SLOTS.items() for field in names}
 
 
-def figure(image, caption, width=192):
-    return (f'<figure><img src="{tools.data_uri(image)}" width="{width}" alt="{html.escape(caption)}">'
-            f"<figcaption>{html.escape(caption)}</figcaption></figure>")
+def run_view(trajectories, title="GenEvolve"):
+    """The JSON of a run: every request with its pictures, program, verdicts and turns."""
+    return {"title": title, "mode": "run", "requests": [request_view(t) for t in trajectories]}
 
 
-def report_section(trajectory):
-    """One request: pictures, every turn, every constraint."""
-    t, parts = trajectory, [f"<section><h2>{html.escape(trajectory.question)}</h2>"]
-    if t.image is not None:
-        parts.append(figure(t.image, "rendered"))
-    if t.row.get("gt_image"):
-        parts.append(figure(truth_of(t.row), "ground truth"))
-    for number, reference in enumerate(t.program.references[:2] if t.program else []):
-        source = t.images[reference["img_id"]]
-        parts.append(figure(tools.read_image(source["local_path"]),
-                            f"{('first', 'second')[number]} reference: {source['title']}", 96))
+def request_view(t):
+    """One Trajectory as the page shows it."""
+    program = None
+    if t.program is not None:
+        notes = [reference["note"] for reference in t.program.references]
+        program = {"pieces": explain_prompt(t), "notes": notes}
+
+    scores = None
     if t.judgement:
-        j = t.judgement
-        scores = [("KScore", j["kscore"])] + [(k.replace("_", " "), j[k]) for k in distill.DIMENSIONS]
-        scores += [("program", j["text_reward"]), ("reward", t.reward)]
-        parts.append("<table><tr>" + "".join(f"<th>{k}</th>" for k, _ in scores) + "</tr><tr>" + "".join(
-            f"<td>{'n/a' if v is None else format(v, '.2f')}</td>" for _, v in scores) + "</tr></table><table>")
-        parts += [f'<tr><td class="{"ok" if c["passed"] else "no"}">{"pass" if c["passed"] else "fail"}</td>'
-                  f"<td>{html.escape(c['name'])}</td><td>{html.escape(c['detail'])}</td></tr>"
-                  for c in j["constraints"] + j["program_checks"]]
-        parts.append("</table>")
-    for number, step in enumerate(t.steps, 1):
-        parts.append(f'<h3>Turn {number}</h3><p class="think">{html.escape(step.think)}</p>')
-        parts.append(f"<pre>{html.escape(step.name or step.kind)} "
-                     f"{html.escape(json.dumps(step.arguments, ensure_ascii=False))}</pre>")
-        if step.observation:
-            parts.append(f"<pre>{html.escape(step.observation)}</pre>")
-    if t.error or t.program is None:
-        parts.append(f'<p class="no">{html.escape(t.termination)} {html.escape(t.error or "")}</p>')
-    return "\n".join(parts) + "</section>"
+        scores = {"reward": t.reward, "program": t.judgement["text_reward"]}
+        for name in ("kscore", *distill.DIMENSIONS):
+            scores[name] = t.judgement[name]
+
+    return {"id": t.id, "question": t.question, "termination": t.termination, "error": t.error or "",
+            "picture": picture(t.image), "truth": picture(ground_truth(t.row)),
+            "program": program, "found": found_pictures(t),
+            "scores": scores, "checks": check_views(t.judgement or {}),
+            "turns": [turn_view(step) for step in t.steps]}
 
 
-def write_report(path, trajectories, title="GenEvolve"):
-    """report.html of a run."""
-    write_page(path, title, "\n".join(report_section(t) for t in trajectories))
+def turn_view(step):
+    """One Step of a trajectory; also what the playground shows while a request is answered."""
+    return {"think": step.think, "kind": step.kind, "name": step.name, "arguments": step.arguments,
+            "observation": step.observation}
 
 
-def write_page(path, title, body):
-    """One self-contained file."""
-    model.write_text(path, f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-                     f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>{body}</html>")
+def picture(source, longest=SHOWN_SIZE):
+    """Path or uint8 (H, W, 3) -> {"src": data URI, "width", "height"}, scaled down where it is larger; None stays."""
+    if source is None:
+        return None
+    data, _ = tools.image_bytes(source)
+    _, width, height = tools.image_header(data)
+    scale = longest / max(width, height)
+    if scale < 1:
+        width, height = round(width * scale), round(height * scale)
+        data = diffusion.resize(tools.read_image(data), height, width)
+    return {"src": tools.data_uri(data), "width": width, "height": height}
 
 
-CURVES = (("reward", "reward and spread", ("reward", "spread")), ("kscore", "KScore", ("kscore",)),
-          ("validity", "valid programs, dead groups", ("validity", "dead_groups")),
-          ("entropy", "entropy, nats a token", ("entropy",)),
-          ("memory", "memory hit rate, right advice", ("hit_rate", "right_advice")), ("sdl", "SDL loss", ("sdl_loss",)),
-          ("gradient", "SDL to GRPO gradient norm, cosine with the reverse KL",
-           ("gradient_ratio", "reverse_kl_cosine")),
-          ("tokens", "share of tokens distilled, saturated, clipped", ("selected", "saturated", "clipped")))
-INKS = ("#b33", "#36a", "#386", "#a60", "#738", "#088", "#777", "#c59")
-TURN_SLOTS = {"search": ("search strategy",), "image_search": ("search strategy",),
-              "query_knowledge": ("knowledge activation",),
-              "": ("reference selection", "prompt construction", "failure avoidance")}
+def ground_truth(row):
+    """The picture that a request's row names as its truth, or None."""
+    return truth_of(row) if row.get("gt_image") and "_folder" in row else None
 
 
-def curve(title, series, width=420, height=130):
-    """A figure with ``svg_lines``, "" if there is nothing to draw."""
-    drawing = svg_lines(series, width, height)
-    return f"<figure>{drawing}<figcaption>{html.escape(title)}</figcaption></figure>" if drawing else ""
+def found_pictures(t, limit=24):
+    """The pictures that a trajectory's searches found, with 1 or 2 where one is a reference (0: not)."""
+    chosen = [reference["img_id"] for reference in t.program.references] if t.program else []
+    others = [img_id for img_id in t.images if img_id not in chosen]
+
+    views = []
+    for img_id in sorted(chosen + others[:limit]):
+        source = t.images[img_id]
+        views.append({
+            "id": img_id,
+            "title": source.get("title") or "",
+            "chosen": chosen.index(img_id) + 1 if img_id in chosen else 0,
+            "picture": picture(source["local_path"], THUMBNAIL_SIZE)})
+    return views
 
 
-def svg_lines(series, width, height, faint=None, across=""):
-    """SVG of {label: [(x, y)]}, missing values (None) left out; the axis labels are the extremes. faint: {label: lines}
-    drawn thinly in the label's ink, such as the single runs behind a mean. across: what x is."""
-    thin = faint or {}
-    points = [p for line in [*series.values(), *sum(thin.values(), [])] for p in line if p[1] is not None]
-    if not points:
-        return ""
-    (left, right), (low, high) = ((min(v), max(v)) for v in zip(*points))
-    place = lambda x, y: (f"{40 + (x - left) / max(right - left, 1e-9) * (width - 50):.1f},"
-                          f"{height - 18 - (y - low) / max(high - low, 1e-9) * (height - 30):.1f}")
-    drawn = lambda line, ink, style: (f'<polyline fill="none" stroke="{ink}" {style} points="'
-                                      + " ".join(place(x, y) for x, y in line if y is not None) + '"/>')
-    inks = dict(zip(series, INKS))
-    lines = "".join(drawn(line, inks[label], 'stroke-width="0.8" opacity="0.35"')
-                    for label, runs in thin.items() for line in runs)
-    lines += "".join(drawn(line, inks[label], 'stroke-width="1.5"') for label, line in series.items())
-    keys = " ".join(f'<tspan fill="{inks[label]}">{html.escape(label.replace("_", " "))}</tspan>' for label in series)
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-size="10" '
-            f'font-family="sans-serif">'
-            f'<text x="40" y="9">{keys}</text>{lines}<text x="0" y="20">{high:.3g}</text><text x="0" '
-            f'y="{height - 18}">{low:.3g}</text>'
-            f'<text x="40" y="{height - 4}">{left:g}</text><text x="{width / 2:g}" y="{height - 4}">'
-            f'{html.escape(across)}</text><text x="{width - 30}" y="{height - 4}">{right:.4g}</text></svg>')
+def check_views(judgement):
+    """Constraints of the picture, then checks of the program. box: [left, top, width, height], shares of the sides."""
+    views = []
+    for group, key in (("picture", "constraints"), ("program", "program_checks")):
+        for check in judgement.get(key, []):
+            box = None
+            if check.get("box"):
+                top, left, bottom, right = [edge / JUDGED_SIZE for edge in check["box"]]
+                box = [left, top, right - left, bottom - top]
+            kept = {name: check[name] for name in ("name", "passed", "detail")}
+            views.append(kept | {"group": group, "box": box})
+    return views
+
+
+# -- the program, explained --
+
+def explain_prompt(t):
+    """gen_prompt cut into pieces {"text", "skill", "fact", "reference"}.
+
+    skill: the guide whose quoted wording the piece follows. fact: the query whose answer holds the piece's word.
+    reference: 1 or 2 where an ordinal phrase stands. "" and 0 where none applies.
+    """
+    prompt = t.program.gen_prompt
+    labels = [{"skill": "", "fact": "", "reference": 0} for _ in prompt]  # one a character
+
+    def mark(spans, kind, value):
+        for start, end in spans:
+            for label in labels[start:end]:
+                label[kind] = value
+
+    for skill, guide in distill.skills_read(t).items():
+        mark(guide_spans(guide, prompt, t.question), "skill", skill)
+    for step in t.steps:
+        if step.name == "search":
+            mark(fact_spans(step.observation, prompt, t.question), "fact", "; ".join(distill.queries_of(step)))
+    for order, phrase in enumerate(distill.ORDINALS, 1):
+        mark([m.span() for m in re.finditer(re.escape(phrase), prompt, re.I)], "reference", order)
+
+    pieces = []
+    for character, label in zip(prompt, labels):
+        if pieces and all(pieces[-1][kind] == value for kind, value in label.items()):
+            pieces[-1]["text"] += character
+        else:
+            pieces.append({"text": character} | label)
+    return pieces
+
+
+def sentence_spans(text):
+    """[(start, end)] of a text's sentences."""
+    return [match.span() for match in re.finditer(r"\S.*?(?:[.!?](?=\s|$)|$)", text, re.S)]
+
+
+def guide_spans(guide, prompt, question):
+    """[(start, end)] of the prompt's sentences that follow a wording which the guide quotes (``distill.follows``)."""
+    return [(start, end) for start, end in sentence_spans(prompt)
+            if distill.follows(guide, prompt[start:end], question)]
+
+
+def fact_spans(observation, prompt, question):
+    """[(start, end)] of the prompt's names and numbers that are new to the request and stand in the observation."""
+    new = set(distill.words_of(observation)) - set(distill.words_of(question)) - distill.OPENERS
+    spans = []
+    for match in re.finditer(r"\w+", prompt):
+        word = match.group()
+        is_number = word.isdigit() and len(word) > 1  # single digits number the results
+        is_fact = is_number or word[0].isupper() or word.lower() in NUMBER_WORDS
+        if is_fact and word.lower() in new:
+            spans.append(match.span())
+    return spans
+
+
+# -- evolution --
+
+def evolution_view(run):
+    """The JSON of an evolution: curves, validation, gallery, lessons, microscope. run: Evolution."""
+    entries = sorted(run.memory.entries, key=lesson_rank)
+    drawn = {entry.prompt for entry in telling_entries(entries)}
+    lessons = []
+    for entry in entries:
+        pictures = lesson_pictures(run, entry) if entry.prompt in drawn else {}
+        lessons.append(lesson_view(entry, pictures))
+
+    return {"title": "GenEvolve: an evolution", "mode": "evolution", "log": run.log,
+            "validation": validation_points(run), "gallery": gallery_view(run), "lessons": lessons,
+            "memory": run.memory.counters | {"size": len(run.memory), "capacity": run.memory.capacity},
+            "microscope": [microscope_view(run, *run.example)] if run.example else []}
+
+
+def lesson_rank(entry):
+    """Sorts the lessons that were used most, then those with the widest gap, to the front."""
+    return -entry.retrieved, -entry.gap
+
+
+def telling_entries(entries):
+    """The entries whose attempts are drawn: the first three, and for each advice the one that teaches least beside."""
+    clearest = {}  # advice -> (number of advices, entry)
+    for entry in entries:
+        bullets = sum(entry.bundle.differing().guidance.values(), [])
+        for bullet in bullets:
+            if bullet not in clearest or len(bullets) < clearest[bullet][0]:
+                clearest[bullet] = (len(bullets), entry)
+    return entries[:3] + [entry for _, entry in clearest.values()][:LESSON_PICTURES]
+
+
+def validation_points(run):
+    """[{"step", "reward", "reward_error", "kscore", "kscore_error", ...}], step 0 first where it was measured."""
+    points = [{"step": 0} | run.first_validation] if run.first_validation else []
+    for row in run.log:
+        if row.get("validation"):
+            points.append({"step": row["step"]} | row["validation"])
+    return points
+
+
+def decision_shares(trajectories):
+    """{decision: share of the attempts that decide so}: how an evolution changes what its agent does."""
+    decided = [decisions_of(t) for t in trajectories]
+    names = decided[0] if decided else []
+    return {name: sum(row[name] for row in decided) / len(decided) for name in names}
+
+
+def decisions_of(t):
+    """What an attempt does, as the page words it: {decision: bool}."""
+    taken = distill.search_decisions(t, distill.entity_names) | distill.reference_decisions(t, distill.entity_names)
+    value = {decision: value for (_, decision, _), value in taken.items()}
+    prompt = t.program.gen_prompt if t.program else ""
+    guides = distill.skills_read(t).values()
+    return {
+        "searches for facts": value["text searches"] > 0,
+        "asks for the exact fact": value["queries"] == "fact",
+        "follows a lead to a second page": value["leads followed"] > 0,
+        "reads a guide": bool(guides),
+        "looks past the first picture found": value["place"] == "later",
+        "follows the wording of a guide": any(distill.follows(guide, prompt, t.question) for guide in guides),
+        "writes a program that is accepted": t.program is not None}
+
+
+# -- before and after --
+
+def gallery_record(t):
+    """What gallery/before.json and after.json keep of a validation attempt; its picture lies beside them."""
+    return {"id": t.id, "question": t.question,
+            "prompt": t.program.gen_prompt if t.program else "no program",
+            "picture": t.image is not None,
+            "kscore": t.judgement and t.judgement["kscore"],
+            "failed": sorted(distill.failed_constraints(t))}
 
 
 def save_gallery(out, when, trajectories):
@@ -1689,87 +1838,307 @@ def save_gallery(out, when, trajectories):
     for t in trajectories:
         if t.image is not None:
             diffusion.write_png(os.path.join(folder, f"{when}-{t.id}.png"), t.image)
-    model.write_json(os.path.join(folder, f"{when}.json"), [
-        {"id": t.id, "question": t.question, "prompt": t.program.gen_prompt if t.program else "no program",
-         "picture": t.image is not None, "kscore": t.judgement and t.judgement["kscore"]} for t in trajectories])
+    model.write_json(os.path.join(folder, f"{when}.json"), [gallery_record(t) for t in trajectories])
 
 
-def gallery(out):
-    """The same validation requests before and after."""
-    parts = ["<h2>Before and after</h2>"]
-    both = []
-    for when in ("before", "after"):
-        path = os.path.join(out, "gallery", f"{when}.json")
-        both.append(json.load(open(path, encoding="utf-8")) if os.path.exists(path) else [])
-    for rows in zip(*both):
-        parts.append(f"<h3>{html.escape(rows[0]['question'])}</h3>")
-        for when, row in zip(("before", "after"), rows):
-            score = "not judged" if row["kscore"] is None else f"KScore {row['kscore']:.2f}"
-            path = os.path.join(out, "gallery", f"{when}-{row['id']}.png")
-            if row["picture"] and os.path.exists(path):
-                parts.append(figure(diffusion.read_png(path), f"{when}, {score}: {row['prompt']}"))
-            else:
-                parts.append(f"<p>{when}: no picture</p>")
-    return "\n".join(parts)
+def gallery_view(run):
+    """[{"question", "before", "after", "truth"}] of the same validation requests; [] until there is an after."""
+    folder = os.path.join(run.settings.out, "gallery")
+    paths = [os.path.join(folder, name) for name in ("before.json", "after.json")]
+    if not all(map(os.path.exists, paths)):
+        return []
+    rows = {row["id"]: row for row in run.validation}
 
+    views = []
+    for before, after in zip(*map(read_list, paths)):
+        truth = ground_truth(rows.get(before["id"], {}))
+        views.append({
+            "question": before["question"], "truth": picture(truth),
+            "before": gallery_shot(os.path.join(folder, f"before-{before['id']}.png"), before, after),
+            "after": gallery_shot(os.path.join(folder, f"after-{after['id']}.png"), after, before)})
+    return views
+
+
+def gallery_shot(path, kept, other):
+    """One side of a gallery's pair. kept, other: ``gallery_record`` of this side and of the other one."""
+    shown = kept["picture"] and os.path.exists(path)
+    return {"picture": picture(path) if shown else None, "kscore": kept["kscore"],
+            "failed": kept.get("failed", []), "prompt": word_pieces(kept["prompt"], other["prompt"])}
+
+
+def read_list(path):
+    """A JSON file that holds a list."""
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+# -- lessons: what the best attempt did and the worst did not --
+
+def lesson_record(best, worst):
+    """What a memory entry keeps of the two attempts that it was made from: JSON of about two kilobytes.
+
+    {"best": attempt, "worst": attempt, "differences": [{"slot", "decision", "about", "best", "worst"}]}, see
+    ``attempt_record``. best, worst: Trajectory, as ``distill.select_pair`` gives them.
+    """
+    differences = [asdict(d) for d in distill.compare(best, worst) if d.differs]
+    return {"best": attempt_record(best), "worst": attempt_record(worst), "differences": differences}
+
+
+def attempt_record(t, limit=240):
+    """A Trajectory with a program in short: reward, failed checks, every turn, and what draws its picture again."""
+    references = [t.images[reference["img_id"]] for reference in t.program.references]
+    turns = []
+    for step in t.steps:
+        turns.append({"think": step.think[:limit], "action": action_text(step)[:limit],
+                      "observation": step.observation[:limit]})
+    return {"reward": t.reward, "kscore": t.judgement and t.judgement["kscore"],
+            "failed": sorted(distill.failed_constraints(t)), "turns": turns, "prompt": t.program.gen_prompt,
+            "references": [source.get("title") or "" for source in references],
+            "files": [source["local_path"] for source in references], "seed": image_seed(t.row)}
+
+
+def action_text(step):
+    """A turn's action in one line: the tool and what it is asked."""
+    if step.kind != "tool_call":
+        return step.kind.replace("_", " ")
+    asked = []
+    for value in step.arguments.values():
+        asked += value if isinstance(value, list) else [value]
+    return f"{step.name}: " + "; ".join(map(str, asked))
+
+
+def lesson_view(entry, pictures):
+    """A memory Entry as the page tells it. pictures: {"best": picture, "worst": picture}, or {}."""
+    advice = []
+    for name, bullets in entry.bundle.guidance.items():
+        for bullet in bullets:
+            advice.append({"slot": SLOT_OF_FIELD[name], "text": bullet.removeprefix(distill.STANDARD),
+                           "standard": bullet.startswith(distill.STANDARD)})
+
+    attempts, differences = None, []
+    record = entry.attempts
+    if record:
+        best, worst = record["best"], record["worst"]
+        attempts = {"best": marked_attempt(best, worst) | {"picture": pictures.get("best")},
+                    "worst": marked_attempt(worst, best) | {"picture": pictures.get("worst")}}
+        differences = [difference_view(d) for d in merged_differences(record["differences"])]
+
+    return {"request": entry.prompt, "trigger": entry.bundle.trigger, "step": entry.step,
+            "best": entry.best, "worst": entry.best - entry.gap, "retrieved": entry.retrieved,
+            "advice": advice, "attempts": attempts, "differences": differences,
+            "uses": entry.uses, "agreement": agreement_view(entry)}
+
+
+def agreement_view(entry):
+    """How far the lesson agreed with attempts at other requests: {"mean", "standard_error", "count"}, or None."""
+    measured = [use["agreement"] for use in entry.uses if use["agreement"] is not None]
+    if not measured:
+        return None
+    mean, error = mean_and_error(measured)
+    return {"mean": mean, "standard_error": error, "count": len(measured)}
+
+
+def marked_attempt(attempt, other):
+    """An attempt with marks where it differs from the other one, both as ``attempt_record`` gives them.
+
+    A turn "differs" if the other attempt has no such action or thought; thoughts and prompt are pieces.
+    """
+    other_actions = [turn["action"] for turn in other["turns"]]
+    other_sentences = {sentence for turn in other["turns"] for sentence in sentences_of(turn["think"])}
+    prompt = word_pieces(attempt["prompt"], other["prompt"])
+    program_differs = attempt["references"] != other["references"] or any(piece["differs"] for piece in prompt)
+
+    turns = []
+    for turn in attempt["turns"]:
+        think = [{"text": s, "differs": s not in other_sentences} for s in sentences_of(turn["think"])]
+        action_differs = program_differs if turn["action"] == "answer" else turn["action"] not in other_actions
+        differs = action_differs or any(piece["differs"] for piece in think)
+        turns.append(turn | {"think": think, "differs": differs})
+    kept = {name: attempt[name] for name in ("reward", "kscore", "failed", "references")}
+    return kept | {"prompt": prompt, "turns": turns}
+
+
+def sentences_of(text):
+    """The sentences of a thought."""
+    return [text[start:end] for start, end in sentence_spans(text)]
+
+
+def word_pieces(text, other):
+    """text cut into pieces {"text", "differs"}: which of its words the other text does not have at that place."""
+    words, others = text.split(), other.split()
+    matcher = difflib.SequenceMatcher(None, words, others, autojunk=False)
+    pieces = []
+    for kind, start, end, _, _ in matcher.get_opcodes():
+        if start < end:
+            pieces.append({"text": " ".join(words[start:end]), "differs": kind != "equal"})
+    return pieces
+
+
+DECISIONS = {  # decision -> how it was decided -> what the attempt did; "n": any other number, "words": title words
+    "text searches": {0: "makes no text search", 1: "makes one text search", "n": "makes {value} text searches"},
+    "leads followed": {0: "stops at the first page", "n": "follows what the first page names to another page"},
+    "image searches": {0: "looks for no pictures", 1: "looks for pictures once",
+                       "n": "looks for pictures {value} times"},
+    "queries": {"none": "asks no question", "fact": "asks for the exact fact", "name": "asks by the name alone",
+                "mixed": "asks by the name first, then for the fact"},
+    "skill": {True: "reads the guide on {about}", False: "leaves the guide on {about} alone"},
+    "place": {"first": "takes the first picture found", "later": "looks past the first picture found",
+              "none": "uses no picture of the search"},
+    "title words": {"words": "takes a picture titled {value}", "n": "takes a picture without a telling title"},
+    "wording": {True: "follows the wording of the guide on {about}", False: "keeps plain words for {about}"},
+    "quoted text": {True: "puts the text in quotation marks", False: "quotes no text"},
+    "ordinals": {0: "names no reference", "n": "names {value} of its references in order"},
+    "constraint": {True: "passes the check of {about}", False: "fails the check of {about}"}}
+
+
+def merged_differences(differences):
+    """The differences with those that say the same of several skills, or of several checks, put into one."""
+    merged = {}
+    for difference in differences:
+        key = json.dumps([difference[name] for name in ("slot", "decision", "best", "worst")])
+        merged.setdefault(key, difference | {"about": []})
+        merged[key]["about"].append(difference["about"].replace("_", " "))
+    return [difference | {"about": listing(difference["about"])} for difference in merged.values()]
+
+
+def listing(names):
+    """["a", "b", "c"] -> "a, b and c"."""
+    return ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else names[0]
+
+
+def difference_view(difference):
+    """One decision that two attempts took differently: {"slot", "outcome", "best", "worst"}, the last two in words.
+
+    outcome: whether it is a verdict of the judge, and so a consequence, not a decision.
+    """
+    is_outcome = difference["decision"] == "constraint"
+    best, worst = decision_text(difference, "best"), decision_text(difference, "worst")
+    if is_outcome:
+        worst = "passes it" if difference["worst"] else "fails it"
+    return {"slot": SLOT_OF_FIELD[difference["slot"]], "outcome": is_outcome, "best": best, "worst": worst}
+
+
+def decision_text(difference, which):
+    """What the best or the worst attempt did, from the table of decisions."""
+    table, value = DECISIONS[difference["decision"]], difference[which]
+    if isinstance(value, (list, tuple)):  # title words
+        phrase = table["words" if value else "n"]
+        value = f"“{' '.join(value[:4])}”"
+    else:
+        phrase = table.get(value, table.get("n", ""))
+    return phrase.format(value=value, about=difference["about"])
+
+
+def lesson_pictures(run, entry):
+    """{"best": picture, "worst": picture} of a lesson's attempts; {} for an entry that has no record of them.
+
+    Only a local renderer draws them: the page is no reason to ask a paid service.
+    """
+    record, scorer = entry.attempts, run.components.scorer
+    if not record or not run.processes.is_main or not isinstance(scorer.renderer, diffusion.Renderer):
+        return {}
+    folder = model.make_folder(os.path.join(run.settings.out, "gallery"))
+    return {which: attempt_picture(scorer, record[which], folder) for which in ("best", "worst")}
+
+
+def attempt_picture(scorer, attempt, folder):
+    """The picture of a lesson's attempt, drawn once and kept in the folder; None if a reference's file is gone."""
+    key = json.dumps([attempt["prompt"], attempt["files"], attempt["seed"]])
+    path = os.path.join(folder, f"lesson-{hashlib.sha256(key.encode()).hexdigest()[:16]}.png")
+    if not os.path.exists(path):
+        if not all(map(os.path.exists, attempt["files"])):
+            return None
+        references = [tools.read_image(file) for file in attempt["files"][:2]]
+        image = scorer.renderer.render([attempt["prompt"]], [references], [attempt["seed"]], **scorer.options)[0]
+        diffusion.write_png(path, image)
+    return picture(path)
+
+
+# -- the token microscope --
 
 @torch.no_grad()
-def microscope(run, t, bundle):
-    """A trajectory's tokens, coloured by log q - log p: what the teacher, who read the guide, likes more or less."""
-    row = distill.TrainingRow(t.tokens, t.mask, 0.0, *run.teacher_view(t, bundle))
-    student = distill.score_actions(run.net, [t.tokens], [t.mask], run.settings.temperature, True)
-    teacher, score = distill.teacher_scores(run.teacher, student, [row], run.recipe, run.settings.temperature,
-                                            with_logits=True)
-    gap = teacher.logp - student.logp
-    chosen = distill.select_tokens(gap, student.mask, run.recipe.selection, run.recipe.top_fraction, score,
-                                   run.recipe.threshold)[0].tolist()
-    liked, gap = teacher.logits[0].argmax(-1).tolist(), gap[0].tolist()
-    p, q = student.logp[0].exp().tolist(), teacher.logp[0].exp().tolist()
-    parts = ["<h2>Token microscope</h2><p>Green: the teacher, with the guide in its context, finds the student's token "
-             "more likely than the student does; red: less. Underlined: what the recipe distils of such a row. Small: "
-             "the token that the teacher prefers.</p>",
-             f"<p>{html.escape(t.question)}</p><pre>{html.escape(bundle.markdown())}</pre>"]
-    places, number, word = [i for i, m in enumerate(t.mask) if m], -1, run.tokenizer.decode
-    for n, i in enumerate(places):
-        if n == 0 or i != places[n - 1] + 1:  # a new turn
-            number += 1
-            step = t.steps[number] if number < len(t.steps) else None
-            slots = TURN_SLOTS.get(step.name if step and step.kind == "tool_call" else "", ())
-            said = [b for slot in slots for f in distill.SLOTS[slot] for b in bundle.guidance[f]]
-            parts.append(f"<h3>Turn {number + 1}: {html.escape(', '.join(slots))}</h3>"
-                         + "".join(f'<p class="think">{html.escape(b)}</p>' for b in said)
-                         + '<p style="line-height:2.4">')
-        shade = f"rgba({'40,140,80' if gap[n] > 0 else '190,50,50'},{min(abs(gap[n]) / 3, 0.85):.2f})"
-        other = f'<sub>{html.escape(word([liked[n]]))}</sub>' if liked[n] != t.tokens[i] else ""
-        text = html.escape(word([t.tokens[i]])).replace("\n", "⏎")
-        parts.append(f'<span style="background:{shade}{";border-bottom:2px solid #222" if chosen[n] else ""}" '
-                     f'title="student {p[n]:.3f}, teacher {q[n]:.3f}">{text}</span>{other}')
-        if n + 1 == len(places) or places[n + 1] != i + 1:
-            parts.append("</p>")
-    return "".join(parts)
+def microscope_view(run, t, bundle):
+    """A trajectory token by token: what the student, and the teacher with and without the guide, make of it.
+
+    A token is {"text", "p", "on", "off", "selected"}; on and off: {"gap": log q - log p in nats, "q", "prefers"} of
+    the teacher with and without the guide; prefers: the token it likes best, "" if that is the one that was written.
+    """
+    tokenizer = run.tokenizer
+    row = distill.TrainingRow(t.tokens, t.mask, 0.0, *teacher_view(t, bundle, run.tokenizer))
+    temperature, recipe = run.settings.temperature, run.recipe
+
+    # three views of the same action tokens: the student's, the teacher's without the guide, the teacher's with it
+    student = distill.score_actions(run.net, [t.tokens], [t.mask], temperature, True)
+    unguided = distill.score_actions(run.teacher, [t.tokens], [t.mask], temperature, True)
+    guided, score = distill.teacher_scores(run.teacher, student, [row], recipe, temperature, with_logits=True)
+    selected = distill.select_tokens(guided.logp - student.logp, student.mask, recipe.selection, recipe.top_fraction,
+                                     score, recipe.threshold)[0].tolist()
+
+    positions = [i for i, is_action in enumerate(t.mask) if is_action]
+    written = [t.tokens[i] for i in positions]
+    p = student.logp[0].exp().tolist()
+    on = teacher_tokens_view(tokenizer, written, student, guided)
+    off = teacher_tokens_view(tokenizer, written, student, unguided)
+
+    turns = []
+    for n, i in enumerate(positions):
+        starts_turn = n == 0 or i != positions[n - 1] + 1
+        if starts_turn:
+            step = t.steps[len(turns)] if len(turns) < len(t.steps) else None
+            turns.append(microscope_turn(step, bundle))
+        turns[-1]["tokens"].append({"text": tokenizer.decode([written[n]]), "p": p[n], "on": on[n], "off": off[n],
+                                    "selected": selected[n]})
+    return {"question": t.question, "guide": bundle.markdown(), "turns": turns}
 
 
-def write_evolution_report(run):
-    """report.html of an evolution: curves, gallery, microscope, lessons."""
-    parts = ["<h2>Curves</h2>"]
-    for _, title, keys in CURVES:
-        parts.append(curve(title, {k: [(row["step"], row.get(k)) for row in run.log] for k in keys}))
-    checks = [(row["step"], row["validation"]) for row in run.log if row.get("validation")]
-    parts.append(curve("validation", {k: [(step, v[k]) for step, v in checks] for k in ("reward", "kscore")}))
-    parts.append(gallery(run.settings.out))
-    if run.example:
-        parts.append(microscope(run, *run.example))
-    parts.append("<h2>Lessons</h2><table><tr><th>kind of "
-                 "request</th><th>best</th><th>gap</th><th>step</th><th>retrieved</th><th>audits</th>"
-                 "<th>effect</th><th>placebo</th></tr>")
-    for e in sorted(run.memory.entries, key=lambda e: -e.retrieved)[:60]:
-        effect = f"{e.moved / e.audits:+.3f}</td><td>{e.moved_placebo / e.audits:+.3f}" if e.audits else "</td><td>"
-        parts.append(f"<tr><td>{html.escape(e.bundle.trigger[:90])}</td><td>{e.best:.2f}</td><td>{e.gap:.2f}</td>"
-                     f"<td>{e.step}</td>"
-                     f"<td>{e.retrieved}</td><td>{e.audits}</td><td>{effect}</td></tr>")
-    parts.append("</table>")
-    if run.processes.is_main:  # the others only helped to read their part of the weights
-        write_page(os.path.join(run.settings.out, "report.html"), "GenEvolve: an evolution", "\n".join(parts))
+def teacher_tokens_view(tokenizer, written, student, teacher):
+    """[{"gap", "q", "prefers"}], one a written token. student, teacher: TokenScores with logits of one row."""
+    gaps = (teacher.logp - student.logp)[0].tolist()
+    q = teacher.logp[0].exp().tolist()
+    preferred = teacher.logits[0].argmax(-1).tolist()
+
+    views = []
+    for n, token in enumerate(written):
+        prefers = tokenizer.decode([preferred[n]]) if preferred[n] != token else ""
+        views.append({"gap": gaps[n], "q": q[n], "prefers": prefers})
+    return views
+
+
+def microscope_turn(step, bundle):
+    """The heading of a turn under the microscope: its slots and what the guide says about them."""
+    tool = step.name if step and step.kind == "tool_call" else ""
+    slots = TURN_SLOTS.get(tool, []) if step else []
+    advice = []
+    for slot in slots:
+        for name in distill.SLOTS[slot]:
+            advice += bundle.guidance[name]
+    return {"slots": slots, "advice": advice, "tokens": []}
+
+
+# -- the file --
+
+def write_report(path, view):
+    """One self-contained file: web/report.html with the view's JSON in it."""
+    with open(os.path.join(HERE, "web", "report.html"), encoding="utf-8") as file:
+        page = file.read()
+    opening = '<script type="application/json" id="data">'
+    head, _, rest = page.partition(opening)
+    _, closing, tail = rest.partition("</script>")
+
+    text = json.dumps(finite(view), ensure_ascii=False, allow_nan=False)
+    text = text.replace("<", "\\u003c")  # no tag in the data ends the element
+    model.write_text(path, head + opening + text + closing + tail)
+
+
+def finite(value):
+    """The value with None for every number that is nan or infinite."""
+    if isinstance(value, dict):
+        return {str(key): finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 # ---- Commands --------------------------------------------------------------------------------------------------------
@@ -1855,7 +2224,7 @@ def save_results(out, trajectories, single):
             t.saved = True
         records.append(record(t, path))
     model.write_json(os.path.join(out, "results.json"), records)
-    write_report(os.path.join(out, "report.html"), trajectories)
+    write_report(os.path.join(out, "report.html"), run_view(trajectories))
 
 
 def sft(s):

@@ -4284,6 +4284,7 @@ class CountingAgent:
             thought = "" if seed % 3 else "Ask for the exact fact."
             made.append(distill.Trajectory(
                 request["id"], request["question"], request, messages, seed, program=program, termination="answer",
+                images={"IMG_001": {"title": "Kettle", "local_path": "kettle.png"}},
                 steps=[distill.Step(thought, "tool_call", "search", {"queries": ["kettle"]}, "A kettle.")],
                 tokens=opening + answer, mask=[False] * len(opening) + [True] * len(answer),
                 prompt_length=len(opening)))
@@ -4326,9 +4327,9 @@ def adapters_of(net):
     return {name: p.detach().clone() for name, p in net.named_parameters() if "lora_" in name}
 
 
-@pytest.mark.parametrize("recipe", ("stable", "paper"))
-def test_lora_trains_adapters_alone_against_the_policy_without_them(offline_evolution, recipe):
-    run = offline_evolution(lora=4, recipe=recipe, set="gate=0", steps=2)
+@pytest.mark.parametrize("teacher", ("frozen", "same", "ema"))
+def test_lora_trains_adapters_alone_against_the_policy_without_them(offline_evolution, teacher):
+    run = offline_evolution(lora=4, set=f"gate=0,teacher={teacher}", steps=2)
     before = {name: p.detach().clone() for name, p in run.net.named_parameters()}
     start, _ = model.load(os.path.join(genevolve.HERE, "weights", "sft"))
     rows = [run.step(), run.step()]
@@ -4371,10 +4372,9 @@ def test_the_policy_of_a_lora_run_is_merged_and_peft_finds_the_adapters_beside_i
     assert model.read_json(str(tmp_path / "policy" / "adapter" / "adapter_config.json"))["r"] == 4
 
 
-@pytest.mark.parametrize("flags, said", (({"lora": -1}, "negative"), ({"lora": 4, "set": "teacher=ema"}, "EMA")))
-def test_an_impossible_lora_run_is_refused(flags, said):
-    with pytest.raises(ValueError, match=said):
-        genevolve.Evolve(**flags)
+def test_a_negative_rank_is_refused():
+    with pytest.raises(ValueError, match="--lora -1"):
+        genevolve.Evolve(lora=-1)
 
 
 def test_lessons_are_written_by_a_language_model_and_a_failed_summary_costs_its_pair_alone(offline_evolution):
@@ -4406,9 +4406,9 @@ def test_lessons_are_written_by_a_language_model_and_a_failed_summary_costs_its_
 
 def test_the_gradient_of_a_minibatch_holds_nothing_of_the_one_before(offline_evolution):
     run = offline_evolution(minibatches=3, lr=0.0)  # at rate 0 all minibatches see the same weights
-    trajectories, _ = run.roll_out(run.data[:2] * 3, 0)
-    rewards = torch.tensor([[t.reward] * 3 for t in trajectories[:2]]) + torch.tensor([0.0, 0.5, 1.0])
-    batch = run.training_batch(list(genevolve.chunks(trajectories, 3)), rewards, [None, None])
+    groups, _ = run.roll_out_groups(run.data[:2])
+    rewards = torch.tensor([[t.reward for t in group] for group in groups])
+    batch = genevolve.training_batch(groups, rewards, [None, None], run.recipe, run.tokenizer)
     norms = [distill.gradient_norm(run.gradients(part, [], [])[0]) for part in genevolve.chunks(batch, 2)]
     assert run.update(batch, [], [])["gradient_norm"] == pytest.approx(sum(norms) / 3, rel=1e-4) and min(norms) > 0
 
