@@ -1720,7 +1720,7 @@ def explain_prompt(t):
     for step in t.steps:
         if step.name == "search":
             mark(fact_spans(step.observation, prompt, t.question), "fact", "; ".join(distill.queries_of(step)))
-    for order, phrase in enumerate(distill.ORDINALS, 1):
+    for order, phrase in enumerate(tools.REFERENCE_PHRASES, 1):
         mark([m.span() for m in re.finditer(re.escape(phrase), prompt, re.I)], "reference", order)
 
     pieces = []
