@@ -412,7 +412,7 @@ class Agent:
                 return FORMAT_ERROR.format(error="no tools in the last turn")
             return trajectory.session.call(turn.name, turn.arguments)
 
-        program, errors = distill.parse_program(turn.arguments, trajectory.session)
+        program, errors = tools.parse_program(turn.arguments, trajectory.session)
         if errors:
             return "The program was refused: " + "; ".join(errors) + "."
         trajectory.program = program
@@ -1745,7 +1745,7 @@ def guide_spans(guide, prompt, question):
 
 def fact_spans(observation, prompt, question):
     """[(start, end)] of the prompt's names and numbers that are new to the request and stand in the observation."""
-    new = set(distill.words_of(observation)) - set(distill.words_of(question)) - distill.OPENERS
+    new = set(tools.words(observation)) - set(tools.words(question)) - distill.OPENERS
     spans = []
     for match in re.finditer(r"\w+", prompt):
         word = match.group()
@@ -2071,8 +2071,7 @@ def microscope_view(run, t, bundle):
     student = distill.score_actions(run.net, [t.tokens], [t.mask], temperature, True)
     unguided = distill.score_actions(run.teacher, [t.tokens], [t.mask], temperature, True)
     guided, score = distill.teacher_scores(run.teacher, student, [row], recipe, temperature, with_logits=True)
-    selected = distill.select_tokens(guided.logp - student.logp, student.mask, recipe.selection, recipe.top_fraction,
-                                     score, recipe.threshold)[0].tolist()
+    selected = distill.select_tokens(guided.logp - student.logp, student.mask, recipe, score)[0].tolist()
 
     positions = [i for i, is_action in enumerate(t.mask) if is_action]
     written = [t.tokens[i] for i in positions]

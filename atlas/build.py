@@ -1308,7 +1308,7 @@ def build_demos(count, seed, expert_rate=EXPERT_RATE):
 
         row, guide = demo_request(rng, entities)
         messages, audit, answer = teacher.demonstrate(row, guide or [])
-        _, errors = distill.parse_program(answer, teacher.session)
+        _, errors = tools.parse_program(answer, teacher.session)
         if errors:
             continue
         n_valid += 1
