@@ -104,7 +104,8 @@ class Trajectory:
     def to_json(self):
         """What judging and training need, without picture, session and row: another process reads it."""
         left_out = ("row", "session", "image", "handle", "saved")
-        value = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
+        names = [f.name for f in fields(self) if f.name not in left_out]
+        value = {name: getattr(self, name) for name in names}
         value["program"] = None if self.program is None else asdict(self.program)
         value["steps"] = [asdict(step) for step in self.steps]
         return value
@@ -164,7 +165,8 @@ class ModelJudge:
     def score(self, image, truth, row):
         """The judgement of a picture, uint8 (H, W, 3), against its ground truth. row: the request, {"question": ...}"""
         request = {"type": "text", "text": f"Request: {row['question']}"}
-        answer = query_judge(self.chat, PICTURE_RUBRIC, [request, tools.image_part(image), tools.image_part(truth)])
+        pictures = [tools.image_part(image), tools.image_part(truth)]
+        answer = query_judge(self.chat, PICTURE_RUBRIC, [request, *pictures])
 
         rationale = str(answer.get("rationale", ""))[:300]
         scores, constraints = {}, []
@@ -188,7 +190,8 @@ class ModelJudge:
 
         answer = query_judge(self.chat, PROGRAM_RUBRIC, text)
         value = read_score(answer, "sufficiency", (0, 0.25, 0.5, 0.75, 1))
-        return value, [constraint("program", value == 1, str(answer.get("rationale", ""))[:300])]
+        rationale = str(answer.get("rationale", ""))[:300]
+        return value, [constraint("program", value == 1, rationale)]
 
     def score_wise(self, image, row):
         """WISE's scores of a picture, by both versions (see ``wiscore``); a WISE prompt has no ground truth."""
@@ -197,7 +200,8 @@ class ModelJudge:
         legacy = query_judge(self.chat, WISE_RUBRIC, parts)
         verified = query_judge(self.chat, WISE_VERIFIED_RUBRIC, parts)
 
-        scores = {name: read_score(legacy, name, (0, 1, 2)) for name in ("consistency", "realism", "aesthetic")}
+        names = ("consistency", "realism", "aesthetic")
+        scores = {name: read_score(legacy, name, (0, 1, 2)) for name in names}
         return scores | {"score": read_score(verified, "score", (0, 1))}
 
 
@@ -213,11 +217,15 @@ def sft_loss(net, rows, token_weights=None):
 
     rows: [(ids, mask)], mask True for tokens that the assistant wrote. token_weights: (V,) w of every token, None: 1.
     """
-    hidden, index = model.hidden_states(net, [ids for ids, _ in rows])                          # (N, C) of all tokens
+    sequences = [ids for ids, _ in rows]
     positions = [action_positions(mask) for _, mask in rows]
-    before = torch.cat(predicting_rows(index, positions))                                       # (M,)
-    targets = torch.tensor([ids[i] for (ids, _), row in zip(rows, positions) for i in row], device=hidden.device)
-    weights = torch.ones(len(targets), device=hidden.device) if token_weights is None else token_weights[targets]
+    hidden, index = model.hidden_states(net, sequences)                               # (all tokens, C)
+    before = torch.cat(predicting_rows(index, positions))                             # (M,)
+    targets = torch.tensor(tokens_at(sequences, positions), device=hidden.device)     # (M,)
+    if token_weights is None:
+        weights = torch.ones(len(targets), device=hidden.device)
+    else:
+        weights = token_weights[targets]
     return -model.weighted_logprobs(hidden[before], net.output_weight, targets, weights / weights.sum())
 
 
@@ -230,22 +238,29 @@ def copy_loss(net, pools, rng, count, device):
     """
     pool = pools[int(rng.integers(len(pools)))]
     length = int(rng.integers(3, 17))
-    gaps = rng.integers(0, 25, 2)
-    segment = torch.tensor(rng.choice(pool, (count, length)), device=device)                    # (count, length)
-    before, between = (torch.tensor(rng.choice(pools[0], (count, n)), device=device) for n in gaps)
+    gap_before, gap_between = rng.integers(0, 25, 2)
+    segment = rng.choice(pool, (count, length))                                       # (count, length)
+    before = rng.choice(pools[0], (count, gap_before))
+    between = rng.choice(pools[0], (count, gap_between))
 
-    ids = torch.cat([before, segment, between, segment], 1)
-    logits = net(ids[:, :-1])[:, -(length - 1):]                                                # (count, length - 1, V)
+    ids = np.concatenate([before, segment, between, segment], 1)
+    ids = torch.tensor(ids, device=device)                                            # (count, T)
+    segment = torch.tensor(segment, device=device)
+    logits = net(ids[:, :-1])[:, -(length - 1):]                                      # (count, length - 1, V)
     return F.cross_entropy(logits.flatten(0, 1), segment[:, 1:].flatten())
 
 
-def cosine_lr(step, steps, peak, warmup):
-    """Learning rate: linear rise over ``warmup`` of the steps, then cosine to a tenth of the peak."""
-    rise = max(1, int(warmup * steps))
+def sft_lr(s, step, copy_steps):
+    """Learning rate: a linear rise over 20 steps of copying; then a linear rise over s.warmup of the steps and a cosine
+    to a tenth of s.lr."""
+    if step < copy_steps:
+        return s.lr * min(1.0, (step + 1) / 20)
+    step = step - copy_steps
+    rise = max(1, int(s.warmup * s.steps))
     if step < rise:
-        return peak * (step + 1) / rise
-    progress = (step - rise) / max(1, steps - rise)
-    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+        return s.lr * (step + 1) / rise
+    progress = (step - rise) / max(1, s.steps - rise)
+    return s.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
 def sft(s):
@@ -263,6 +278,7 @@ def sft(s):
     optimizer = torch.optim.AdamW(parameters, lr=s.lr, betas=(0.9, 0.98), weight_decay=s.weight_decay)
     first_step, earlier_seconds = resume_sft(stopped_run, net, optimizer)
 
+    # names, numbers and codes have to be copied: their tokens count more than the rest
     copy_pools = rare_tokens(tokenizer, conversations)
     token_weights = torch.ones(net.config.vocab_size, device=device)                  # (V,)
     token_weights[torch.tensor(copy_pools[0], device=device)] = s.copy_token_weight
@@ -277,11 +293,11 @@ def sft(s):
     for step in range(first_step, total_steps):
         copying = step < copy_steps
         rng = np.random.default_rng([s.seed, step])
-        lr = s.lr * min(1.0, (step + 1) / 20) if copying else cosine_lr(step - copy_steps, s.steps, s.lr, s.warmup)
+        lr = sft_lr(s, step, copy_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        auxiliary = None
+        auxiliary = None  # a batch of copying has about batch_tokens tokens, beside demonstrations a sixth
         with torch.autocast(device, torch.bfloat16, enabled=s.bf16):
             if copying:
                 loss = copy_loss(net, copy_pools, rng, s.batch_tokens // 48, device)
@@ -402,9 +418,9 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, clip=(0.20, 0.28), bet
     live_count, token_count = normalizer if is_pair else (normalizer, normalizer)
 
     ratio = importance_ratio(logp, logp_old)
-    advantages = upcast(advantages)[:, None]                                                   # (N, 1)
-    gain = torch.minimum(ratio * advantages, ratio.clamp(1 - clip[0], 1 + clip[1]) * advantages)
-    loss = -aggregate(gain, policy_mask(advantages[:, 0], mask), aggregation, live_count)
+    A = upcast(advantages)[:, None]                                                            # (N, 1)
+    gain = torch.minimum(ratio * A, ratio.clamp(1 - clip[0], 1 + clip[1]) * A)
+    loss = -aggregate(gain, policy_mask(advantages, mask), aggregation, live_count)
     return loss + beta * aggregate(k3(logp - logp_ref), mask, aggregation, token_count) if beta else loss
 
 
@@ -421,8 +437,8 @@ SLOTS = {
     "prompt construction": ("prompt_program_guidance",),
     "failure avoidance": ("failure_guards",)}
 
-NAME = r"[A-ZÀ-ÖØ-Þ][\w’'-]*"
-RUN = re.compile(rf"\b{NAME}(?:\s+(?:(?:of|de|la|van|von|der)\s+)?{NAME})*")
+NAME = r"[A-ZÀ-ÖØ-Þ][\w’'-]*"  # a capitalised word
+NAME_RUN = re.compile(rf"\b{NAME}(?:\s+(?:(?:of|de|la|van|von|der)\s+)?{NAME})*")
 SENTENCE_START = re.compile(r"(^|[.!?:\n])[\s\"'(]*$")
 DOUBLE_QUOTED = re.compile(r"[\"“]([^\"”]+)[\"”]")
 QUOTED = re.compile(DOUBLE_QUOTED.pattern + r"|(?<!\w)'(.+?)'(?!\w)")
@@ -437,11 +453,12 @@ def select_pair(trajectories, min_reward_gap=0.20):
     The gap may fall short by 1e-9: rewards are sums of tenths. Missing rewards, and attempts without program or
     reference, are no candidates. Of equals, the first.
     """
-    valid = [t for t in trajectories if not math.isnan(t.reward) and t.program is not None and t.program.references]
-    if not valid:
+    candidates = [t for t in trajectories if t.program is not None and t.program.references]
+    candidates = [t for t in candidates if not math.isnan(t.reward)]
+    if not candidates:
         return None
-    best = max(valid, key=lambda t: t.reward)
-    worst = min(valid, key=lambda t: t.reward)
+    best = max(candidates, key=lambda t: t.reward)
+    worst = min(candidates, key=lambda t: t.reward)
     return (best, worst) if best.reward - worst.reward >= min_reward_gap - 1e-9 else None
 
 
@@ -449,7 +466,7 @@ def entity_names(text):
     """Names found generically: runs of capitalised words ("Tower of Kel"), longest first. At a sentence's start a lone
     capitalised word, or one that opens requests ("Show"), is no part of a name."""
     names = set()
-    for match in RUN.finditer(text):
+    for match in NAME_RUN.finditer(text):
         words = match.group().split()
         opens_sentence = SENTENCE_START.search(text[:match.start()])
         if opens_sentence and (len(words) == 1 or words[0].lower() in OPENERS):
@@ -488,27 +505,32 @@ def search_decisions(trajectory, names):
     named = name_words(trajectory.question, names)
     observed, leads, has_details = set(), 0, []
     for step in trajectory.steps:
-        for query in queries_of(step) if step.name == "search" else []:
-            capitals = {word.lower() for word in re.findall(NAME, query)}
-            leads += bool((capitals - asked) & observed)  # a name that only an earlier observation held
-            has_details.append(bool(set(tools.words(query)) - named - capitals - STOP))
+        if step.name == "search":
+            for query in queries_of(step):
+                capitals = {word.lower() for word in re.findall(NAME, query)}
+                leads += bool((capitals - asked) & observed)  # a name that only an earlier observation holds
+                has_details.append(bool(set(tools.words(query)) - named - capitals - STOP))
         observed |= set(tools.words(step.observation))
 
+    # a query that is more than a name asks for a fact
     if not has_details:
         style = "none"
     elif all(has_details):
         style = "fact"
     else:
         style = "mixed" if any(has_details) else "name"
+    image_searches = sum(step.name == "image_search" for step in trajectory.steps)
     return {("recommended_tool_plan", "text searches", ""): len(has_details),
             ("recommended_tool_plan", "leads followed", ""): leads,
-            ("recommended_tool_plan", "image searches", ""): sum(s.name == "image_search" for s in trajectory.steps),
+            ("recommended_tool_plan", "image searches", ""): image_searches,
             ("search_query_guidance", "queries", ""): style}
 
 
 def reference_decisions(trajectory, names):
     """Rank of the chosen pictures among their results, and the title words that tell them from the others."""
-    titles = {img_id: set(tools.words(image.get("title") or "")) for img_id, image in trajectory.images.items()}
+    titles = {}
+    for img_id, image in trajectory.images.items():
+        titles[img_id] = set(tools.words(image.get("title") or ""))
     asked = name_words(trajectory.question, names)
     ranks, title_words = set(), set()
     for found in image_results(trajectory):
@@ -516,9 +538,10 @@ def reference_decisions(trajectory, names):
             if chosen in found:
                 ranks.add("first" if found[0] == chosen else "later")
                 others = [titles[img_id] for img_id in found if img_id != chosen]
-                shared = set.intersection(*others) if others else set()
+                shared = set.intersection(*others) if others else set()  # what all others say tells nothing
                 title_words |= titles[chosen] - shared - asked - STOP
-    return {("reference_selection_guidance", "place", ""): max(ranks, default="none"),  # "later" > "first"
+    rank = max(ranks, default="none")  # "later" if any is, as it follows "first" in the alphabet
+    return {("reference_selection_guidance", "place", ""): rank,
             ("reference_selection_guidance", "title words", ""): tuple(sorted(title_words))}
 
 
@@ -531,7 +554,8 @@ def follows(guide, prompt, question):
         wording = tools.words("".join(quoted))
         for sentence in sentences:
             shared = words_in_order(wording, sentence)
-            if len(shared) >= max(3, 0.4 * len(wording)) and len(set(shared) - asked) >= 2:
+            is_alike = len(shared) >= max(3, 0.4 * len(wording))
+            if is_alike and len(set(shared) - asked) >= 2:
                 return True
     return False
 
@@ -706,7 +730,9 @@ def bullet_of(difference):
 
 def focus_of(differences):
     """One bullet on the slot in which most decisions differ."""
-    count = {slot: sum(d.differs for d in differences if d.slot in names) for slot, names in SLOTS.items()}
+    count = {}
+    for slot, names in SLOTS.items():
+        count[slot] = sum(d.differs for d in differences if d.slot in names)
     slot = max(count, key=count.get)
     text = f"Decide the {slot} with the greatest care, because that is where better and weaker attempts parted."
     return [text] if count[slot] else []
@@ -732,7 +758,8 @@ def summarize_pair(request, best, worst, phrases=None, names=entity_names):
 
 def phrase_bullets(best, worst, phrases):
     """{field: bullets} of the decision phrases that stand in the best attempt's thoughts."""
-    best_thoughts, worst_thoughts = (" ".join(step.think for step in t.steps) for t in (best, worst))
+    best_thoughts = " ".join(step.think for step in best.steps)
+    worst_thoughts = " ".join(step.think for step in worst.steps)
     bullets = {}
     for name, table in phrases.items():
         bullets[name] = []
@@ -936,7 +963,10 @@ class Memory:
         """The inverse of ``state_dict``. Raises ValueError if entries and keys do not belong together."""
         if len(state["entries"]) != len(tensors["keys"]):
             raise ValueError(f"memory has {len(state['entries'])} entries but {len(tensors['keys'])} keys")
-        self.entries = [Entry(**row | {"bundle": Bundle.from_dict(row["bundle"])}) for row in state["entries"]]
+        self.entries = []
+        for value in state["entries"]:
+            bundle = Bundle.from_dict(value["bundle"])
+            self.entries.append(Entry(**value | {"bundle": bundle}))
         self.keys = tensors["keys"].clone() if self.entries else None
         self.counters = dict(state["counters"])
 
@@ -979,10 +1009,11 @@ def check_same_actions(student, student_mask, teacher, teacher_mask):
     """Raise ValueError unless the masked (action) tokens of both are identical, all shifted by one offset, the length
     of the guide. Returns the offset."""
     offset = len(teacher) - len(student)
-    shifted = [(i + offset, token) for i, (token, is_action) in enumerate(zip(student, student_mask)) if is_action]
-    actions = [(i, token) for i, (token, is_action) in enumerate(zip(teacher, teacher_mask)) if is_action]
+    positions = action_positions(student_mask)
+    shifted = [i + offset for i in positions]
     is_whole = len(teacher) == len(teacher_mask) and len(student) == len(student_mask)
-    if actions != shifted or offset < 0 or not is_whole:
+    is_aligned = is_whole and offset >= 0 and action_positions(teacher_mask) == shifted
+    if not is_aligned or [student[i] for i in positions] != [teacher[i] for i in shifted]:
         raise ValueError("teacher and student do not see the same action tokens")
     return offset
 
@@ -1272,6 +1303,13 @@ def score_actions(net, sequences, masks, temperature=1.0, with_logits=False):
     return TokenScores(*net.forward_with(action_scores, sequences, masks, temperature, with_logits))
 
 
+def score_rows(net, rows, temperature=1.0, with_logits=False, guided=False):
+    """TokenScores of TrainingRows as the student reads them, or, guided, under the teacher's opening."""
+    sequences = [row.teacher_tokens if guided else row.tokens for row in rows]
+    masks = [row.teacher_mask if guided else row.mask for row in rows]
+    return score_actions(net, sequences, masks, temperature, with_logits)
+
+
 @torch.no_grad()
 def teacher_scores(teacher, student, rows, recipe, temperature=1.0, unguided=None, with_logits=False):
     """(the teacher's TokenScores of guided rows, the score by which selection "position" chooses); no gradient.
@@ -1284,13 +1322,11 @@ def teacher_scores(teacher, student, rows, recipe, temperature=1.0, unguided=Non
     student's would only pull the student back to what the teacher was. (A guide that was written from the very group
     that it teaches makes the score depend on how that group's attempts went on.)
     """
-    guided = score_actions(teacher, [row.teacher_tokens for row in rows], [row.teacher_mask for row in rows],
-                           temperature, with_logits or recipe.reads_logits)
+    guided = score_rows(teacher, rows, temperature, with_logits or recipe.reads_logits, guided=True)
     if not recipe.reads_unguided:
         return guided, student.entropy.detach()
     if unguided is None:
-        unguided = score_actions(teacher, [row.tokens for row in rows], [row.mask for row in rows], temperature,
-                                 with_logits=True)
+        unguided = score_rows(teacher, rows, temperature, with_logits=True)
     return guided, position_kl(unguided.logits, guided.logits, "forward")                            # (N, T)
 
 
@@ -1309,8 +1345,7 @@ def student_forward(net, rows, counted, recipe, temperature):
     guided = []
     if recipe.weight:
         guided = [i for i, row in enumerate(rows) if row.teacher_tokens is not None]
-    student = score_actions(net, [row.tokens for row in rows], [row.mask for row in rows], temperature,
-                            with_logits=recipe.reads_logits and bool(guided))
+    student = score_rows(net, rows, temperature, with_logits=recipe.reads_logits and bool(guided))
     mask = student.mask & torch.tensor(counted, device=student.mask.device)[:, None]                 # (N, T)
 
     logp_old = []
@@ -1324,8 +1359,7 @@ def reference_forward(reference, batch, teacher, recipe, temperature):
     """(TokenScores of the reference, those of the guided rows if the reference is also the teacher, else None)."""
     # a reference that is the teacher, too, gives the teacher's view without a guide in the same pass
     is_shared = recipe.reads_unguided and teacher is reference and bool(batch.guided)
-    scores = score_actions(reference, [row.tokens for row in batch.rows], [row.mask for row in batch.rows],
-                           temperature, with_logits=is_shared)
+    scores = score_rows(reference, batch.rows, temperature, with_logits=is_shared)
     return scores, select_rows(scores, batch.guided) if is_shared else None
 
 
@@ -1352,10 +1386,12 @@ def distillation_loss(batch, teacher, unguided, recipe, temperature, normalizer)
     rows = [batch.rows[i] for i in batch.guided]
     for row in rows:
         check_same_actions(row.tokens, row.mask, row.teacher_tokens, row.teacher_mask)
+
     student = select_rows(batch.student, batch.guided)
     width = student.mask.shape[1]
-    mask = batch.mask[batch.guided][:, :width]                                                       # (M, T)
+    mask = batch.mask[batch.guided][:, :width]                                                       # (guided, T)
     logp_old = batch.logp_old[batch.guided][:, :width]
+
     guided, score = teacher_scores(teacher, student, rows, recipe, temperature, unguided)
     loss = experience_loss(student.logp, logp_old, guided.logp, mask, recipe, score, normalizer, student.logits,
                            guided.logits)
@@ -1387,7 +1423,8 @@ def update_gradients(net, reference, teacher, rows, recipe, temperature=1.0, pol
     metrics = Counter()
 
     for micro_batch in micro_batches(rows, limit * processes.size):
-        batch = student_forward(net, *local_rows(micro_batch, processes), recipe, temperature)
+        local, counted = local_rows(micro_batch, processes)
+        batch = student_forward(net, local, counted, recipe, temperature)  # one pass serves both losses
         grpo = sdl = unguided = None
         if policy:
             reference_scores, unguided = reference_forward(reference, batch, teacher, recipe, temperature)
@@ -1397,18 +1434,19 @@ def update_gradients(net, reference, teacher, rows, recipe, temperature=1.0, pol
             sdl, sums = distillation_loss(batch, teacher, unguided, recipe, temperature, distilled_count)
             metrics.update(sums)
         if together and sdl is not None:
-            weighted = recipe.weight * sdl
-            grpo, sdl = weighted if grpo is None else grpo + weighted, None
+            grpo = recipe.weight * sdl if grpo is None else grpo + recipe.weight * sdl
+            sdl = None
 
         # FSDP averages gradients over processes, the denominators want their sum: hence processes.size
         if grpo is not None:
             add_gradients(policy_grads, grpo * processes.size, parameters, keep=sdl is not None)
         if sdl is not None:
             add_gradients(sdl_grads, sdl * processes.size, parameters)
+
         entropy = aggregate(batch.student.entropy.detach(), batch.mask, normalizer=1)
         metrics.update({"entropy": float(entropy), "tokens": int(batch.mask.sum())})
 
-    totals = Counter()
+    totals = Counter()  # the log's sums over all processes
     for part in processes.all_gather_objects(metrics):
         totals.update(part)
     return policy_grads, sdl_grads, dict(totals)
@@ -1487,10 +1525,11 @@ def summarize(rows, missing_text="renormalized"):
 def summarize_rows(rows, missing_text):
     """Means of KScore and its parts over judged rows; ``overall_missing_zero`` divides by all rows instead."""
     judged = [row["judgement"] for row in rows if row["judgement"]]
-    overall = average([kscore(*[judgement[d] for d in DIMENSIONS], missing_text) for judgement in judged])
+    parts = {dimension: [judgement[dimension] for judgement in judged] for dimension in DIMENSIONS}
+    overall = average([kscore(*scores, missing_text) for scores in zip(*parts.values())])
     missing_zero = overall * len(judged) / len(rows) if judged else 0.0
-    parts = {d: average([judgement[d] for judgement in judged]) for d in DIMENSIONS}
-    return {"overall": overall, "overall_missing_zero": missing_zero, **parts, "judged": len(judged),
+    means = {dimension: average(scores) for dimension, scores in parts.items()}
+    return {"overall": overall, "overall_missing_zero": missing_zero, **means, "judged": len(judged),
             "rows": len(rows)}
 
 
@@ -1538,7 +1577,8 @@ def wiscore(rows, version):
 def queries_of(step):
     """The queries of a search or image_search step; malformed arguments have none."""
     given = step.arguments.get("queries" if step.name == "search" else "query", [])
-    return [query for query in (given if isinstance(given, list) else [given]) if isinstance(query, str)]
+    queries = given if isinstance(given, list) else [given]
+    return [query for query in queries if isinstance(query, str)]
 
 
 def name_words(text, names):
@@ -1605,9 +1645,9 @@ def rare_tokens(tokenizer, conversations):
     a policy has to copy."""
     requests = [tokenizer.encode(messages[1]["content"]) for messages in conversations[:3000]]
     counts = Counter(token for ids in requests for token in set(ids))
-    rare = np.array(sorted(token for token, count in counts.items() if count < 0.2 * len(requests)))
-    single = np.array([token for token in rare if re.fullmatch("[A-Z0-9]", tokenizer.decode([int(token)]))])
-    return [rare, single if len(single) else rare]
+    rare = sorted(token for token, count in counts.items() if count < 0.2 * len(requests))
+    single = [token for token in rare if re.fullmatch("[A-Z0-9]", tokenizer.decode([token]))]
+    return [np.array(rare), np.array(single or rare)]
 
 
 def sft_batches(rows, batch_tokens, rng):
@@ -1659,8 +1699,8 @@ def new_policy(s, device):
     """A small network with random weights, and a tokenizer trained on s.vocabulary."""
     with open(s.vocabulary, encoding="utf-8") as file:
         tokenizer = model.train_tokenizer(file.readlines(), s.vocab_size)
-    config = model.Config(vocab_size=tokenizer.size, hidden_size=s.hidden, layers=s.layers, heads=s.heads, kv_heads=2,
-                          head_dim=32, mlp_size=3 * s.hidden, rope_theta=100.0, tie_embeddings=True)
+    config = model.Config(vocab_size=tokenizer.size, hidden_size=s.hidden, layers=s.layers, heads=s.heads,
+                          kv_heads=2, head_dim=32, mlp_size=3 * s.hidden, rope_theta=100.0, tie_embeddings=True)
     return model.Qwen3(config).to(device), tokenizer
 
 
@@ -1691,8 +1731,8 @@ def save_sft(s, net, tokenizer, optimizer, step, seconds, log):
 
 def print_log(log):
     """One line: numbers with four digits."""
-    print(" ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-                   for key, value in log.items()), flush=True)
+    parts = [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in log.items()]
+    print(" ".join(parts), flush=True)
 
 
 # ---- Controls of experiments: guides that should not help ------------------------------------------------------------
@@ -1718,7 +1758,8 @@ def filler(start, limit, length):
     """The longest sentence of filler words, from the start-th on, whose length is at most the limit."""
     words = [FILLER[(start + i) % len(FILLER)] for i in range(60)]
     sentences = [" ".join(words[:n]).capitalize() + "." for n in range(1, 61)]
-    return max((text for text in sentences if length(text) <= limit), key=length, default=sentences[0])
+    fitting = [sentence for sentence in sentences if length(sentence) <= limit]
+    return max(fitting, key=length, default=sentences[0])
 
 
 def shuffled(bundles, pool, seed):
@@ -1738,9 +1779,18 @@ def action_positions(mask):
     return [i for i, is_action in enumerate(mask) if is_action]
 
 
+def tokens_at(sequences, positions):
+    """The tokens at each sequence's positions, one after the other."""
+    return [sequence[i] for sequence, at in zip(sequences, positions) for i in at]
+
+
 def predicting_rows(rows, positions):
     """Of each sequence's rows (T_i, ...) those that predict the tokens at its positions: row t - 1 predicts token t."""
-    return [row[torch.tensor(at, dtype=torch.long, device=row.device) - 1] for row, at in zip(rows, positions)]
+    picked = []
+    for row, at in zip(rows, positions):
+        index = torch.tensor(at, dtype=torch.long, device=row.device) - 1
+        picked.append(row[index])
+    return picked
 
 
 def pad_rows(rows):
@@ -1750,29 +1800,31 @@ def pad_rows(rows):
     """
     flat = torch.cat(list(rows))                                                                     # (sum T, ...)
     lengths = torch.tensor([len(row) for row in rows])
-    is_filled = (torch.arange(int(lengths.max())) < lengths[:, None]).to(flat.device)                # (N, T)
-    is_filled = is_filled.view(is_filled.shape + (1,) * (flat.dim() - 1)).expand(is_filled.shape + flat.shape[1:])
-    return flat.new_zeros(is_filled.shape).masked_scatter(is_filled, flat)
+    is_filled = torch.arange(int(lengths.max())) < lengths[:, None]                                  # (N, T)
+    shape = is_filled.shape + flat.shape[1:]                                                         # (N, T, ...)
+    is_filled = is_filled.to(flat.device).view(is_filled.shape + (1,) * (flat.dim() - 1)).expand(shape)
+    return flat.new_zeros(shape).masked_scatter(is_filled, flat)
 
 
 def action_scores(net, sequences, masks, temperature, with_logits):
     """The fields of TokenScores, computed inside one forward pass of the network."""
     positions = [action_positions(mask) for mask in masks]
-    mask = pad_rows([torch.ones(len(p), dtype=torch.bool) for p in positions]).to(net.embed.weight.device)  # (N, T)
+    lengths = [len(at) for at in positions]
+    mask = pad_rows([torch.ones(n, dtype=torch.bool) for n in lengths]).to(net.embed.weight.device)  # (N, T)
     if not with_logits:
         logp, entropy = model.token_logprobs_and_entropy(net, sequences, temperature, masks)
-        return mask, pad_rows(predicting_rows(logp, positions)), pad_rows(predicting_rows(entropy, positions)), None
+        logp, entropy = (predicting_rows(values, positions) for values in (logp, entropy))
+        return mask, pad_rows(logp), pad_rows(entropy), None
 
     hidden, index = model.hidden_states(net, sequences)
     before = torch.cat(predicting_rows(index, positions))                                            # (M,)
     logits = net.logits(hidden[before]) / temperature                                                # (M, V)
-    targets = torch.tensor([sequence[i] for sequence, row in zip(sequences, positions) for i in row],
-                           device=logits.device)
     logps = F.log_softmax(logits, -1)
-    logp = logps.gather(1, targets[:, None]).squeeze(1)
+    targets = torch.tensor(tokens_at(sequences, positions), device=logits.device)
+    logp = logps.gather(1, targets[:, None]).squeeze(1)                                              # (M,)
     entropy = -(logps.exp() * logps).sum(-1)
-    lengths = [len(row) for row in positions]
-    return mask, pad_rows(logp.split(lengths)), pad_rows(entropy.split(lengths)), pad_rows(logits.split(lengths))
+    logp, entropy, logits = (pad_rows(flat.split(lengths)) for flat in (logp, entropy, logits))
+    return mask, logp, entropy, logits
 
 
 def select_rows(scores, index):
@@ -1780,9 +1832,8 @@ def select_rows(scores, index):
     if len(index) == len(scores.mask):
         return scores
     width = int(scores.mask[index].sum(1).max())
-    logits = None if scores.logits is None else scores.logits[index][:, :width]
-    return TokenScores(scores.mask[index][:, :width], scores.logp[index][:, :width],
-                       scores.entropy[index][:, :width], logits)
+    values = [scores.mask, scores.logp, scores.entropy, scores.logits]
+    return TokenScores(*(None if value is None else value[index][:, :width] for value in values))
 
 
 # ---- Micro-batches, denominators, and each process's part of them ----------------------------------------------------
@@ -1876,8 +1927,10 @@ def gradient_norm(gradients):
 
 def gradient_cosine(first, second):
     """Cosine of two lists of gradients over the same parameters, None counting as 0; nan if either vanishes."""
-    pairs = [(a, b) for a, b in zip(first, second) if a is not None and b is not None]
-    product = sum(float(model.full_tensor((a.double() * b.double()).sum())) for a, b in pairs)
+    product = 0.0
+    for a, b in zip(first, second):
+        if a is not None and b is not None:
+            product += float(model.full_tensor((a.double() * b.double()).sum()))
     length = gradient_norm(first) * gradient_norm(second)
     return product / length if length else math.nan
 
@@ -1888,8 +1941,7 @@ def reverse_kl_cosine(net, teacher, rows, recipe, temperature=1.0):
     rows = [row for row in rows if row.teacher_tokens is not None]
     if not rows:
         return math.nan
-    student = score_actions(net, [row.tokens for row in rows], [row.mask for row in rows], temperature,
-                            with_logits=True)
+    student = score_rows(net, rows, temperature, with_logits=True)
     guided, score = teacher_scores(teacher, student, rows, recipe, temperature, with_logits=True)
     estimate = experience_loss(student.logp, student.logp.detach(), guided.logp, student.mask, recipe, score,
                                student_logits=student.logits, teacher_logits=guided.logits)
