@@ -930,7 +930,8 @@ def flow_loss(net, prompts, x0, labels, generator, s, denoise=None):
     t = noise_levels(len(x0), generator, s).to(x0.device)
     xt = noised(x0, noise, t)
 
-    denoise = denoise or net
+    if denoise is None:
+        denoise = net
     predicted, logits = denoise(xt, t, condition, with_classes=True)
     error = predicted.float() - x0
     x0_error = error.square().mean((1, 2))  # (B * levels,)

@@ -759,24 +759,482 @@ def test_a_folder_takes_the_place_of_another_and_tells_its_protocol(tmp_path):
 # ==== diffusion.py: pictures, the VAE, the flow, the renderer =========================================================
 
 
-DIFFUSION_WEIGHTS = os.path.join(os.path.dirname(os.path.abspath(diffusion.__file__)), "weights")
+WEIGHTS = os.path.join(os.path.dirname(os.path.abspath(diffusion.__file__)), "weights")
+FOLDERS = os.path.join(WEIGHTS, "renderer"), os.path.join(WEIGHTS, "vae")
 
 
-def diffusion_picture(height=9, width=13, seed=0, channels=3):
+def random_image(height=9, width=13, seed=0, channels=3):
     return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
 
 
-def diffusion_chunk(kind, body):
+def small_transformer(**changes):
+    """A transformer in which no weight is exactly zero, so that every path counts."""
+    torch.manual_seed(0)
+    sizes = dict(vocabulary=20, classes=7, width=32, layers=2, heads=2, encoder_layers=1, channels=2, tokens=16,
+                 reference_tokens=4)
+    net = diffusion.Transformer(diffusion.RendererConfig(**sizes | changes))
+    for parameter in net.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return net.eval()
+
+
+@pytest.fixture
+def denoiser():
+    return small_transformer()
+
+
+def prompt_row(words=5, references=1, seed=0):
+    """A condition that fits ``small_transformer``."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, 20, (words,), generator=g)
+    places = torch.randint(0, 4, (words,), generator=g)
+    return diffusion.PromptRow(ids, places, torch.randn(references, 4, 8, generator=g))
+
+
+@pytest.fixture
+def renderer_folders(tmp_path):
+    """(renderer's folder, VAE's folder), untrained."""
+    net = small_transformer(channels=8, tokens=64, reference_tokens=16, vocabulary=4)
+    renderer_folder, vae_folder = str(tmp_path / "renderer"), str(tmp_path / "vae")
+    diffusion.save_folder(renderer_folder, net, {})
+    diffusion.save_folder(vae_folder, diffusion.VAE(diffusion.VAEConfig(width=16)), {})
+    tokenizer = diffusion.train_caption_tokenizer(["red blue green"], 1)
+    tokenizer.save(os.path.join(renderer_folder, "tokenizer.json"))
+    return renderer_folder, vae_folder
+
+
+@pytest.fixture
+def small_renderer(renderer_folders):
+    return diffusion.Renderer.load(*renderer_folders)
+
+
+# ---- VAE ------------------------------------------------------------------------------------------------------------
+
+def test_the_vae_learns_and_its_loss_has_a_gradient_everywhere():
+    vae = diffusion.VAE(diffusion.VAEConfig(width=32))
+    images = torch.from_numpy(random_image(16, 16))[None]
+    loss, _ = diffusion.vae_loss(vae, images, torch.Generator().manual_seed(0))
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in vae.parameters())
+
+
+def test_the_committed_vae_round_trips_glyphs_and_blocks():
+    if not os.path.exists(os.path.join(WEIGHTS, "vae", "model.safetensors")):
+        pytest.skip("weights/vae is absent")
+    vae = diffusion.load_folder(os.path.join(WEIGHTS, "vae"), diffusion.VAE, diffusion.VAEConfig, "cpu")
+    ink = np.array([(200, 45, 45), (45, 80, 190), (245, 215, 70), (245, 245, 245), (40, 35, 45)], np.uint8)
+    image = np.random.default_rng(0).choice(5, (4, 32, 32))
+    image = torch.from_numpy(ink[image].repeat(2, 1).repeat(2, 2))  # 2 x 2 blocks
+    with torch.no_grad():
+        back = vae.to_images(vae.to_latents(image))
+    assert 10 * math.log10(255**2 / (back.float() - image.float()).square().mean()) > 25
+
+
+# ---- Captions -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text", ["KEL7", "K-E-L-7", '"KEL7",', "k-e-l-7"])
+def test_spelled_strings_and_capitals_become_characters_with_their_places(text):
+    spelled = [(token, place) for token, place in diffusion.caption_tokens(text) if place]
+    assert spelled == [("K", 1), ("E", 2), ("L", 3), ("7", 4)]
+
+
+def test_words_and_marks_have_place_zero():
+    assert diffusion.caption_tokens('A Whole sign: "5".') == [
+        ("a", 0), ("whole", 0), ("sign", 0), (":", 0), ('"', 0), ("5", 1), ('"', 0), (".", 0)]
+
+
+def test_words_from_an_ordinal_to_the_end_of_its_sentence_name_that_reference():
+    tokens = diffusion.caption_tokens("The first one left, the Second right. Red.")
+    assert [place for _, place in tokens] == [0, -1, -1, -1, -1, -1, -2, -2, 0, 0, 0]
+
+
+def test_unknown_words_are_unk_and_an_empty_caption_has_no_tokens():
+    tokenizer = diffusion.train_caption_tokenizer(["a red ball"] * 3, 2)
+    (ids, places), (nothing, _) = diffusion.tokenize(tokenizer, ["Velmar red", ""], 10)
+    assert ids.tolist() == [tokenizer.token_to_id("[UNK]"), tokenizer.token_to_id("red")] and len(nothing) == 0
+
+
+# ---- Conditions and the transformer ---------------------------------------------------------------------------------
+
+def test_patchify_is_undone_and_patches_are_two_by_two():
+    x = torch.randn(2, 8, 8, 3)
+    tokens = diffusion.patchify(x)
+    assert torch.equal(diffusion.unpatchify(tokens), x)
+    assert torch.equal(tokens[1, 5].view(2, 2, 3), x[1, 2:4, 2:4])
+
+
+def test_packed_prompts_of_different_lengths_give_what_each_gives_alone(denoiser):
+    rows = [prompt_row(9, 2, 0), prompt_row(2, 0, 1), prompt_row(0, 0, 2), prompt_row(4, 1, 3)]
+    x, t = torch.randn(4, 16, 8), torch.rand(4)
+    together = denoiser(x, t, denoiser.encode(diffusion.pack(rows)))
+    for i, row in enumerate(rows):
+        alone = denoiser(x[i:i + 1], t[i:i + 1], denoiser.encode(diffusion.pack([row])))
+        assert torch.allclose(together[i], alone[0], atol=1e-5)
+
+
+def test_the_condition_is_the_same_whether_encoded_once_or_at_every_step(denoiser):
+    rows = [prompt_row(), prompt_row(3, 2, 1)]
+    noise, times = torch.randn(2, 16, 8), diffusion.schedule(4)
+
+    def encode_and_denoise(x, t):
+        return diffusion.guided_velocity(denoiser, denoiser.encode(diffusion.pack(rows)))(x, t)
+    once = diffusion.guided_velocity(denoiser, denoiser.encode(diffusion.pack(rows)))
+    assert torch.equal(diffusion.integrate(once, noise, times), diffusion.integrate(encode_and_denoise, noise, times))
+
+
+@pytest.mark.parametrize("change", [
+    lambda row: row._replace(ids=row.ids.flip(0)),
+    lambda row: row._replace(places=row.places + 1),
+    lambda row: row._replace(references=row.references[:1]),
+    lambda row: row._replace(references=row.references.flip(0)),
+    lambda row: row._replace(references=row.references * 2),
+], ids=["order of words", "places", "one reference less", "order of references", "references"])
+def test_an_untrained_net_sees_words_places_references_and_their_order(denoiser, change):
+    row, x, t = prompt_row(5, 2), torch.randn(1, 16, 8), torch.tensor([0.5])
+    before, after = (denoiser(x, t, denoiser.encode(diffusion.pack([r]))) for r in (row, change(row)))
+    assert not torch.allclose(before, after, atol=1e-4)
+
+
+def test_attention_written_out_equals_the_fused_kernel():
+    q, k, v = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 8)
+    mask = (torch.arange(7) < torch.tensor([[7], [3]]))[:, None, None]
+    written = diffusion.attend(q, k, v, mask)
+    with torch.no_grad():
+        assert torch.allclose(written, diffusion.attend(q, k, v, mask), atol=1e-6)
+
+
+# ---- Flow and samplers ----------------------------------------------------------------------------------------------
+
+def test_noised_ends_are_the_picture_and_the_noise():
+    x0, noise = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    assert torch.equal(diffusion.noised(x0, noise, torch.tensor([0.0, 1.0])), torch.stack([x0[0], noise[1]]))
+
+
+@pytest.mark.parametrize("sampler", ["euler", "midpoint"])
+@pytest.mark.parametrize("steps", [1, 2, 7, 20])
+def test_the_exact_velocity_recovers_the_sample_in_one_step_or_many(steps, sampler):
+    x0, noise = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 3, 4, dtype=torch.float64)
+    got = diffusion.integrate(lambda x, t: (x - x0) / t, noise, diffusion.schedule(steps), sampler)
+    assert torch.allclose(got, x0, atol=1e-9)
+
+
+@pytest.mark.parametrize("sampler, factor", [("euler", lambda h: 1 + h), ("midpoint", lambda h: 1 + h + h**2 / 2)])
+def test_a_step_of_each_solver_is_its_taylor_polynomial(sampler, factor):
+    """On dx/dt = x a step of length h multiplies x by 1 + h (Euler) or by 1 + h + h^2 / 2 (midpoint)."""
+    got = diffusion.integrate(lambda x, t: x, 3.0, [1.0, 0.6, 0.0], sampler)
+    assert got == pytest.approx(3.0 * factor(-0.4) * factor(-0.6), rel=1e-12)
+
+
+@pytest.mark.parametrize("velocity, exact", [
+    (lambda x, t: x, 1 / math.e),          # x = e^(t - 1)
+    (lambda x, t: 2 * t * x, 1 / math.e),  # x = e^(t^2 - 1)
+    (lambda x, t: x + t, 3 / math.e - 1),  # x = 3 e^(t - 1) - t - 1
+], ids=["x", "2 t x", "x + t"])
+@pytest.mark.parametrize("sampler, order", [("euler", 1), ("midpoint", 2)])
+def test_euler_converges_in_first_order_and_midpoint_in_second(sampler, order, velocity, exact):
+    """Linear velocity fields that lead from x = 1 at t = 1 to ``exact`` at t = 0: half the step, error / 2^order."""
+    errors = [abs(diffusion.integrate(velocity, 1.0, diffusion.schedule(n), sampler) - exact) for n in (32, 64)]
+    assert abs(math.log2(errors[0] / errors[1]) - order) < 0.15
+
+
+@pytest.mark.parametrize("churn", [0.0, 0.6, 1.0])
+def test_ancestral_sampling_keeps_the_marginals_and_replaces_its_share_of_the_noise(churn):
+    """With a known x_0, x_t ~ N((1 - t) x_0, t^2) at every t; each step keeps sqrt(1 - churn^2) of the old noise."""
+    g = torch.Generator().manual_seed(0)
+    x0, times = 0.7, [1.0, 0.8, 0.5, 0.25]
+
+    def normal():
+        return torch.randn(100_000, generator=g, dtype=torch.float64)
+
+    def velocity(x, t):
+        return (x - x0) / t
+    start = normal()
+    x = diffusion.integrate(velocity, start, times, "ancestral", normal, churn)
+    assert x.mean().item() == pytest.approx(0.75 * x0, abs=0.003)
+    assert x.std().item() == pytest.approx(0.25, abs=0.002)
+    kept = torch.corrcoef(torch.stack([x, start]))[0, 1].item()
+    assert kept == pytest.approx((1 - churn**2)**1.5, abs=0.01)  # three steps
+    at_zero = diffusion.integrate(velocity, start, [*times, 0.0], "ancestral", normal, churn)
+    assert torch.allclose(at_zero, torch.full_like(start, x0), atol=1e-12)  # the last step adds no noise
+
+
+def test_an_unknown_sampler_is_refused():
+    with pytest.raises(ValueError, match="heun3"):
+        diffusion.integrate(lambda x, t: x, 1.0, [1, 0], "heun3")
+
+
+def test_guidance_1_is_no_guidance_and_the_batched_pass_equals_two_passes(denoiser):
+    rows = [prompt_row(), prompt_row(3, 2, 1)]
+    x, t = torch.randn(2, 16, 8), torch.full((2,), 0.6)
+    condition = denoiser.encode(diffusion.pack(rows))
+    unconditional = denoiser.encode(diffusion.pack([row.drop() for row in rows]))
+    with torch.no_grad():
+        x0_cond, x0_uncond = denoiser(x, t, condition), denoiser(x, t, unconditional)
+        assert torch.equal(diffusion.guided_velocity(denoiser, condition)(x, 0.6), (x - x0_cond) / 0.6)
+        for guidance in (0.0, 1.0 + 1e-9, 3.0):
+            guided = diffusion.guided_velocity(denoiser, condition, unconditional, guidance)(x, 0.6)
+            x0 = x0_uncond + guidance * (x0_cond - x0_uncond)
+            assert torch.allclose(guided, (x - x0) / 0.6, atol=1e-4)
+
+
+# ---- Renderer -------------------------------------------------------------------------------------------------------
+
+def pixel_distance(a, b):
+    return np.abs(a.astype(int) - b).max()
+
+
+def test_a_saved_renderer_loads_and_an_image_does_not_depend_on_its_batch(small_renderer):
+    prompts = ["red", "blue green red blue", ""]
+    references = [[random_image(40, 50)], [], [random_image(32, 32)] * 2]
+    together = small_renderer.render(prompts, references, [7, 8, 9], steps=3)
+    pairs = small_renderer.render(prompts, references, [7, 8, 9], steps=3, max_batch=2)
+    alone = small_renderer.render(prompts[1:2], references[1:2], [8], steps=3)[0]
+    other_seed = small_renderer.render(prompts[1:2], references[1:2], [10], steps=3)[0]
+    assert together[0].shape == (64, 64, 3) and together[0].dtype == np.uint8
+    assert pixel_distance(together[1], alone) <= 1 and pixel_distance(together[2], pairs[2]) <= 1
+    assert pixel_distance(alone, other_seed) > 3
+
+
+def test_no_prompts_give_no_pictures(small_renderer):
+    assert small_renderer.render([], [], []) == []
+
+
+def test_every_sampler_reaches_the_picture(small_renderer):
+    def render(steps):
+        return {sampler: small_renderer.render(["red"], [[]], [3], steps=steps, sampler=sampler)[0]
+                for sampler in diffusion.SAMPLERS}
+    one, three = render(1), render(3)
+    assert np.array_equal(one["ancestral"], one["euler"])  # the last step of both is the same
+    assert pixel_distance(one["midpoint"], one["euler"]) > 3
+    assert pixel_distance(three["ancestral"], three["euler"]) > 3
+    assert pixel_distance(three["midpoint"], three["euler"]) > 3
+
+
+@pytest.mark.parametrize("prompts", [["red"], []])
+def test_an_unknown_sampler_of_the_renderer_is_refused_with_the_choices(small_renderer, prompts):
+    with pytest.raises(ValueError) as error:
+        small_renderer.render(prompts, [[] for _ in prompts], [0 for _ in prompts], sampler="heun3")
+    assert str(error.value) == "unknown sampler 'heun3': choose euler, midpoint or ancestral"
+
+
+@pytest.mark.parametrize("references, options", [
+    ([random_image()] * 3, {}),
+    ([random_image().astype(float)], {}),
+    ([random_image()[..., 0]], {}),
+    ([], {"steps": 0}),
+    ([], {"seeds": [0, 1]}),
+], ids=["three references", "float", "grey", "no steps", "two seeds"])
+def test_three_references_wrong_pictures_and_zero_steps_are_refused(small_renderer, references, options):
+    with pytest.raises(ValueError) as error:
+        small_renderer.render(**{"prompts": ["red"], "references": [references], "seeds": [0], "steps": 1} | options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_both_references_of_a_pair_reach_the_picture():
+    if not os.path.exists(os.path.join(WEIGHTS, "renderer", "model.safetensors")):
+        pytest.skip("weights/renderer is absent")
+    renderer = diffusion.Renderer.load(*FOLDERS)
+    judge = atlas.judge.PixelJudge(atlas.world.vocabulary())
+    pairs = [(row, truth, wanted) for _, row, truth, wanted in atlas_cases(120, 5) if len(row["_scene"].sprites) == 2]
+    pairs = pairs[:12]
+    prompts, references = [], []
+    for number, (row, _, _) in enumerate(pairs):
+        subjects = build.subject_sentence([entity.name for entity in row["_entities"]], True)
+        prompts.append(subjects + " " + build.wording("pair", row["_scene"], True))
+        rng = random.Random(number)
+        references.append([build.reference_image(rng, sprite) for sprite in row["_scene"].sprites])
+
+    def right_looks(references):
+        images = renderer.render(prompts, references, range(len(pairs)), steps=12, guidance=1.0)
+        constraints = [judge(image, truth, wanted)["constraints"] for image, (_, truth, wanted) in zip(images, pairs)]
+        return sum(all(c["passed"] for c in found if c["name"] == "subject look") for found in constraints)
+    assert right_looks(references) >= 7
+    assert right_looks([pictures[::-1] for pictures in references]) >= 7
+    assert right_looks([[] for _ in pairs]) == 0
+
+
+# ---- Training -------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def colour_scenes():
+    """A tiny training file: flat pictures whose caption names the colour."""
+    g = torch.Generator().manual_seed(3)
+    count = 40
+    number = torch.randint(0, 2, (count,), generator=g)
+    image = torch.tensor([[200, 40, 40], [40, 40, 200]])[number][:, None, None]  # (scenes, 1, 1, 3)
+    return SimpleNamespace(
+        image=image.expand(count, 64, 64, 3).contiguous().byte(),
+        references=torch.randint(0, 256, (count, 2, 32, 32, 3), generator=g, dtype=torch.uint8),
+        count=torch.randint(0, 3, (count,), generator=g).byte(),
+        labels=number[:, None, None].expand(count, 8, 8).byte(),
+        captions=[f'A {("red", "blue")[n]} sign with "AB{n}".' for n in number.tolist()],
+        classes=2,
+        train=count - 2,
+    )
+
+
+SMALL_TRAINING = dict(steps=8, batch=4, warmup=2, min_frequency=1, bf16=False, width=32, layers=2, heads=2,
+                      export_every=2)
+
+
+def small_vae():
+    torch.manual_seed(0)
+    return diffusion.VAE(diffusion.VAEConfig()).eval()
+
+
+def small_training(folder, data, **changes):
+    settings = diffusion.RendererTraining(**SMALL_TRAINING | changes)
+    return diffusion.RendererRun(data, small_vae(), str(folder), settings)
+
+
+def test_a_few_training_steps_lower_the_loss(tmp_path, colour_scenes):
+    run = small_training(tmp_path, colour_scenes, steps=40)
+    losses = [run.update()["loss"] for _ in range(12)]
+    assert np.mean(losses[-3:]) < 0.7 * np.mean(losses[:3])
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, colour_scenes):
+    whole, first = (small_training(tmp_path / name, colour_scenes) for name in "ab")
+    for _ in range(4):
+        whole.update()
+    first.update(), first.update()
+    first.save()
+    second = small_training(tmp_path / "b", colour_scenes)
+    second.update(), second.update()
+    assert second.step == 4
+    for net in ("net", "ema_net"):
+        values, again = getattr(whole, net).state_dict(), getattr(second, net).state_dict()
+        assert all(torch.equal(value, again[name]) for name, value in values.items())
+    states = [[run.optimizer.state[p] for p in run.net.parameters()] for run in (whole, second)]
+    for expected, found in zip(*states):
+        assert expected.keys() == found.keys() and all(torch.equal(expected[k], found[k]) for k in expected)
+
+
+def test_a_stopped_training_goes_on_by_itself_and_ends_with_the_same_weights(tmp_path, colour_scenes, monkeypatch,
+                                                                             capsys):
+    def train(name):
+        settings = diffusion.RendererTraining(**SMALL_TRAINING)
+        diffusion.train_renderer(colour_scenes, small_vae(), str(tmp_path / name), settings)
+        return (tmp_path / name / "model.safetensors").read_bytes()
+    whole = train("whole")
+
+    loss, calls = diffusion.flow_loss, []
+
+    def stopping_loss(*arguments):
+        calls.append(1)
+        if len(calls) == 6:  # the last checkpoint is the fourth step's
+            raise KeyboardInterrupt
+        return loss(*arguments)
+    monkeypatch.setattr(diffusion, "flow_loss", stopping_loss)
+    with pytest.raises(KeyboardInterrupt):
+        train("stopped")
+    monkeypatch.undo()
+    capsys.readouterr()
+    assert train("stopped") == whole
+    assert "renderer: resuming at step 4" in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path / "stopped")) == sorted(os.listdir(tmp_path / "whole")) == [
+        "config.json", "model.safetensors", "tokenizer.json", "training.json"]
+
+
+def test_an_unfinished_run_with_other_settings_is_refused_in_one_line(tmp_path, colour_scenes):
+    run = small_training(tmp_path, colour_scenes)
+    run.update()
+    run.save()
+    with pytest.raises(ValueError, match="checkpoints: belongs to a run with other settings") as error:
+        small_training(tmp_path, colour_scenes, width=64)
+    assert "remove it to start afresh" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_vae_stays_as_it_is_where_the_transformers_run_goes_on(tmp_path, colour_scenes, monkeypatch):
+    monkeypatch.setattr(diffusion, "Scenes", lambda folder: colour_scenes)
+    settings = {name: value for name, value in SMALL_TRAINING.items() if name != "steps"} | {"export_every": 1}
+    update = diffusion.RendererRun.update
+
+    def stop_at_the_second_step(run):
+        if run.step == 1:
+            raise KeyboardInterrupt
+        return update(run)
+    monkeypatch.setattr(diffusion.RendererRun, "update", stop_at_the_second_step)
+    with pytest.raises(KeyboardInterrupt):
+        diffusion.train("", str(tmp_path), vae_steps=2, steps=2, **settings)
+    before = (tmp_path / "vae" / "model.safetensors").read_bytes()
+    monkeypatch.setattr(diffusion.RendererRun, "update", update)
+    diffusion.train("", str(tmp_path), vae_steps=3, steps=2, **settings)
+    assert (tmp_path / "vae" / "model.safetensors").read_bytes() == before
+    assert json.loads((tmp_path / "renderer" / "training.json").read_text())["step"] == 2
+
+
+def test_a_compiled_net_gives_the_loss_of_the_plain_one(denoiser):
+    settings = diffusion.RendererTraining()
+    x0, labels = torch.randn(2, 16, 8), torch.randint(0, 7, (2, 16))
+
+    def loss(denoise):
+        prompts = diffusion.pack([prompt_row(), prompt_row(3, 2, 1)])
+        generator = torch.Generator().manual_seed(0)
+        return diffusion.flow_loss(denoiser, prompts, x0, labels, generator, settings, denoise)[0]
+    assert torch.equal(loss(None), loss(torch.compile(denoiser, backend="eager")))  # eager needs no C++ compiler
+
+
+@pytest.mark.parametrize("shape", [(24, 60), (60, 24)])
+def test_muon_gives_updates_whose_singular_values_are_about_one(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(diffusion.orthogonal(matrix).float())
+    assert 0.5 < values.min() and values.max() < 1.4
+
+
+# ---- Checkpoint folders ---------------------------------------------------------------------------------------------
+
+def assert_refused_by_name(folders, name):
+    with pytest.raises(ValueError) as error:
+        diffusion.Renderer.load(*folders)
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("damage", ["half", "empty", "missing"])
+def test_missing_and_truncated_files_are_refused_in_one_line_that_names_the_file(renderer_folders, name, damage):
+    path = os.path.join(renderer_folders[0], name)
+    with open(path, "rb") as file:
+        data = file.read()
+    os.remove(path)
+    if damage != "missing":
+        with open(path, "wb") as file:
+            file.write(data[:len(data) // 2] if damage == "half" else b"")
+    assert_refused_by_name(renderer_folders, name)
+
+
+@pytest.mark.parametrize("change, name", [
+    ({"model_type": "qwen3"}, "config.json"),
+    ({"width": 64}, "model.safetensors"),
+    ({"layers": 3}, "model.safetensors"),
+    ({"layers": "x"}, "config.json"),
+    ({"heads": 0}, "config.json"),
+    ({"heads": 3}, "config.json"),
+])
+def test_foreign_weights_are_refused_in_one_line_that_names_the_file(renderer_folders, change, name):
+    config = os.path.join(renderer_folders[0], "config.json")
+    with open(config) as file:
+        values = json.load(file)
+    with open(config, "w") as file:
+        json.dump(values | change, file)
+    assert_refused_by_name(renderer_folders, name)
+
+
+# ---- PNG ------------------------------------------------------------------------------------------------------------
+
+def png_chunk(kind, body):
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
-def diffusion_png(width, height, depth, colour, rows, interlace=0, extra=b""):
-    """A PNG file from raw filtered rows."""
-    return (diffusion.PNG_SIGNATURE + diffusion_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlace))
-            + extra + diffusion_chunk(b"IDAT", zlib.compress(rows)) + diffusion_chunk(b"IEND", b""))
+def png_file(width, height, depth, colour, rows, interlace=0, extra=b""):
+    """A PNG file from raw filtered rows; ``extra``: chunks before the data."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlace)
+    return (b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + extra + png_chunk(b"IDAT", zlib.compress(rows))
+            + png_chunk(b"IEND", b""))
 
 
-def diffusion_filtered(image, kind):
+def filtered_rows(image, kind):
     """Rows of an RGB picture under PNG filter ``kind`` (an independent, slow implementation)."""
     height, width, size = image.shape
     flat, out = image.reshape(height, -1).astype(int), bytearray()
@@ -792,65 +1250,16 @@ def diffusion_filtered(image, kind):
     return bytes(out)
 
 
-def diffusion_net(**changes):
-    torch.manual_seed(0)
-    config = diffusion.RendererConfig(**{**dict(vocabulary=20, classes=7, width=32, layers=2, heads=2, encoder_layers=1,
-                                                channels=2, tokens=16, reference_tokens=4), **changes})
-    net = diffusion.Transformer(config)
-    for parameter in net.parameters():  # nothing is exactly zero, so that every path counts
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    return net.eval()
-
-
-def diffusion_row(words=5, references=1, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return (torch.randint(1, 20, (words,), generator=g), torch.randint(0, 4, (words,), generator=g),
-            torch.randn(references, 4, 8, generator=g))
-
-
-def diffusion_scenes(count=40):
-    """A tiny training file: flat pictures, whose caption names the colour."""
-    g = torch.Generator().manual_seed(3)
-    number = torch.randint(0, 2, (count,), generator=g)
-    image = torch.where(number[:, None, None, None] == 0, torch.tensor([200, 40, 40]), torch.tensor([40, 40, 200]))
-    image = image.expand(count, 64, 64, 3).contiguous().byte()
-    return SimpleNamespace(image=image, references=torch.randint(0, 256, (count, 2, 32, 32, 3), generator=g, dtype=torch.uint8),
-                           count=torch.randint(0, 3, (count,), generator=g).byte(), classes=2, train=count,
-                           labels=number[:, None, None].expand(count, 8, 8).byte(),
-                           captions=[f'A {("red", "blue")[n]} sign with "AB{n}".' for n in number.tolist()])
-
-
-def diffusion_run(folder, data, **changes):
-    torch.manual_seed(0)
-    settings = diffusion.RendererTraining(**{**dict(steps=8, batch=4, warmup=2, min_frequency=1, bf16=False, width=32, layers=2, heads=2), **changes})
-    return diffusion.RendererRun(data, diffusion.VAE(diffusion.VAEConfig()).eval(), str(folder), settings)
-
-
-def diffusion_committed():
-    if not os.path.exists(os.path.join(DIFFUSION_WEIGHTS, "renderer", "model.safetensors")):
-        pytest.skip("weights/renderer is absent")
-    return diffusion.Renderer.load(os.path.join(DIFFUSION_WEIGHTS, "renderer"), os.path.join(DIFFUSION_WEIGHTS, "vae"))
-
-
-def diffusion_sprite_reference(colour):
-    image = np.full((32, 32, 3), 235, np.uint8)
-    image[8:24, 8:24] = colour
-    image[12:20, 12:20] = (245, 245, 245)
-    return image
-
-
-# ---- PNG ----
-
 def test_a_png_round_trip_keeps_every_pixel(tmp_path):
-    image = diffusion_picture()
+    image = random_image()
     diffusion.write_png(tmp_path / "a.png", image)
     assert np.array_equal(diffusion.read_png(tmp_path / "a.png"), image)
 
 
 @pytest.mark.parametrize("kind", range(5))
 def test_each_png_row_filter_is_undone(kind):
-    image = diffusion_picture(7, 6, kind)
-    assert np.array_equal(diffusion.decode_png(diffusion_png(6, 7, 8, 2, diffusion_filtered(image, kind))), image)
+    image = random_image(7, 6, kind)
+    assert np.array_equal(diffusion.decode_png(png_file(6, 7, 8, 2, filtered_rows(image, kind))), image)
 
 
 @pytest.mark.parametrize("depth", (1, 2, 4, 8, 16))
@@ -862,48 +1271,56 @@ def test_grey_pngs_of_every_depth_are_scaled_to_eight_bits(depth):
         bits = (values[..., None] >> np.arange(depth - 1, -1, -1)) & 1
         rows, expected = np.packbits(bits.reshape(5, -1), axis=1), values * 255 // (2**depth - 1)
     data = b"".join(b"\0" + row.tobytes() for row in rows)
-    image = diffusion.decode_png(diffusion_png(11, 5, depth, 0, data))
+    image = diffusion.decode_png(png_file(11, 5, depth, 0, data))
     assert np.array_equal(image, np.repeat(expected[..., None], 3, -1))
 
 
 def test_transparency_is_composited_on_white():
     pixel = bytes([0, 100, 50, 25, 128])
-    image = diffusion.decode_png(diffusion_png(1, 1, 8, 6, pixel))
+    image = diffusion.decode_png(png_file(1, 1, 8, 6, pixel))
     assert np.abs(image[0, 0] - (np.array([100, 50, 25]) * 128 / 255 + 127)).max() <= 1
 
 
 def test_palette_pngs_look_their_colours_up_with_their_transparency():
-    extra = diffusion_chunk(b"PLTE", bytes([1, 2, 3, 40, 50, 60])) + diffusion_chunk(b"tRNS", bytes([0]))
-    image = diffusion.decode_png(diffusion_png(2, 1, 1, 3, bytes([0, 0b01000000]), extra=extra))
+    extra = png_chunk(b"PLTE", bytes([1, 2, 3, 40, 50, 60])) + png_chunk(b"tRNS", bytes([0]))
+    image = diffusion.decode_png(png_file(2, 1, 1, 3, bytes([0, 0b01000000]), extra=extra))
     assert image.tolist() == [[[255, 255, 255], [40, 50, 60]]]
 
 
+@pytest.mark.parametrize("colour, key, row, expected", [
+    (2, [1, 2, 3], [0, 1, 2, 3, 1, 2, 4], [[255, 255, 255], [1, 2, 4]]),
+    (0, [7], [0, 7, 8], [[255, 255, 255], [8, 8, 8]]),
+], ids=["RGB", "grey"])
+def test_the_one_transparent_colour_of_a_png_becomes_white(colour, key, row, expected):
+    extra = png_chunk(b"tRNS", struct.pack(f">{len(key)}H", *key))
+    assert diffusion.decode_png(png_file(2, 1, 8, colour, bytes(row), extra=extra)).tolist() == [expected]
+
+
 def test_an_interlaced_png_equals_the_plain_one():
-    image, rows = diffusion_picture(9, 10), b""
+    image, rows = random_image(9, 10), b""
     for x, y, dx, dy in diffusion.ADAM7:
         part = image[y::dy, x::dx]
         rows += b"".join(b"\0" + row.tobytes() for row in part)
-    assert np.array_equal(diffusion.decode_png(diffusion_png(10, 9, 8, 2, rows, interlace=1)), image)
+    assert np.array_equal(diffusion.decode_png(png_file(10, 9, 8, 2, rows, interlace=1)), image)
 
 
-def test_our_png_reader_agrees_with_pillow():
+@pytest.mark.peers
+@pytest.mark.parametrize("mode, channels", [("RGB", 3), ("RGBA", 4), ("L", 1), ("P", 1)])
+def test_our_png_reader_agrees_with_pillow(mode, channels):
     pillow = pytest.importorskip("PIL.Image")
-    import io
-    for mode, channels in (("RGB", 3), ("RGBA", 4), ("L", 1), ("P", 1)):
-        array = diffusion_picture(31, 17, channels=channels).squeeze()
-        file = io.BytesIO()
-        picture = pillow.fromarray(array, mode)
-        if mode == "P":
-            picture.putpalette(diffusion_picture(1, 256).tobytes())
-        picture.save(file, "PNG")
-        base = picture.convert("RGBA")
-        white = pillow.new("RGBA", base.size, (255, 255, 255, 255))
-        expected = np.array(pillow.alpha_composite(white, base).convert("RGB")).astype(int)
-        assert np.abs(diffusion.decode_png(file.getvalue()) - expected).max() <= 1
+    picture = pillow.fromarray(random_image(31, 17, channels=channels).squeeze(), mode)
+    if mode == "P":
+        picture.putpalette(random_image(1, 256).tobytes())
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    base = picture.convert("RGBA")
+    white = pillow.new("RGBA", base.size, (255, 255, 255, 255))
+    expected = np.array(pillow.alpha_composite(white, base).convert("RGB"))
+    assert pixel_distance(diffusion.decode_png(file.getvalue()), expected.astype(int)) <= 1
 
 
 def test_every_damaged_png_is_refused_in_one_line():
-    good, rng = diffusion.encode_png(diffusion_picture()), np.random.default_rng(0)
+    good, rng = diffusion.encode_png(random_image()), np.random.default_rng(0)
     for trial in range(300):
         data = bytearray(good)
         if trial % 3 == 0:
@@ -917,252 +1334,30 @@ def test_every_damaged_png_is_refused_in_one_line():
 
 def test_a_picture_of_50000_by_50000_pixels_is_refused_from_its_header():
     with pytest.raises(ValueError, match="too large"):
-        diffusion.decode_png(diffusion_png(50000, 50000, 8, 2, b"\0"))
+        diffusion.decode_png(png_file(50000, 50000, 8, 2, b"\0"))
 
 
 def test_a_zlib_bomb_is_inflated_no_further_than_the_picture_needs():
-    image = diffusion.decode_png(diffusion_png(2, 2, 8, 2, bytes(14) + bytes(10**8)))
+    image = diffusion.decode_png(png_file(2, 2, 8, 2, bytes(14) + bytes(10**8)))
     assert image.shape == (2, 2, 3)
 
 
-def test_a_missing_picture_and_one_that_is_not_a_png_are_named(tmp_path):
+@pytest.mark.parametrize("name", ["gone.png", "no.png"])
+def test_a_missing_picture_and_one_that_is_not_a_png_are_named(tmp_path, name):
     (tmp_path / "no.png").write_bytes(b"GIF89a")
-    for name in ("gone.png", "no.png"):
-        with pytest.raises(ValueError, match=name):
-            diffusion.read_png(tmp_path / name)
+    with pytest.raises(ValueError, match=name):
+        diffusion.read_png(tmp_path / name)
 
 
 def test_resize_takes_means_when_it_shrinks_and_keeps_flat_pictures_flat():
-    image = diffusion_picture(8, 8)
+    image = random_image(8, 8)
     assert np.abs(diffusion.resize(image, 4, 4) - image.reshape(4, 2, 4, 2, 3).mean((1, 3))).max() <= 0.5
     assert (diffusion.resize(np.full((5, 7, 3), 93, np.uint8), 16, 3) == 93).all()
 
 
-# ---- Captions ----
+=======
+# ==== tools.py: the turn format, the guard, record and replay, tools and server =======================================
 
-def test_spelled_strings_and_capitals_become_characters_with_their_places():
-    for text in ("KEL7", "K-E-L-7", '"KEL7",', "k-e-l-7"):
-        assert [p for p in diffusion.pieces(text) if p[1]] == [("K", 1), ("E", 2), ("L", 3), ("7", 4)]
-    assert diffusion.pieces('A Whole sign: "5".') == [("a", 0), ("whole", 0), ("sign", 0), (":", 0), ('"', 0), ("5", 1),
-                                                      ('"', 0), (".", 0)]
-
-
-def test_unknown_words_are_unk_and_an_empty_caption_has_no_tokens():
-    tokenizer = diffusion.train_caption_tokenizer(["a red ball"] * 3, 2)
-    (ids, places), (nothing, _) = diffusion.tokenize(tokenizer, ["Velmar red", ""], 10)
-    assert ids.tolist() == [tokenizer.token_to_id("[UNK]"), tokenizer.token_to_id("red")] and len(nothing) == 0
-
-
-# ---- Network ----
-
-def test_patchify_is_undone_and_patches_are_two_by_two():
-    x = torch.randn(2, 8, 8, 3)
-    tokens = diffusion.patchify(x)
-    assert torch.equal(diffusion.unpatchify(tokens), x) and torch.equal(tokens[1, 5].view(2, 2, 3), x[1, 2:4, 2:4])
-
-
-def test_packed_prompts_of_different_lengths_give_what_each_gives_alone():
-    net, rows = diffusion_net(), [diffusion_row(9, 2, 0), diffusion_row(2, 0, 1), diffusion_row(0, 0, 2), diffusion_row(4, 1, 3)]
-    x, t = torch.randn(4, 16, 8), torch.rand(4)
-    together = net(x, t, net.encode(diffusion.pack(rows)))
-    for i, row in enumerate(rows):
-        alone = net(x[i:i + 1], t[i:i + 1], net.encode(diffusion.pack([row])))
-        assert torch.allclose(together[i], alone[0], atol=1e-5)
-
-
-def test_the_condition_is_the_same_whether_encoded_once_or_at_every_step():
-    net, rows = diffusion_net(), [diffusion_row(), diffusion_row(3, 2, 1)]
-    noise, times = torch.randn(2, 16, 8), diffusion.schedule(4)
-    once = net.encode(diffusion.pack(rows))
-    kept = diffusion.integrate(diffusion.guided_velocity(net, once), noise, times)
-    anew = diffusion.integrate(lambda x, t: diffusion.guided_velocity(net, net.encode(diffusion.pack(rows)))(x, t), noise, times)
-    assert torch.equal(kept, anew)
-
-
-def test_an_untrained_net_sees_words_places_references_and_their_order():
-    net, (ids, places, references) = diffusion_net(), diffusion_row(5, 2)
-    x, t = torch.randn(1, 16, 8), torch.tensor([0.5])
-    base = net(x, t, net.encode(diffusion.pack([(ids, places, references)])))
-    for row in ((ids.flip(0), places, references), (ids, places + 1, references), (ids, places, references[:1]),
-                (ids, places, references.flip(0)), (ids, places, references * 2)):
-        assert not torch.allclose(base, net(x, t, net.encode(diffusion.pack([row]))), atol=1e-4)
-
-
-# ---- Flow ----
-
-def test_the_exact_velocity_recovers_the_sample_in_one_step_or_many():
-    x0, noise = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 3, 4, dtype=torch.float64)
-    for steps in (1, 2, 7, 20):
-        for sampler in ("euler", "midpoint"):
-            got = diffusion.integrate(lambda x, t: (x - x0) / t, noise, diffusion.schedule(steps), sampler)
-            assert torch.allclose(got, x0, atol=1e-9)
-    assert torch.equal(diffusion.noised(x0, noise, torch.tensor([0.0, 1.0])), torch.stack([x0[0], noise[1]]))
-
-
-def test_euler_converges_in_first_order_and_midpoint_in_second():
-    exact = math.exp(-1)  # dx/dt = x from t = 1 to 0
-    for sampler, order in (("euler", 1), ("midpoint", 2)):
-        errors = [abs(diffusion.integrate(lambda x, t: x, 1.0, diffusion.schedule(n), sampler) - exact) for n in (32, 64)]
-        assert abs(math.log2(errors[0] / errors[1]) - order) < 0.15
-
-
-def test_an_unknown_sampler_is_refused():
-    with pytest.raises(ValueError, match="heun3"):
-        diffusion.integrate(lambda x, t: x, 1.0, [1, 0], "heun3")
-
-
-def test_guidance_1_is_no_guidance_and_the_batched_pass_equals_two_passes():
-    net, rows = diffusion_net(), [diffusion_row(), diffusion_row(3, 2, 1)]
-    x, empty = torch.randn(2, 16, 8), [(r[0][:0], r[1][:0], r[2][:0]) for r in rows]
-    prompt, nothing = (net.encode(diffusion.pack(r)) for r in (rows, empty))
-    t = torch.full((2,), 0.6)
-    with torch.no_grad():
-        a, b = net(x, t, prompt), net(x, t, nothing)
-        plain = diffusion.guided_velocity(net, prompt)(x, 0.6)
-        assert torch.equal(plain, (x - a) / 0.6)
-        for guidance in (0.0, 1.0 + 1e-9, 3.0):
-            guided = diffusion.guided_velocity(net, prompt, nothing, guidance)(x, 0.6)
-            assert torch.allclose(guided, (x - (b + guidance * (a - b))) / 0.6, atol=1e-4)
-
-
-# ---- Training ----
-
-def test_a_few_training_steps_lower_the_loss(tmp_path):
-    run = diffusion_run(tmp_path, diffusion_scenes(), steps=40)
-    losses = [run.update()[0] for _ in range(12)]
-    assert np.mean(losses[-3:]) < 0.7 * np.mean(losses[:3])
-
-
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
-    data = diffusion_scenes()
-    whole = diffusion_run(tmp_path / "a", data)
-    for _ in range(4):
-        whole.update()
-    first = diffusion_run(tmp_path / "b", data)
-    first.update(), first.update()
-    first.save()
-    second = diffusion_run(tmp_path / "b", data)
-    second.update(), second.update()
-    assert second.step == 4
-    for name, value in whole.average.items():
-        assert torch.equal(value, second.average[name]), name
-    assert all(torch.equal(a, b) for a, b in zip(whole.net.parameters(), second.net.parameters()))
-
-
-def test_muon_gives_updates_whose_singular_values_are_about_one():
-    for shape in ((24, 60), (60, 24)):
-        values = torch.linalg.svdvals(diffusion.orthogonal(torch.randn(shape, generator=torch.Generator().manual_seed(0))).float())
-        assert 0.5 < values.min() and values.max() < 1.4
-
-
-def test_the_vae_learns_and_its_loss_has_a_gradient_everywhere():
-    vae = diffusion.VAE(diffusion.VAEConfig(width=32))
-    images = torch.from_numpy(diffusion_picture(16, 16))[None]
-    loss, _ = diffusion.vae_loss(vae, images, torch.Generator().manual_seed(0))
-    loss.backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in vae.parameters())
-
-
-# ---- Checkpoints ----
-
-def diffusion_folder(path):
-    torch.manual_seed(0)
-    vae, net = diffusion.VAE(diffusion.VAEConfig(width=16)), diffusion_net(channels=8, tokens=64, reference_tokens=16, vocabulary=4)
-    diffusion.save_folder(str(path / "vae"), vae, {})
-    diffusion.save_folder(str(path / "renderer"), net, {})
-    diffusion.train_caption_tokenizer(["red blue green"], 1).save(str(path / "renderer" / "tokenizer.json"))
-    return str(path / "renderer"), str(path / "vae")
-
-
-def test_a_saved_renderer_loads_and_an_image_does_not_depend_on_its_batch(tmp_path):
-    renderer = diffusion.Renderer.load(*diffusion_folder(tmp_path))
-    prompts, references = ["red", "blue green red blue", ""], [[diffusion_picture(40, 50)], [], [diffusion_picture(32, 32)] * 2]
-    together = renderer.render(prompts, references, [7, 8, 9], steps=3)
-    small = renderer.render(prompts, references, [7, 8, 9], steps=3, max_batch=2)
-    alone = renderer.render(prompts[1:2], references[1:2], [8], steps=3)[0]
-    assert together[0].shape == (64, 64, 3) and together[0].dtype == np.uint8
-    assert np.abs(together[1].astype(int) - alone).max() <= 1 and np.abs(together[2].astype(int) - small[2]).max() <= 1
-    assert np.abs(alone.astype(int) - renderer.render(prompts[1:2], references[1:2], [10], steps=3)[0]).max() > 3
-
-
-def test_attention_written_out_equals_the_fused_kernel():
-    q, k, v = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 8)
-    mask = (torch.arange(7) < torch.tensor([[7], [3]]))[:, None, None]
-    written = diffusion.attend(q, k, v, mask)
-    with torch.no_grad():
-        assert torch.allclose(written, diffusion.attend(q, k, v, mask), atol=1e-6)
-
-
-def test_no_prompts_give_no_pictures(tmp_path):
-    assert diffusion.Renderer.load(*diffusion_folder(tmp_path)).render([], [], []) == []
-
-
-def test_three_references_wrong_pictures_and_zero_steps_are_refused(tmp_path):
-    renderer, image = diffusion.Renderer.load(*diffusion_folder(tmp_path)), diffusion_picture()
-    for references, steps in (([image] * 3, 1), ([image.astype(float)], 1), ([image[..., 0]], 1), ([], 0)):
-        with pytest.raises(ValueError):
-            renderer.render(["red"], [references], [0], steps=steps)
-
-
-def test_missing_truncated_and_foreign_weights_are_refused_in_one_line_that_names_the_file(tmp_path):
-    renderer, vae = diffusion_folder(tmp_path)
-    weights, config = os.path.join(renderer, "model.safetensors"), os.path.join(renderer, "config.json")
-    tokenizer = os.path.join(renderer, "tokenizer.json")
-
-    def refused(name):
-        with pytest.raises(ValueError) as error:
-            diffusion.Renderer.load(renderer, vae)
-        assert name in str(error.value) and "\n" not in str(error.value)
-    for path in (weights, config, tokenizer):
-        with open(path, "rb") as file:
-            data = file.read()
-        for broken in (data[:len(data) // 2], b"", None):
-            os.remove(path)
-            if broken is not None:
-                with open(path, "wb") as file:
-                    file.write(broken)
-            refused(os.path.basename(path))
-            with open(path, "wb") as file:
-                file.write(data)
-    with open(config) as file:
-        values = json.load(file)
-    for changed in ({"model_type": "qwen3"}, {"width": 64}, {"layers": 3}, {"layers": "x"}, {"heads": 0}, {"heads": 3}):
-        with open(config, "w") as file:
-            json.dump(values | changed, file)
-        refused("config.json" if "layers" not in changed or changed["layers"] == "x" else "model.safetensors")
-
-
-# ---- The committed weights ----
-
-def test_the_committed_vae_round_trips_glyphs_and_blocks():
-    if not os.path.exists(os.path.join(DIFFUSION_WEIGHTS, "vae", "model.safetensors")):
-        pytest.skip("weights/vae is absent")
-    vae = diffusion.load_folder(os.path.join(DIFFUSION_WEIGHTS, "vae"), diffusion.VAE, diffusion.VAEConfig, "cpu")
-    ink = np.array([(200, 45, 45), (45, 80, 190), (245, 215, 70), (245, 245, 245), (40, 35, 45)], np.uint8)
-    image = np.random.default_rng(0).choice(5, (4, 32, 32))
-    image = torch.from_numpy(ink[image].repeat(2, 1).repeat(2, 2))  # 2 x 2 blocks
-    with torch.no_grad():
-        back = vae.to_images(vae.to_latents(image))
-    assert 10 * math.log10(255**2 / (back.float() - image.float()).square().mean()) > 25
-
-
-def test_both_references_of_a_pair_reach_the_picture():
-    renderer, judge = diffusion_committed(), atlas.judge.PixelJudge(atlas.world.vocabulary())
-    pairs = [(row, image, wanted) for _, row, image, wanted in atlas_cases(120, 5) if len(row["_scene"].sprites) == 2][:12]
-    prompts = [build.subject_sentence([e.name for e in row["_entities"]], True) + " " + build.wording("pair", row["_scene"], True)
-               for row, _, _ in pairs]
-    pictures = [[build.reference_image(random.Random(n), s) for s in row["_scene"].sprites] for n, (row, _, _) in enumerate(pairs)]
-    seeds = list(range(len(pairs)))
-
-    def right(references, names):
-        images = renderer.render(prompts, references, seeds, steps=12, guidance=1.0)
-        return sum(all(c["passed"] for c in judge(image, truth, wanted)["constraints"] if c["name"] in names)
-                   for image, (_, truth, wanted) in zip(images, pairs))
-    swapped = [p[::-1] for p in pictures]
-    assert right(pictures, ("subject look",)) >= 7 and right(swapped, ("subject look",)) >= 7 and right([[] for _ in pairs], ("subject look",)) == 0
-
-
-# ==== tools.py: the protocol, the tools, clients and server, the guard, record and replay =============================
 
 KEY = "sk-very-secret-key-123456"
 
