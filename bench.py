@@ -168,7 +168,7 @@ def wise_figures(rows):
 # ---- World: is the Atlas what it claims to be? -----------------------------------------------------------------------
 
 # the dimension of KScore in which the judge punishes a violation of the skill
-SKILL_DIMENSION = {
+DIMENSION = {
     "spatial_layout": "visual_correctness",
     "quantity_counting": "visual_correctness",
     "anatomy_body_coherence": "visual_correctness",
@@ -180,6 +180,12 @@ SKILL_DIMENSION = {
 }
 
 
+def suite_requests(settings, split="bench"):
+    """The requests of a split; for a smoke run 24, spread over it, so that both tracks have some."""
+    requests = atlas.world.requests(split)
+    return requests[::len(requests) // 24][:24] if settings.quick else requests
+
+
 class AtlasSuite:
     """Requests of a split with their oracle programs, a renderer and the pixel judge.
 
@@ -187,7 +193,7 @@ class AtlasSuite:
     """
 
     def __init__(self, settings, split="bench"):
-        self.requests = atlas.world.requests(split)[:24 if settings.quick else None]
+        self.requests = suite_requests(settings, split)
         oracle = atlas.world.oracle()
         self.oracle = [oracle[request["id"]] for request in self.requests]
         weights = os.path.join(HERE, "weights")
@@ -239,7 +245,7 @@ def judge_figures(suite, settings):
 def planted_violations(judge, count):
     """Fresh scenes drawn with one requirement violated: {skill: [whether the judge lowered the skill's dimension]}."""
     rng = random.Random("planted")
-    caught = {skill: [] for skill in SKILL_DIMENSION}
+    caught = {skill: [] for skill in DIMENSION}
     entities, _ = build.make_entities("planted", build.split_words(0)["demos"], 4, 99)
 
     for number in range(count):
@@ -251,7 +257,7 @@ def planted_violations(judge, count):
             skill = build.SKILL[aspect]
             image = build.draw(violate(rng, scene, aspect), rng)[0]
             scores = judge(image, truth, wanted)
-            caught[skill].append(scores[SKILL_DIMENSION[skill]] < 1)
+            caught[skill].append(scores[DIMENSION[skill]] < 1)
     return caught
 
 
@@ -314,7 +320,7 @@ def skill_figures(suite, settings):
     exact_scores = [s.score(s.oracle_jobs()) for s in suites]
 
     figures = {}
-    for skill, dimension in SKILL_DIMENSION.items():
+    for skill, dimension in DIMENSION.items():
         exact, plain = [], []
         for s, scores in zip(suites, exact_scores):
             numbers = [n for n, oracle in enumerate(s.oracle) if skill in oracle["probes"]]
@@ -665,7 +671,7 @@ def quality(settings):
     names = pick_names(settings.arms, [*ARMS, "sensitivity"], "arm")
 
     folder = model.make_folder(os.path.join(results_folder(settings), "quality"))
-    requests = atlas.world.requests("bench")[:24 if settings.quick else None]
+    requests = suite_requests(settings)
     fixed = fixed_rows(settings, folder, requests)
     for name in names:
         if name == "sensitivity":
@@ -715,10 +721,10 @@ def measure_arm(settings, arm, folder, requests):
         early_path = path.replace(".json", "-early.json")
         if not os.path.exists(early_path):
             run = train(settings, arm, choice, seed, min(settings.early_steps, settings.train_steps))
-            write_json(early_path, attempt_bench(os.path.join(run.out, "last"), settings, requests))
+            write_json(early_path, attempt_bench(os.path.join(run.settings.out, "last"), settings, requests))
 
         run = train(settings, arm, choice, seed, settings.train_steps)
-        final = attempt_bench(os.path.join(run.out, "last"), settings, requests)
+        final = attempt_bench(os.path.join(run.settings.out, "last"), settings, requests)
         write_json(path, {"arm": arm, "setting": choice, "seed": seed} | run_figures_of(run)
                    | {"bench": final, "early": read_json(early_path)})
         os.remove(early_path)
@@ -1356,7 +1362,7 @@ def sampler_row(s):
     """20 guided steps, batch 16, the committed renderer; the peer encodes its conditions each step, in two passes."""
     diffusers = require("diffusers")
     count = 4 if s.quick else 16
-    suite = AtlasSuite(Bench(quick=True, device=s.device))
+    suite = AtlasSuite(Bench(device=s.device))
     renderer, net = suite.renderer, suite.renderer.net
     prompts = [oracle["gen_prompt"] for oracle in suite.oracle[:count]]
     pictures = [suite.references(n) for n in range(count)]
@@ -1402,39 +1408,53 @@ def scaling_row(s):
 
 
 class SlowSession(tools.ToolSession):
-    """A trajectory's tools; every call takes ``box.delay`` seconds longer."""
+    """A trajectory's tools, each call ``delay`` seconds slower."""
+
+    def __init__(self, box, delay):
+        super().__init__(box)
+        self.delay = delay
 
     def call(self, name, arguments):
-        time.sleep(self.box.delay)
+        time.sleep(self.delay)
         return super().call(name, arguments)
 
 
-class SlowToolBox(tools.ToolBox):
-    """Tools like those of a real service, which answers after a second."""
-    delay = 1.0
+class SlowTools:
+    """A tool box like that of a service on the network: its local answers come ``delay`` seconds later."""
+
+    def __init__(self, box, delay):
+        self.box = box
+        self.delay = delay
 
     def session(self):
-        return SlowSession(self)
+        return SlowSession(self.box, self.delay)
 
 
 def tools_row(s):
-    """64 requests with tools that answer after 1 s: turns taken as they come against turns in order."""
-    requests = atlas.world.requests("bench")[:4 if s.quick else 64]
-    seeds = list(range(len(requests)))
-    net, tokenizer = model.load(os.path.join(HERE, "weights", "sft"), model.pick_device(s.device))
+    """64 requests with tools that answer after 1 s: turns taken as they come against turns in order ("peer").
+
+    One run of each: the seconds are mostly the tools', which do not vary.
+    """
+    requests = atlas.world.requests("bench")[:8 if s.quick else 64]
     with tempfile.TemporaryDirectory() as folder:
-        with tools.Server(tools.Corpus(os.path.join(HERE, "atlas", "corpus"))) as server:
-            box = SlowToolBox(server.url, os.path.join(HERE, "skills"), folder, compact=True, allow_private=True)
-            box.delay = 0.05 if s.quick else 1.0
+        flags = genevolve.Run(out=folder, device=s.device)
+        with genevolve.Components(flags, folder) as components:
+            box = SlowTools(components.toolbox, 0.1 if s.quick else 1.0)
 
             def run(ordered):
-                policy = genevolve.LocalPolicy(net, tokenizer, genevolve.Sampling())
-                genevolve.Agent(policy, box, ordered=ordered).run(requests, seeds)
+                agent = genevolve.Agent(components.policy, box, ordered=ordered, live=flags.live)
+                return agent.run(requests, list(range(len(requests))))
 
-            row = side_by_side(lambda: run(ordered=False), lambda: run(ordered=True), s)
-    row["requests a minute"] = 60 * len(requests) / row["ours s"]
-    row["requests a minute, in order"] = 60 * len(requests) / row["peer s"]
-    return row
+            free = timed(lambda: run(ordered=False), s.device)
+            ordered = timed(lambda: run(ordered=True), s.device)
+    return {
+        "ours s": free.seconds,
+        "peer s": ordered.seconds,
+        "ratio": ordered.seconds / free.seconds,
+        "requests a minute": 60 * len(requests) / free.seconds,
+        "requests a minute, in order": 60 * len(requests) / ordered.seconds,
+        "turns a request": mean([float(trajectory.rounds) for trajectory in free.result]),
+    }
 
 
 def lora_row(s):
@@ -1443,7 +1463,7 @@ def lora_row(s):
     Each in a process of its own, so that its peak of memory is its own. "peer" is full training.
     """
     layers = 1 if s.quick else 2
-    ours, full = (run_alone("training_step", rank, layers, s.quick, s.device) for rank in (16, 0))
+    ours, full = (run_alone("training_step", rank, layers, s.repeats, s.quick, s.device) for rank in (16, 0))
     row = {
         "ours s": ours["seconds"],
         "peer s": full["seconds"],
@@ -1457,29 +1477,31 @@ def lora_row(s):
     return row
 
 
-def training_step(rank, layers, quick, device):
-    """Seconds and peak memory of an AdamW step on 2 x 512 tokens. rank 0: all weights train."""
+def training_step(rank, layers, repeats, quick, device):
+    """Seconds (median) and peak memory of an AdamW step on 2 x 512 tokens. rank 0: all weights train."""
     device = model.pick_device(device)
     shape = dict(hidden_size=256, mlp_size=768) if quick else dict(hidden_size=4096, mlp_size=12288)
     config = model.Config(vocab_size=VOCABULARY, layers=layers, heads=32, kv_heads=8, head_dim=128, **shape)
     sequences = torch.randint(0, VOCABULARY, (2, 64 if quick else 512)).tolist()
 
     def build_and_train():
-        """Two steps: the first allocates the optimizer's state, the second is timed."""
+        """The first step allocates the optimizer's state and is not timed."""
         torch.manual_seed(0)
         net = model.Qwen3(config).to(device)
         if rank:
             model.add_lora(net, rank, 2 * rank)
         trained = [p for p in net.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, 1e-4)
-        for _ in range(2):
+        seconds = []
+        for _ in range(1 + repeats):
             started = time.perf_counter()
             loss = -torch.cat(model.token_logprobs(net, sequences)).mean()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            loss.item()  # on a GPU, wait for the step
-        return time.perf_counter() - started, sum(p.numel() for p in trained)
+            loss.item()  # on a GPU, wait for the backward pass
+            seconds.append(time.perf_counter() - started)
+        return float(np.median(seconds[1:])), sum(p.numel() for p in trained)
 
     measured = timed(build_and_train, device)
     seconds, trained = measured.result
@@ -1751,7 +1773,7 @@ def markdown_table(title, columns, rows):
 
 
 def format_figure(value):
-    if value is None:
+    if value is None or math.isnan(value):
         return ""
     return f"{value:.3f}" if isinstance(value, float) and value < 10 else f"{value:.0f}"
 

@@ -1355,7 +1355,6 @@ def test_resize_takes_means_when_it_shrinks_and_keeps_flat_pictures_flat():
     assert (diffusion.resize(np.full((5, 7, 3), 93, np.uint8), 16, 3) == 93).all()
 
 
-=======
 # ==== tools.py: the turn format, the guard, record and replay, tools and server =======================================
 
 
