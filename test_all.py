@@ -3612,7 +3612,7 @@ def planted(judge):
     return bench.planted_violations(judge, 240)
 
 
-@pytest.mark.parametrize("skill", bench.SKILL_DIMENSION)
+@pytest.mark.parametrize("skill", bench.DIMENSION)
 def test_a_planted_violation_of_each_skill_lowers_its_dimension(planted, skill):
     hits = planted[skill]
     assert len(hits) >= 10 and np.mean(hits) >= 0.95, (skill, len(hits), np.mean(hits))
