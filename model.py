@@ -1,13 +1,26 @@
-"""The policy: a Qwen3 decoder, its tokenizer and checkpoints, the engine that samples, the log-probs that train.
+"""The policy: a Qwen3 decoder, its tokenizer, the log-probs that train, the engine that samples, its checkpoints.
 
     net, tokenizer = model.load("weights/policy")
     prompt = tokenizer.apply_chat([{"role": "user", "content": "Hello"}], add_generation_prompt=True)
     done = model.generate(net, [prompt] * 6, max_new_tokens=64, stop_ids=[tokenizer.id("<|im_end|>")])
     logps = model.token_logprobs(net, [prompt + d.tokens for d in done], temperature=0.7)
 
-One network, three ways to attend. The trunk runs over a flat stream of N tokens with no padding and leaves attention to
-a callable `attend(layer, q, k, v)`: rows of equal length (`Qwen3.forward`), a packed prefix tree (`PrefixTree`, to train),
-or a cache (`Engine`, to sample). Everything else - norms, projections, rotary phases - is written once.
+In reading order:
+
+    Qwen3               the decoder; attention is an argument, everything else is written once
+    Tokenizer           ChatML text <-> ids, and which ids an assistant writes
+    PrefixTree          sequences with common beginnings as one stream, to train
+    ChunkedLogprobs     log-probs and entropy without a matrix of tokens x words
+    token_logprobs      what the losses read
+    sample              nucleus sampling without a sort
+    KVCache             keys and values, and which slot belongs to whom
+    Engine              many conversations at once: schedule, prefill, decode
+    generate            prompts -> completions
+    save_checkpoint     training state of any trainer (machine room, as are files, adapters and processes)
+
+One network, three ways to attend. The trunk runs over a flat stream of N tokens with no padding and leaves attention
+to a callable `attend(layer, q, k, v)`: rows of equal length (`Qwen3.forward`), a packed prefix tree (`PrefixTree`, to
+train), or a cache (`Engine`, to sample). Everything else - norms, projections, rotary phases - is written once.
 
 Departures from the usual: q, k, v (and gate, up) are stored as one matrix and cut apart only in files; nucleus sampling
 needs no sort (see `sample`); a random number is a function of (seed, position), so a neighbour cannot change it.
@@ -26,6 +39,7 @@ import tempfile
 from collections import Counter, deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,8 +48,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
-from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import AddedToken, Regex, Tokenizer as FastTokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.checkpoint import checkpoint
 
 # ---- Decoder ---------------------------------------------------------------------------------------------------------
@@ -55,8 +68,12 @@ class Config:
     max_positions: int = 32768   # written to config.json; nothing here depends on it
 
     def __post_init__(self):
-        sizes = self.vocab_size, self.hidden_size, self.layers, self.heads, self.kv_heads, self.head_dim, self.mlp_size
-        if not all(isinstance(n, int) and n > 0 for n in sizes) or self.heads % self.kv_heads or self.head_dim % 2:
+        sizes = (
+            self.vocab_size, self.hidden_size, self.layers, self.heads,
+            self.kv_heads, self.head_dim, self.mlp_size,
+        )
+        positive = all(isinstance(n, int) and n > 0 for n in sizes)
+        if not positive or self.heads % self.kv_heads or self.head_dim % 2:
             raise ValueError(f"sizes must be positive integers, heads a multiple of kv_heads, head_dim even: {self}")
 
 
@@ -68,8 +85,10 @@ class Linear(nn.Linear):
 
     def __init__(self, inputs, *parts):
         super().__init__(inputs, sum(rows for _, rows in parts), bias=False)
-        self.parts, self.lora_scale = parts, 0.0
-        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()  # keyed by the last word of the part's name
+        self.parts = parts
+        self.lora_scale = 0.0
+        self.lora_A = nn.ParameterDict()  # keyed by the last word of the part's name
+        self.lora_B = nn.ParameterDict()
 
     def forward(self, x):
         y = F.linear(x, self.weight)
@@ -81,13 +100,15 @@ class Linear(nn.Linear):
         key = name.split(".")[-1]
         if key not in self.lora_A:
             return x.new_zeros(*x.shape[:-1], rows)
-        return F.linear(F.linear(x.to(self.lora_A[key].dtype), self.lora_A[key]), self.lora_B[key]) * self.lora_scale
+        inner = F.linear(x.to(self.lora_A[key].dtype), self.lora_A[key])                  # (..., r)
+        return F.linear(inner, self.lora_B[key]) * self.lora_scale
 
 
 class RMSNorm(nn.Module):
     def __init__(self, size, eps):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
 
     def forward(self, x):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
@@ -96,12 +117,16 @@ class RMSNorm(nn.Module):
 class Block(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
-        self.layer, self.shape = layer, (c.heads, c.kv_heads, c.head_dim)
+        self.layer = layer
+        self.shape = c.heads, c.kv_heads, c.head_dim
         q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+
         self.norm1 = RMSNorm(c.hidden_size, c.norm_eps)
         self.qkv = Linear(c.hidden_size, ("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv))
-        self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.norm_eps), RMSNorm(c.head_dim, c.norm_eps)
+        self.q_norm = RMSNorm(c.head_dim, c.norm_eps)
+        self.k_norm = RMSNorm(c.head_dim, c.norm_eps)
         self.out = Linear(q, ("self_attn.o_proj", c.hidden_size))
+
         self.norm2 = RMSNorm(c.hidden_size, c.norm_eps)
         self.gate_up = Linear(c.hidden_size, ("mlp.gate_proj", c.mlp_size), ("mlp.up_proj", c.mlp_size))
         self.down = Linear(c.mlp_size, ("mlp.down_proj", c.hidden_size))
@@ -134,6 +159,7 @@ class Qwen3(nn.Module):
         self.norm = RMSNorm(c.hidden_size, c.norm_eps)
         self.head = None if c.tie_embeddings else Linear(c.hidden_size, ("lm_head", c.vocab_size))
         self.checkpointing = False  # recompute a block's activations in backward instead of keeping them
+
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:  # std 1 / sqrt(fan in); what is added to the residual stream starts smaller
                 depth = 2 * c.layers if name.endswith(("out.weight", "down.weight")) else 1
@@ -146,15 +172,20 @@ class Qwen3(nn.Module):
 
     def logits(self, hidden):
         """hidden (..., C) -> (..., V) float32."""
-        return F.linear(hidden, self.output_weight).float() if self.head is None else self.head(hidden).float()
+        if self.head is None:
+            return F.linear(hidden, self.output_weight).float()
+        return self.head(hidden).float()
 
     def trunk(self, ids, positions, attend):
         """ids, positions (N,) int64 -> normalised hidden states (N, C). attend(layer, q (N, H, D), k, v (N, J, D))."""
         D = self.config.head_dim
         frequency = self.config.rope_theta ** -(torch.arange(0, D, 2, device=ids.device).float() / D)  # (D / 2,)
         angle = positions.float()[:, None, None] * frequency                              # (N, 1, D / 2)
-        x, sin = self.embed(ids), angle.sin()
-        cos, sin = torch.cat((angle.cos(),) * 2, -1).to(x.dtype), torch.cat((-sin, sin), -1).to(x.dtype)  # (N, 1, D)
+        x = self.embed(ids)                                                               # (N, C)
+        cos, sin = angle.cos(), angle.sin()
+        cos = torch.cat((cos, cos), -1).to(x.dtype)                                       # (N, 1, D)
+        sin = torch.cat((-sin, sin), -1).to(x.dtype)                                      # (N, 1, D), see `rotate`
+
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, attend, use_reentrant=False)
@@ -163,8 +194,10 @@ class Qwen3(nn.Module):
         return self.norm(x)
 
     def forward_with(self, work, *arguments):
-        """work(self, *arguments) as one forward pass: where weights are sharded, they are whole inside. work returns
-        tensors (or None), in a tuple, for the pass to find its way back."""
+        """work(self, *arguments) as one forward pass: where weights are sharded, they are whole inside.
+
+        work returns tensors (or None), in a tuple: FSDP looks for them there, to prepare backward.
+        """
         return work(self, *arguments)
 
     def forward(self, ids):
@@ -182,7 +215,9 @@ def attend_causal(q, k, v):
     """The last t of L tokens look back: q (t, H, D), k and v (L, J, D) -> (t, H, D). Token i sees up to L - t + i."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v.to(q.dtype)))                    # (1, H | J, t | L, D)
     t, L = q.shape[2], k.shape[2]
-    mask = None if t in (1, L) else torch.ones(t, L, dtype=torch.bool, device=q.device).tril(L - t)
+    mask = None
+    if t not in (1, L):
+        mask = torch.ones(t, L, dtype=torch.bool, device=q.device).tril(L - t)
     with torch.autocast("cpu", enabled=False):  # this kernel's backward is twice as fast in float32 as in bfloat16
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=t == L, enable_gqa=True)[0].transpose(0, 1)
 
@@ -201,8 +236,9 @@ class Tokenizer:
     """ChatML over a `tokenizers.Tokenizer`. Text that spells a special token never becomes one: ids go around it."""
 
     def __init__(self, fast, config=None):
-        self.fast, self.config = fast, dict(config or {})
+        self.fast = fast
         self.fast.encode_special_tokens = True  # "<|im_end|>" inside a text is ten ordinary characters
+        self.config = dict(config or {})
 
     @property
     def size(self):
@@ -220,11 +256,12 @@ class Tokenizer:
 
     def decode(self, ids):
         """Ids that the vocabulary lacks (a padded embedding has some) are left out."""
-        return self.fast.decode([i for i in ids if self.fast.id_to_token(i) is not None], skip_special_tokens=False)
+        known = [i for i in ids if self.fast.id_to_token(i) is not None]
+        return self.fast.decode(known, skip_special_tokens=False)
 
     def apply_chat(self, messages, add_generation_prompt=False):
         """[{"role", "content"}] -> ids of `<|im_start|>role\\ncontent<|im_end|>\\n`, contents verbatim."""
-        ids = self.apply_chat_with_mask(messages)[0]
+        ids, _ = self.apply_chat_with_mask(messages)
         return ids + self._opening() if add_generation_prompt else ids
 
     def apply_chat_with_mask(self, messages):
@@ -233,21 +270,26 @@ class Tokenizer:
         for message in messages:
             role, content = message["role"], message["content"]
             if role == "assistant":  # cut where sampling starts, so that demonstrations and rollouts have the same ids
-                head, body = self._opening(), self.encode(content)
+                head = self._opening()
+                body = self.encode(content)
             else:
-                head, body = [self.id("<|im_start|>")] + self.encode(f"{role}\n{content}"), []
+                head = [self.id("<|im_start|>")] + self.encode(f"{role}\n{content}")
+                body = []
             body.append(self.id("<|im_end|>"))
-            line = self.encode("\n")
-            ids += head + body + line
-            mask += [False] * len(head) + [role == "assistant"] * len(body) + [False] * len(line)
+            end = self.encode("\n")
+
+            ids += head + body + end
+            mask += [False] * len(head) + [role == "assistant"] * len(body) + [False] * len(end)
         return ids, mask
 
     def observation(self, text, role="user", closed=True):
         """Ids to append after an assistant's turn: a message, and the opening of the next turn.
 
-        `closed` says whether the turn ended in <|im_end|>; a turn cut at its length gets the one it lacks."""
+        `closed` says whether the turn ended in <|im_end|>; a turn cut at its length gets the one it lacks.
+        """
         end = [] if closed else [self.id("<|im_end|>")]
-        return end + self.encode("\n") + self.apply_chat([{"role": role, "content": text}], add_generation_prompt=True)
+        message = [{"role": role, "content": text}]
+        return end + self.encode("\n") + self.apply_chat(message, add_generation_prompt=True)
 
     def _opening(self):
         return [self.id("<|im_start|>")] + self.encode("assistant\n")
@@ -260,8 +302,11 @@ def train_tokenizer(texts, vocab_size):
         pre_tokenizers.Split(Regex(SPLIT), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     fast.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(SPECIAL) - len(TAGS), show_progress=False,
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL) - len(TAGS),
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+
     fast.train_from_iterator((piece for text in texts for piece in split_tags(text)), trainer)
     fast.add_tokens([AddedToken(t, special=t in SPECIAL, normalized=False) for t in SPECIAL + TAGS])
     return Tokenizer(fast)
@@ -274,355 +319,20 @@ def split_tags(text):
     return text.split("\0")
 
 
-# ---- Checkpoints -----------------------------------------------------------------------------------------------------
-
-def file_tensors(net):
-    """Yields (name in a Qwen3 file, parameter, first row, last row, Linear or None): what a checkpoint holds."""
-    yield "model.embed_tokens.weight", net.embed.weight, 0, net.config.vocab_size, None
-    for i, block in enumerate(net.blocks):
-        for name, norm in (("input_layernorm", block.norm1), ("post_attention_layernorm", block.norm2),
-                           ("self_attn.q_norm", block.q_norm), ("self_attn.k_norm", block.k_norm)):
-            yield f"model.layers.{i}.{name}.weight", norm.weight, 0, len(norm.weight), None
-        for linear in (block.qkv, block.out, block.gate_up, block.down):
-            start = 0
-            for name, rows in linear.parts:
-                yield f"model.layers.{i}.{name}.weight", linear.weight, start, start + rows, linear
-                start += rows
-    yield "model.norm.weight", net.norm.weight, 0, len(net.norm.weight), None
-    if net.head is not None:
-        yield "lm_head.weight", net.head.weight, 0, net.config.vocab_size, net.head
-
-
-def read_json(path):
-    try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object")
-    return value
-
-
-def read_config(path):
-    """config.json of qwen3, or the text part of qwen3_vl -> Config."""
-    raw = read_json(path)
-    kind = raw.get("model_type")
-    text = raw.get("text_config", {}) if kind == "qwen3_vl" else raw
-    if kind not in ("qwen3", "qwen3_vl", "qwen3_vl_text"):
-        raise ValueError(f"{path}: architecture {kind!r}, expected qwen3 or qwen3_vl")
-    rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
-    if rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"):
-        raise ValueError(f"{path}: rotary scaling {rope.get('rope_type')!r} is not supported")
-    if text.get("attention_bias") or text.get("use_sliding_window") or text.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"{path}: attention bias, sliding window and other activations than silu are not supported")
-    try:
-        return Config(
-            text["vocab_size"], text["hidden_size"], text["num_hidden_layers"], text["num_attention_heads"],
-            text["num_key_value_heads"], text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"],
-            text["intermediate_size"], float(rope.get("rope_theta") or text.get("rope_theta") or 1e6),
-            text["rms_norm_eps"],
-            bool(raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
-            text.get("max_position_embeddings", 32768))
-    except KeyError as error:
-        raise ValueError(f"{path}: no field {error}") from None
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def hf_config(c, dtype, tokenizer=None):
-    """Config -> the dictionary of config.json."""
-    dtype, end = str(dtype).split(".")[-1], {}
-    if tokenizer is not None:
-        end = {"eos_token_id": tokenizer.id("<|im_end|>"), "pad_token_id": tokenizer.id("<|endoftext|>")}
-    return {
-        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3",
-        "vocab_size": c.vocab_size, "hidden_size": c.hidden_size,
-        "num_hidden_layers": c.layers, "num_attention_heads": c.heads, "num_key_value_heads": c.kv_heads,
-        "head_dim": c.head_dim, "intermediate_size": c.mlp_size, "rope_theta": c.rope_theta,
-        "rope_parameters": {"rope_theta": c.rope_theta, "rope_type": "default"}, "rms_norm_eps": c.norm_eps,
-        "tie_word_embeddings": c.tie_embeddings, "max_position_embeddings": c.max_positions, "hidden_act": "silu",
-        "attention_bias": False, "use_cache": True, "dtype": dtype, "torch_dtype": dtype, **end}
-
-
-def tensor_files(path):
-    """{tensor name: file} of a checkpoint folder, single or sharded."""
-    index, single = os.path.join(path, "model.safetensors.index.json"), os.path.join(path, "model.safetensors")
-    if os.path.exists(index):
-        names = read_json(index).get("weight_map", {})
-        return {name: os.path.join(path, os.path.basename(file)) for name, file in names.items()}
-    with open_tensors(single) as file:
-        return dict.fromkeys(file.keys(), single)
-
-
-def in_file(name, files):
-    """A tensor's name in this checkpoint: as in qwen3, below "model.language_model." (qwen3_vl), or bare."""
-    if name.startswith("model."):
-        for prefix in ("model.language_model.", ""):
-            if prefix + "embed_tokens.weight" in files:
-                return prefix + name.removeprefix("model.")
-    return name
-
-
-def open_tensors(path):
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: missing or damaged ({error})") from None
-
-
-def load(path, device="cpu", dtype=torch.float32):
-    """Folder of a qwen3 or qwen3_vl checkpoint -> (net, tokenizer); the tokenizer is None if the folder has none.
-
-    Tensors go one by one from the mapped file to their place: nothing is held twice. ValueError names a file at fault.
-    """
-    config = read_config(os.path.join(path, "config.json"))
-    files = tensor_files(path)
-    if "embed_tokens.weight" in files:  # a bare trunk (an embedding model) has no output layer
-        config.tie_embeddings = True
-    with torch.device("meta"):
-        net = Qwen3(config)
-    net = net.to(dtype).to_empty(device=device)
-    for name, parameter, start, stop, _ in file_tensors(net):
-        name = in_file(name, files)
-        if name not in files:
-            raise ValueError(f"{path}: the checkpoint has no tensor {name}")
-        read_tensor(files[name], name, parameter.data[start:stop])
-    return net, load_tokenizer(path)
-
-
-def read_tensor(path, name, target, piece=2**21):
-    """Copy a tensor of a file into `target`, some rows at a time: closing the file gives the mapped pages back."""
-    rows = max(1, piece * len(target) // target.numel())
-    for start in range(0, len(target), rows):
-        with open_tensors(path) as file:
-            try:
-                tensor = file.get_slice(name)
-                if tensor.get_shape() != list(target.shape):
-                    raise ValueError(f"{path}: {name} is {tuple(tensor.get_shape())}, expected {tuple(target.shape)}")
-                target[start:start + rows].copy_(tensor[start:start + rows])
-            except SafetensorError as error:
-                raise ValueError(f"{path}: {error}") from None
-
-
-def load_tokenizer(path):
-    file, config = os.path.join(path, "tokenizer.json"), os.path.join(path, "tokenizer_config.json")
-    if not os.path.exists(file):
-        return None
-    try:
-        fast = FastTokenizer.from_file(file)
-    except Exception as error:  # the tokenizers package raises nothing narrower
-        raise ValueError(f"{file}: not a tokenizer ({error})") from None
-    return Tokenizer(fast, read_json(config) if os.path.exists(config) else None)
-
-
-def whole(name, parameter, start, stop, linear):
-    """A tensor as a file holds it, adapters merged (the arguments are an item of `file_tensors`)."""
-    tensor = parameter.data[start:stop]
-    return tensor + low_rank(linear, name) if linear is not None and linear.lora_A else tensor
-
-
-def replace_file(path, write):
-    """Call write(temporary path), then move the file into place: a reader sees the old one or the new one, whole."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-
-
-def write_text(path, text):
-    def write(temporary):
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-    replace_file(path, write)
-
-
-def write_json(path, value):
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def write_tensors(path, tensors):
-    """A safetensors file. Raises OSError if it cannot be written, a full disk included."""
-    def write(temporary):
-        try:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"{path}: {error}") from None
-    replace_file(path, write)
-
-
-@torch.no_grad()
-def save(path, net, tokenizer=None, shard_bytes=5 * 2**30):
-    """Write a Hugging Face folder of the plain qwen3 layout. Low-rank adapters are merged into what is written."""
-    os.makedirs(path, exist_ok=True)
-    shards, size = [{}], 0
-    for name, parameter, start, stop, linear in file_tensors(net):
-        tensor = parameter.data[start:stop]
-        if size + tensor.nbytes > shard_bytes and shards[-1]:
-            shards.append({})
-            size = 0
-        shards[-1][name] = whole(name, parameter, start, stop, linear)
-        size += tensor.nbytes
-    names = ["model.safetensors"] if len(shards) == 1 else [
-        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for name, tensors in zip(names, shards):
-        write_tensors(os.path.join(path, name), {k: t.contiguous() for k, t in tensors.items()})
-    index = os.path.join(path, "model.safetensors.index.json")
-    if len(shards) > 1:
-        weight_map = {key: name for name, tensors in zip(names, shards) for key in tensors}
-        total = sum(t.nbytes for tensors in shards for t in tensors.values())
-        write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    elif os.path.exists(index):
-        os.remove(index)
-    write_json(os.path.join(path, "config.json"), hf_config(net.config, net.embed.weight.dtype, tokenizer))
-    if tokenizer is not None:
-        save_tokenizer(path, tokenizer)
-
-
-def save_tokenizer(path, tokenizer):
-    """tokenizer.json, tokenizer_config.json with the chat template, generation_config.json."""
-    replace_file(os.path.join(path, "tokenizer.json"), tokenizer.fast.save)
-    write_json(os.path.join(path, "tokenizer_config.json"), {
-        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
-        "clean_up_tokenization_spaces": False, **tokenizer.config, "chat_template": CHAT_TEMPLATE})
-    ends = [tokenizer.id("<|im_end|>"), tokenizer.id("<|endoftext|>")]
-    write_json(os.path.join(path, "generation_config.json"), {
-        "do_sample": True, "temperature": 0.7, "top_p": 0.95, "top_k": 0,
-        "eos_token_id": ends, "pad_token_id": ends[1]})
-
-
-def export(net, base, path):
-    """Write the folder `base`, a qwen3_vl checkpoint, to `path`, net's weights as its text part; the rest is copied."""
-    files = tensor_files(base)
-    texts = {in_file(item[0], files): item for item in file_tensors(net)}
-    if missing := sorted(set(texts) - set(files)):
-        raise ValueError(f"{base}: the checkpoint has no tensor {missing[0]}")
-    os.makedirs(path, exist_ok=True)
-    for name in sorted(os.listdir(base)):
-        source, target = os.path.join(base, name), os.path.join(path, name)
-        if source in files.values():
-            with open_tensors(source) as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-            for key in tensors.keys() & texts.keys():
-                ours = whole(*texts[key])
-                if ours.shape != tensors[key].shape:
-                    raise ValueError(f"{source}: {key} is {tuple(tensors[key].shape)}, ours is {tuple(ours.shape)}")
-                tensors[key] = ours.to("cpu", tensors[key].dtype).contiguous()
-            write_tensors(target, tensors)
-        elif os.path.isfile(source):
-            replace_file(target, lambda temporary: shutil.copyfile(source, temporary))
-
-
-# ---- Low-rank adapters -----------------------------------------------------------------------------------------------
-
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def adapted(net):
-    """Yields (Linear, name in files, key of its adapter) for each adapter of the net."""
-    for i, block in enumerate(net.blocks):
-        for linear in (block.qkv, block.out, block.gate_up, block.down):
-            for name, _ in linear.parts:
-                if name.split(".")[-1] in linear.lora_A:
-                    yield linear, f"model.layers.{i}.{name}", name.split(".")[-1]
-
-
-def low_rank(linear, name):
-    """What the adapter adds to the rows of `name` (a weight's name in files): scale * B A, or 0."""
-    key = name.split(".")[-2]
-    if key not in linear.lora_A:
-        return 0.0
-    return (linear.lora_scale * linear.lora_B[key] @ linear.lora_A[key]).to(linear.weight.dtype)
-
-
-def add_lora(net, rank=16, alpha=32, targets=TARGETS):
-    """Freeze the net and give each target projection a trainable adapter, scale alpha / rank; at first it adds 0."""
-    if rank < 1 or not targets or set(targets) - set(TARGETS):
-        raise ValueError(f"lora: rank {rank}, targets {list(targets)}: expected rank > 0, targets of {list(TARGETS)}")
-    net.requires_grad_(False)
-    for block in net.blocks:
-        for linear in (block.qkv, block.out, block.gate_up, block.down):
-            linear.lora_scale = alpha / rank
-            for key, rows in ((name.split(".")[-1], rows) for name, rows in linear.parts):
-                if key in targets:
-                    a = torch.empty(rank, linear.in_features, device=linear.weight.device)
-                    linear.lora_A[key] = nn.Parameter(nn.init.kaiming_uniform_(a, 5**0.5))
-                    linear.lora_B[key] = nn.Parameter(torch.zeros(rows, rank, device=linear.weight.device))
-
-
-@contextmanager
-def without_lora(net):
-    """Inside, the net is what it was before `add_lora` (the reference policy of a LoRA run)."""
-    scales = {linear: linear.lora_scale for linear, _, _ in adapted(net)}
-    try:
-        for linear in scales:
-            linear.lora_scale = 0.0
-        yield
-    finally:
-        for linear, scale in scales.items():
-            linear.lora_scale = scale
-
-
-@torch.no_grad()
-def merge_lora(net):
-    """Add the adapters to the weights, take them away, and let the whole net train again."""
-    for name, parameter, start, stop, linear in file_tensors(net):
-        if linear is not None and linear.lora_A:
-            parameter.data[start:stop] += low_rank(linear, name)
-    for linear in {linear for linear, _, _ in adapted(net)}:
-        linear.lora_A.clear(), linear.lora_B.clear()
-    net.requires_grad_(True)
-
-
-def save_adapter(path, net, base=""):
-    """adapter_config.json and adapter_model.safetensors, as PEFT writes them; `base` names the model they belong to."""
-    adapters = list(adapted(net))
-    if not adapters:
-        raise ValueError("save_adapter: the net has no adapters")
-    os.makedirs(path, exist_ok=True)
-    rank, scale = len(adapters[0][0].lora_A[adapters[0][2]]), adapters[0][0].lora_scale
-    write_tensors(os.path.join(path, "adapter_model.safetensors"), {
-        f"base_model.model.{name}.lora_{x}.weight": part[key].data.contiguous()
-        for linear, name, key in adapters for x, part in (("A", linear.lora_A), ("B", linear.lora_B))})
-    write_json(os.path.join(path, "adapter_config.json"), {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
-        "r": rank, "lora_alpha": scale * rank, "target_modules": sorted({key for _, _, key in adapters}),
-        "lora_dropout": 0.0, "bias": "none"})
-
-
-@torch.no_grad()
-def load_adapter(path, net):
-    """Give `net` the adapters of a PEFT folder (plain LoRA on the text projections)."""
-    file, config = os.path.join(path, "adapter_model.safetensors"), read_json(os.path.join(path, "adapter_config.json"))
-    odd = [k for k in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(k)]
-    if config.get("peft_type") != "LORA" or odd or config.get("bias", "none") != "none":
-        raise ValueError(f"{path}/adapter_config.json: only plain LoRA is supported {odd or ''}")
-    targets = config["target_modules"]
-    add_lora(net, config["r"], config["lora_alpha"], (targets,) if isinstance(targets, str) else targets)
-    with open_tensors(file) as tensors:
-        for linear, name, key in adapted(net):
-            for x, part in (("A", linear.lora_A), ("B", linear.lora_B)):
-                suffix = f"{name.removeprefix('model.')}.lora_{x}.weight"
-                found = [k for k in tensors.keys() if k.endswith("." + suffix)]
-                if not found or tensors.get_slice(found[0]).get_shape() != list(part[key].shape):
-                    raise ValueError(f"{file}: no tensor {suffix} of shape {tuple(part[key].shape)}")
-                part[key].copy_(tensors.get_tensor(found[0]))
-
-
 # ---- Log-probs for training ------------------------------------------------------------------------------------------
 
 SHORTEST_SHARED = 16  # tokens: a shorter common prefix is not worth a branch
 
 
 def common_prefix(a, b):
-    """Length of the longest common prefix of two token lists."""
+    """Length of the longest common prefix of two token lists, by bisection: comparing slices is fast."""
     low, high = 0, min(len(a), len(b))
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
     return low
 
 
@@ -634,6 +344,7 @@ def branch_points(shared, start):
         if low <= start:
             break
         points.append(low)
+
     kept = []
     for point in sorted(set(points)):
         if point - start >= SHORTEST_SHARED:
@@ -645,39 +356,46 @@ def branch_points(shared, start):
 class PrefixTree:
     """Sequences as one flat stream in which a prefix that neighbours share stands once.
 
-    The stream is cut into segments; a segment attends to its ancestors (`chains`) and, causally, to itself. So a prompt
-    is computed once for all its branches, and backward adds up what the branches send to it.
-    `rows[s]` (T_s,) is where the tokens of sequence s stand in the stream.
+    The stream is cut into segments. A segment attends to its ancestors and, causally, to itself: `paths[i]` are the
+    segments from the root to segment i. So a prompt is computed once for all its branches, and backward adds up what
+    the branches send to it. `token_rows[s]` (T_s,) is where the tokens of sequence s stand in the stream.
     """
 
     def __init__(self, sequences, device):
-        ids, positions, self.sizes, self.chains, self.rows = [], [], [], [], []
+        ids, positions = [], []
+        self.sizes, self.paths, self.token_rows = [], [], []
         shared = [0] + [common_prefix(a, b) for a, b in zip(sequences, sequences[1:])] + [0]
-        chain, bounds, rows = [], [], []  # of the sequence at hand: its segments, where in it they end, its stream rows
+
+        path, ends, rows = [], [], []  # of the sequence at hand: its segments, where in it they end, its stream rows
         for s, sequence in enumerate(sequences):
-            while bounds and bounds[-1] > shared[s]:
-                bounds.pop(), chain.pop()
-            start = bounds[-1] if bounds else 0
+            while ends and ends[-1] > shared[s]:  # back to the segment that this sequence shares with the one before
+                ends.pop()
+                path.pop()
+            start = ends[-1] if ends else 0
             rows = rows[:start]
+
             for stop in branch_points(shared[s + 1:], start) + [len(sequence)]:
                 if stop > start:
-                    chain.append(len(self.sizes))
-                    bounds.append(stop)
+                    path.append(len(self.sizes))
+                    ends.append(stop)
                     self.sizes.append(stop - start)
-                    self.chains.append(tuple(chain))
+                    self.paths.append(tuple(path))
                     rows += range(len(ids), len(ids) + stop - start)
                     ids += sequence[start:stop]
                     positions += range(start, stop)
                     start = stop
-            self.rows.append(torch.tensor(rows, device=device))
+            self.token_rows.append(torch.tensor(rows, device=device))
         self.ids = torch.tensor(ids, device=device)                                       # (N,)
         self.positions = torch.tensor(positions, device=device)                           # (N,)
 
     def attend(self, layer, q, k, v):
         """q (N, H, D), k and v (N, J, D) -> (N, H, D). `split` rather than slices: its backward is one copy."""
         q, k, v = q.split(self.sizes), k.split(self.sizes), v.split(self.sizes)
-        join = lambda parts, chain: parts[chain[0]] if len(chain) == 1 else torch.cat([parts[i] for i in chain])
-        return torch.cat([attend_causal(q[c[-1]], join(k, c), join(v, c)) for c in self.chains])
+
+        def along(path, parts):
+            return parts[path[0]] if len(path) == 1 else torch.cat([parts[i] for i in path])
+
+        return torch.cat([attend_causal(q[path[-1]], along(path, k), along(path, v)) for path in self.paths])
 
 
 def hidden_states(net, sequences):
@@ -686,28 +404,7 @@ def hidden_states(net, sequences):
     Row t predicts token t + 1. Neighbouring sequences with a common prefix share its rows.
     """
     packed = PrefixTree(sequences, net.embed.weight.device)
-    return net.trunk(packed.ids, packed.positions, packed.attend), packed.rows
-
-
-def embed(net, sequences):
-    """(S, C) float32: the last token's hidden state, L2-normalised (Qwen3-Embedding)."""
-    return net.forward_with(last_hidden, sequences)
-
-
-def last_hidden(net, sequences):
-    hidden, rows = hidden_states(net, sequences)
-    return F.normalize(hidden[torch.stack([r[-1] for r in rows])].float(), dim=-1)
-
-
-def embed_words(net, sequences):
-    """(S, C) float32: the mean of the tokens' input embeddings, a bag of words. The last state of a small policy tells
-    what comes next, hardly what was asked."""
-    return net.forward_with(mean_words, sequences)
-
-
-def mean_words(net, sequences):
-    device = net.embed.weight.device
-    return torch.stack([net.embed(torch.tensor(ids, device=device)).float().mean(0) for ids in sequences])
+    return net.trunk(packed.ids, packed.positions, packed.attend), packed.token_rows
 
 
 class ChunkedLogprobs(torch.autograd.Function):
@@ -727,15 +424,21 @@ class ChunkedLogprobs(torch.autograd.Function):
             h = hidden[a:b].to(dtype)
             total, weighted, chosen = torch.zeros(3, b - a, device=h.device)
             top = torch.full_like(total, -math.inf)
+
             for c in range(0, V, tile):
                 z = F.linear(h, weight[c:c + tile].to(dtype)).float().div_(temperature)   # (n, v)
                 inside = (targets[a:b] >= c) & (targets[a:b] < c + tile)
-                picked = z.gather(1, (targets[a:b, None] - c).clamp(0, z.shape[1] - 1)).squeeze(1)
+                local = (targets[a:b, None] - c).clamp(0, z.shape[1] - 1)
+                picked = z.gather(1, local).squeeze(1)
                 chosen = torch.where(inside, picked, chosen)
+
                 high = torch.maximum(top, z.amax(1))
                 fade = (top - high).exp()
                 e = (z - high[:, None]).exp_()
-                total, weighted, top = total * fade + e.sum(1), weighted * fade + e.mul_(z).sum(1), high
+                total = total * fade + e.sum(1)
+                weighted = weighted * fade + e.mul_(z).sum(1)
+                top = high
+
             lse[a:b] = top + total.log()
             logp[a:b] = chosen - lse[a:b]
             entropy[a:b] = lse[a:b] - weighted / total                                    # H = log Z - E[z]
@@ -752,16 +455,20 @@ class ChunkedLogprobs(torch.autograd.Function):
         for c in range(0, len(weight), tile):
             w = weight[c:c + tile].to(dtype)
             for a in range(0, len(hidden), tile):
-                s, h = slice(a, a + tile), hidden[a:a + tile].to(dtype)
+                s = slice(a, a + tile)
+                h = hidden[s].to(dtype)
                 g = F.linear(h, w).float().div_(temperature).sub_(lse[s, None])           # log p (n, v)
                 if with_entropy:
                     logs = g.clone()
-                    g.exp_().mul_(-g_logp[s, None] - g_entropy[s, None] * (logs + entropy[s, None]))
+                    from_entropy = g_entropy[s, None] * (logs + entropy[s, None])
+                    g.exp_().mul_(-g_logp[s, None] - from_entropy)
                 else:
                     g.exp_().mul_(-g_logp[s, None])
+
                 local = targets[s] - c
                 inside = (local >= 0) & (local < g.shape[1])
-                g.scatter_add_(1, local.clamp(0, g.shape[1] - 1)[:, None], (g_logp[s] * inside)[:, None])
+                local = local.clamp(0, g.shape[1] - 1)[:, None]
+                g.scatter_add_(1, local, (g_logp[s] * inside)[:, None])
                 g = g.div_(temperature).to(dtype)
                 g_hidden[s] += g @ w
                 g_weight[c:c + tile] += g.T @ h
@@ -786,8 +493,10 @@ class WeightedLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, weights, rows, dtype):
-        total, w = torch.zeros((), device=hidden.device), weight.to(dtype)
-        g_hidden, g_weight = torch.empty_like(hidden), torch.zeros(weight.shape, device=weight.device)
+        total = torch.zeros((), device=hidden.device)
+        w = weight.to(dtype)
+        g_hidden = torch.empty_like(hidden)
+        g_weight = torch.zeros(weight.shape, device=weight.device)
         for a in range(0, len(hidden), rows):
             s = slice(a, a + rows)
             h, y, scale = hidden[s].to(dtype), targets[s, None], weights[s, None]
@@ -831,26 +540,1112 @@ def token_logprobs_and_entropy(net, sequences, temperature=1.0, masks=None):
     """
     hidden, rows = hidden_states(net, sequences)
     V, device = net.config.vocab_size, hidden.device
-    lengths = [len(s) - 1 for s in sequences]
     row = torch.cat([r[:-1] for r in rows])                                               # (S,) over all sequences
     target = torch.cat([torch.tensor(s[1:], dtype=torch.long, device=device) for s in sequences])
-    pairs, place = torch.unique(row * V + target, return_inverse=True)
-    if masks is not None:
+
+    # a pair (row, target) that several sequences contain is computed once: inverse (S,) tells where it stands
+    if masks is None:
+        pairs, inverse = torch.unique(row * V + target, return_inverse=True)
+    else:
         wanted = torch.cat([torch.tensor(m[1:], dtype=torch.bool, device=device) for m in masks])
-        pairs, place_wanted = torch.unique((row * V + target)[wanted], return_inverse=True)
-        place = torch.full((len(row),), len(pairs), device=device).masked_scatter_(wanted, place_wanted)
+        pairs, inverse_wanted = torch.unique((row * V + target)[wanted], return_inverse=True)
+        inverse = torch.full((len(row),), len(pairs), device=device)                      # elsewhere: the zero below
+        inverse.masked_scatter_(wanted, inverse_wanted)
+
     values = chunked_logprobs(hidden[pairs // V], net.output_weight, pairs % V, temperature)
-    return tuple(F.pad(v, (0, 1))[place].split(lengths) for v in values)
+    lengths = [len(s) - 1 for s in sequences]
+    return tuple(F.pad(v, (0, 1))[inverse].split(lengths) for v in values)
 
 
-# ---- Many processes --------------------------------------------------------------------------------------------------
+def embed(net, sequences):
+    """(S, C) float32: the last token's hidden state, L2-normalised (Qwen3-Embedding)."""
+    return net.forward_with(last_hidden, sequences)
+
+
+def last_hidden(net, sequences):
+    hidden, rows = hidden_states(net, sequences)
+    return F.normalize(hidden[torch.stack([r[-1] for r in rows])].float(), dim=-1)
+
+
+def embed_words(net, sequences):
+    """(S, C) float32: the mean of the tokens' input embeddings, a bag of words.
+
+    The last state of a small policy tells what comes next, hardly what was asked.
+    """
+    return net.forward_with(mean_words, sequences)
+
+
+def mean_words(net, sequences):
+    device = net.embed.weight.device
+    return torch.stack([net.embed(torch.tensor(ids, device=device)).float().mean(0) for ids in sequences])
+
+
+# ---- Sampling --------------------------------------------------------------------------------------------------------
+
+MASK64 = 2**64 - 1
+GOLDEN, MIX1, MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # splitmix64
+ROUNDS = 64  # draws per token, at most
+
+
+def signed(x):
+    """The int64 with the bits of x mod 2^64."""
+    x &= MASK64
+    return x - 2**64 if x >> 63 else x
+
+
+def stream(seed):
+    """A well-mixed 64-bit state from any integer seed, the start of a sequence's random numbers."""
+    z = (seed * GOLDEN + MIX1) & MASK64
+    z = ((z ^ (z >> 30)) * MIX1) & MASK64
+    return signed(z ^ (z >> 27))
+
+
+def uniform(streams, counters):
+    """int64 (B,) and (B,) -> float32 (B,) in [0, 1): splitmix64 of (stream, counter), the same on every machine."""
+    z = streams + counters * signed(GOLDEN)
+    z = (z ^ ((z >> 30) & (2**34 - 1))) * signed(MIX1)  # the masks make the shifts logical
+    z = (z ^ ((z >> 27) & (2**37 - 1))) * signed(MIX2)
+    z = z ^ ((z >> 31) & (2**33 - 1))
+    return ((z >> 40) & (2**24 - 1)).float() * 2.0**-24
+
+
+def sample(logits, temperature, top_p, streams, positions):
+    """One token per row: logits (B, V) float32, the others (B,) -> (tokens (B,), logp (B,)).
+
+    logp is log softmax(logits / temperature), before top-p; at temperature 0 the token is the argmax, logp untempered.
+
+    Nucleus sampling without a sort: a token is in the nucleus if what is likelier than it weighs less than top_p. Draw
+    from the whole distribution and test that one token; if it falls outside, draw again from what is likelier than it.
+    The nucleus lies within that, so what is accepted follows the truncated distribution exactly.
+    """
+    host = logits.device.type == "cpu"  # where looking at a result is free
+    greedy = temperature <= 0
+    logp = (logits / torch.where(greedy, 1.0, temperature)[:, None]).log_softmax(-1)      # (B, V)
+    tokens = logits.argmax(-1) if not host or greedy.any() else torch.zeros_like(streams)
+    p, floor = logp.exp(), torch.where(greedy, math.inf, 0.0)                             # only p > floor may be drawn
+    limit = torch.where(top_p >= 1, math.inf, top_p.clamp(min=1e-6))
+    rows = torch.arange(len(p), device=p.device)
+
+    for attempt in range(ROUNDS if host else 8):                                          # after 8, the argmax stands
+        mass = (p if attempt == 0 else torch.where(p > floor[:, None], p, 0.0)).cumsum(-1)
+        u = uniform(streams[rows], positions[rows] * ROUNDS + attempt) * mass[:, -1]
+        drawn = torch.searchsorted(mass, u[:, None], right=True).clamp_(max=p.shape[1] - 1)  # (b, 1)
+        weight = p.gather(1, drawn)                                                       # (b, 1)
+        likelier = torch.where(p > weight, p, 0.0).sum(-1)
+        weight = weight.squeeze(1)
+        accepted = (likelier < limit[rows]) & (weight > floor)
+        tokens[rows] = torch.where(accepted, drawn.squeeze(1), tokens[rows])
+        floor = torch.where(accepted, math.inf, torch.maximum(floor, weight))
+        if host:  # go on with the rows that were refused
+            again = (floor < math.inf).nonzero().squeeze(1)
+            if not len(again):
+                break
+            rows, p, floor = rows[again], p[again], floor[again]
+    return tokens, logp.gather(1, tokens[:, None]).squeeze(1)
+
+
+# ---- Cache and engine ------------------------------------------------------------------------------------------------
+
+@dataclass(eq=False)
+class SlotOwner:
+    """Tokens whose keys and values stand in a slot of the cache."""
+    tokens: list
+    slot: int = -1               # -1: none
+    cached: int = 0              # tokens in the slot
+    logits: torch.Tensor = None  # (V,) after the last token, once they are computed
+
+    prefix = None                # the shared prompt in front of them, in a slot of its own
+
+    @property
+    def computed(self):
+        """How many of the tokens have keys and values in the cache, the shared prompt's included."""
+        return self.cached + (len(self.prefix.tokens) if self.prefix else 0)
+
+
+@dataclass(eq=False)
+class Prefix(SlotOwner):
+    """A prompt that several sequences share; its keys and values stand once in the cache."""
+    users: int = 0
+
+
+@dataclass(eq=False)
+class Sequence(SlotOwner):
+    """One conversation. `tokens` holds all of it, `logprobs` one number for each sampled token."""
+    logprobs: list = field(default_factory=list)
+    finish: str = ""             # of the last turn: "stop" or "length"; "" while it runs
+    prompt: tuple = None         # the first turn's tokens, until that turn starts
+    prefix: Prefix = None
+    stream: int = 0              # of its random numbers, see `uniform`
+    max_length: int = 0          # the turn ends when len(tokens) reaches this
+    temperature: float = 0.7
+    top_p: float = 0.95
+    stop_ids: frozenset = frozenset()
+
+
+class KVCache:
+    """Keys and values (layers, slots, J, capacity, D), and which slot belongs to whom.
+
+    The first `slots` slots hold sequences, half as many behind them hold shared prompts. `slot_owner[i]` is a Sequence,
+    a Prefix or None; an owner's keys and values are the first `owner.cached` of slot `owner.slot`.
+    """
+
+    def __init__(self, net, slots, capacity):
+        c, weight = net.config, net.embed.weight
+        self.slots = slots
+        self.capacity = capacity
+        n_slots = slots + (slots + 1) // 2
+        shape = c.layers, n_slots, c.kv_heads, capacity, c.head_dim
+        self.keys = zeros(shape, weight)
+        self.values = zeros(shape, weight)
+        self.slot_owner = [None] * n_slots
+        self.set_aside = {}  # owner without a slot -> (keys, values) (layers, J, cached, D)
+
+    def allocate(self, owner):
+        """Give the owner a free slot, and there its keys and values if they are set aside. False if none is free."""
+        is_shared = isinstance(owner, Prefix)
+        slots = range(self.slots, len(self.slot_owner)) if is_shared else range(self.slots)
+        free = [slot for slot in slots if self.slot_owner[slot] is None]
+        if not free:
+            return False
+        owner.slot = free[0]
+        self.slot_owner[owner.slot] = owner
+        if owner in self.set_aside:
+            keys, values = self.set_aside.pop(owner)
+            self.keys[:, owner.slot, :, :owner.cached] = keys
+            self.values[:, owner.slot, :, :owner.cached] = values
+        return True
+
+    def free(self, owner):
+        """Take the owner's slot away, and forget its keys and values."""
+        if owner.slot >= 0:
+            self.slot_owner[owner.slot] = None
+        self.set_aside.pop(owner, None)
+        owner.slot, owner.cached = -1, 0
+
+    def lend(self, owner):
+        """Free the owner's slot for another and set its keys and values aside, until `allocate` puts them back."""
+        keys = self.keys[:, owner.slot, :, :owner.cached].clone()
+        values = self.values[:, owner.slot, :, :owner.cached].clone()
+        self.set_aside[owner] = keys, values
+        self.slot_owner[owner.slot] = None
+        owner.slot = -1
+
+    def swap(self, a, b):
+        """Exchange two slots with all that they hold."""
+        n = max(owner.cached for owner in (self.slot_owner[a], self.slot_owner[b]) if owner)
+        for cache in (self.keys, self.values):
+            cache[:, [a, b], :, :n] = cache[:, [b, a], :, :n]
+        self.slot_owner[a], self.slot_owner[b] = self.slot_owner[b], self.slot_owner[a]
+        for slot in (a, b):
+            if self.slot_owner[slot]:
+                self.slot_owner[slot].slot = slot
+
+    def compact(self, owners, first):
+        """Move owners so that they hold the slots first, first + 1, ...; in what order does not matter."""
+        stop = first + len(owners)
+        holes = sorted(set(range(first, stop)) - {owner.slot for owner in owners})
+        for owner in owners:
+            if owner.slot >= stop:
+                self.swap(owner.slot, holes.pop(0))
+
+    def copy_prefix(self, source, owner, n):
+        """Copy the keys and values of the first n tokens in slot `source` to the owner's slot, which was empty."""
+        for cache in (self.keys, self.values):
+            cache[:, owner.slot, :, :n] = cache[:, source, :, :n]
+        owner.cached = n
+
+    def append(self, layer, owner, k, v):
+        """Write k and v (t, J, D) behind the owner's tokens; all that these t look back to: keys, values (L, J, D).
+
+        `owner.cached` stays, for the other layers write at the same place.
+        """
+        stop = owner.cached + len(k)
+        visible = []
+        for cache, new in ((self.keys, k), (self.values, v)):
+            slot = cache[layer, owner.slot]                                               # (J, capacity, D)
+            slot[:, owner.cached:stop] = new.transpose(0, 1)
+            own = slot[:, :stop]
+            if owner.prefix:
+                shared = cache[layer, owner.prefix.slot, :, :len(owner.prefix.tokens)]
+                own = torch.cat((shared, own), 1)
+            visible.append(own.transpose(0, 1))                                           # (L, J, D)
+        return visible
+
+
+def zeros(shape, like):
+    """Zeros that take memory only where they are written (on a CPU)."""
+    if like.device.type == "cpu":
+        return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * like.itemsize), dtype=like.dtype).view(shape)
+    return torch.zeros(shape, dtype=like.dtype, device=like.device)
+
+
+class Engine:
+    """Samples many conversations at once, and keeps each one's cache across its turns.
+
+        sequence = engine.open(prompt_ids, seed)
+        engine.submit(sequence, max_new_tokens, temperature, top_p, stop_ids)     # queue one turn
+        for sequence in engine.poll(): ...                                        # decode until a turn ends
+        engine.extend(sequence, ids)                                              # an observation, for the next turn
+        engine.close(sequence)
+
+    At most `slots` sequences run at a time. Those that run hold the first slots of the cache: whoever ends a turn moves
+    behind them, so a step works on views, never on copies. A sequence that waits for a tool keeps its slot until
+    another one needs it; then its keys and values are set aside, not computed again. So more conversations may be open
+    than there are slots. Weights are read live (adapters, too): after an update, sequences that are still open hold the
+    old weights' keys and values.
+    """
+
+    def __init__(self, net, slots=64, capacity=1024):
+        self.net = net
+        self.slots = slots
+        self.capacity = capacity          # tokens of a conversation, at most
+        self.device = net.embed.weight.device
+        self.cache = KVCache(net, slots, capacity)
+        self.batch = DecodeBatch(net, self.cache)
+        self.batch_changed = False        # its inputs must be written anew
+
+        self.waiting = deque()            # sequences with a turn to start, in order of submission
+        self.running = []                 # sequences that decode
+        self.prefixes = {}                # prompt -> Prefix in the cache
+        self.pending_prompts = Counter()  # prompt -> open sequences that have not started their first turn
+        self.wave_tokens = 1024 if self.device.type == "cpu" else 8192  # of a prefill pass; few stay in a CPU's cache
+        self.stats = Counter()            # tokens prefilled, decoded; steps
+
+    def open(self, prompt, seed=0):
+        """A new conversation. Its random numbers depend on `seed` and the position alone."""
+        if not prompt or min(prompt) < 0 or max(prompt) >= self.net.config.vocab_size:
+            raise ValueError(f"prompt must hold 1 or more token ids below {self.net.config.vocab_size}")
+        sequence = Sequence(list(prompt), prompt=tuple(prompt), stream=stream(seed))
+        self.pending_prompts[sequence.prompt] += 1
+        return sequence
+
+    def extend(self, sequence, ids):
+        sequence.tokens += ids
+
+    def submit(self, sequence, max_new_tokens, temperature=0.7, top_p=0.95, stop_ids=()):
+        """Queue one turn. It ends with a stop id (kept), after max_new_tokens, or where the capacity ends."""
+        sequence.max_length = min(len(sequence.tokens) + max_new_tokens, self.capacity)
+        sequence.temperature = temperature
+        sequence.top_p = top_p
+        sequence.stop_ids = frozenset(stop_ids)
+        sequence.finish = ""
+        self.waiting.append(sequence)
+
+    def close(self, sequence):
+        """Give the slot back. Closing twice, or while the turn runs, is allowed."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self.batch_changed = True
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+        if sequence.prompt is not None:
+            self.prompt_started(sequence)
+        self.cache.free(sequence)
+        if sequence.prefix:
+            prefix, sequence.prefix = sequence.prefix, None
+            prefix.users -= 1
+            self.free_if_unused(prefix)
+
+    def poll(self):
+        """Work until a turn ends; returns the sequences whose turn has ended ([]: nothing was submitted)."""
+        ended = []
+        while not ended and (self.waiting or self.running):
+            ended = self.step()
+        return ended
+
+    @torch.inference_mode()
+    def step(self):
+        """Start queued turns, then decode one token of each running sequence; returns those whose turn has ended."""
+        admitted, ended = self.schedule()
+        if admitted:
+            ended += self.append_tokens(admitted, *self.prefill(admitted))
+        if self.running and not ended:
+            ended = self.append_tokens(self.running, *self.decode())
+        return ended
+
+    # -- schedule: who runs, and in which slot
+
+    def schedule(self):
+        """Admit queued turns, in order, while slots last -> (admitted, those without room for a single token)."""
+        admitted, ended = [], []
+        while self.waiting:
+            sequence = self.waiting[0]
+            if len(sequence.tokens) >= sequence.max_length:
+                sequence.finish = "length"
+                ended.append(self.waiting.popleft())
+                continue
+            if sequence.slot < 0 and not self.find_slot(sequence):
+                break
+            if sequence.prompt is not None:
+                self.attach_prefix(sequence)
+            self.waiting.popleft()
+            self.running.append(sequence)
+            self.batch_changed = True
+            admitted.append(sequence)
+        return admitted, ended
+
+    def find_slot(self, sequence):
+        """Whether there is a slot: a free one, or that of a conversation which does not run and lends it."""
+        if self.cache.allocate(sequence):
+            return True
+        position = {waiting: i for i, waiting in enumerate(self.waiting)}
+        idle = [owner for owner in self.cache.slot_owner[:self.slots] if owner not in self.running]
+        if not idle:
+            return False
+        # a conversation that waits for a tool comes before one that waits for its turn, of these the last in the queue
+        self.cache.lend(max(idle, key=lambda owner: position.get(owner, math.inf)))
+        return self.cache.allocate(sequence)
+
+    def attach_prefix(self, sequence):
+        """Let a first turn use the shared prompt, if there is one or others are about to start with the same."""
+        prompt = sequence.prompt
+        if prompt not in self.prefixes and self.pending_prompts[prompt] > 1 and len(prompt) >= SHORTEST_SHARED:
+            prefix = Prefix(list(prompt))
+            if self.cache.allocate(prefix):
+                self.prefixes[prompt] = prefix
+        if prompt in self.prefixes:
+            sequence.prefix = self.prefixes[prompt]
+            sequence.prefix.users += 1
+        self.prompt_started(sequence)
+
+    def prompt_started(self, sequence):
+        """The sequence no longer counts among those that will want its prompt."""
+        prompt, sequence.prompt = sequence.prompt, None
+        self.pending_prompts[prompt] -= 1
+        if not self.pending_prompts[prompt]:
+            del self.pending_prompts[prompt]
+        if prompt in self.prefixes:
+            self.free_if_unused(self.prefixes[prompt])
+
+    def free_if_unused(self, prefix):
+        prompt = tuple(prefix.tokens)
+        if prefix.users == 0 and prompt not in self.pending_prompts:
+            self.cache.free(prefix)
+            del self.prefixes[prompt]
+
+    # -- prefill: keys and values of prompts and observations
+
+    def prefill(self, admitted):
+        """Compute all pending tokens of these sequences, then sample one token of each -> (tokens, logps), lists."""
+        prefixes = [s.prefix for s in admitted if s.prefix and not s.prefix.cached]
+        jobs = list(dict.fromkeys(prefixes + admitted))
+        while jobs:
+            wave = self.next_wave(jobs)
+            if wave:
+                self.prefill_wave(wave)
+            jobs = [job for job in jobs if job.computed < len(job.tokens)]
+
+        # a sequence that is all shared prompt goes on from the prompt's last logits
+        logits = torch.stack([s.prefix.logits if s.logits is None else s.logits for s in admitted])   # (n, V)
+        for s in admitted:
+            s.logits = None
+        temperature, top_p = torch.tensor([[s.temperature, s.top_p] for s in admitted], device=self.device).T
+        streams, positions = torch.tensor([[s.stream, len(s.tokens)] for s in admitted], device=self.device).T
+        tokens, logp = sample(logits, temperature, top_p, streams, positions)
+        return tokens.tolist(), logp.tolist()
+
+    def next_wave(self, jobs):
+        """What one prefill pass computes: [(job, ids)], up to `wave_tokens` ids in all; the longest job in parts."""
+        wave, budget = [], self.wave_tokens
+        for job in jobs:
+            if job.prefix and job.prefix.computed < len(job.prefix.tokens):
+                continue  # its prompt comes first
+            if not job.computed and self.reuse_beginning(job, [other for other, _ in wave]):
+                continue  # it shares its beginning with a job of this wave: copy it in the next
+            ids = job.tokens[job.computed:job.computed + self.wave_tokens]
+            if ids and (len(ids) <= budget or not wave):
+                wave.append((job, ids))
+                budget -= len(ids)
+        return wave
+
+    def reuse_beginning(self, job, wave):
+        """Copy the keys and values of a common beginning (a system prompt) from another slot.
+
+        True if a job of the wave at hand, not computed yet, has more in common than any slot: better wait for it.
+        """
+        def in_common(other):
+            return min(common_prefix(other.tokens, job.tokens), len(job.tokens) - 1)  # the last one's logits are needed
+
+        sources = [o for o in self.cache.slot_owner if o and o.cached and not o.prefix]
+        n, slot = max([(min(in_common(o), o.cached), o.slot) for o in sources], default=(0, -1))
+        ahead = max([in_common(other) for other in wave if not other.prefix], default=0)
+        if ahead >= n + SHORTEST_SHARED:
+            return True
+        if n >= SHORTEST_SHARED:
+            self.cache.copy_prefix(slot, job, n)
+        return False
+
+    def prefill_wave(self, wave):
+        """One pass over [(job, ids)] as a flat stream: fills the cache, and leaves each job its last logits."""
+        sizes = [len(ids) for _, ids in wave]
+        flat = torch.tensor([i for _, ids in wave for i in ids], device=self.device)      # (N,)
+        positions = [job.computed + i for job, ids in wave for i in range(len(ids))]
+
+        def attend(layer, q, k, v):
+            outs = []
+            for (job, _), q_, k_, v_ in zip(wave, q.split(sizes), k.split(sizes), v.split(sizes)):
+                outs.append(attend_causal(q_, *self.cache.append(layer, job, k_, v_)))
+            return torch.cat(outs)
+
+        hidden = self.net.trunk(flat, torch.tensor(positions, device=self.device), attend)
+        last = torch.tensor(sizes, device=self.device).cumsum(0) - 1
+        logits = self.net.logits(hidden[last])                                            # (wave, V)
+        for (job, ids), row in zip(wave, logits):
+            job.cached += len(ids)
+            job.logits = row
+        self.stats["prefilled"] += sum(sizes)
+
+    # -- decode: one token of each running sequence
+
+    def decode(self):
+        """One token of every running sequence -> (tokens, logps), lists: the step's only copy to the host."""
+        if self.batch_changed:
+            self.rebuild_batch()
+        longest = max(s.cached for s in self.running) + 1
+        tokens, logp = self.batch.step(len(self.running), longest)
+
+        for s in self.running:
+            s.cached += 1
+        self.stats["decoded"] += len(self.running)
+        self.stats["steps"] += 1
+        return tokens.tolist(), logp.tolist()
+
+    def append_tokens(self, sequences, tokens, logps):
+        """Append one token to each sequence; take those whose turn ends out of the batch, and return them."""
+        ended = []
+        for s, token, logp in zip(sequences, tokens, logps):
+            s.tokens.append(token)
+            s.logprobs.append(logp)
+            if token in s.stop_ids or len(s.tokens) >= s.max_length:
+                s.finish = "stop" if token in s.stop_ids else "length"
+                ended.append(s)
+        if ended:
+            self.running = [s for s in self.running if not s.finish]
+            self.batch_changed = True
+        return ended
+
+    def rebuild_batch(self):
+        """After the batch has changed: what runs moves to the first slots, and the step's inputs are written anew."""
+        self.cache.compact(self.running, first=0)
+        self.running.sort(key=lambda s: s.slot)
+
+        groups = {}  # Prefix -> rows of the batch
+        for row, s in enumerate(self.running):
+            if s.prefix:
+                groups.setdefault(s.prefix, []).append(row)
+        self.cache.compact(list(groups), first=self.slots)
+        groups = dict(sorted(groups.items(), key=lambda item: item[0].slot))
+        self.batch.write(self.running, groups)
+        self.batch_changed = False
+
+
+class DecodeBatch:
+    """The tensors of a decode step, and the step: one token of each of the first n slots.
+
+    They are written when the batch changes; from then on each step leaves the inputs of the next one in place.
+    """
+
+    def __init__(self, net, cache):
+        c = net.config
+        self.net = net
+        self.cache = cache
+        self.device = net.embed.weight.device
+        self.shape = c.heads, c.kv_heads, c.head_dim
+        self.state = torch.zeros(4, cache.slots, dtype=torch.int64, device=self.device)  # id, position, length, stream
+        self.sampling_params = torch.zeros(2, cache.slots, device=self.device)            # temperature, top-p
+        self.prefix_groups = None
+        self.graphs = {}  # shapes -> CUDA graph of a step
+
+    def write(self, running, groups):
+        """running: sequences in the order of their slots, 0, 1, ...; groups: {Prefix: rows} in the order of slots."""
+        n = len(running)
+        state = [[s.tokens[-1], len(s.tokens) - 1, s.cached, s.stream] for s in running]
+        # the rows beyond n are padding; what a step writes for them lies behind the end of their slot's owner
+        for owner in self.cache.slot_owner[n:self.cache.slots]:
+            state.append([0, 0, owner.cached if owner else 0, 0])
+        self.state.copy_(torch.tensor(state).T)
+
+        params = [[s.temperature, s.top_p] for s in running]
+        self.sampling_params[:, :n] = torch.tensor(params, device=self.device).T
+        self.prefix_groups = None
+        if groups:
+            keys = self.cache.keys
+            self.prefix_groups = PrefixGroups.build(self.cache.slots, self.shape[1], groups, keys.device, keys.dtype)
+
+    def step(self, n, longest):
+        """Sample n tokens -> (tokens (n,), logp (n,)). longest: L of the longest sequence, the new token included."""
+        if self.device.type == "cuda":
+            return self.replay(n, longest, self.prefix_groups)
+        return self.forward(n, longest, self.prefix_groups)
+
+    def forward(self, n, longest, groups):
+        """The step on tensors only, in fixed shapes, without a word to the host."""
+        H, J, D = self.shape
+        ids, positions, lengths, streams = self.state[:, :n]
+        is_behind = torch.arange(longest, device=self.device) > lengths[:, None]          # (B, L)
+        bias = torch.where(is_behind, -math.inf, 0.0)[:, None, None]                      # (B, 1, 1, L)
+        bias = bias.to(self.cache.keys.dtype)
+
+        heads = torch.arange(n * J, device=self.device).view(n, J)
+        end = lengths.clamp(max=self.cache.capacity - 1)[:, None]                         # padding rows write, too
+        index = (heads * self.cache.capacity + end).view(-1)                              # (B J,) for the new token
+
+        def attend(layer, q, k, v):
+            keys, values = self.cache.keys[layer], self.cache.values[layer]               # (slots, J, capacity, D)
+            keys.view(-1, D).index_copy_(0, index, k.reshape(n * J, D))
+            values.view(-1, D).index_copy_(0, index, v.reshape(n * J, D))
+            q = q.view(n, J, H // J, D)                                                   # (B, J, R, D)
+            out, lse = attend_with_lse(q, keys[:n, :, :longest], values[:n, :, :longest], bias)
+            if groups is not None:
+                first = self.cache.slots  # of those that hold shared prompts
+                shared, shared_lse = groups.attend(q, keys[first:], values[first:])
+                share = torch.sigmoid(shared_lse - lse).unsqueeze(-1).to(out.dtype)       # see `attend_with_lse`
+                out = torch.lerp(out, shared, share)
+            return out
+
+        hidden = self.net.trunk(ids, positions, attend)
+        temperature, top_p = self.sampling_params[:, :n]
+        tokens, logp = sample(self.net.logits(hidden), temperature, top_p, streams, positions + 1)
+        ids.copy_(tokens)
+        self.state[1:3, :n] += 1  # positions, lengths
+        return tokens, logp
+
+    def replay(self, n, longest, groups):
+        """`forward` as a CUDA graph, captured once for each rounded shape; the rows beyond n are padding."""
+        n = min(round_up(n, 8), self.cache.slots)
+        longest = min(round_up(longest, 256), self.cache.capacity)
+        key = n, longest, groups and groups.shape
+        if key not in self.graphs:
+            self.graphs[key] = self.capture(n, longest, groups)
+
+        graph, static_groups, outputs = self.graphs[key]
+        if groups:
+            static_groups.copy_(groups)
+        graph.replay()
+        return outputs
+
+    def capture(self, n, longest, groups):
+        """(graph, the PrefixGroups that it reads, (tokens, logp) that it writes)."""
+        static_groups = groups and groups.clone()
+        saved = self.state.clone()
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):  # warm up; what this writes to the cache lies behind every row's end
+            self.forward(n, longest, static_groups)
+        torch.cuda.current_stream(self.device).wait_stream(side)
+
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = self.forward(n, longest, static_groups)
+        self.state.copy_(saved)
+        return graph, static_groups, outputs
+
+
+def attend_with_lse(q, k, v, bias):
+    """q (B, J, R, D), k and v (B, J, L, D), bias (B, 1, 1, L) -> (out (B, J, R, D), log-sum-exp of scores (B, J, R)).
+
+    Two parts of one softmax merge exactly: out = out_1 + sigmoid(lse_2 - lse_1) (out_2 - out_1).
+    """
+    if q.device.type == "cpu":  # the fused kernel of scaled_dot_product_attention, which also knows the log-sum-exp
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
+    scores = (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).float() + bias                 # (B, J, R, L)
+    lse = scores.logsumexp(-1)
+    return (scores - lse[..., None]).exp().to(v.dtype) @ v, lse
+
+
+@dataclass
+class PrefixGroups:
+    """Which rows share which prompt, as a table: a group's queries meet their prefix in one product."""
+    query_index: torch.Tensor     # (G J M,) where in (B J,) a group's queries stand; a short group is filled with 0
+    inverse_index: torch.Tensor   # (slots J,) where in (G J M,) a row's queries stand
+    bias: torch.Tensor            # (G, 1, 1, L) 0 inside the prefix, -inf behind it
+    no_prefix_bias: torch.Tensor  # (slots, 1, 1) 0, or -inf for a row without prefix
+
+    @staticmethod
+    def build(slots, J, groups, device, dtype):
+        """groups: {Prefix: batch rows}, in the order of the prefixes' slots in the cache."""
+        G = len(groups)
+        M = max(map(len, groups.values()))
+        L = max(len(prefix.tokens) for prefix in groups)
+        if device.type == "cuda":  # few shapes, few graphs
+            G, M, L = 1 << (G - 1).bit_length(), 1 << (M - 1).bit_length(), round_up(L, 256)
+
+        heads = np.arange(J)
+        query_index = np.zeros((G, J, M), np.int64)
+        inverse_index = np.zeros((slots, J), np.int64)
+        bias = np.full((G, 1, 1, L), -np.inf, np.float32)
+        no_prefix_bias = np.full((slots, 1, 1), -np.inf, np.float32)
+        for g, (prefix, rows) in enumerate(groups.items()):
+            query_index[g, :, :len(rows)] = np.array(rows) * J + heads[:, None]
+            inverse_index[rows] = np.arange(len(rows))[:, None] + (g * J + heads) * M
+            bias[g, ..., :len(prefix.tokens)] = 0
+            no_prefix_bias[rows] = 0
+        tables = query_index.reshape(-1), inverse_index.reshape(-1), bias, no_prefix_bias
+        query_index, inverse_index, bias, no_prefix_bias = (torch.from_numpy(x).to(device) for x in tables)
+        return PrefixGroups(query_index, inverse_index, bias.to(dtype), no_prefix_bias)
+
+    def attend(self, q, keys, values):
+        """q (B, J, R, D), prefix keys and values (slots, J, capacity, D) -> (out (B, J, R, D), lse (B, J, R))."""
+        G, L = len(self.bias), self.bias.shape[-1]
+        B, J, R, D = q.shape
+        grouped = q.reshape(B * J, R * D).index_select(0, self.query_index)
+        grouped = grouped.view(G, J, -1, D)                                               # (G, J, M R, D)
+        out, lse = attend_with_lse(grouped, keys[:G, :, :L], values[:G, :, :L], self.bias)
+
+        index = self.inverse_index[:B * J]
+        out = out.reshape(-1, R * D).index_select(0, index).view(B, J, R, D)
+        lse = lse.reshape(-1, R).index_select(0, index).view(B, J, R)
+        return out, lse + self.no_prefix_bias[:B]
+
+    @property
+    def shape(self):
+        """What a CUDA graph fixes."""
+        return self.query_index.shape, self.bias.shape
+
+    def tensors(self):
+        return self.query_index, self.inverse_index, self.bias, self.no_prefix_bias
+
+    def clone(self):
+        return PrefixGroups(*(tensor.clone() for tensor in self.tensors()))
+
+    def copy_(self, other):
+        for mine, theirs in zip(self.tensors(), other.tensors()):
+            mine.copy_(theirs)
+
+
+def round_up(n, step):
+    return -(-n // step) * step
+
+
+@dataclass
+class Completion:
+    tokens: list    # what was sampled, a stop id included
+    logprobs: list  # log softmax(logits / temperature) of each, before top-p
+    finish: str     # "stop" or "length"
+
+
+def generate(net, prompts, max_new_tokens, temperature=0.7, top_p=0.95, stop_ids=(), seed=0, slots=64):
+    """One Completion for each prompt (token list), prompt i from the random stream of seed + i. Temperature 0: greedy.
+
+    Equal prompts are computed and attended once, equal beginnings computed once; at most `slots` sequences run.
+    """
+    if not prompts:
+        return []
+    engine = Engine(net, min(slots, len(prompts)), max(map(len, prompts)) + max_new_tokens)
+    sequences = [engine.open(prompt, seed + i) for i, prompt in enumerate(prompts)]
+    for sequence in sequences:
+        engine.submit(sequence, max_new_tokens, temperature, top_p, stop_ids)
+    while ended := engine.poll():
+        for sequence in ended:
+            engine.close(sequence)
+    return [Completion(s.tokens[len(prompt):], s.logprobs, s.finish) for s, prompt in zip(sequences, prompts)]
+
+
+# ==== Machine room ====================================================================================================
+
+# ---- Checkpoint files ------------------------------------------------------------------------------------------------
+
+class FileTensor(NamedTuple):
+    """A tensor of a Qwen3 file, and where it lies here: rows `start` to `stop` of a parameter."""
+    name: str
+    parameter: nn.Parameter
+    start: int
+    stop: int
+    linear: Linear = None  # that the parameter belongs to, where it is a projection's
+
+    @property
+    def data(self):
+        return self.parameter.data[self.start:self.stop]
+
+    def merged_weight(self):
+        """The tensor as a file holds it: with its adapter merged."""
+        if self.linear is not None and self.linear.lora_A:
+            return self.data + low_rank(self.linear, self.name)
+        return self.data
+
+
+def file_tensors(net):
+    """Yields a FileTensor for everything that a checkpoint holds."""
+    yield FileTensor("model.embed_tokens.weight", net.embed.weight, 0, net.config.vocab_size)
+    for i, block in enumerate(net.blocks):
+        norms = {
+            "input_layernorm": block.norm1,
+            "post_attention_layernorm": block.norm2,
+            "self_attn.q_norm": block.q_norm,
+            "self_attn.k_norm": block.k_norm,
+        }
+        for name, norm in norms.items():
+            yield FileTensor(f"model.layers.{i}.{name}.weight", norm.weight, 0, len(norm.weight))
+        for linear in (block.qkv, block.out, block.gate_up, block.down):
+            start = 0
+            for name, rows in linear.parts:
+                yield FileTensor(f"model.layers.{i}.{name}.weight", linear.weight, start, start + rows, linear)
+                start += rows
+    yield FileTensor("model.norm.weight", net.norm.weight, 0, len(net.norm.weight))
+    if net.head is not None:
+        yield FileTensor("lm_head.weight", net.head.weight, 0, net.config.vocab_size, net.head)
+
+
+def read_config(path):
+    """config.json of qwen3, or the text part of qwen3_vl -> Config."""
+    raw = read_json(path)
+    kind = raw.get("model_type")
+    text = raw.get("text_config", {}) if kind == "qwen3_vl" else raw
+    if kind not in ("qwen3", "qwen3_vl", "qwen3_vl_text"):
+        raise ValueError(f"{path}: architecture {kind!r}, expected qwen3 or qwen3_vl")
+    rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
+    if rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"):
+        raise ValueError(f"{path}: rotary scaling {rope.get('rope_type')!r} is not supported")
+    if text.get("attention_bias") or text.get("use_sliding_window") or text.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"{path}: attention bias, sliding window and other activations than silu are not supported")
+
+    try:
+        heads, hidden_size = text["num_attention_heads"], text["hidden_size"]
+        return Config(
+            vocab_size=text["vocab_size"],
+            hidden_size=hidden_size,
+            layers=text["num_hidden_layers"],
+            heads=heads,
+            kv_heads=text["num_key_value_heads"],
+            head_dim=text.get("head_dim") or hidden_size // heads,
+            mlp_size=text["intermediate_size"],
+            rope_theta=float(rope.get("rope_theta") or text.get("rope_theta") or 1e6),
+            norm_eps=text["rms_norm_eps"],
+            tie_embeddings=bool(raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
+            max_positions=text.get("max_position_embeddings", 32768),
+        )
+    except KeyError as error:
+        raise ValueError(f"{path}: no field {error}") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def hf_config(c, dtype, tokenizer=None):
+    """Config -> the dictionary of config.json."""
+    dtype = str(dtype).split(".")[-1]
+    ends = {}
+    if tokenizer is not None:
+        ends = {"eos_token_id": tokenizer.id("<|im_end|>"), "pad_token_id": tokenizer.id("<|endoftext|>")}
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden_size,
+        "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads,
+        "head_dim": c.head_dim,
+        "intermediate_size": c.mlp_size,
+        "rope_theta": c.rope_theta,
+        "rope_parameters": {"rope_theta": c.rope_theta, "rope_type": "default"},
+        "rms_norm_eps": c.norm_eps,
+        "tie_word_embeddings": c.tie_embeddings,
+        "max_position_embeddings": c.max_positions,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "use_cache": True,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        **ends,
+    }
+
+
+def open_tensors(path):
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: missing or damaged ({error})") from None
+
+
+def tensor_files(path):
+    """{tensor name: file} of a checkpoint folder, single or sharded."""
+    index = os.path.join(path, "model.safetensors.index.json")
+    if os.path.exists(index):
+        names = read_json(index).get("weight_map", {})
+        return {name: os.path.join(path, os.path.basename(file)) for name, file in names.items()}
+    single = os.path.join(path, "model.safetensors")
+    with open_tensors(single) as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+def in_file(name, files):
+    """A tensor's name in this checkpoint: as in qwen3, below "model.language_model." (qwen3_vl), or bare."""
+    if name.startswith("model."):
+        for prefix in ("model.language_model.", ""):
+            if prefix + "embed_tokens.weight" in files:
+                return prefix + name.removeprefix("model.")
+    return name
+
+
+def load(path, device="cpu", dtype=torch.float32):
+    """Folder of a qwen3 or qwen3_vl checkpoint -> (net, tokenizer); the tokenizer is None if the folder has none.
+
+    Tensors go one by one from the mapped file to their place: nothing is held twice. ValueError names a file at fault.
+    """
+    config = read_config(os.path.join(path, "config.json"))
+    files = tensor_files(path)
+    if "embed_tokens.weight" in files:  # a bare trunk (an embedding model) has no output layer
+        config.tie_embeddings = True
+    with torch.device("meta"):
+        net = Qwen3(config)
+    net = net.to(dtype).to_empty(device=device)
+
+    for tensor in file_tensors(net):
+        name = in_file(tensor.name, files)
+        if name not in files:
+            raise ValueError(f"{path}: the checkpoint has no tensor {name}")
+        read_tensor(files[name], name, tensor.data)
+    return net, load_tokenizer(path)
+
+
+def read_tensor(path, name, target, piece=2**21):
+    """Copy a tensor of a file into `target`, some rows at a time: closing the file gives the mapped pages back."""
+    rows = max(1, piece * len(target) // target.numel())
+    for start in range(0, len(target), rows):
+        with open_tensors(path) as file:
+            try:
+                tensor = file.get_slice(name)
+                if tensor.get_shape() != list(target.shape):
+                    raise ValueError(f"{path}: {name} is {tuple(tensor.get_shape())}, expected {tuple(target.shape)}")
+                target[start:start + rows].copy_(tensor[start:start + rows])
+            except SafetensorError as error:
+                raise ValueError(f"{path}: {error}") from None
+
+
+def load_tokenizer(path):
+    file, config = os.path.join(path, "tokenizer.json"), os.path.join(path, "tokenizer_config.json")
+    if not os.path.exists(file):
+        return None
+    try:
+        fast = FastTokenizer.from_file(file)
+    except Exception as error:  # the tokenizers package raises nothing narrower
+        raise ValueError(f"{file}: not a tokenizer ({error})") from None
+    return Tokenizer(fast, read_json(config) if os.path.exists(config) else None)
+
+
+@torch.no_grad()
+def save(path, net, tokenizer=None, shard_bytes=5 * 2**30):
+    """Write a Hugging Face folder of the plain qwen3 layout. Low-rank adapters are merged into what is written."""
+    os.makedirs(path, exist_ok=True)
+    shards, size = [{}], 0
+    for tensor in file_tensors(net):
+        if size + tensor.data.nbytes > shard_bytes and shards[-1]:
+            shards.append({})
+            size = 0
+        shards[-1][tensor.name] = tensor.merged_weight()
+        size += tensor.data.nbytes
+
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for name, tensors in zip(names, shards):
+        write_tensors(os.path.join(path, name), {key: tensor.contiguous() for key, tensor in tensors.items()})
+    write_index(path, names, shards)
+
+    write_json(os.path.join(path, "config.json"), hf_config(net.config, net.embed.weight.dtype, tokenizer))
+    if tokenizer is not None:
+        save_tokenizer(path, tokenizer)
+
+
+def write_index(path, names, shards):
+    """Which file holds which tensor, where there are several; a single one has no index."""
+    index = os.path.join(path, "model.safetensors.index.json")
+    if len(shards) > 1:
+        weight_map = {key: name for name, tensors in zip(names, shards) for key in tensors}
+        total = sum(tensor.nbytes for tensors in shards for tensor in tensors.values())
+        write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    elif os.path.exists(index):  # of what was saved here before
+        os.remove(index)
+
+
+def save_tokenizer(path, tokenizer):
+    """tokenizer.json, tokenizer_config.json with the chat template, generation_config.json."""
+    replace_file(os.path.join(path, "tokenizer.json"), tokenizer.fast.save)
+    write_json(os.path.join(path, "tokenizer_config.json"), {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "clean_up_tokenization_spaces": False,
+        **tokenizer.config,
+        "chat_template": CHAT_TEMPLATE,
+    })
+    end, padding = tokenizer.id("<|im_end|>"), tokenizer.id("<|endoftext|>")
+    write_json(os.path.join(path, "generation_config.json"), {
+        "do_sample": True,
+        "temperature": 0.7,
+        "top_p": 0.95,
+        "top_k": 0,
+        "eos_token_id": [end, padding],
+        "pad_token_id": padding,
+    })
+
+
+def export(net, base, path):
+    """Write the folder `base`, a qwen3_vl checkpoint, to `path`, net's weights as its text part; the rest is copied."""
+    files = tensor_files(base)
+    ours = {in_file(tensor.name, files): tensor for tensor in file_tensors(net)}
+    if missing := sorted(set(ours) - set(files)):
+        raise ValueError(f"{base}: the checkpoint has no tensor {missing[0]}")
+
+    os.makedirs(path, exist_ok=True)
+    for name in sorted(os.listdir(base)):
+        source, target = os.path.join(base, name), os.path.join(path, name)
+        if source in files.values():
+            write_tensors(target, with_our_weights(source, ours))
+        elif os.path.isfile(source):
+            replace_file(target, lambda temporary: shutil.copyfile(source, temporary))
+
+
+def with_our_weights(source, ours):
+    """The tensors of a file, in place of some the net's. ours: {name in the file: FileTensor}."""
+    with open_tensors(source) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    for name in tensors.keys() & ours.keys():
+        weight = ours[name].merged_weight()
+        if weight.shape != tensors[name].shape:
+            raise ValueError(f"{source}: {name} is {tuple(tensors[name].shape)}, ours is {tuple(weight.shape)}")
+        tensors[name] = weight.to("cpu", tensors[name].dtype).contiguous()
+    return tensors
+
+
+# ---- Low-rank adapters -----------------------------------------------------------------------------------------------
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def projections(net):
+    """Yields (Linear, name in files, key of its adapter, rows) for each projection of the blocks."""
+    for i, block in enumerate(net.blocks):
+        for linear in (block.qkv, block.out, block.gate_up, block.down):
+            for name, rows in linear.parts:
+                yield linear, f"model.layers.{i}.{name}", name.split(".")[-1], rows
+
+
+def adapted(net):
+    """Yields (Linear, name in files, key of its adapter) for each adapter of the net."""
+    for linear, name, key, _ in projections(net):
+        if key in linear.lora_A:
+            yield linear, name, key
+
+
+def low_rank(linear, name):
+    """What the adapter adds to the rows of `name` (a weight's name in files): scale * B A, or 0."""
+    key = name.split(".")[-2]
+    if key not in linear.lora_A:
+        return 0.0
+    return (linear.lora_scale * linear.lora_B[key] @ linear.lora_A[key]).to(linear.weight.dtype)
+
+
+def add_lora(net, rank=16, alpha=32, targets=TARGETS):
+    """Freeze the net and give each target projection a trainable adapter, scale alpha / rank; at first it adds 0.
+
+    Adapters that the net has are replaced; ``merge_lora`` keeps what they have learned. Before sharding, not after.
+    """
+    if rank < 1 or not targets or set(targets) - set(TARGETS):
+        raise ValueError(f"lora: rank {rank}, targets {list(targets)}: expected rank > 0, targets of {list(TARGETS)}")
+    remove_lora(net)
+    net.requires_grad_(False)
+    for linear, _, key, rows in projections(net):
+        if key in targets:
+            a = torch.empty(rank, linear.in_features, device=linear.weight.device)
+            linear.lora_scale = alpha / rank
+            linear.lora_A[key] = nn.Parameter(nn.init.kaiming_uniform_(a, 5**0.5))
+            linear.lora_B[key] = nn.Parameter(torch.zeros(rows, rank, device=linear.weight.device))
+
+
+def remove_lora(net):
+    for linear, *_ in projections(net):
+        linear.lora_A.clear()
+        linear.lora_B.clear()
+
+
+@contextmanager
+def without_lora(net):
+    """Inside, the net is what it was before `add_lora`: the reference policy of a LoRA run, without a second copy.
+
+    For forward passes without gradients: a backward pass that comes later would see the adapters again.
+    """
+    scales = {linear: linear.lora_scale for linear, _, _ in adapted(net)}
+    try:
+        for linear in scales:
+            linear.lora_scale = 0.0
+        yield
+    finally:
+        for linear, scale in scales.items():
+            linear.lora_scale = scale
+
+
+@torch.no_grad()
+def merge_lora(net):
+    """Add the adapters to the weights, take them away, and let the whole net train again."""
+    for tensor in file_tensors(net):
+        if tensor.linear is not None and tensor.linear.lora_A:
+            tensor.data.add_(low_rank(tensor.linear, tensor.name))
+    remove_lora(net)
+    net.requires_grad_(True)
+
+
+def save_adapter(path, net, base=""):
+    """adapter_config.json and adapter_model.safetensors, as PEFT writes them; `base` names the model they belong to."""
+    adapters = list(adapted(net))
+    if not adapters:
+        raise ValueError("save_adapter: the net has no adapters")
+    os.makedirs(path, exist_ok=True)
+    tensors = {}
+    for linear, name, key in adapters:
+        tensors[f"base_model.model.{name}.lora_A.weight"] = linear.lora_A[key].data.contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = linear.lora_B[key].data.contiguous()
+    write_tensors(os.path.join(path, "adapter_model.safetensors"), tensors)
+
+    linear, _, key = adapters[0]
+    rank = len(linear.lora_A[key])
+    write_json(os.path.join(path, "adapter_config.json"), {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": linear.lora_scale * rank,
+        "target_modules": sorted({key for _, _, key in adapters}),
+        "lora_dropout": 0.0,
+        "bias": "none",
+    })
+
+
+@torch.no_grad()
+def load_adapter(path, net):
+    """Give `net` the adapters of a PEFT folder (plain LoRA on the text projections)."""
+    config = read_json(os.path.join(path, "adapter_config.json"))
+    variants = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
+    unsupported = [key for key in variants if config.get(key)]
+    if config.get("peft_type") != "LORA" or unsupported or config.get("bias", "none") != "none":
+        raise ValueError(f"{path}/adapter_config.json: only plain LoRA is supported {unsupported or ''}")
+    targets = config["target_modules"]
+    add_lora(net, config["r"], config["lora_alpha"], (targets,) if isinstance(targets, str) else targets)
+
+    path = os.path.join(path, "adapter_model.safetensors")
+    with open_tensors(path) as file:
+        for linear, name, key in adapted(net):
+            for letter, part in (("A", linear.lora_A), ("B", linear.lora_B)):
+                suffix = f"{name.removeprefix('model.')}.lora_{letter}.weight"
+                found = [k for k in file.keys() if k.endswith("." + suffix)]
+                if not found or file.get_slice(found[0]).get_shape() != list(part[key].shape):
+                    raise ValueError(f"{path}: no tensor {suffix} of shape {tuple(part[key].shape)}")
+                part[key].copy_(file.get_tensor(found[0]))
+
+
+# ---- Processes -------------------------------------------------------------------------------------------------------
 
 class ProcessGroup:
     """The processes that `torchrun --nproc-per-node N` started: they share the work and end with the same numbers.
     Without torchrun there is one. Values travel as JSON: nothing here is pickled."""
 
+    last_barrier = None  # see __exit__
+
     def __init__(self, size=1, rank=0, device="cpu"):
-        self.size, self.rank, self.device = size, rank, device
+        self.size = size
+        self.rank = rank
+        self.device = device
         self.mesh = dist.init_device_mesh(device, (size,)) if size > 1 else None
 
     @classmethod
@@ -870,8 +1665,8 @@ class ProcessGroup:
 
     def shard_list(self, items):
         """This process's part of a list: neighbours stay together, and the parts in order are the list."""
-        bounds = [len(items) * r // self.size for r in (self.rank, self.rank + 1)]
-        return items[slice(*bounds)]
+        start, stop = (len(items) * rank // self.size for rank in (self.rank, self.rank + 1))
+        return items[start:stop]
 
     def all_gather_objects(self, value):
         """[value of every process], in order; anything JSON can hold (nan included)."""
@@ -880,9 +1675,10 @@ class ProcessGroup:
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
         sizes = [torch.zeros(1, dtype=torch.long, device=self.device) for _ in range(self.size)]
         dist.all_gather(sizes, torch.tensor([len(data)], device=self.device))
-        parts = [data.new_empty(max(map(int, sizes))) for _ in sizes]
+
+        parts = [data.new_empty(max(map(int, sizes))) for _ in sizes]  # all of the longest one's size
         dist.all_gather(parts, F.pad(data, (0, len(parts[0]) - len(data))))
-        return [json.loads(bytes(p[:int(n)].cpu().numpy())) for p, n in zip(parts, sizes)]
+        return [json.loads(bytes(part[:int(size)].cpu().numpy())) for part, size in zip(parts, sizes)]
 
     def barrier(self):
         """Go on when every process is here."""
@@ -902,10 +1698,16 @@ class ProcessGroup:
         return self
 
     def __exit__(self, kind, *_):
-        if self.size > 1:
-            if kind is None:
-                dist.barrier()  # none tears the connections down while another still talks
-            dist.destroy_process_group()
+        if self.size == 1:
+            return
+        if kind is None:
+            # No process takes its connections down while another still talks. The finished barrier is kept until the
+            # interpreter has gone: it refers to the operations before it, which a thread of gloo may not have dropped
+            # yet. The one that drops an operation last frees its tensors, and a thread that wants to do so while the
+            # interpreter shuts down aborts the process (PyTorch issue 190489).
+            ProcessGroup.last_barrier = dist.barrier(async_op=True)
+            ProcessGroup.last_barrier.wait()
+        dist.destroy_process_group()
 
 
 def is_sharded(x):
@@ -924,25 +1726,6 @@ def distribute_like(x, like):
         return x
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(x, like.device_mesh, like.placements)
-
-
-def write_shards(processes, stem, tensors):
-    """This process's parts of the tensors, as stem-00001-of-0000N.safetensors; what is not sharded goes into the first.
-    Returns the file's path."""
-    mine = {k: v.to_local() if is_sharded(v) else v for k, v in tensors.items() if processes.is_main or is_sharded(v)}
-    path = f"{stem}-{processes.rank + 1:05d}-of-{processes.size:05d}.safetensors"
-    write_tensors(path, {k: v.detach().cpu().contiguous() for k, v in mine.items()})
-    return path
-
-
-def read_shards(paths):
-    """Whole tensors from the files of all processes, in order, however many read them now."""
-    parts = {}
-    for path in sorted(paths):
-        with open_tensors(path) as file:
-            for key in file.keys():
-                parts.setdefault(key, []).append(file.get_tensor(key))
-    return {k: v[0] if len(v) == 1 else torch.cat(v) for k, v in parts.items()}
 
 
 # ---- Training state --------------------------------------------------------------------------------------------------
@@ -1075,6 +1858,11 @@ def checkpoint_names(folder):
     return sorted((name for name in names if name.isdecimal()), key=int)
 
 
+def checksum(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def flush(path):
     """What was written to a file, or which names a folder holds, outlasts a power cut from here on."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -1084,535 +1872,29 @@ def flush(path):
         os.close(descriptor)
 
 
-# ---- Sampling --------------------------------------------------------------------------------------------------------
-
-MASK64 = 2**64 - 1
-GOLDEN, MIX1, MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # splitmix64
-ROUNDS = 64  # draws per token, at most
-
-
-def signed(x):
-    """The int64 with the bits of x mod 2^64."""
-    x &= MASK64
-    return x - 2**64 if x >> 63 else x
-
-
-def stream(seed):
-    """A well-mixed 64-bit state from any integer seed, the start of a sequence's random numbers."""
-    z = (seed * GOLDEN + MIX1) & MASK64
-    z = ((z ^ (z >> 30)) * MIX1) & MASK64
-    return signed(z ^ (z >> 27))
-
-
-def uniform(streams, counters):
-    """int64 (B,) and (B,) -> float32 (B,) in [0, 1): splitmix64 of (stream, counter), the same on every machine."""
-    z = streams + counters * signed(GOLDEN)
-    z = (z ^ ((z >> 30) & (2**34 - 1))) * signed(MIX1)  # the masks make the shifts logical
-    z = (z ^ ((z >> 27) & (2**37 - 1))) * signed(MIX2)
-    z = z ^ ((z >> 31) & (2**33 - 1))
-    return ((z >> 40) & (2**24 - 1)).float() * 2.0**-24
-
-
-def sample(logits, temperature, top_p, streams, positions):
-    """One token per row: logits (B, V) float32, the others (B,) -> (tokens (B,), logp (B,)).
-
-    logp is log softmax(logits / temperature), before top-p; at temperature 0 the token is the argmax, logp untempered.
-
-    Nucleus sampling without a sort: a token is in the nucleus if what is likelier than it weighs less than top_p. Draw
-    from the whole distribution and test that one token; if it falls outside, draw again from what is likelier than it.
-    The nucleus lies within that, so what is accepted follows the truncated distribution exactly.
-    """
-    host = logits.device.type == "cpu"  # where looking at a result is free
-    greedy = temperature <= 0
-    logp = (logits / torch.where(greedy, 1.0, temperature)[:, None]).log_softmax(-1)      # (B, V)
-    tokens = logits.argmax(-1) if not host or greedy.any() else torch.zeros_like(streams)
-    p, floor = logp.exp(), torch.where(greedy, math.inf, 0.0)                             # only p > floor may be drawn
-    limit = torch.where(top_p >= 1, math.inf, top_p.clamp(min=1e-6))
-    rows = torch.arange(len(p), device=p.device)
-    for attempt in range(ROUNDS if host else 8):                                          # after 8, the argmax stands
-        mass = (p if attempt == 0 else torch.where(p > floor[:, None], p, 0.0)).cumsum(-1)
-        u = uniform(streams[rows], positions[rows] * ROUNDS + attempt) * mass[:, -1]
-        drawn = torch.searchsorted(mass, u[:, None], right=True).clamp_(max=p.shape[1] - 1)  # (b, 1)
-        weight = p.gather(1, drawn)                                                       # (b, 1)
-        likelier = torch.where(p > weight, p, 0.0).sum(-1)
-        weight = weight.squeeze(1)
-        accepted = (likelier < limit[rows]) & (weight > floor)
-        tokens[rows] = torch.where(accepted, drawn.squeeze(1), tokens[rows])
-        floor = torch.where(accepted, math.inf, torch.maximum(floor, weight))
-        if host:  # go on with the rows that were refused
-            again = (floor < math.inf).nonzero().squeeze(1)
-            if not len(again):
-                break
-            rows, p, floor = rows[again], p[again], floor[again]
-    return tokens, logp.gather(1, tokens[:, None]).squeeze(1)
-
-
-# ---- Engine ----------------------------------------------------------------------------------------------------------
-
-@dataclass(eq=False)
-class Prefix:
-    """A prompt that several sequences share; its keys and values stand once in the cache."""
-    tokens: list
-    users: int = 0
-    row: int = -1              # row of the cache
-    cached: int = 0            # tokens whose keys and values stand in the row
-    logits: torch.Tensor = None  # (V,) after the last token
-    prefix, start = None, 0
-
-
-@dataclass(eq=False)
-class Sequence:
-    """One conversation. `tokens` holds all of it, `logprobs` one number for each sampled token."""
-    tokens: list
-    seed: int = 0
-    logprobs: list = field(default_factory=list)
-    finish: str = ""           # of the last turn: "stop" or "length"; "" while it runs
-    prompt: tuple = ()
-    prefix: Prefix = None
-    row: int = -1
-    cached: int = 0            # own tokens (after the prefix) whose keys and values stand in the row
-    stash: tuple = None        # keys and values, while the row is lent to another sequence
-    ticket: float = math.inf   # place in the queue; inf: not in it
-    until: int = 0             # the turn ends when len(tokens) reaches this
-    temperature: float = 0.7
-    top_p: float = 0.95
-    stop_ids: frozenset = frozenset()
-    stream: int = 0
-
-    @property
-    def start(self):
-        """Number of tokens that the shared prefix holds."""
-        return len(self.prefix.tokens) if self.prefix else 0
-
-
-class Engine:
-    """Samples many conversations at once, and keeps each one's cache across its turns.
-
-        sequence = engine.open(prompt_ids, seed)
-        engine.submit(sequence, max_new_tokens, temperature, top_p, stop_ids)     # queue one turn
-        for sequence in engine.poll(): ...                                        # decode until a turn ends
-        engine.extend(sequence, ids)                                              # an observation, for the next turn
-        engine.close(sequence)
-
-    The cache has `slots` rows for sequences and half as many for prompts that several open sequences share. Rows that
-    decode stand first: whoever ends a turn moves behind them, so a step works on views, never on copies. A sequence
-    that waits for a tool keeps its row until another one needs it (then its part is set aside, not computed again).
-    Weights are read live: after an update, sequences that are still open hold the old weights' keys and values.
-    """
-
-    def __init__(self, net, slots=64, capacity=1024):
-        c, weight = net.config, net.embed.weight
-        self.net, self.slots, self.capacity = net, slots, capacity
-        self.device, self.shape = weight.device, (c.heads, c.kv_heads, c.head_dim)
-        rows = slots + (slots + 1) // 2
-        self.keys, self.values = (zeros((c.layers, rows, c.kv_heads, capacity, c.head_dim), weight) for _ in range(2))
-        self.owners = [None] * rows           # Sequence or Prefix of each row
-        self.queue, self.active = deque(), []
-        self.prefixes, self.unstarted, self.tickets = {}, Counter(), 0
-        self.row_state = torch.zeros(4, slots, dtype=torch.int64, device=self.device)  # id, position, length, stream
-        self.row_settings = torch.zeros(2, slots, device=self.device)  # temperature, top-p
-        self.dirty, self.layout, self.graphs = False, None, {}
-        self.wave_tokens = 1024 if self.device.type == "cpu" else 8192  # of one prefill pass; small ones stay in cache
-        self.stats = Counter()                # tokens prefilled, decoded; steps
-
-    # -- what callers use
-
-    def open(self, prompt, seed=0):
-        """A new conversation. Its random numbers depend on `seed` and the position alone."""
-        sequence = Sequence(list(prompt), seed, prompt=tuple(prompt), stream=stream(seed))
-        if not prompt or min(prompt) < 0 or max(prompt) >= self.net.config.vocab_size:
-            raise ValueError(f"prompt must hold 1 or more token ids below {self.net.config.vocab_size}")
-        self.unstarted[sequence.prompt] += 1
-        return sequence
-
-    def extend(self, sequence, ids):
-        sequence.tokens += ids
-
-    def submit(self, sequence, max_new_tokens, temperature=0.7, top_p=0.95, stop_ids=()):
-        """Queue one turn. It ends with a stop id (kept), after max_new_tokens, or where the capacity ends."""
-        sequence.until = min(len(sequence.tokens) + max_new_tokens, self.capacity)
-        sequence.temperature, sequence.top_p, sequence.stop_ids = temperature, top_p, frozenset(stop_ids)
-        sequence.finish, sequence.ticket = "", self.tickets
-        self.tickets += 1
-        self.queue.append(sequence)
-
-    def close(self, sequence):
-        """Give the row back. Closing twice, or while the turn runs, is allowed."""
-        if sequence in self.active:
-            self.active.remove(sequence)
-            self.dirty = True
-        if sequence in self.queue:
-            self.queue.remove(sequence)
-        if sequence.prompt is not None:
-            self._started(sequence)
-        if sequence.row >= 0:
-            self.owners[sequence.row] = None
-        if sequence.prefix:
-            sequence.prefix.users -= 1
-            self._drop_unused(sequence.prefix)
-        sequence.row, sequence.prefix, sequence.stash, sequence.cached = -1, None, None, 0
-
-    @torch.inference_mode()
-    def poll(self):
-        """Admit what fits, decode until a turn ends, return the sequences whose turn ended ([]: nothing submitted)."""
-        done = []
-        while not done and (self.queue or self.active):
-            done = self.step()
-        return done
-
-    @torch.inference_mode()
-    def step(self):
-        """Admit what fits, then decode one token of each running sequence; returns those whose turn has ended."""
-        done = self._admit()
-        if self.active and not done:
-            done = self._record(self.active, *self._decode())
-        return done
-
-    # -- rows of the cache
-
-    def _started(self, sequence):
-        """The sequence no longer counts among those who will want its prompt."""
-        prompt, sequence.prompt = sequence.prompt, None
-        self.unstarted[prompt] -= 1
-        if not self.unstarted[prompt]:
-            del self.unstarted[prompt]
-            if prompt in self.prefixes:
-                self._drop_unused(self.prefixes[prompt])
-
-    def _drop_unused(self, prefix):
-        key = tuple(prefix.tokens)
-        if prefix.users == 0 and key not in self.unstarted and self.prefixes.pop(key, None):
-            self.owners[prefix.row] = None
-
-    def _free_row(self, sequence):
-        """A row for `sequence`: a free one, or that of whoever needs it last; None if all belong to earlier tickets."""
-        if None in self.owners[:self.slots]:
-            return self.owners.index(None)
-        idle = [s for s in self.owners[:self.slots] if s not in self.active and s.ticket > sequence.ticket]
-        if not idle:
-            return None
-        other = max(idle, key=lambda s: s.ticket)
-        row, n = other.row, other.cached
-        other.stash, other.row = tuple(c[:, row, :, :n].clone() for c in (self.keys, self.values)), -1
-        return row
-
-    def _swap(self, a, b):
-        """Exchange two rows of the cache with all they hold."""
-        n = max(owner.cached if owner else 0 for owner in (self.owners[a], self.owners[b]))
-        for c in (self.keys, self.values):
-            c[:, [a, b], :, :n] = c[:, [b, a], :, :n]
-        self.owners[a], self.owners[b] = self.owners[b], self.owners[a]
-        for row in (a, b):
-            if self.owners[row]:
-                self.owners[row].row = row
-
-    def _gather(self, owners, base):
-        """Move owners' rows so that they are base, base + 1, ...; in what order does not matter."""
-        stop = base + len(owners)
-        holes = sorted(set(range(base, stop)) - {o.row for o in owners})
-        for owner in owners:
-            if owner.row >= stop:
-                self._swap(owner.row, holes.pop(0))
-
-    # -- admission and prefill
-
-    def _admit(self):
-        """Start queued turns in order of submission while rows last; returns turns that end at once."""
-        fresh, done = [], []
-        while self.queue:
-            s = self.queue[0]
-            if len(s.tokens) >= s.until:
-                s.finish, s.ticket = "length", math.inf
-                done.append(self.queue.popleft())
-                continue
-            if s.row < 0:
-                row = self._free_row(s)
-                if row is None:
-                    break
-                self.owners[row], s.row = s, row
-                if s.stash:
-                    for cache, part in zip((self.keys, self.values), s.stash):
-                        cache[:, row, :, :s.cached] = part
-                    s.stash = None
-            if s.prompt is not None:
-                self._share(s)
-            fresh.append(self.queue.popleft())
-            self.active.append(s)
-        if fresh:
-            self._prefill(fresh)
-            self.dirty = True
-            done += self._record(fresh, *self._first_tokens(fresh))
-        return done
-
-    def _share(self, sequence):
-        """Attach a first turn to the shared prompt, if others have the same one."""
-        prompt = sequence.prompt
-        if prompt not in self.prefixes and self.unstarted[prompt] > 1 and len(prompt) >= SHORTEST_SHARED:
-            if None in self.owners[self.slots:]:
-                row = self.owners.index(None, self.slots)
-                self.prefixes[prompt] = self.owners[row] = Prefix(list(prompt), row=row)
-        if prompt in self.prefixes:
-            sequence.prefix = self.prefixes[prompt]
-            sequence.prefix.users += 1
-        self._started(sequence)
-
-    def _prefill(self, fresh):
-        """Compute keys and values of all pending tokens, many sequences in one packed pass; keep the last logits."""
-        jobs = list(dict.fromkeys([s.prefix for s in fresh if s.prefix and not s.prefix.cached] + fresh))
-        self.last = {}
-        while jobs:
-            wave, budget = [], self.wave_tokens
-            for job in jobs:
-                if job.prefix and job.prefix.cached < job.start:
-                    continue                   # its prompt comes first
-                if not job.cached and not job.prefix and self._copy_from_neighbour(job, [w for w, _, _ in wave]):
-                    continue                   # shares its beginning with a job of this wave: copy it in the next
-                begin = job.start + job.cached
-                ids = job.tokens[begin:begin + self.wave_tokens]
-                if ids and (len(ids) <= budget or not wave):
-                    wave.append((job, begin, ids))
-                    budget -= len(ids)
-            if wave:
-                self._prefill_wave(wave)
-            jobs = [job for job in jobs if job.start + job.cached < len(job.tokens)]
-
-    def _copy_from_neighbour(self, job, wave):
-        """Take over the keys and values of a common beginning (a system prompt) from another row.
-
-        True if a job of the wave at hand, not computed yet, has more in common than any row: better wait for it."""
-        common = lambda other: min(common_prefix(other.tokens, job.tokens), len(job.tokens) - 1)
-        rows = [(min(common(o), o.cached), o.row) for o in self.owners if o and o.cached and not o.prefix]
-        n, row = max(rows, default=(0, -1))
-        if max((common(w) for w in wave if not w.prefix), default=0) >= n + SHORTEST_SHARED:
-            return True
-        if n >= SHORTEST_SHARED:
-            for cache in (self.keys, self.values):
-                cache[:, job.row, :, :n] = cache[:, row, :, :n]
-            job.cached = n
-        return False
-
-    def _prefill_wave(self, wave):
-        """wave: [(Sequence or Prefix, position of the first id, ids)], computed as one flat stream."""
-        sizes = [len(ids) for _, _, ids in wave]
-        flat = torch.tensor([i for _, _, ids in wave for i in ids], device=self.device)
-        positions = [p for _, begin, ids in wave for p in range(begin, begin + len(ids))]
-
-        def attend(layer, q, k, v):
-            outs = []
-            for (job, _, ids), q_, k_, v_ in zip(wave, q.split(sizes), k.split(sizes), v.split(sizes)):
-                stop, past = job.cached + len(ids), []
-                for cache, new in ((self.keys, k_), (self.values, v_)):
-                    row = cache[layer, job.row]                                           # (J, capacity, D)
-                    row[:, job.cached:stop] = new.transpose(0, 1)
-                    own = row[:, :stop]
-                    if job.prefix:
-                        own = torch.cat((cache[layer, job.prefix.row, :, :len(job.prefix.tokens)], own), 1)
-                    past.append(own.transpose(0, 1))                                      # (L, J, D)
-                outs.append(attend_causal(q_, *past))
-            return torch.cat(outs)
-
-        hidden = self.net.trunk(flat, torch.tensor(positions, device=self.device), attend)
-        ends = torch.tensor(sizes, device=self.device).cumsum(0) - 1
-        logits = self.net.logits(hidden[ends])                                            # (wave, V)
-        for (job, _, ids), row in zip(wave, logits):
-            job.cached += len(ids)
-            if isinstance(job, Prefix):
-                job.logits = row
-            else:
-                self.last[job] = row
-        self.stats["prefilled"] += sum(sizes)
-
-    def _first_tokens(self, fresh):
-        """Sample the token after each prefilled context."""
-        logits = torch.stack([self.last.get(s, s.prefix.logits if s.prefix else None) for s in fresh])
-        self.last = {}
-        settings = torch.tensor([[s.temperature, s.top_p] for s in fresh], device=self.device).T
-        places = torch.tensor([[s.stream, len(s.tokens)] for s in fresh], device=self.device).T
-        tokens, logp = sample(logits, *settings, *places)
-        return tokens.tolist(), logp.tolist()
-
-    # -- decoding
-
-    def _record(self, sequences, tokens, logps):
-        """Append one token to each sequence; take those whose turn ends out of the batch."""
-        done = []
-        for s, token, logp in zip(sequences, tokens, logps):
-            s.tokens.append(token)
-            s.logprobs.append(logp)
-            if token in s.stop_ids or len(s.tokens) >= s.until:
-                s.finish, s.ticket = "stop" if token in s.stop_ids else "length", math.inf
-                done.append(s)
-        if done:
-            self.active = [s for s in self.active if not s.finish]
-            self.dirty = True
-        return done
-
-    def _arrange(self):
-        """After the batch has changed: rows that decode first, then write the step's inputs anew."""
-        self._gather(self.active, 0)
-        self.active.sort(key=lambda s: s.row)
-        groups = {}
-        for i, s in enumerate(self.active):
-            if s.prefix:
-                groups.setdefault(s.prefix, []).append(i)
-        self._gather(list(groups), self.slots)
-        groups = dict(sorted(groups.items(), key=lambda item: item[0].row))
-        n = len(self.active)
-        state = [[s.tokens[-1], len(s.tokens) - 1, s.cached, s.stream] for s in self.active]
-        state += [[0, 0, s.cached if s else 0, 0] for s in self.owners[n:self.slots]]
-        self.row_state.copy_(torch.tensor(state).T)
-        self.row_settings[:, :n] = torch.tensor([[s.temperature, s.top_p] for s in self.active], device=self.device).T
-        self.layout = PrefixGroups.build(self.slots, self.shape[1], groups, self.device, self.keys.dtype) if groups else None
-        self.dirty = False
-
-    def _decode(self):
-        """One token for every active row; returns (tokens, logps) as lists: the step's only copy to the host."""
-        if self.dirty:
-            self._arrange()
-        n, longest = len(self.active), max(s.cached for s in self.active) + 1
-        tokens, logp = (self._replay if self.device.type == "cuda" else self._step)(n, longest, self.layout)
-        for s in self.active:
-            s.cached += 1
-        self.stats["decoded"] += n
-        self.stats["steps"] += 1
-        return tokens.tolist(), logp.tolist()
-
-    def _step(self, n, longest, layout):
-        """Tensors only, fixed shapes, no word to the host: sample n tokens, write the next step's inputs in place."""
-        H, J, D = self.shape
-        ids, positions, lengths, streams = self.row_state[:, :n]
-        slots = torch.arange(longest, device=self.device)
-        bias = torch.where(slots <= lengths[:, None], 0.0, -math.inf)[:, None, None].to(self.keys.dtype)  # (B, 1, 1, L)
-        heads = torch.arange(n * J, device=self.device).view(n, J)
-        end = lengths.clamp(max=self.capacity - 1)[:, None]                               # padding rows write, too
-        place = (heads * self.capacity + end).view(-1)                                    # (B J,) for the new token
-
-        def attend(layer, q, k, v):
-            keys, values = self.keys[layer], self.values[layer]
-            keys.view(-1, D).index_copy_(0, place, k.reshape(n * J, D))
-            values.view(-1, D).index_copy_(0, place, v.reshape(n * J, D))
-            q = q.view(n, J, H // J, D)                                                   # (B, J, R, D)
-            out, lse = attend_with_lse(q, keys[:n, :, :longest], values[:n, :, :longest], bias)
-            if layout is not None:
-                shared, shared_lse = layout.attend(q, keys[self.slots:], values[self.slots:])
-                out = torch.lerp(out, shared, torch.sigmoid(shared_lse - lse).unsqueeze(-1).to(out.dtype))
-            return out
-
-        hidden = self.net.trunk(ids, positions, attend)
-        temperature, top_p = self.row_settings[:, :n]
-        tokens, logp = sample(self.net.logits(hidden), temperature, top_p, streams, positions + 1)
-        ids.copy_(tokens)
-        self.row_state[1:3, :n] += 1
-        return tokens, logp
-
-    def _replay(self, n, longest, layout):
-        """`_step` as a CUDA graph, captured once for each rounded shape. Rows beyond the active ones are padding."""
-        n, longest = min(round_up(n, 8), self.slots), min(round_up(longest, 256), self.capacity)
-        key = n, longest, layout and (layout.members.shape, layout.bias.shape)
-        if key not in self.graphs:
-            static, saved = layout and PrefixGroups(*(t.clone() for t in layout.tensors())), self.row_state.clone()
-            side, graph = torch.cuda.Stream(self.device), torch.cuda.CUDAGraph()
-            side.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(side):      # warm up; what this writes to the cache lies behind every row's end
-                self._step(n, longest, static)
-            torch.cuda.current_stream(self.device).wait_stream(side)
-            with torch.cuda.graph(graph):
-                outputs = self._step(n, longest, static)
-            self.row_state.copy_(saved)
-            self.graphs[key] = graph, static, outputs
-        graph, static, outputs = self.graphs[key]
-        for target, source in zip(static.tensors() if static else (), layout.tensors() if layout else ()):
-            target.copy_(source)
-        graph.replay()
-        return outputs
-
-
-def round_up(n, step):
-    return -(-n // step) * step
-
-
-def zeros(shape, like):
-    """Zeros that take memory only where they are written (on a CPU)."""
-    if like.device.type == "cpu":
-        return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * like.itemsize), dtype=like.dtype).view(shape)
-    return torch.zeros(shape, dtype=like.dtype, device=like.device)
-
-
-def attend_with_lse(q, k, v, bias):
-    """q (B, J, R, D), k and v (B, J, L, D), bias (B, 1, 1, L) -> (out (B, J, R, D), log-sum-exp of scores (B, J, R)).
-
-    Two parts of one softmax merge exactly: out = out_1 + sigmoid(lse_2 - lse_1) (out_2 - out_1).
-    """
-    if q.device.type == "cpu":  # the fused kernel of scaled_dot_product_attention, which also knows the log-sum-exp
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
-    scores = (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).float() + bias                 # (B, J, R, L)
-    lse = scores.logsumexp(-1)
-    return (scores - lse[..., None]).exp().to(v.dtype) @ v, lse
-
-
-@dataclass
-class PrefixGroups:
-    """Which rows share which prompt, as a table: a group's queries meet their prefix in one product."""
-    members: torch.Tensor   # (G J M,) where in (B J,) a group's queries stand; a short group is filled with place 0
-    place: torch.Tensor     # (slots J,) the inverse: where in (G J M,) a row's queries stand
-    bias: torch.Tensor      # (G, 1, 1, L) 0 inside the prefix, -inf behind it
-    alone: torch.Tensor     # (slots, 1, 1) 0, or -inf for a row without prefix
-
-    def tensors(self):
-        return self.members, self.place, self.bias, self.alone
-
-    @staticmethod
-    def build(slots, J, groups, device, dtype):
-        """groups: {Prefix: batch rows}, in the order of the prefixes' rows in the cache."""
-        G, M, L = len(groups), max(map(len, groups.values())), max(len(prefix.tokens) for prefix in groups)
-        if device.type == "cuda":  # few shapes, few graphs
-            G, M, L = 1 << (G - 1).bit_length(), 1 << (M - 1).bit_length(), round_up(L, 256)
-        members, place, heads = np.zeros((G, J, M), np.int64), np.zeros((slots, J), np.int64), np.arange(J)
-        bias, alone = np.full((G, 1, 1, L), -np.inf, np.float32), np.full((slots, 1, 1), -np.inf, np.float32)
-        for g, (prefix, rows) in enumerate(groups.items()):
-            members[g, :, :len(rows)] = np.array(rows) * J + heads[:, None]
-            place[rows] = np.arange(len(rows))[:, None] + (g * J + heads) * M
-            bias[g, ..., :len(prefix.tokens)] = alone[rows] = 0
-        members, place, bias, alone = (torch.from_numpy(x).to(device) for x in (members, place, bias, alone))
-        return PrefixGroups(members.view(-1), place.view(-1), bias.to(dtype), alone)
-
-    def attend(self, q, keys, values):
-        """q (B, J, R, D), prefix keys and values (rows, J, capacity, D) -> (out (B, J, R, D), lse (B, J, R))."""
-        G, L, (B, J, R, D) = len(self.bias), self.bias.shape[-1], q.shape
-        grouped = q.reshape(B * J, R * D).index_select(0, self.members).view(G, J, -1, D)  # (G, J, M R, D)
-        out, lse = attend_with_lse(grouped, keys[:G, :, :L], values[:G, :, :L], self.bias)
-        place = self.place[:B * J]
-        out = out.reshape(-1, R * D).index_select(0, place).view(B, J, R, D)
-        return out, lse.reshape(-1, R).index_select(0, place).view(B, J, R) + self.alone[:B]
-
-
-@dataclass
-class Completion:
-    tokens: list    # what was sampled, a stop id included
-    logprobs: list  # log softmax(logits / temperature) of each, before top-p
-    finish: str     # "stop" or "length"
-
-
-def generate(net, prompts, max_new_tokens, temperature=0.7, top_p=0.95, stop_ids=(), seed=0, slots=64):
-    """One Completion for each prompt (token list), prompt i from the random stream of seed + i. Temperature 0: greedy.
-
-    Equal prompts are computed and attended once, equal beginnings computed once; at most `slots` rows are live.
-    """
-    if not prompts:
-        return []
-    engine = Engine(net, min(slots, len(prompts)), max(map(len, prompts)) + max_new_tokens)
-    sequences = [engine.open(prompt, seed + i) for i, prompt in enumerate(prompts)]
-    for s in sequences:
-        engine.submit(s, max_new_tokens, temperature, top_p, stop_ids)
-    while ended := engine.poll():
-        for s in ended:
-            engine.close(s)
-    return [Completion(s.tokens[len(p):], s.logprobs, s.finish) for s, p in zip(sequences, prompts)]
-
-
-# ---- Files of a run ----------
+def write_shards(processes, stem, tensors):
+    """This process's parts of the tensors, as stem-00001-of-0000N.safetensors; what is not sharded goes into the first.
+    Returns the file's path."""
+    mine = {k: v.to_local() if is_sharded(v) else v for k, v in tensors.items() if processes.is_main or is_sharded(v)}
+    path = f"{stem}-{processes.rank + 1:05d}-of-{processes.size:05d}.safetensors"
+    write_tensors(path, {k: v.detach().cpu().contiguous() for k, v in mine.items()})
+    return path
+
+
+def read_shards(paths):
+    """Whole tensors from the files of all processes, in order, however many read them now."""
+    parts = {}
+    for path in sorted(paths):
+        with open_tensors(path) as file:
+            for key in file.keys():
+                parts.setdefault(key, []).append(file.get_tensor(key))
+    return {k: v[0] if len(v) == 1 else torch.cat(v) for k, v in parts.items()}
+
+
+# ---- Files of a run --------------------------------------------------------------------------------------------------
 
 def make_folder(path):
+    """The path of a folder that can be written to, made if it is not there. ValueError says why it cannot."""
     try:
         os.makedirs(path, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path):  # another process may be asking at the same time
@@ -1622,13 +1904,8 @@ def make_folder(path):
     return path
 
 
-def read_protocol(policy_folder):
-    """"compact" or "full": the form of the protocol that a policy was trained on; "full" where the folder tells none."""
-    path = os.path.join(policy_folder, "genevolve.json")
-    return read_json(path).get("protocol", "full") if os.path.exists(path) else "full"
-
-
 def pick_device(name):
+    """--device -> the device's name. ValueError for one that is not known."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda", "mps"):
@@ -1636,9 +1913,48 @@ def pick_device(name):
     return name
 
 
-def checksum(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def replace_file(path, write):
+    """Call write(temporary path), then move the file into place: a reader sees the old one or the new one, whole."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def replace_folder(source, path):
+    """Put ``source`` where ``path`` is; what was there is gone only after the new one stands."""
+    old = path + ".old"
+    shutil.rmtree(old, ignore_errors=True)
+    if os.path.exists(path):
+        os.rename(path, old)
+    os.rename(source, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_text(path, text):
+    def write(temporary):
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+    replace_file(path, write)
+
+
+def read_json(path):
+    """The object in a JSON file. ValueError names the file at fault."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            value = json.load(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object")
+    return value
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def read_lines(path):
@@ -1666,6 +1982,16 @@ def write_lines(path, rows):
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
+def write_tensors(path, tensors):
+    """A safetensors file. Raises OSError if it cannot be written, a full disk included."""
+    def write(temporary):
+        try:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{path}: {error}") from None
+    replace_file(path, write)
+
+
 def save_policy(path, net, tokenizer, protocol, training, base=""):
     """A policy folder, replaced as a whole: plain weights, the protocol ("compact" or "full"), how it was trained.
 
@@ -1682,24 +2008,23 @@ def save_policy(path, net, tokenizer, protocol, training, base=""):
     replace_folder(staging, path)
 
 
-def replace_folder(source, path):
-    """Put ``source`` where ``path`` is; what was there is gone only after the new one stands."""
-    old = path + ".old"
-    shutil.rmtree(old, ignore_errors=True)
-    if os.path.exists(path):
-        os.rename(path, old)
-    os.rename(source, path)
-    shutil.rmtree(old, ignore_errors=True)
+def read_protocol(policy_folder):
+    """The form of the protocol that a policy was trained on, "compact" or "full" (also where the folder tells none)."""
+    path = os.path.join(policy_folder, "genevolve.json")
+    return read_json(path).get("protocol", "full") if os.path.exists(path) else "full"
+
+
+def command_line():
+    """The command of this process, to be kept beside the weights."""
+    arguments = [portable(argument) for argument in sys.argv[1:]]
+    return " ".join(["python", os.path.basename(sys.argv[0]), *arguments])
 
 
 def portable(value):
     """A path inside the project relative to it, in settings too: a record that is true on other machines."""
     if isinstance(value, dict):
-        return {k: portable(v) for k, v in value.items()}
+        return {key: portable(part) for key, part in value.items()}
     here = os.path.dirname(os.path.abspath(__file__))
-    return os.path.relpath(value, here) if isinstance(value, str) and value.startswith(here + os.sep) else value
-
-
-def command_line():
-    """The command of this process, to be kept beside the weights."""
-    return " ".join(["python", os.path.basename(sys.argv[0]), *(portable(str(a)) for a in sys.argv[1:])])
+    if isinstance(value, str) and value.startswith(here + os.sep):
+        return os.path.relpath(value, here)
+    return value
