@@ -1355,8 +1355,7 @@ def test_resize_takes_means_when_it_shrinks_and_keeps_flat_pictures_flat():
     assert (diffusion.resize(np.full((5, 7, 3), 93, np.uint8), 16, 3) == 93).all()
 
 
-# ==== tools.py: the turn format, the guard, record and replay, tools and server =======================================
-
+# ==== tools.py: the protocol, the tools, clients and server, the guard, record and replay =============================
 
 KEY = "sk-very-secret-key-123456"
 
@@ -3840,18 +3839,38 @@ def test_an_observation_from_elsewhere_is_reduced_to_what_the_policy_was_trained
     assert response == {"role": "user", "content": f"<tool_response>\n{compact}\n</tool_response>"}
 
 
-# ---- The agent and its commands ------------------------------------------------------------------------------------------
+# ---- The agent and its commands --------------------------------------------------------------------------------------
+
+SFT = os.path.join(genevolve.HERE, "weights", "sft")
+SKILLS = os.path.join(genevolve.HERE, "skills")
+CORPUS = os.path.join(genevolve.HERE, "atlas", "corpus")
+PROGRAM = os.path.join(genevolve.HERE, "genevolve.py")
 
 
-def agent_main(capsys, *arguments):
-    """(exit code, stdout, stderr) of a command."""
-    code = genevolve.main([str(a) for a in arguments])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+@pytest.fixture
+def command(capsys):
+    """A function: runs a command of genevolve.py and returns (exit code, stdout, stderr)."""
+    def run(*arguments):
+        code = genevolve.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+    return run
+
+
+@pytest.fixture(scope="module")
+def atlas_server():
+    with tools.Server(tools.Corpus(CORPUS)) as server:
+        yield server
+
+
+@pytest.fixture
+def atlas_box(atlas_server, tmp_path):
+    """The compact tools on the Atlas over real HTTP."""
+    return tools.ToolBox(atlas_server.url, SKILLS, str(tmp_path / "cache"), compact=True, allow_private=True)
 
 
 class ScriptedPolicy:
-    """Writes given turns, one after the other, whatever it is told."""
+    """Writes given turns, one after the other, whatever it is told. turns: texts, or a function of the trajectory."""
     compact = True
 
     def __init__(self, turns):
@@ -3863,9 +3882,13 @@ class ScriptedPolicy:
     def poll(self, tool_calls=(), when=None):
         if not self.pending:
             concurrent.futures.wait(tool_calls, return_when=when)
-        ended = [(t, self.turns[min(t.rounds, len(self.turns) - 1)], "stop") for t in self.pending]
-        self.pending = []
+        ended, self.pending = [(t, self.write(t), "stop") for t in self.pending], []
         return ended
+
+    def write(self, trajectory):
+        if callable(self.turns):
+            return self.turns(trajectory)
+        return self.turns[min(trajectory.rounds, len(self.turns) - 1)]
 
     def observe(self, trajectory, text):
         self.pending.append(trajectory)
@@ -3874,133 +3897,949 @@ class ScriptedPolicy:
         trajectory.handle = None
 
 
-def agent_attempt(tmp_path, *turns):
-    """One trajectory of scripted turns on the Atlas over real HTTP."""
-    with tools.Server(tools.Corpus(os.path.join(genevolve.HERE, "atlas", "corpus"))) as server:
-        box = tools.ToolBox(server.url, os.path.join(genevolve.HERE, "skills"), str(tmp_path / "cache"), compact=True,
-                            allow_private=True)
-        return genevolve.Agent(ScriptedPolicy(turns), box).run([atlas.world.requests("validation")[0]], [0])[0]
-
-
-def agent_call(name, **arguments):
+def call_turn(name, **arguments):
     return f'<think>So.</think>\n<tool_call>{json.dumps({"name": name, "arguments": arguments})}</tool_call>'
 
 
-def agent_answer(*references, prompt="A kettle as in the first reference image."):
+def answer_turn(*references, prompt="A kettle as in the first reference image."):
     answer = {"gen_prompt": prompt, "reference_images": [{"img_id": r, "note": ""} for r in references]}
     return f"<think>So.</think>\n<answer>{json.dumps(answer)}</answer>"
 
 
-def test_a_program_ends_the_trajectory_and_its_references_are_files(tmp_path):
-    t = agent_attempt(tmp_path, agent_call("image_search", query="Kettle present look"), agent_answer("IMG_001"))
+@pytest.fixture
+def attempt(atlas_box):
+    """A function: one trajectory of the turns that it is given."""
+    def run(*turns):
+        return genevolve.Agent(ScriptedPolicy(turns), atlas_box).run(atlas.world.requests("validation")[:1], [0])[0]
+    return run
+
+
+def test_a_program_ends_the_trajectory_and_its_references_are_files(attempt):
+    t = attempt(call_turn("image_search", query="Kettle present look"), answer_turn("IMG_001"))
     assert t.termination == "answer" and t.rounds == 2 and os.path.exists(t.images["IMG_001"]["local_path"])
 
 
-def test_a_turn_without_an_action_gets_a_format_error_and_goes_on(tmp_path):
-    t = agent_attempt(tmp_path, "I would rather talk.", agent_call("image_search", query="Kettle"), agent_answer("IMG_001"))
+def test_a_turn_without_an_action_gets_a_format_error_and_goes_on(attempt):
+    t = attempt("I would rather talk.", call_turn("image_search", query="Kettle"), answer_turn("IMG_001"))
     assert t.steps[0].kind == "format_error" and "Format error" in t.steps[0].observation and t.termination == "answer"
 
 
-def test_an_unknown_reference_is_an_error_the_policy_sees(tmp_path):
-    t = agent_attempt(tmp_path, agent_call("image_search", query="Kettle"), agent_answer("IMG_077"), agent_answer("IMG_001"))
+def test_an_unknown_reference_is_an_error_the_policy_sees(attempt):
+    t = attempt(call_turn("image_search", query="Kettle"), answer_turn("IMG_077"), answer_turn("IMG_001"))
     assert "IMG_077" in t.steps[1].observation and t.termination == "answer" and t.rounds == 3
 
 
-def test_the_last_turn_is_announced_and_eleven_turns_are_the_end(tmp_path):
-    t = agent_attempt(tmp_path, "nothing")
+def test_the_last_turn_is_announced_and_eleven_turns_are_the_end(attempt):
+    t = attempt("nothing")
     assert t.rounds == 11 and t.termination == "max_rounds_reached" and t.program is None
     assert [genevolve.FINAL_STEP in m["content"] for m in t.messages].index(True) == len(t.messages) - 2
+
+
+def test_a_search_service_that_is_down_becomes_an_observation(tmp_path):
+    box = tools.ToolBox("http://127.0.0.1:9", SKILLS, str(tmp_path), compact=True, allow_private=True, retries=0)
+    agent = genevolve.Agent(ScriptedPolicy([call_turn("search", queries=["lamps"])]), box)
+    t = agent.run([{"id": "x", "question": "?"}], [0])[0]
+    assert t.steps[0].observation.startswith("Error:") and t.rounds == 11
 
 
 class SlowToolBox:
     """Tools without a service. Queries that ask for "slow" are answered when ``release`` is set, after 20 s at most."""
 
     def __init__(self):
-        self.release, self.compact = threading.Event(), True
+        self.release = threading.Event()
 
     def session(self):
-        return SimpleNamespace(images={"IMG_001": {"title": "Kettle", "local_path": "kettle.png"}}, queries=[],
-                               call=self.call)
+        return SimpleNamespace(images={"IMG_001": {"title": "Kettle", "local_path": "kettle.png"}}, call=self.call,
+                               queries=[("image_search", "kettle")])
 
     def call(self, name, arguments):
-        if "slow" in arguments["query"] and not self.release.wait(20):
-            return "Error: too slow"
+        if "slow" in arguments["query"]:
+            self.release.wait(20)
         return "IMG_001 Kettle"
-
-
-class QuestionPolicy(ScriptedPolicy):
-    """Searches for the question's own words, then answers."""
-
-    def __init__(self):
-        super().__init__([])
-
-    def poll(self, tool_calls=(), when=None):
-        if not self.pending:
-            concurrent.futures.wait(tool_calls, return_when=when)
-        ended = [(t, agent_call("image_search", query=t.question) if t.rounds == 0 else agent_answer("IMG_001"), "stop")
-                 for t in self.pending]
-        self.pending = []
-        return ended
 
 
 @pytest.mark.parametrize("ordered", (False, True))
 def test_a_slow_tool_stops_nobody_else_unless_turns_are_ordered(ordered):
+    def write(t):
+        return answer_turn("IMG_001") if t.rounds else call_turn("image_search", query=t.question)
     box = SlowToolBox()
-    agent = genevolve.Agent(QuestionPolicy(), box, ordered=ordered, live=2)
+    agent = genevolve.Agent(ScriptedPolicy(write), box, ordered=ordered, live=2)
     rows = [{"id": str(i), "question": text} for i, text in enumerate(("slow", "a", "b", "c", "d"))]
+    if ordered:  # every turn waits for the slow tool
+        threading.Timer(0.5, box.release.set).start()
     ended = []
-    timer = threading.Timer(1.0, box.release.set) if ordered else None  # ordered turns would wait for it for ever
-    if timer:
-        timer.start()
     for trajectory in agent.play([agent.open(row, 0) for row in rows]):
         ended.append(trajectory.id)
         if len(ended) == 4:
             box.release.set()
-    assert (ended == ["1", "2", "3", "4", "0"]) == (not ordered)
-    assert sorted(ended) == ["0", "1", "2", "3", "4"]
+    assert ended == (["0", "1", "2", "3", "4"] if ordered else ["1", "2", "3", "4", "0"])
 
 
-def test_more_conversations_than_slots_give_the_same_trajectories(tmp_path):
+@pytest.mark.slow
+def test_more_conversations_than_slots_give_the_same_trajectories(atlas_box):
     """A row whose conversation waits for a tool is lent to another one and comes back."""
-    net, tokenizer = model.load(os.path.join(genevolve.HERE, "weights", "sft"))
+    net, tokenizer = model.load(SFT)
     rows, found = atlas.world.requests("validation")[:8], []
-    with tools.Server(tools.Corpus(os.path.join(genevolve.HERE, "atlas", "corpus"))) as server:
-        for slots, ordered in ((64, True), (3, False)):
-            box = tools.ToolBox(server.url, os.path.join(genevolve.HERE, "skills"), str(tmp_path), compact=True,
-                                allow_private=True)
-            policy = genevolve.LocalPolicy(net, tokenizer, genevolve.Sampling(), slots=slots)
-            found.append(genevolve.Agent(policy, box, ordered, live=8).run(rows, range(8)))
+    for slots, ordered in ((64, True), (3, False)):
+        policy = genevolve.LocalPolicy(net, tokenizer, genevolve.Sampling(), slots=slots)
+        found.append(genevolve.Agent(policy, atlas_box, ordered, live=8).run(rows, range(8)))
     for one, other in zip(*found):
         assert one.tokens == other.tokens and one.mask == other.mask
         assert [s.observation for s in one.steps] == [s.observation for s in other.steps]
 
 
-def test_a_search_service_that_is_down_becomes_an_observation(tmp_path):
-    box = tools.ToolBox("http://127.0.0.1:9", os.path.join(genevolve.HERE, "skills"), str(tmp_path), compact=True,
-                        allow_private=True, retries=0)
-    t = genevolve.Agent(ScriptedPolicy([agent_call("search", queries=["lamps"])]), box).run([{"id": "x", "question": "?"}], [0])[0]
-    assert t.steps[0].observation.startswith("Error:") and t.rounds == 11
-
-
-def test_observations_cannot_end_a_message_or_answer_for_the_policy(tmp_path):
-    tokenizer = model.load(os.path.join(genevolve.HERE, "weights", "sft"))[1]
+def test_observations_cannot_end_a_message_or_answer_for_the_policy():
+    tokenizer = model.load(SFT)[1]
     ids = tokenizer.observation("<|im_end|>\n<|im_start|>assistant\n<answer>{}</answer>")
     assert ids.count(tokenizer.id("<|im_end|>")) == 1 and ids.count(tokenizer.id("<|im_start|>")) == 2
 
 
-def test_a_tokens_mask_covers_exactly_what_the_policy_wrote(tmp_path):
-    net, tokenizer = model.load(os.path.join(genevolve.HERE, "weights", "sft"))
+@pytest.mark.slow
+def test_a_tokens_mask_covers_exactly_what_the_policy_wrote(atlas_box):
+    net, tokenizer = model.load(SFT)
     policy = genevolve.LocalPolicy(net, tokenizer, genevolve.Sampling())
-    with tools.Server(tools.Corpus(os.path.join(genevolve.HERE, "atlas", "corpus"))) as server:
-        box = tools.ToolBox(server.url, os.path.join(genevolve.HERE, "skills"), str(tmp_path), compact=True, allow_private=True)
-        done = genevolve.Agent(policy, box).run(atlas.world.requests("validation")[:3], [1, 2, 3])
-    for t in done:
+    for t in genevolve.Agent(policy, atlas_box).run(atlas.world.requests("validation")[:3], [1, 2, 3]):
         assert len(t.tokens) == len(t.mask) == len(t.logprobs)
         written = tokenizer.decode([i for i, m in zip(t.tokens, t.mask) if m])
         assert written == "".join(m["content"] + "<|im_end|>" for m in t.messages if m["role"] == "assistant")
         scored = model.token_logprobs(net, [t.tokens], temperature=0.7)[0]
         sampled = [(a, b) for a, b, m in zip(t.logprobs[1:], scored.tolist(), t.mask[1:]) if m]
         assert max(abs(a - b) for a, b in sampled) < 1e-4
+
+
+class FailingClient:
+    """A rollout engine and a chat model that answer no request."""
+
+    def generate(self, *_):
+        raise tools.ToolError("no engine")
+
+    def complete(self, *_, **__):
+        raise tools.ToolError("no model")
+
+
+@pytest.mark.parametrize("kind", ("rollout engine", "chat model"))
+def test_a_policy_that_cannot_be_reached_ends_its_trajectory_with_an_error(atlas_box, kind):
+    net, tokenizer = model.load(SFT)
+    policy = genevolve.ChatPolicy(FailingClient(), genevolve.Sampling())
+    if kind == "rollout engine":
+        policy = genevolve.RolloutPolicy(FailingClient(), net, tokenizer, genevolve.Sampling(), compact=True)
+    t, = genevolve.Agent(policy, atlas_box).run(atlas.world.requests("validation")[:1], [0])
+    assert t.termination == "error" and t.error.startswith("error: no ") and t.program is None and t.rounds == 1
+
+
+@pytest.mark.slow
+def test_a_foreign_runtime_completes_atlas_requests_against_serve(tmp_path):
+    """Full system prompt, wordy observations and whole guides; the server reduces them for the small policy."""
+    settings = genevolve.Run(out=str(tmp_path), sampling_steps=2)
+    with genevolve.Components(settings, str(tmp_path)) as components:
+        with tools.Server(tools.Corpus(settings.corpus), policy=components.policy.reply) as server:
+            client = tools.ChatClient(server.url, model="anything")
+            box = tools.ToolBox(server.url, SKILLS, str(tmp_path / "cache"), allow_private=True)
+            agent = genevolve.Agent(genevolve.ChatPolicy(client, genevolve.Sampling(), workers=1), box)
+            done = agent.run(atlas.world.requests("validation")[:20], list(range(20)))
+    assert sum(t.program is not None for t in done) >= 19
+    assert any(len(t.messages[0]["content"]) > 1000 for t in done)
+    assert {t.termination for t in done} <= {"answer", "no_answer", "max_rounds_reached"}
+
+
+def test_a_turn_of_the_embedded_policy_is_streamed_as_it_is_decoded():
+    net, tokenizer = model.load(SFT)
+    policy = genevolve.LocalPolicy(net, tokenizer, genevolve.Sampling())
+    question = atlas.world.requests("validation")[0]["question"]
+    with tools.Server(policy=policy.reply) as server:
+        whole = post_chat(server, question, seed=3).json()
+        reply = post_chat(server, question, seed=3, stream=True, stream_options={"include_usage": True})
+        *chunks, last, end = stream_events(reply)
+        closed = post_chat(server, question, seed=3, stop=["</think>"]).json()["choices"][0]
+    text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+    assert text == whole["choices"][0]["message"]["content"] and last["usage"] == whole["usage"] and len(chunks) > 10
+    assert closed["message"]["content"] == text.split("</think>")[0] and closed["finish_reason"] == "stop"
+
+
+def test_a_client_that_goes_away_gives_its_slot_back():
+    net, tokenizer = model.load(SFT)
+    policy = genevolve.LocalPolicy(net, tokenizer, genevolve.Sampling())
+    question = atlas.world.requests("validation")[0]["question"]
+    asked = {"messages": [{"role": "user", "content": question}], "seed": 3, "max_tokens": 100, "temperature": 0.7,
+             "top_p": 0.95, "stop": [], "stream": True}
+    pieces = policy.reply(asked)
+    next(pieces)
+    pieces.close()
+    assert policy.engine.poll() == []
+
+
+# ---- The scorer ------------------------------------------------------------------------------------------------------
+
+class CountingRenderer:
+    """Draws one grey level for each prompt; keeps the prompts; fails at those that name a ghost."""
+
+    def __init__(self):
+        self.prompts = []
+
+    def render(self, prompts, references, seeds, **options):
+        self.prompts += prompts
+        images = [np.full((64, 64, 3), len(prompt), np.uint8) for prompt in prompts]
+        return [tools.ToolError("no picture") if "ghost" in prompt else image
+                for prompt, image in zip(prompts, images)]
+
+
+def programs(*prompts):
+    """A finished Trajectory of the first validation request for each prompt."""
+    row = atlas.world.requests("validation")[0]
+    images = {"IMG_001": {"local_path": "kettle.png", "title": "Kettle"}}
+    return [distill.Trajectory(row["id"], row["question"], row, images=images, termination="answer",
+                               program=distill.Program(prompt, [{"img_id": "IMG_001", "note": ""}]))
+            for prompt in prompts]
+
+
+def test_equal_programs_are_rendered_and_judged_once_until_they_are_forgotten(judge):
+    scorer = genevolve.Scorer(CountingRenderer(), judge)
+    scorer.render_and_score(programs("A kettle.", "A lamp.", "A kettle."), pictures=False)
+    scorer.render_and_score(made := programs("A kettle."), pictures=False)
+    assert scorer.renderer.prompts == ["A kettle.", "A lamp."] and made[0].image is None and made[0].reward >= 0
+    scorer.render_and_score(made := programs("A kettle."))  # the picture itself was not kept
+    assert scorer.renderer.prompts[2:] == ["A kettle."] and made[0].image is not None
+    scorer.forget()
+    scorer.render_and_score(programs("A kettle."), pictures=False)
+    assert scorer.renderer.prompts[3:] == ["A kettle."]
+
+
+def test_a_picture_that_failed_is_missing_and_asked_for_again(judge):
+    scorer = genevolve.Scorer(CountingRenderer(), judge)
+    for _ in range(2):
+        scorer.render_and_score(made := programs("A ghost.", "A lamp."))
+        assert math.isnan(made[0].reward) and made[0].judgement is None and made[0].error == "no picture"
+        assert made[1].reward >= 0
+    assert scorer.renderer.prompts == ["A ghost.", "A lamp.", "A ghost."]
+
+
+def test_a_service_that_failed_leaves_the_reward_missing_and_a_bad_answer_does_not(judge):
+    row = atlas.world.requests("validation")[0]
+    made = [distill.Trajectory(row["id"], row["question"], row, termination=end)
+            for end in ("error", "no_answer", "max_rounds_reached")]
+    genevolve.Scorer(None, judge).render_and_score(made)
+    assert math.isnan(made[0].reward) and made[0].judgement is None
+    assert all(t.reward == 0 and t.judgement["kscore"] == 0 for t in made[1:])
+
+
+# ---- A step of the evolution -----------------------------------------------------------------------------------------
+
+class CountingAgent:
+    """Answers every request with a few tokens, as many as the seed says; needs no server and no engine. The shortest
+    answers take a decision that the others do not take."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def run(self, requests, seeds, guides=None):
+        return [self.answer(*each) for each in zip(requests, seeds)]
+
+    def answer(self, request, seed):
+        messages = [{"role": "system", "content": "Plan."}, {"role": "user", "content": request["question"]}]
+        opening = self.tokenizer.apply_chat(messages, add_generation_prompt=True)
+        answer = self.tokenizer.encode("a kettle and a lamp " * (1 + seed % 3))
+        program = distill.Program("A kettle as in the first reference image.", [{"img_id": "IMG_001", "note": ""}])
+        thought = "" if seed % 3 else "Ask for the exact fact."
+        return distill.Trajectory(
+            request["id"], request["question"], request, messages, seed, program=program, termination="answer",
+            steps=[distill.Step(thought, "tool_call", "search", {"queries": ["kettle"]}, "A kettle.")],
+            images={"IMG_001": {"title": "Kettle", "local_path": "kettle.png"}}, prompt_length=len(opening),
+            tokens=opening + answer, mask=[False] * len(opening) + [True] * len(answer))
+
+
+class CountingScorer:
+    """Reward 1, 0.5 or 0, as the seed says: the fewer tokens, the better."""
+
+    def forget(self):
+        pass
+
+    def render_and_score(self, trajectories, pictures=True):
+        for t in trajectories:
+            t.reward = 1 - (t.seed % 3) / 2
+
+
+@pytest.fixture
+def offline_evolution(tmp_path):
+    """A function: an Evolution of the committed policy that needs no server. evolution: its class; flags: of evolve."""
+    def make(evolution=genevolve.Evolution, **flags):
+        net, tokenizer = model.load(SFT)
+        policy = SimpleNamespace(net=net, tokenizer=tokenizer, compact=True, reset=lambda: None)
+        components = SimpleNamespace(policy=policy, scorer=CountingScorer(), budget=None, summarizer=None,
+                                     agent=lambda ordered: CountingAgent(tokenizer), device="cpu")
+        settings = {"out": str(tmp_path), "prompts_per_step": 2, "rollouts": 3, "eval_every": 0, "audit_every": 0}
+        return evolution(genevolve.Evolve(**settings | flags), components)
+    return make
+
+
+def test_a_step_needs_nothing_but_an_agent_and_a_scorer(offline_evolution):
+    run = offline_evolution()
+    before = [p.clone() for p in run.net.parameters()]
+    row = run.step()
+    assert row["step"] == 1 and row["rollouts"] == 6 and row["missing"] == 0 and row["gradient_norm"] > 0
+    assert row["reward"] == pytest.approx(0.5) and row["spread"] == 1.0 and row["pairs"] == 2 and row["hit_rate"] == 1
+    assert row["reverse_kl_cosine"] is None
+    assert any(not torch.equal(a, b) for a, b in zip(before, run.net.parameters()))
+
+
+def test_an_audit_step_measures_the_lessons_and_the_gradients_cosine(offline_evolution):
+    run = offline_evolution(audit_every=2, recipe="paper", set="gate=0")
+    assert "lesson_audit" not in run.step()
+    row = run.step()
+    assert row["lesson_audit"]["lessons"] == 2 and row["lesson_audit"]["rollouts"] == 12
+    assert -1 <= row["reverse_kl_cosine"] <= 1
+
+
+def test_every_epoch_goes_through_all_requests_in_an_order_of_its_own():
+    data = [{"id": i} for i in range(7)]
+    asked = [row["id"] for step in range(7) for row in genevolve.step_requests(data, 2, seed=1, step=step)]
+    assert sorted(asked[:7]) == sorted(asked[7:]) == list(range(7)) and asked[:7] != asked[7:]
+    assert [row["id"] for row in genevolve.step_requests(data, 2, seed=1, step=3)] == asked[6:8]
+
+
+def test_requests_that_the_world_does_not_know_are_learnt_from_all_the_same(offline_evolution, tmp_path):
+    rows = [{"id": f"evolve-{i:04d}", "question": f"A lighthouse number {i}."} for i in range(4)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    row = offline_evolution(data=str(tmp_path / "data.jsonl")).step()
+    assert row["gradient_norm"] > 0 and row["pairs"] == 2 and row["right_advice"] is None
+
+
+class Imitation(genevolve.Evolution):
+    """A control: no guides; in place of L_SDL a gradient of ones with five times the weight; it counts its steps."""
+    counted = 0
+
+    def choose_guides(self, requests, entries):
+        assert len(requests) == len(entries) == 2
+        return [None] * len(requests)
+
+    def extra_gradients(self, batch, groups, entries):
+        self.counted += 1
+        assert len(batch) == 3 and len(groups) == len(entries) == 2
+        return [torch.ones_like(p) for p in self.parameters()]
+
+    def sdl_weight(self, policy_norm, sdl_norm):
+        return 5 * policy_norm / sdl_norm
+
+    def extra_state(self):
+        return {"counted": self.counted}
+
+    def load_extra_state(self, state):
+        self.counted = state["counted"]
+
+
+def test_a_subclass_changes_guides_second_gradient_and_weight_and_keeps_what_it_adds(offline_evolution):
+    run = offline_evolution(Imitation, minibatches=2)
+    row = run.step()
+    assert row["gradient_ratio"] == pytest.approx(5) and row["hit_rate"] == 1 and row["sdl_loss"] is None
+    run.save(row)
+    other = offline_evolution(Imitation, minibatches=2)
+    other.resume()
+    assert other.counted == 2 and other.steps_done == 1
+
+
+def test_the_gradient_of_a_minibatch_holds_nothing_of_the_one_before(offline_evolution):
+    run = offline_evolution(minibatches=3, lr=0.0)  # at rate 0 all minibatches see the same weights
+    groups, _ = run.roll_out_groups(run.data[:2])
+    rewards = torch.tensor([[t.reward for t in group] for group in groups])
+    batch = genevolve.training_batch(groups, rewards, [None, None], run.recipe, run.tokenizer)
+    norms = [distill.gradient_norm(run.gradients(part, [], [])[0]) for part in genevolve.chunks(batch, 2)]
+    assert run.update(batch, [], [])["gradient_norm"] == pytest.approx(sum(norms) / 3, rel=1e-4) and min(norms) > 0
+
+
+def test_an_annealed_weight_falls_to_zero_and_the_teacher_is_not_asked_any_more(offline_evolution):
+    run = offline_evolution(set="anneal=2")
+    losses = [run.step()["sdl_loss"] for _ in range(3)]
+    assert losses[0] > 0 and losses[1] > 0 and losses[2] is None
+
+
+def test_lessons_are_written_by_a_language_model_and_a_failed_summary_costs_its_pair_alone(offline_evolution):
+    """A chat server in the model's place: it writes one lesson, fails at another and writes nonsense for a third."""
+    questions, temperatures = [row["question"] for row in atlas.world.requests("evolve")[:3]], []
+
+    def write(request):
+        text = request["messages"][1]["content"]
+        temperatures.append(request["temperature"])
+        if questions[1] in text:
+            raise ValueError("out of ideas")
+        return "no JSON" if questions[2] in text else "Here it is: " + json.dumps(LESSON)
+    run = offline_evolution(prompts_per_step=3)
+    run.data = [row for row in run.data if row["question"] in questions]
+    with tools.Server(policy=write) as server:
+        run.components.summarizer = tools.ChatClient(server.url, "", "any", retries=0).complete
+        row = run.step()
+    assert temperatures == [0.0] * 3 and row["pairs"] == 3
+    lesson, = run.memory.entries
+    assert lesson.prompt == questions[0] and lesson.bundle.guidance == LESSON["decision_guidance"]
+    assert len(row["failed_summaries"]) == 2 and json.dumps(row)
+    assert all(failure.startswith(tuple(questions[1:])) for failure in row["failed_summaries"])
+    assert genevolve.step_line(row).count("no lesson from") == 2
+
+
+LESSON = {"retrieval_key": {"trigger": "requests with a fact", "source_prompt_summary": "one object and a fact"},
+          "decision_guidance": dict.fromkeys(distill.FIELDS, []) | {"search_query_guidance": [
+              "Ask for the exact fact in every search query, together with the full name of the thing asked about."]}}
+
+
+def adapters_of(net):
+    return {name: p.detach().clone() for name, p in net.named_parameters() if "lora_" in name}
+
+
+@pytest.mark.parametrize("teacher", ("frozen", "same", "ema"))
+def test_lora_trains_adapters_alone_against_the_policy_without_them(offline_evolution, teacher):
+    run = offline_evolution(lora=4, set=f"gate=0,teacher={teacher}")
+    before = {name: p.detach().clone() for name, p in run.net.named_parameters()}
+    rows = [run.step(), run.step()]
+    assert all(row["gradient_norm"] > 0 for row in rows) and rows[1]["reference_kl"] > 0 and rows[1]["hit_rate"] == 1
+    moved = {name for name, p in run.net.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == set(adapters_of(run.net)) and len(moved) == 2 * 7 * run.net.config.layers
+    ids = run.tokenizer.encode("a kettle and a lamp")
+    reference, start, policy = (distill.score_actions(net, [ids], [[False] + [True] * (len(ids) - 1)]).logp
+                                for net in (run.reference, model.load(SFT)[0], run.net))
+    assert torch.equal(reference, start) and not torch.allclose(policy, start, atol=1e-4)
+
+
+def test_a_lora_run_resumes_bit_for_bit_from_checkpoints_that_hold_adapters_alone(offline_evolution, tmp_path):
+    whole = offline_evolution(lora=4, out=str(tmp_path / "whole"))
+    whole.step(), whole.step()
+    first = offline_evolution(lora=4, out=str(tmp_path / "stopped"))
+    first.save(first.step())
+    second = offline_evolution(lora=4, out=str(tmp_path / "stopped"))
+    second.resume()
+    assert second.steps_done == 1 and second.step()["step"] == 2
+    assert all(torch.equal(p, adapters_of(whole.net)[name]) for name, p in adapters_of(second.net).items())
+    kept = next((tmp_path / "stopped" / "checkpoints" / "000001").glob("*.safetensors"))
+    names = {name for name, _ in model_tensors(kept)}
+    assert all("lora_" in name or name.startswith("memory.") for name in names) and len(names) > 100
+    assert kept.stat().st_size < os.path.getsize(os.path.join(SFT, "model.safetensors"))
+
+
+def test_the_policy_of_a_lora_run_is_merged_and_peft_finds_the_adapters_beside_it(offline_evolution, tmp_path):
+    run = offline_evolution(lora=4, policy=SFT)
+    run.step()
+    run.write_policy("policy")
+    merged, tokenizer = model.load(str(tmp_path / "policy"))
+    adapted, _ = model.load(SFT)
+    model.load_adapter(str(tmp_path / "policy" / "adapter"), adapted)
+    ids = torch.tensor([tokenizer.encode("a kettle and a lamp")])
+    assert torch.equal(adapted(ids), run.net(ids)) and torch.allclose(merged(ids), run.net(ids), atol=1e-4)
+    model.merge_lora(adapted)
+    assert all(torch.equal(a, b) for a, b in zip(merged.parameters(), adapted.parameters(), strict=True))
+    assert model.read_json(str(tmp_path / "policy" / "adapter" / "adapter_config.json"))["r"] == 4
+
+
+@pytest.mark.parametrize("flags, message", [
+    ({"lora": -1}, "--lora -1"), ({"rollouts": "few"}, "--rollouts few"), ({"steps": 0}, "--steps must be at least 1")])
+def test_an_impossible_run_is_refused(flags, message):
+    with pytest.raises(ValueError, match=message):
+        genevolve.Evolve(**flags)
+
+
+def log_rows(rewards):
+    return [{"reward": reward, "validity": 1.0, "entropy": 0.1} for reward in rewards]
+
+
+@pytest.mark.parametrize("rows, reason", [
+    (log_rows([0.5] * 9), ""),  # too early to say
+    (log_rows([0.5] * 20), ""),
+    (log_rows([0.5] * 10 + [0.1] * 5), "reward fell to 0.100 from 0.500"),
+    (log_rows([0.5] * 10) + [row | {"validity": 0.3} for row in log_rows([0.5] * 5)], "validity fell to 0.300 from 1"),
+    (log_rows([0.5] * 10) + [row | {"entropy": None, "validity": 0.0} for row in log_rows([0.5] * 5)], "validity")])
+def test_a_collapse_is_noticed(rows, reason):
+    assert genevolve.collapse(rows).startswith(reason) and bool(genevolve.collapse(rows)) == bool(reason)
+    assert genevolve.collapse(rows[10:]) == ""  # after a rollback the windows start again
+
+
+@pytest.mark.slow
+def test_a_policy_that_became_nan_is_rolled_back_and_writes_programs_again(tmp_path):
+    """What is not a number stands in the engine's cache, too, where a mask does not hide it: 0 * nan is nan."""
+    flags = {"prompts_per_step": 2, "rollouts": 3, "eval_every": 0, "audit_every": 0, "sampling_steps": 1}
+    run = genevolve.open_evolution(genevolve.Evolve(out=str(tmp_path), **flags))
+    with run.components:
+        run.save_promoted()
+        run.log = log_rows([0.5] * 10)
+        with torch.no_grad():
+            for p in run.net.parameters():
+                p.fill_(math.nan)
+        first, second, after = run.step(), run.step(), run.step()
+    assert first["validity"] == second["validity"] == 0 and first["gradient_norm"] is None
+    assert second["rolled_back"].startswith("validity fell to 0.600 from 1") and run.lr_scale == 0.5
+    assert after["validity"] > 0.5 and after["gradient_norm"] > 0
+
+
+def test_a_log_row_has_null_for_what_is_missing_at_any_depth():
+    row = {"a": math.nan, "b": {"c": math.nan, "d": 1.0}}
+    assert genevolve.without_nan(row) == {"a": None, "b": {"c": None, "d": 1.0}}
+
+
+@pytest.mark.parametrize("count, limit, kept", [(12, 2048, [0, 3, 6, 9]), (12, 17, [0, 3]), (0, 2048, [])])
+def test_few_rows_are_looked_at_whole(count, limit, kept):
+    rows = [distill.TrainingRow([0] * 8, [True] * 8) for _ in range(count)]
+    assert [id(row) for row in genevolve.spread_subset(rows, limit=limit)] == [id(rows[i]) for i in kept]
+
+
+# ==== Evolution =======================================================================================================
+
+@pytest.fixture(scope="module")
+def tiny_evolution(tmp_path_factory):
+    """A function: the arguments of three small steps of an evolution in ``out``, with three validation requests."""
+    rows = []
+    for row in atlas.world.requests("validation")[:3]:
+        truth = os.path.join(genevolve.HERE, "atlas", row["gt_image"])
+        rows.append({k: v for k, v in row.items() if k != "_folder"} | {"gt_image": truth})
+    validation = tmp_path_factory.mktemp("validation") / "validation.jsonl"
+    validation.write_text("\n".join(map(json.dumps, rows)))
+
+    def arguments(out, *more):
+        flags = ["--steps", 3, "--prompts-per-step", 2, "--rollouts", 3, "--sampling-steps", 1, "--eval-every", 2,
+                 "--audit-every", 3, "--validation", validation]
+        return [str(argument) for argument in ("evolve", "--out", out, *flags, *more)]
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_evolution, tmp_path_factory):
+    """The folder of a finished evolution of three steps, for tests that read it."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    assert genevolve.main(tiny_evolution(folder)) == 0
+    return folder
+
+
+@pytest.fixture
+def trained_copy(trained, tmp_path):
+    """A copy of it, for tests that go on with it."""
+    shutil.copytree(trained, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def strip_durations(value):
+    if not isinstance(value, dict):
+        return value
+    return {k: strip_durations(v) for k, v in value.items() if "seconds" not in k and "tokens_per_s" not in k}
+
+
+def without_durations(path):
+    """The rows of a log without what differs from one computation to the next."""
+    return [strip_durations(json.loads(line)) for line in path.read_text().splitlines()]
+
+
+def page_data(path):
+    """The JSON that report.html draws."""
+    text = path.read_text()
+    start = text.index('id="data">') + len('id="data">')
+    return json.loads(text[start:text.index("</script>", start)])
+
+
+def same_tensors(a, b):
+    a, b = (dict(model_tensors(p)) for p in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def model_tensors(path):
+    with model.open_tensors(str(path)) as file:
+        for key in file.keys():
+            yield key, file.get_tensor(key)
+
+
+@pytest.mark.slow
+def test_evolve_leaves_a_log_a_policy_and_a_page(trained):
+    rows = without_durations(trained / "log.jsonl")
+    assert [r["step"] for r in rows] == [1, 2, 3] and "validation" in rows[1] and rows[0]["rollouts"] == 6
+    assert "lesson_audit" in rows[2] and [r["reverse_kl_cosine"] is None for r in rows[:2]] == [True, True]
+    assert not same_tensors(trained / "last" / "model.safetensors", os.path.join(SFT, "model.safetensors"))
+    page = page_data(trained / "report.html")
+    assert [row["step"] for row in page["log"]] == [1, 2, 3] and [v["step"] for v in page["validation"]] == [0, 2]
+    assert len(page["gallery"]) == 3 and page["gallery"][0]["before"]["picture"]["src"].startswith("data:image/png")
+    assert page["lessons"] and all(lesson["attempts"]["best"]["turns"] for lesson in page["lessons"])
+
+
+@pytest.mark.slow
+def test_evolve_killed_and_restarted_ends_as_if_nothing_had_happened(trained, tiny_evolution, tmp_path, command):
+    arguments = tiny_evolution(tmp_path / "killed")
+    log = tmp_path / "killed" / "log.jsonl"
+    # sums of floats depend on how they are split
+    threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen([sys.executable, PROGRAM, *arguments], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, env=threads)
+    until = time.monotonic() + 240
+    while not (log.exists() and log.read_text().count("\n") >= 1) and time.monotonic() < until:
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -9, "it ended before it could be killed"
+    os.makedirs(tmp_path / "killed" / "checkpoints" / "000099")  # half-made: no state in it
+
+    code, out, err = command(*arguments)
+    assert code == 0 and "resuming" in out and "skipped" in err, err
+    for mine, other in zip(without_durations(log), without_durations(trained / "log.jsonl"), strict=True):
+        assert {k: (v, other.get(k)) for k, v in mine.items() if other.get(k) != v} == {}, mine["step"]
+    assert same_tensors(tmp_path / "killed" / "last" / "model.safetensors", trained / "last" / "model.safetensors")
+    assert [v["step"] for v in page_data(tmp_path / "killed" / "report.html")["validation"]] == [0, 2]
+
+
+@pytest.mark.slow
+def test_another_runs_folder_is_not_taken_over(trained_copy, command, monkeypatch, tiny_evolution):
+    code, _, err = command(*tiny_evolution(trained_copy, "--lr", 1e-5))
+    assert code == 2 and "--lr" in err
+    # a run does not go on under a recipe whose meaning has changed either
+    changed = dataclasses.replace(distill.RECIPES["stable"], threshold=0.5)
+    monkeypatch.setitem(distill.RECIPES, "stable", changed)
+    code, _, err = command(*tiny_evolution(trained_copy))
+    assert code == 2 and "another --set threshold (0.1)" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("harm", ("damaged checkpoint", "no line in the log"))
+def test_evolve_goes_on_after_damage(trained_copy, command, harm, tiny_evolution):
+    log, last = trained_copy / "log.jsonl", trained_copy / "last" / "model.safetensors"
+    whole, weights = without_durations(log), dict(model_tensors(last))
+    if harm == "damaged checkpoint":  # step three is done again, in the place of the damaged one
+        next((trained_copy / "checkpoints" / "000003").glob("*.safetensors")).write_bytes(b"damaged")
+    else:
+        log.unlink()
+    code, out, err = command(*tiny_evolution(trained_copy))
+    assert code == 0 and "resuming" in out and ("skipped" in err) == (harm == "damaged checkpoint"), err
+    assert without_durations(log)[-1] == whole[-1]
+    assert all(torch.equal(weights[k], v) for k, v in model_tensors(last))
+    assert sorted(p.name for p in (trained_copy / "checkpoints").iterdir()) == ["000002", "000003"]
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_and_loses_no_finished_step(trained_copy, command, monkeypatch, tiny_evolution):
+    shutil.rmtree(trained_copy / "checkpoints" / "000003")
+    real, room = model.save_file, []
+
+    def full(tensors, path, **options):
+        if "checkpoints" in path and not room:
+            raise model.SafetensorError("I/O error: No space left on device")
+        real(tensors, path, **options)
+    monkeypatch.setattr(model, "save_file", full)
+    code, _, err = command(*tiny_evolution(trained_copy))
+    assert code == 2 and "step 3" in err and "No space left" in err and err.count("\n") == 1
+    assert [r["step"] for r in without_durations(trained_copy / "log.jsonl")] == [1, 2]
+    room.append("again")
+    code, out, _ = command(*tiny_evolution(trained_copy))
+    assert code == 0 and "resuming after step 2" in out
+    assert [r["step"] for r in without_durations(trained_copy / "log.jsonl")] == [1, 2, 3]
+
+
+def torchrun(count, *command):
+    """A command in ``count`` processes that talk over gloo."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    done = subprocess.run([*start, *map(str, command)], env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=genevolve.HERE,
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def close(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(close(a[k], b[k]) for k in a)
+    return a == pytest.approx(b, rel=1e-4, abs=1e-6) if isinstance(a, float) else a == b
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", (("--minibatches", 2), ("--lora", 4)), ids=("whole", "lora"))
+def test_an_evolution_in_two_processes_is_the_one_in_one(tiny_evolution, tmp_path, command, flags):
+    logs = {}
+    for count in (1, 2):
+        out = tmp_path / str(count)
+        more = ["--checkpointing"] if count == 2 else []  # changes what is kept, not what comes out
+        said = torchrun(count, PROGRAM, *tiny_evolution(out, *flags), *more)
+        assert said.count("step 3 ") == 1  # one process speaks
+        logs[count] = without_durations(out / "log.jsonl")
+    states = list((tmp_path / "2" / "checkpoints" / "000003").glob("state-*-of-00002.safetensors"))
+    size = next((tmp_path / "1" / "checkpoints" / "000003").glob("state-*.safetensors")).stat().st_size
+    assert len(states) == 2 and all(0.4 * size < p.stat().st_size < 0.6 * size for p in states)  # a half each
+
+    for one, two in zip(logs[1], logs[2], strict=True):
+        assert {k: (v, two.get(k)) for k, v in one.items() if not close(v, two.get(k))} == {}, one["step"]
+    for count in (1, 2):  # one process goes on with what one or two have left
+        code, out, err = command(*tiny_evolution(tmp_path / str(count), *flags), "--steps", 4)
+        assert code == 0 and "resuming after step 3" in out, err
+        logs[count] = without_durations(tmp_path / str(count) / "log.jsonl")
+    assert all(close(v, logs[2][3].get(k)) for k, v in logs[1][3].items())
+
+
+@pytest.fixture
+def outside_world(monkeypatch):
+    """A server in the place of all services: search, pictures, renderer, judge and a model that writes lessons."""
+    weights = os.path.join(genevolve.HERE, "weights")
+    net = diffusion.Renderer.load(os.path.join(weights, "renderer"), os.path.join(weights, "vae"))
+
+    def renderer(prompt, references, seed, steps, width, height):
+        return net.render([prompt], [references], [seed], steps=1, guidance=1.0)[0]
+
+    def judge(text, images):  # any scores will do, as long as they differ
+        scores = {d: (0, 0.5, 1)[int(images[0][n::7].sum()) % 3] for n, d in enumerate(distill.DIMENSIONS)}
+        return {"rationale": "so", **scores, "text_accuracy_na": False}
+
+    def chat(request):
+        if "decision_guidance" in request["messages"][0]["content"]:
+            return json.dumps(LESSON)
+        return json.dumps({"rationale": "so", "sufficiency": (0, 0.5, 1)[len(str(request["messages"])) % 3]})
+    # for this server only: its pictures stand in for the world's
+    monkeypatch.setattr(tools, "is_public", lambda address: True)
+    with tools.Server(tools.Corpus(CORPUS), renderer=renderer, judge=judge, policy=chat) as server:
+        yield server
+    monkeypatch.undo()
+
+
+@pytest.mark.slow
+def test_a_recorded_step_replays_without_a_socket_to_the_same_weights(tiny_evolution, tmp_path, command, monkeypatch,
+                                                                      outside_world):
+    """Search, downloads, pictures, judgements and lessons all come from services, and then all from the recording."""
+    url, tape = outside_world.url, str(tmp_path / "tape.jsonl")
+    more = ["--renderer", url, "--judge", url, "--search", url, "--summarizer", url, "--eval-every", 0,
+            "--audit-every", 0, "--steps", 1]
+    code, _, err = command(*tiny_evolution(tmp_path / "first", *more, "--record", tape))
+    parts = r"\(search \d+, judge \d+, renderer \d+, summarizer 2\)"
+    assert code == 0 and re.search(r"about \d+ outside calls expected " + parts, err), err
+    with open(tape, encoding="utf-8") as file:
+        called = collections.Counter(json.loads(line)["call"].split("/")[3].split()[0] for line in file)
+    assert all(called[path] > 1 for path in ("images", "image", "v1", "generate")), called
+
+    def no_socket(*_, **__):
+        raise AssertionError("a socket was opened")
+    for name in ("socket", "create_connection", "getaddrinfo"):
+        monkeypatch.setattr(socket, name, no_socket)
+    code, _, err = command(*tiny_evolution(tmp_path / "again", *more, "--replay", tape))
+    assert code == 0, err
+    states = [next((tmp_path / name / "checkpoints" / "000001").glob("state-*.safetensors"))
+              for name in ("first", "again")]
+    assert same_tensors(*states)  # weights and Adam's moments, which hold the gradients
+    first, again = (without_durations(tmp_path / name / "log.jsonl") for name in ("first", "again"))
+    assert first == again and first[0]["gradient_norm"] > 0
+    memory = model.read_json(str(tmp_path / "first" / "checkpoints" / "000001" / "state.json"))["memory"]
+    assert all(e["bundle"]["retrieval_key"] == LESSON["retrieval_key"] for e in memory["entries"])
+
+
+@pytest.mark.slow
+def test_trajectories_from_a_serving_engine(tiny_evolution, tmp_path, command):
+    engine = StandInEngine()
+    more = ["--rollouts-url", engine.server.url, "--eval-every", 0, "--audit-every", 0]
+    try:
+        code, _, err = command(*tiny_evolution(tmp_path / "run", *more))
+    finally:
+        engine.server.stop()
+    assert code == 0, err
+    assert len(engine.loaded) == 4 and len(set(engine.loaded)) == 4  # before the first step, and after each of three
+    rows = without_durations(tmp_path / "run" / "log.jsonl")
+    assert [r["step"] for r in rows] == [1, 2, 3] and rows[0]["validity"] > 0.5 and rows[0]["rollouts"] == 6
+    served, _ = model.load(str(tmp_path / "run" / "last"))
+    assert all(torch.equal(a, b) for a, b in zip(served.parameters(), engine.net.parameters()))
+    code, _, err = command(*tiny_evolution(tmp_path / "gone", *more))
+    assert code == 2 and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("changes, said", [
+    ("weigth=1", "weight"), ("weight=heavy", "weight"), ("teacher=teh", "teacher")])
+def test_a_wrong_recipe_is_said_in_one_line(changes, said, command, tmp_path):
+    code, _, err = command("evolve", "--out", tmp_path, "--set", changes)
+    assert code == 2 and said in err and err.count("\n") == 1
+
+
+# ---- The other commands ----------------------------------------------------------------------------------------------
+
+def test_run_leaves_an_image_a_record_and_a_page(tmp_path, command):
+    code, out, _ = command("run", "--out", tmp_path, "--sampling-steps", 2)
+    row, = json.loads((tmp_path / "results.json").read_text())
+    assert code == 0 and str(tmp_path / "results.json") in out
+    assert {"id", "prompt", "gen_prompt", "reference_images", "messages", "termination", "rounds", "error"} <= set(row)
+    shown, = page_data(tmp_path / "report.html")["requests"]
+    assert shown["truth"]["src"].startswith("data:image/png;base64") and len(shown["turns"]) == row["rounds"]
+    if row["success"]:
+        assert diffusion.read_png(tmp_path / "image.png").shape == (64, 64, 3)
+        assert shown["picture"]["src"].startswith("data:image/png;base64")
+        assert "".join(piece["text"] for piece in shown["program"]["pieces"]) == row["gen_prompt"]
+
+
+@pytest.mark.slow
+def test_a_batch_repeats_bit_for_bit_in_the_order_of_its_requests(tmp_path, command):
+    rows = [{"id": f"r{i}", "prompt": row["question"]} for i, row in enumerate(atlas.world.requests("validation")[:5])]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def records(name, *more):
+        code, _, err = command("run", "--input", tmp_path / "in.jsonl", "--out", tmp_path / name,
+                               "--sampling-steps", 2, *more)
+        assert code == 0, err
+        found = json.loads((tmp_path / name / "results.json").read_text())
+        return [(r["id"], r["messages"], r["gen_prompt"], r["reward"]) for r in found]
+    first = records("a")
+    assert first == records("b") == records("c", "--live", 2)
+    assert [r[0] for r in first] == ["r0", "r1", "r2", "r3", "r4"]
+
+
+def test_json_output_is_one_object_and_nothing_else(tmp_path, command):
+    code, out, _ = command("run", "--out", tmp_path, "--sampling-steps", 2, "--json")
+    assert code == 0 and json.loads(out)["records"][0]["id"]
+
+
+@pytest.mark.parametrize("sampler, calls", [("euler", 3), ("midpoint", 6), ("ancestral", 3)])
+def test_a_sampler_reaches_the_renderer(tmp_path, command, monkeypatch, sampler, calls):
+    """midpoint asks the network twice a step."""
+    seen, velocity = [], diffusion.guided_velocity
+
+    def counted(*arguments):
+        follow = velocity(*arguments)
+        return lambda x, t: seen.append(t) or follow(x, t)
+    monkeypatch.setattr(diffusion, "guided_velocity", counted)
+    code, _, err = command("run", "--out", tmp_path, "--sampling-steps", 3, "--sampler", sampler)
+    assert code == 0 and len(seen) == calls, err
+
+
+def test_a_request_outside_the_atlas_completes_and_names_the_way_out(tmp_path, command):
+    code, _, err = command("run", "A lighthouse at dawn", "--out", tmp_path, "--sampling-steps", 2)
+    assert code == 0 and "--policy" in err and len(json.loads((tmp_path / "results.json").read_text())) == 1
+
+
+@pytest.mark.parametrize("arguments, hint", [
+    (["run", ""], "empty"), (["run", "x" * 20000], "20000"), (["run", "--input", "missing.json"], "missing.json"),
+    (["run", "--smapling-steps", "3"], "--sampling-steps"), (["rum"], "run"),
+    (["run", "--sampling-steps", "many"], "sampling-steps"), (["run", "--sampler", "heun"], "midpoint"),
+    (["run", "--device", "abacus"], "abacus"), (["run", "--policy", "nowhere"], "nowhere"),
+    (["run", "--renderer", "nowhere"], "nowhere"), (["sft", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
+    (["sft", "--lora", "2"], "--init"), (["run", "--out", "/dev/null/out"], "/dev/null/out")])
+def test_bad_input_is_one_clear_line_and_exit_code_two(tmp_path, command, monkeypatch, arguments, hint):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command(*arguments)
+    assert code == 2 and hint in err and err.count("\n") == 1 and "Traceback" not in err
+
+
+@pytest.mark.parametrize("content, hint", [
+    ("{", "JSON"), ('{"prompt": "a"}\n{"id": 3}', "line 2"), ('{"prompt": "a"}\n\n{"prompt": ""}', "line 3"),
+    ("", "no requests")])
+def test_a_bad_input_file_is_named_by_line(tmp_path, command, content, hint):
+    (tmp_path / "in.jsonl").write_text(content)
+    code, _, err = command("run", "--input", tmp_path / "in.jsonl", "--out", tmp_path / "out")
+    assert code == 2 and hint in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind, flag_name", [("sft", "--policy"), ("renderer", "--renderer")])
+def test_damaged_weights_are_one_clear_line(tmp_path, command, kind, flag_name):
+    broken = tmp_path / kind
+    shutil.copytree(os.path.join(genevolve.HERE, "weights", kind), broken)
+    data = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(data[:len(data) // 2])
+    code, _, err = command("run", flag_name, broken, "--out", tmp_path / "out")
+    assert code == 2 and "model.safetensors" in err and err.count("\n") == 1, err
+
+
+def test_a_taken_port_is_one_clear_line(tmp_path, command):
+    with tools.Server() as server:
+        code, _, err = command("serve", "--port", server.url.rsplit(":", 1)[1], "--out", tmp_path)
+    assert code == 2 and "port" in err and err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_serve_answers_chat_renderer_and_search(tmp_path):
+    start = [sys.executable, PROGRAM, "serve", "--port", "0", "--out", str(tmp_path)]
+    with subprocess.Popen(start, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            url = re.search(r"http://\S+:\d+", process.stdout.readline()).group()
+            question = atlas.world.requests("validation")[0]["question"]
+            chat = requests.post(url + "/v1/chat/completions", json={"messages": [
+                {"role": "system", "content": "another prompt"}, {"role": "user", "content": question}]}, timeout=60)
+            assert tools.parse_turn(chat.json()["choices"][0]["message"]["content"]).kind == "tool_call"
+            asked = {"prompt": "A kettle.", "image_urls": [], "num_inference_steps": 2, "width": 64, "height": 64}
+            image = requests.post(url + "/generate", json=asked, timeout=60)
+            assert diffusion.decode_png(base64.b64decode(image.json()["image"])).shape == (64, 64, 3)
+            found = requests.post(url + "/search", json={"q": "kettle", "num": 3}, timeout=60)
+            assert found.json()["organic"]
+        finally:
+            process.terminate()
+
+
+def test_sft_trains_low_rank_adapters_and_goes_on_where_it_stopped(tmp_path, command, monkeypatch):
+    conversations = [[{"role": "system", "content": "Plan."}, {"role": "user", "content": f"A {word}."},
+                      {"role": "assistant", "content": f"<think>A {word}.</think>"}]
+                     for word in ("kettle", "lamp", "square", "harp", "coin", "sofa")]
+    (tmp_path / "sft.jsonl").write_text("".join(json.dumps({"messages": c}) + "\n" for c in conversations))
+
+    def train(name):
+        return command("sft", "--data", tmp_path / "sft.jsonl", "--init", SFT, "--out", tmp_path / name, "--lora", 2,
+                       "--steps", 4, "--save-every", 2, "--batch-tokens", 48, "--copy-weight", 0, "--lr", 1e-2)
+    assert train("whole")[0] == 0
+    before, after = (dict(model_tensors(os.path.join(folder, "model.safetensors")))
+                     for folder in (SFT, tmp_path / "whole"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "_proj" in name}
+    adapted, _ = model.load(SFT)
+    model.load_adapter(str(tmp_path / "whole" / "adapter"), adapted)
+    model.merge_lora(adapted)
+    merged, _ = model.load(str(tmp_path / "whole"))
+    assert all(torch.equal(a, b) for a, b in zip(merged.parameters(), adapted.parameters(), strict=True))
+
+    calls, loss = [], distill.sft_loss
+
+    def stopped(*arguments):
+        calls.append(1)
+        if len(calls) == 4:  # the last checkpoint is the second step's
+            raise KeyboardInterrupt
+        return loss(*arguments)
+    monkeypatch.setattr(distill, "sft_loss", stopped)
+    assert train("stopped")[0] == 130
+    monkeypatch.setattr(distill, "sft_loss", loss)
+    code, out, err = train("stopped")
+    assert code == 0 and "resuming at step 2" in out, err
+    assert same_tensors(tmp_path / "stopped" / "model.safetensors", tmp_path / "whole" / "model.safetensors")
+
+
+@pytest.mark.slow
+def test_train_renderer_runs_on_a_tiny_budget(tmp_path, command, monkeypatch):
+    monkeypatch.setattr(build, "HERE", str(tmp_path))
+    build.build_scenes(2400, 0)
+    code, _, err = command("train-renderer", "--data", tmp_path, "--out", tmp_path / "weights", "--vae-steps", 2,
+                           "--steps", 2)
+    assert code == 0, err
+    diffusion.Renderer.load(str(tmp_path / "weights" / "renderer"), str(tmp_path / "weights" / "vae"))
+
+
+@pytest.fixture
+def promotable(tmp_path):
+    """A weights folder with a policy and a better one, which has a mark."""
+    for name in ("policy", "better"):
+        shutil.copytree(SFT, tmp_path / "weights" / name)
+    (tmp_path / "weights" / "better" / "mark").write_text("")
+    return tmp_path / "weights"
+
+
+def test_promotion_and_its_undoing(promotable, command):
+    assert command("promote", promotable / "better", "--weights", promotable)[0] == 0
+    assert (promotable / "policy" / "mark").exists()
+    assert command("promote", "--undo", "--weights", promotable)[0] == 0
+    assert not (promotable / "policy" / "mark").exists()
+
+
+@pytest.mark.parametrize("arguments", ([], ["nowhere"], ["--undo"]))
+def test_a_promotion_of_nothing_is_one_clear_line(promotable, command, arguments):
+    code, _, err = command("promote", *arguments, "--weights", promotable)
+    assert code == 2 and err.count("\n") == 1
+
+
+def test_every_function_that_the_readme_maps_exists():
+    with open(os.path.join(genevolve.HERE, "README.md"), encoding="utf-8") as file:
+        names = re.findall(r"`(model|diffusion|tools|distill|genevolve|bench)\.([A-Za-z_][\w.]*)`", file.read())
+    assert len(names) > 20
+    for module, path in names:
+        value = importlib.import_module(module)
+        for part in path.split("."):
+            if path in ("py",):
+                break
+            assert hasattr(value, part), f"{module}.{path}"
+            value = getattr(value, part)
+
+
+def test_two_processes_may_ask_for_one_folder_at_a_time(tmp_path):
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        assert set(pool.map(lambda _: model.make_folder(str(tmp_path / "out")), range(400))) == {str(tmp_path / "out")}
+    assert os.listdir(tmp_path / "out") == []
+
+
+# ---- Of distill.py ---------------------------------------------------------------------------------------------------
+
+def agent_main(capsys, *arguments):
+    """(exit code, stdout, stderr) of a command."""
+    code = genevolve.main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
 
 
 def test_sft_scores_assistant_tokens_only():
@@ -4011,103 +4850,6 @@ def test_sft_scores_assistant_tokens_only():
     other, _ = tokenizer.apply_chat_with_mask(messages[:3] + [{"role": "user", "content": "another one"}])
     cut = lambda i: distill.sft_loss(net, [(i, mask[:len(i)] + [False] * (len(i) - len(mask)))]).item()
     assert abs(cut(ids) - cut(other)) < 1e-5
-
-
-def test_run_leaves_an_image_a_record_and_a_report(tmp_path, capsys):
-    code, out, _ = agent_main(capsys, "run", "--out", tmp_path, "--sampling-steps", 2)
-    row, = json.loads((tmp_path / "results.json").read_text())
-    assert code == 0 and str(tmp_path / "results.json") in out
-    assert {"id", "prompt", "gen_prompt", "reference_images", "messages", "termination", "rounds", "error"} <= set(row)
-    assert (tmp_path / "report.html").read_text().count("data:image/png;base64") >= 2
-    if row["success"]:
-        assert diffusion.read_png(tmp_path / "image.png").shape == (64, 64, 3)
-
-
-def test_a_batch_repeats_bit_for_bit(tmp_path, capsys):
-    rows = [{"id": f"r{i}", "prompt": r["question"]} for i, r in enumerate(atlas.world.requests("validation")[:5])]
-    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    seen = []
-    for name in "ab":
-        assert agent_main(capsys, "run", "--input", tmp_path / "in.jsonl", "--out", tmp_path / name, "--sampling-steps", 2)[0] == 0
-        records = json.loads((tmp_path / name / "results.json").read_text())
-        seen.append([(r["id"], r["messages"], r["gen_prompt"], r["reward"]) for r in records])
-    assert seen[0] == seen[1] and [r[0] for r in seen[0]] == ["r0", "r1", "r2", "r3", "r4"]
-
-
-def test_json_output_is_one_object_and_nothing_else(tmp_path, capsys):
-    code, out, _ = agent_main(capsys, "run", "--out", tmp_path, "--sampling-steps", 2, "--json")
-    assert code == 0 and json.loads(out)["records"][0]["id"]
-
-
-@pytest.mark.parametrize("sampler, calls", (("euler", 3), ("midpoint", 6), ("ancestral", 3)))
-def test_a_sampler_reaches_the_renderer(tmp_path, capsys, monkeypatch, sampler, calls):
-    """midpoint asks the network twice a step."""
-    seen, velocity = [], diffusion.guided_velocity
-
-    def counted(*arguments):
-        follow = velocity(*arguments)
-        return lambda x, t: seen.append(t) or follow(x, t)
-    monkeypatch.setattr(diffusion, "guided_velocity", counted)
-    code, _, err = agent_main(capsys, "run", "--out", tmp_path, "--sampling-steps", 3, "--sampler", sampler)
-    assert code == 0 and len(seen) == calls, err
-
-
-def test_a_request_outside_the_atlas_completes_and_names_the_way_out(tmp_path, capsys):
-    code, _, err = agent_main(capsys, "run", "A lighthouse at dawn", "--out", tmp_path, "--sampling-steps", 2)
-    assert code == 0 and "--policy" in err and len(json.loads((tmp_path / "results.json").read_text())) == 1
-
-
-@pytest.mark.parametrize("arguments, hint", [
-    (["run", ""], "empty"), (["run", "x" * 20000], "20000"), (["run", "--input", "missing.json"], "missing.json"),
-    (["run", "--smapling-steps", "3"], "--sampling-steps"), (["rum"], "run"), (["run", "--sampling-steps", "many"], "sampling-steps"),
-    (["run", "--sampler", "heun"], "midpoint"), (["run", "--device", "abacus"], "abacus"), (["run", "--policy", "nowhere"], "nowhere"),
-    (["run", "--renderer", "nowhere"], "nowhere"), (["sft", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
-    (["run", "--out", "/dev/null/out"], "/dev/null/out")])
-def test_bad_input_is_one_clear_line_and_exit_code_two(tmp_path, capsys, monkeypatch, arguments, hint):
-    monkeypatch.chdir(tmp_path)
-    code, _, err = agent_main(capsys, *arguments)
-    assert code == 2 and hint in err and err.count("\n") == 1 and "Traceback" not in err
-
-
-@pytest.mark.parametrize("content, hint", [
-    ("{", "JSON"), ('{"prompt": "a"}\n{"id": 3}', "line 2"), ('{"prompt": "a"}\n\n{"prompt": ""}', "line 3"), ("", "no requests")])
-def test_a_bad_input_file_is_named_by_line(tmp_path, capsys, content, hint):
-    (tmp_path / "in.jsonl").write_text(content)
-    code, _, err = agent_main(capsys, "run", "--input", tmp_path / "in.jsonl", "--out", tmp_path / "out")
-    assert code == 2 and hint in err and err.count("\n") == 1
-
-
-def test_damaged_weights_are_one_clear_line(tmp_path, capsys):
-    for kind, flag_name in (("sft", "--policy"), ("renderer", "--renderer")):
-        broken = tmp_path / kind
-        shutil.copytree(os.path.join(genevolve.HERE, "weights", kind), broken)
-        data = (broken / "model.safetensors").read_bytes()
-        (broken / "model.safetensors").write_bytes(data[:len(data) // 2])
-        code, _, err = agent_main(capsys, "run", flag_name, broken, "--out", tmp_path / "out")
-        assert code == 2 and "model.safetensors" in err and err.count("\n") == 1, err
-
-
-def test_a_taken_port_is_one_clear_line(tmp_path, capsys):
-    with tools.Server() as server:
-        code, _, err = agent_main(capsys, "serve", "--port", server.url.rsplit(":", 1)[1], "--out", tmp_path)
-    assert code == 2 and "port" in err and err.count("\n") == 1
-
-
-def test_serve_answers_chat_renderer_and_search(tmp_path):
-    command = [sys.executable, os.path.join(genevolve.HERE, "genevolve.py"), "serve", "--port", "0", "--out", str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            url = re.search(r"http://\S+:\d+", process.stdout.readline()).group()
-            question = atlas.world.requests("validation")[0]["question"]
-            chat = requests.post(url + "/v1/chat/completions", json={"messages": [
-                {"role": "system", "content": "another prompt"}, {"role": "user", "content": question}]}, timeout=60).json()
-            assert tools.parse_turn(chat["choices"][0]["message"]["content"]).kind == "tool_call"
-            image = requests.post(url + "/generate", json={"prompt": "A kettle.", "image_urls": [], "num_inference_steps": 2,
-                                                           "width": 64, "height": 64}, timeout=60).json()
-            assert diffusion.decode_png(base64.b64decode(image["image"])).shape == (64, 64, 3)
-            assert requests.post(url + "/search", json={"q": "kettle", "num": 3}, timeout=60).json()["organic"]
-        finally:
-            process.terminate()
 
 
 def test_sft_runs_on_a_tiny_budget(tmp_path, capsys, monkeypatch):
@@ -4159,136 +4901,6 @@ def test_sft_stopped_and_started_again_ends_with_the_same_weights(tmp_path, caps
     assert not (tmp_path / "stopped" / "resume.safetensors").exists()
 
 
-def test_sft_trains_low_rank_adapters_and_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
-    conversations = [[{"role": "system", "content": "Plan."}, {"role": "user", "content": f"A {word}."},
-                      {"role": "assistant", "content": f"<think>A {word}.</think>"}]
-                     for word in ("kettle", "lamp", "square", "harp", "coin", "sofa")]
-    (tmp_path / "sft.jsonl").write_text("".join(json.dumps({"messages": c}) + "\n" for c in conversations))
-    init = os.path.join(genevolve.HERE, "weights", "sft")
-
-    def train(name, *more):
-        return agent_main(capsys, "sft", "--data", tmp_path / "sft.jsonl", "--init", init, "--out", tmp_path / name,
-                          "--lora", 2, "--steps", 4, "--save-every", 2, "--batch-tokens", 48, "--copy-weight", 0,
-                          "--lr", 1e-2, *more)
-    assert train("whole")[0] == 0
-    before, after = (dict(model_tensors(os.path.join(folder, "model.safetensors")))
-                     for folder in (init, tmp_path / "whole"))
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {name for name in before if "_proj" in name}
-    adapted, _ = model.load(init)
-    model.load_adapter(str(tmp_path / "whole" / "adapter"), adapted)
-    model.merge_lora(adapted)
-    merged, _ = model.load(str(tmp_path / "whole"))
-    assert all(torch.equal(a, b) for a, b in zip(merged.parameters(), adapted.parameters(), strict=True))
-
-    calls, loss = [], distill.sft_loss
-
-    def stopped(*arguments):
-        calls.append(1)
-        if len(calls) == 4:  # the last checkpoint is the second step's
-            raise KeyboardInterrupt
-        return loss(*arguments)
-    monkeypatch.setattr(distill, "sft_loss", stopped)
-    assert train("stopped")[0] == 130
-    monkeypatch.setattr(distill, "sft_loss", loss)
-    code, out, err = train("stopped")
-    assert code == 0 and "resuming at step 2" in out, err
-    assert same_tensors(tmp_path / "stopped" / "model.safetensors", tmp_path / "whole" / "model.safetensors")
-    code, _, err = agent_main(capsys, "sft", "--lora", 2, "--out", tmp_path / "none")
-    assert code == 2 and "--init" in err
-
-
-def test_train_renderer_runs_on_a_tiny_budget(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(build, "HERE", str(tmp_path))
-    build.build_scenes(2400, 0)
-    code, _, err = agent_main(capsys, "train-renderer", "--data", tmp_path, "--out", tmp_path / "weights", "--vae-steps", 2,
-                              "--steps", 2)
-    assert code == 0, err
-    diffusion.Renderer.load(str(tmp_path / "weights" / "renderer"), str(tmp_path / "weights" / "vae"))
-
-
-def test_every_function_that_the_readme_maps_exists():
-    with open(os.path.join(genevolve.HERE, "README.md"), encoding="utf-8") as file:
-        names = re.findall(r"`(model|diffusion|tools|distill|genevolve|bench)\.([A-Za-z_][\w.]*)`", file.read())
-    assert len(names) > 20
-    for module, path in names:
-        value = importlib.import_module(module)
-        for part in path.split("."):
-            if path in ("py",):
-                break
-            assert hasattr(value, part), f"{module}.{path}"
-            value = getattr(value, part)
-
-
-# ==== Evolution =======================================================================================================
-
-def tiny_evolution(out, *more):
-    return ["evolve", "--out", out, "--steps", 3, "--prompts-per-step", 2, "--rollouts", 3, "--sampling-steps", 1, "--eval-every", 2,
-            "--audit-every", 3, "--validation", os.path.join(out, "..", "validation.jsonl"), *more]
-
-
-def few_validation_rows(folder):
-    """Three validation requests in a file of their own."""
-    rows = atlas.world.requests("validation")[:3]
-    rows = [{k: v for k, v in r.items() if k != "_folder"} | {"gt_image": os.path.join(genevolve.HERE, "atlas", r["gt_image"])} for r in rows]
-    (folder / "validation.jsonl").write_text("\n".join(map(json.dumps, rows)))
-
-
-def without_durations(path):
-    def strip(value):
-        if isinstance(value, dict):
-            return {k: strip(v) for k, v in value.items() if "seconds" not in k and "tokens_per_s" not in k}
-        return value
-    return [strip(json.loads(line)) for line in path.read_text().splitlines()]
-
-
-def same_tensors(a, b):
-    a, b = (dict(model_tensors(p)) for p in (a, b))
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def model_tensors(path):
-    with model.open_tensors(str(path)) as file:
-        for key in file.keys():
-            yield key, file.get_tensor(key)
-
-
-def test_evolve_killed_and_restarted_ends_as_if_nothing_had_happened(tmp_path, capsys):
-    few_validation_rows(tmp_path)
-    code, _, err = agent_main(capsys, *tiny_evolution(str(tmp_path / "whole")))
-    assert code == 0, err
-    command = [sys.executable, os.path.join(genevolve.HERE, "genevolve.py"), *map(str, tiny_evolution(str(tmp_path / "killed")))]
-    log = tmp_path / "killed" / "log.jsonl"
-    threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums of floats depend on how they are split
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=threads)
-    until = time.monotonic() + 240
-    while not (log.exists() and log.read_text().count("\n") >= 1) and time.monotonic() < until:
-        time.sleep(0.02)
-    process.kill()
-    assert process.wait() == -9, "it ended before it could be killed"
-    os.makedirs(tmp_path / "killed" / "checkpoints" / "000099")  # half-made: no state in it
-    code, out, err = agent_main(capsys, *tiny_evolution(str(tmp_path / "killed")))
-    assert code == 0 and "resuming" in out and "skipped" in err, err
-    for mine, other in zip(without_durations(log), without_durations(tmp_path / "whole" / "log.jsonl"), strict=True):
-        assert {k: (v, other.get(k)) for k, v in mine.items() if other.get(k) != v} == {}, mine["step"]
-    assert same_tensors(tmp_path / "killed" / "last" / "model.safetensors", tmp_path / "whole" / "last" / "model.safetensors")
-    assert not same_tensors(tmp_path / "whole" / "last" / "model.safetensors", os.path.join(genevolve.HERE, "weights", "sft", "model.safetensors"))
-    rows = without_durations(log)
-    assert [r["step"] for r in rows] == [1, 2, 3] and "validation" in rows[1] and rows[0]["rollouts"] == 6
-    page = (tmp_path / "whole" / "report.html").read_text()
-    assert "<svg" in page and "Before and after" in page
-    code, _, err = agent_main(capsys, *tiny_evolution(str(tmp_path / "whole"), "--lr", 1e-5))
-    assert code == 2 and "--lr" in err  # another run's folder is not taken over
-
-
-def torchrun(count, *command):
-    """A command in ``count`` processes that talk over gloo."""
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), *map(str, command)],
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=genevolve.HERE, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
 SHARED_UPDATE = """
 import dataclasses, sys, torch, distill, model
 torch.manual_seed(0)
@@ -4329,282 +4941,6 @@ def test_two_and_four_processes_give_the_gradients_of_one(tmp_path):
         assert alone.abs().max() > 0 or "together second" in name, name
         for count in (2, 4):
             assert torch.allclose(found[count][name], alone, rtol=1e-5, atol=1e-5 * float(alone.abs().max())), (name, count)
-
-
-def test_an_evolution_in_two_processes_is_the_one_in_one(tmp_path, capsys):
-    few_validation_rows(tmp_path)
-    program, logs = os.path.join(genevolve.HERE, "genevolve.py"), {}
-    for count in (1, 2):
-        out = tmp_path / str(count)
-        more = ["--checkpointing"] if count == 2 else []  # changes what is kept, not what comes out
-        said = torchrun(count, program, *tiny_evolution(str(out), "--minibatches", 2), *more)
-        assert said.count("step 3 ") == 1  # one process speaks
-        logs[count] = without_durations(out / "log.jsonl")
-    states = tmp_path / "2" / "checkpoints" / "000003"
-    assert len(list(states.glob("state-*-of-00002.safetensors"))) == 2
-    size = next((tmp_path / "1" / "checkpoints" / "000003").glob("state-*.safetensors")).stat().st_size
-    assert all(0.4 * size < p.stat().st_size < 0.6 * size for p in states.glob("state-*.safetensors"))  # a half each
-
-    def close(a, b):
-        if isinstance(a, dict):
-            return a.keys() == b.keys() and all(close(a[k], b[k]) for k in a)
-        return a == pytest.approx(b, rel=1e-4, abs=1e-6) if isinstance(a, float) else a == b
-    for one, two in zip(logs[1], logs[2], strict=True):
-        assert {k: (v, two.get(k)) for k, v in one.items() if not close(v, two.get(k))} == {}, one["step"]
-    for count in (1, 2):  # one process goes on with what one or two have left
-        code, out, err = agent_main(capsys, *tiny_evolution(str(tmp_path / str(count)), "--minibatches", 2), "--steps", 4)
-        assert code == 0 and "resuming after step 3" in out, err
-        logs[count] = without_durations(tmp_path / str(count) / "log.jsonl")
-    assert all(close(v, logs[2][3].get(k)) for k, v in logs[1][3].items())
-
-
-def test_a_recorded_step_replays_without_a_socket_to_the_same_weights(tmp_path, capsys, monkeypatch):
-    """Search, downloads, pictures and judgements all come from services, and then all from the recording."""
-    few_validation_rows(tmp_path)
-    weights = os.path.join(genevolve.HERE, "weights")
-    net = diffusion.Renderer.load(os.path.join(weights, "renderer"), os.path.join(weights, "vae"))
-
-    def renderer(prompt, references, seed, steps, width, height):
-        return net.render([prompt], [references], [seed], steps=1, guidance=1.0)[0]
-
-    def judge(text, images):  # any scores will do, as long as they differ
-        level = lambda n: (0, 0.5, 1)[int(images[0][n::7].sum()) % 3]
-        return {"rationale": "so", **{d: level(n) for n, d in enumerate(distill.DIMENSIONS)}, "text_accuracy_na": False}
-
-    def chat(request):
-        return tools.ChatReply(json.dumps({"rationale": "so", "sufficiency": (0, 0.5, 1)[len(str(request["messages"])) % 3]}))
-    tape = str(tmp_path / "tape.jsonl")
-    with tools.Server(tools.Corpus(os.path.join(genevolve.HERE, "atlas", "corpus")), renderer=renderer, judge=judge, policy=chat) as server:
-        more = ["--renderer", server.url, "--judge", server.url, "--search", server.url, "--eval-every", 0, "--audit-every", 0, "--steps", 1]
-        monkeypatch.setattr(tools, "is_public", lambda address: True)  # for this server only: its pictures stand in for the world's
-        code, _, err = agent_main(capsys, *tiny_evolution(str(tmp_path / "first"), *more, "--record", tape))
-        assert code == 0 and re.search(r"about \d+ outside calls expected \(search \d+, judge \d+, renderer \d+\)", err), err
-        monkeypatch.undo()
-    called = collections.Counter(json.loads(line)["call"].split("/")[3].split()[0] for line in open(tape))
-    assert all(called[path] > 1 for path in ("images", "image", "v1", "generate")), called
-
-    def no_socket(*_, **__):
-        raise AssertionError("a socket was opened")
-    for name in ("socket", "create_connection", "getaddrinfo"):
-        monkeypatch.setattr(socket, name, no_socket)
-    code, _, err = agent_main(capsys, *tiny_evolution(str(tmp_path / "again"), *more, "--replay", tape))
-    assert code == 0, err
-    states = [next((tmp_path / name / "checkpoints" / "000001").glob("state-*.safetensors")) for name in ("first", "again")]
-    assert same_tensors(*states)  # weights and Adam's moments, which hold the gradients
-    first, again = (without_durations(tmp_path / name / "log.jsonl") for name in ("first", "again"))
-    assert first == again and first[0]["gradient_norm"] > 0
-
-
-@pytest.mark.parametrize("harm", ("damaged checkpoint", "no line in the log"))
-def test_evolve_goes_on_after_damage(tmp_path, capsys, harm):
-    few_validation_rows(tmp_path)
-    command = tiny_evolution(str(tmp_path / "run"), "--eval-every", 0, "--audit-every", 0)
-    assert agent_main(capsys, *command)[0] == 0
-    log, last = tmp_path / "run" / "log.jsonl", tmp_path / "run" / "last" / "model.safetensors"
-    whole, weights = without_durations(log), dict(model_tensors(last))
-    if harm == "damaged checkpoint":  # step three is done again, in the place of the damaged one
-        next((tmp_path / "run" / "checkpoints" / "000003").glob("*.safetensors")).write_bytes(b"damaged")
-    else:
-        log.unlink()
-    code, out, err = agent_main(capsys, *command)
-    assert code == 0 and "resuming" in out and ("skipped" in err) == (harm == "damaged checkpoint"), err
-    assert without_durations(log)[-1] == whole[-1]
-    assert all(torch.equal(weights[k], v) for k, v in model_tensors(last))
-    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["000002", "000003"]
-
-
-def test_a_full_disk_is_one_line_and_loses_no_finished_step(tmp_path, capsys, monkeypatch):
-    few_validation_rows(tmp_path)
-    command = tiny_evolution(str(tmp_path / "run"), "--eval-every", 0, "--audit-every", 0)
-    real, calls = model.save_file, []
-
-    def full(tensors, path, **options):
-        calls.append(path)
-        if "unfinished" in path and sum("unfinished" in c for c in calls) == 2:
-            raise model.SafetensorError("I/O error: No space left on device")
-        real(tensors, path, **options)
-    monkeypatch.setattr(model, "save_file", full)
-    code, _, err = agent_main(capsys, *command)
-    assert code == 2 and "step 2" in err and "No space left" in err and err.count("\n") == 1
-    assert [r["step"] for r in without_durations(tmp_path / "run" / "log.jsonl")] == [1]
-    code, out, _ = agent_main(capsys, *command)  # there is room again
-    assert code == 0 and "resuming after step 1" in out
-    assert [r["step"] for r in without_durations(tmp_path / "run" / "log.jsonl")] == [1, 2, 3]
-
-
-def test_promotion_and_its_undoing(tmp_path, capsys):
-    folder = tmp_path / "weights"
-    for name in ("policy", "better"):
-        shutil.copytree(os.path.join(genevolve.HERE, "weights", "sft"), folder / name)
-    (folder / "better" / "mark").write_text("")
-    assert agent_main(capsys, "promote", folder / "better", "--weights", folder)[0] == 0
-    assert (folder / "policy" / "mark").exists()
-    assert agent_main(capsys, "promote", "--undo", "--weights", folder)[0] == 0
-    assert not (folder / "policy" / "mark").exists()
-    for arguments in ((), (tmp_path / "nowhere",)):
-        code, _, err = agent_main(capsys, "promote", *arguments, "--weights", folder)
-        assert code == 2 and err.count("\n") == 1
-
-
-def log_rows(rewards):
-    return [{"reward": r, "validity": 1.0, "entropy": 0.1} for r in rewards]
-
-
-def test_a_collapse_is_noticed():
-    assert genevolve.collapse(log_rows([0.5] * 9)) == ""  # too early to say
-    assert genevolve.collapse(log_rows([0.5] * 20)) == ""
-    assert "reward" in genevolve.collapse(log_rows([0.5] * 10 + [0.1] * 5))
-    rows = log_rows([0.5] * 15)
-    for row in rows[-5:]:
-        row["validity"] = 0.3
-    assert "validity" in genevolve.collapse(rows)
-    assert genevolve.collapse(rows[10:]) == ""  # after a rollback the windows start again
-
-
-class CountingAgent:
-    """Answers every request with a few tokens, as many as the seed says; needs no server and no engine. The shortest
-    answers take a decision that the others do not take."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-
-    def run(self, requests, seeds, guides=None):
-        made = []
-        for request, seed in zip(requests, seeds):
-            messages = [{"role": "system", "content": "Plan."}, {"role": "user", "content": request["question"]}]
-            opening = self.tokenizer.apply_chat(messages, add_generation_prompt=True)
-            answer = self.tokenizer.encode("a kettle and a lamp " * (1 + seed % 3))
-            program = distill.Program("A kettle as in the first reference image.", [{"img_id": "IMG_001", "note": ""}])
-            thought = "" if seed % 3 else "Ask for the exact fact."
-            made.append(distill.Trajectory(
-                request["id"], request["question"], request, messages, seed, program=program, termination="answer",
-                images={"IMG_001": {"title": "Kettle", "local_path": "kettle.png"}},
-                steps=[distill.Step(thought, "tool_call", "search", {"queries": ["kettle"]}, "A kettle.")],
-                tokens=opening + answer, mask=[False] * len(opening) + [True] * len(answer),
-                prompt_length=len(opening)))
-        return made
-
-
-class CountingScorer:
-    """Reward 1, 0.5 or 0, as the seed says: the fewer tokens, the better."""
-
-    def forget(self):
-        pass
-
-    def render_and_score(self, trajectories, pictures=True):
-        for t in trajectories:
-            t.reward = 1 - (t.seed % 3) / 2
-
-
-@pytest.fixture
-def offline_evolution(tmp_path):
-    """Makes an Evolution of the committed policy that needs no server: offline_evolution(evolution=, flag=value, ...)."""
-    def make(evolution=genevolve.Evolution, **flags):
-        net, tokenizer = model.load(os.path.join(genevolve.HERE, "weights", "sft"))
-        components = SimpleNamespace(
-            policy=SimpleNamespace(net=net, tokenizer=tokenizer, compact=True), scorer=CountingScorer(), budget=None, summarizer=None,
-            agent=lambda ordered: CountingAgent(tokenizer), device="cpu")
-        settings = {"out": str(tmp_path), "prompts_per_step": 2, "rollouts": 3, "eval_every": 0, "audit_every": 0}
-        return evolution(genevolve.Evolve(**settings | flags), components)
-    return make
-
-
-def test_a_step_needs_nothing_but_an_agent_and_a_scorer(offline_evolution):
-    run = offline_evolution()
-    before = [p.clone() for p in run.net.parameters()]
-    row = run.step()
-    assert row["step"] == 1 and row["rollouts"] == 6 and row["missing"] == 0 and row["gradient_norm"] > 0
-    assert any(not torch.equal(a, b) for a, b in zip(before, run.net.parameters()))
-
-
-def adapters_of(net):
-    return {name: p.detach().clone() for name, p in net.named_parameters() if "lora_" in name}
-
-
-@pytest.mark.parametrize("teacher", ("frozen", "same", "ema"))
-def test_lora_trains_adapters_alone_against_the_policy_without_them(offline_evolution, teacher):
-    run = offline_evolution(lora=4, set=f"gate=0,teacher={teacher}", steps=2)
-    before = {name: p.detach().clone() for name, p in run.net.named_parameters()}
-    start, _ = model.load(os.path.join(genevolve.HERE, "weights", "sft"))
-    rows = [run.step(), run.step()]
-    assert all(row["gradient_norm"] > 0 for row in rows) and rows[1]["reference_kl"] > 0 and rows[1]["hit_rate"] == 1
-    moved = {name for name, p in run.net.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == set(adapters_of(run.net)) and len(moved) == 2 * 7 * run.net.config.layers
-    ids = run.tokenizer.encode("a kettle and a lamp")
-    reference, plain, policy = (distill.score_actions(net, [ids], [[False] + [True] * (len(ids) - 1)])
-                                for net in (run.reference, start, run.net))
-    assert torch.equal(reference.logp, plain.logp) and not torch.allclose(policy.logp, plain.logp, atol=1e-4)
-
-
-def test_a_lora_run_resumes_bit_for_bit_from_checkpoints_that_hold_adapters_alone(offline_evolution, tmp_path):
-    whole = offline_evolution(lora=4, out=str(tmp_path / "whole"))
-    whole.step(), whole.step()
-    first = offline_evolution(lora=4, out=str(tmp_path / "stopped"))
-    first.save(first.step())
-    second = offline_evolution(lora=4, out=str(tmp_path / "stopped"))
-    second.resume()
-    assert second.steps_done == 1 and second.step()["step"] == 2
-    assert all(torch.equal(p, adapters_of(whole.net)[name]) for name, p in adapters_of(second.net).items())
-    kept = next((tmp_path / "stopped" / "checkpoints" / "000001").glob("*.safetensors"))
-    names = {name for name, _ in model_tensors(kept)}
-    assert all("lora_" in name or name.startswith("memory.") for name in names) and len(names) > 100
-    assert kept.stat().st_size < os.path.getsize(os.path.join(genevolve.HERE, "weights", "sft", "model.safetensors"))
-
-
-def test_the_policy_of_a_lora_run_is_merged_and_peft_finds_the_adapters_beside_it(offline_evolution, tmp_path):
-    sft = os.path.join(genevolve.HERE, "weights", "sft")
-    run = offline_evolution(lora=4, policy=sft)
-    run.step()
-    run.write_policy("policy")
-    merged, tokenizer = model.load(str(tmp_path / "policy"))
-    adapted, _ = model.load(sft)
-    model.load_adapter(str(tmp_path / "policy" / "adapter"), adapted)
-    ids = torch.tensor([tokenizer.encode("a kettle and a lamp")])
-    assert torch.equal(adapted(ids), run.net(ids)) and torch.allclose(merged(ids), run.net(ids), atol=1e-4)
-    model.merge_lora(adapted)
-    assert all(torch.equal(a, b) for a, b in zip(merged.parameters(), adapted.parameters(), strict=True))
-    assert model.read_json(str(tmp_path / "policy" / "adapter" / "adapter_config.json"))["r"] == 4
-
-
-def test_a_negative_rank_is_refused():
-    with pytest.raises(ValueError, match="--lora -1"):
-        genevolve.Evolve(lora=-1)
-
-
-def test_lessons_are_written_by_a_language_model_and_a_failed_summary_costs_its_pair_alone(offline_evolution):
-    """A chat server in the model's place: it writes one lesson, fails at another and writes nonsense for a third."""
-    questions, asked = [row["question"] for row in atlas.world.requests("evolve")[:3]], []
-    bullet = "Ask for the exact fact in every search query, together with the full name of the thing asked about."
-    lesson = {"retrieval_key": {"trigger": "requests with a fact", "source_prompt_summary": "one object and a fact"},
-              "decision_guidance": dict.fromkeys(distill.FIELDS, []) | {"search_query_guidance": [bullet]}}
-
-    def write(request):
-        text = request["messages"][1]["content"]
-        asked.append(request["temperature"])
-        if questions[1] in text:
-            raise ValueError("out of ideas")
-        return "no JSON" if questions[2] in text else "Here it is: " + json.dumps(lesson)
-    run = offline_evolution(prompts_per_step=3)
-    run.data = [row for row in run.data if row["question"] in questions]
-    with tools.Server(policy=write) as server:
-        run.components.summarizer = tools.ChatClient(server.url, "", "any", retries=0).complete
-        row = run.step()
-    assert asked == [0.0] * 3 and row["pairs"] == 3
-    assert [(e.prompt, e.bundle.guidance["search_query_guidance"]) for e in run.memory.entries] == \
-        [(questions[0], [bullet])]
-    failed = sorted(row["failed_summaries"])
-    assert len(failed) == 2 and {f.rpartition(": ")[0].startswith(tuple(questions[1:])) for f in failed} == {True}
-    assert genevolve.step_line(row | {"seconds": 1.0}).count("no lesson from") == 2
-    assert run.memory.lookup([questions[0]])[0] is not None and json.dumps(row)
-
-
-def test_the_gradient_of_a_minibatch_holds_nothing_of_the_one_before(offline_evolution):
-    run = offline_evolution(minibatches=3, lr=0.0)  # at rate 0 all minibatches see the same weights
-    groups, _ = run.roll_out_groups(run.data[:2])
-    rewards = torch.tensor([[t.reward for t in group] for group in groups])
-    batch = genevolve.training_batch(groups, rewards, [None, None], run.recipe, run.tokenizer)
-    norms = [distill.gradient_norm(run.gradients(part, [], [])[0]) for part in genevolve.chunks(batch, 2)]
-    assert run.update(batch, [], [])["gradient_norm"] == pytest.approx(sum(norms) / 3, rel=1e-4) and min(norms) > 0
 
 
 def update_rows(net, generator, count=6, guide=5):
@@ -4655,27 +4991,13 @@ def test_micro_batches_keep_groups_whole_and_count_a_shared_beginning_once():
     assert distill.micro_batches([nothing_said, nothing_said], 100) == [[nothing_said, nothing_said]]
 
 
-def test_a_run_does_not_go_on_under_a_recipe_whose_meaning_has_changed(tmp_path, capsys, monkeypatch):
-    few_validation_rows(tmp_path)
-    command = [*tiny_evolution(str(tmp_path / "run"), "--eval-every", 0, "--audit-every", 0), "--steps", 1]
-    assert agent_main(capsys, *command)[0] == 0 and agent_main(capsys, *command)[0] == 0
-    monkeypatch.setitem(distill.RECIPES, "stable", dataclasses.replace(distill.RECIPES["stable"], threshold=0.5))
-    code, _, err = agent_main(capsys, *command)
-    assert code == 2 and "another --set threshold (0.1)" in err
-
-
-def test_an_annealed_weight_falls_to_zero_and_the_teacher_is_not_asked_any_more(tmp_path, capsys):
+def test_an_annealed_weight_falls_to_zero_in_a_straight_line():
     recipe = dataclasses.replace(distill.RECIPES["stable"], weight=3.0, anneal=4)
     assert [recipe.at(n).weight for n in range(6)] == [3.0, 2.25, 1.5, 0.75, 0.0, 0.0]
     assert [recipe.fade(n) for n in (0, 1, 4, 5)] == [1.0, 0.75, 0.0, 0.0]
     assert distill.RECIPES["paper"].at(10**6) is distill.RECIPES["paper"] and distill.RECIPES["paper"].fade(10**6) == 1
     with pytest.raises(ValueError, match="anneal"):
         dataclasses.replace(recipe, anneal=-1)
-    few_validation_rows(tmp_path)
-    code, _, err = agent_main(capsys, *tiny_evolution(str(tmp_path / "run"), "--eval-every", 0, "--audit-every", 0), "--set", "anneal=2")
-    assert code == 0, err
-    losses = [json.loads(line)["sdl_loss"] for line in open(tmp_path / "run" / "log.jsonl")]
-    assert any(x is not None for x in losses[:2]) and losses[2:] == [None] * len(losses[2:]) and len(losses) > 2
 
 
 @pytest.mark.parametrize("estimator", ("forward_kl", "k3_live"))
@@ -4710,72 +5032,28 @@ def test_teacher_equal_to_student_teaches_nothing_and_gradients_flow_only_into_t
     assert all(p.grad is None for p in net.parameters())
 
 
-def test_a_model_judge_scores_and_its_failures_are_missing_not_zero():
-    good = {"rationale": "fine", "faithfulness": 1, "visual_correctness": 0.5, "text_accuracy": 0, "aesthetics": 1, "text_accuracy_na": True}
+GOOD_SCORES = {"rationale": "fine", "faithfulness": 1, "visual_correctness": 0.5, "text_accuracy": 0, "aesthetics": 1,
+               "text_accuracy_na": True}
+NO_PICTURE = np.zeros((8, 8, 3), np.uint8)
+
+
+def test_a_model_judge_sees_both_pictures_and_leaves_out_the_text_where_none_is_wanted():
     sent = []
 
     def chat(messages, **options):
         sent.append(messages)
-        return "Here: " + json.dumps(good)
-    image = np.zeros((8, 8, 3), np.uint8)
-    scores = distill.ModelJudge(chat).score(image, image, {"question": "Draw it."})
+        return "Here: " + json.dumps(GOOD_SCORES)
+    scores = distill.ModelJudge(chat).score(NO_PICTURE, NO_PICTURE, {"question": "Draw it."})
     assert scores["text_accuracy"] is None and scores["kscore"] == pytest.approx((0.1 + 0.4 * 0.5 + 0.1) / 0.6)
     assert [p["type"] for p in sent[0][1]["content"]] == ["text", "image_url", "image_url"]
-    for reply in ("no idea", '{"faithfulness": 0.7}', json.dumps(good | {"aesthetics": True}), json.dumps(good | {"faithfulness": 2}), "[1]"):
-        with pytest.raises(tools.ToolError):
-            distill.ModelJudge(lambda *_, **__: reply).score(image, image, {"question": "Draw it."})
 
 
-@pytest.mark.parametrize("changes, said", [("weigth=1", "weight"), ("weight=heavy", "weight"), ("teacher=teh", "teacher")])
-def test_a_wrong_recipe_is_said_in_one_line(changes, said, capsys, tmp_path):
-    code, _, err = agent_main(capsys, "evolve", "--out", tmp_path, "--set", changes)
-    assert code == 2 and said in err and err.count("\n") == 1
-
-
-def test_the_paired_bootstrap_finds_a_difference_and_none_where_there_is_none():
-    rng = np.random.default_rng(0)
-    base = rng.random((3, 160))
-    change, low, high = bench.bootstrap(base + 0.1, base)
-    assert change == pytest.approx(0.1) and low == pytest.approx(0.1) and high == pytest.approx(0.1)
-    change, low, high = bench.bootstrap(rng.random((3, 160)), rng.random((1, 160)))
-    assert low < 0 < high
-
-
-def test_rollout_rewards_are_compared_with_those_of_the_same_seed_only(tmp_path):
-    folder = str(tmp_path / "quality")
-    os.makedirs(folder)
-    point = dict.fromkeys(("kscore",) + distill.DIMENSIONS, 1.0)
-    row = point | {"eval_type": "knowledge", "novel": False, "valid": True, "tool_calls": 1}
-    def write(arm, seed, online):
-        model.write_json(os.path.join(folder, f"{arm}-{seed}.json"), {
-            "bench": [row], "early": [row], "online": [online] * bench.WINDOW, "rollouts": 480, "seconds": 1.0, "setting": "",
-            "curve": [[480, 1.0, 1.0, 1.0]], "unfaded_ratio": 1.0, "hit_rate": 1.0, "hits": [1.0] * bench.WINDOW, "right_advice": 1.0, "rolled_back": []})
-    write(bench.BASE, 0, 0.5), write(bench.BASE, 1, 0.9), write("paper", 0, 0.6)
-    bench.summarize_quality(folder, {"SFT": [row]})
-    found = model.read_json(str(tmp_path / "quality.json"))["differences"]
-    assert found[f"paper - {bench.BASE}"]["reward of rollouts"][0] == pytest.approx([0.1] * 3)  # seed 1 has no part in it
-    assert "reward of rollouts" not in found[f"{bench.BASE} - SFT"]
-
-
-def test_what_a_score_cost_is_read_off_the_mean_curve():
-    arm = {"curves": [[[480, 10.0, 0.4, 0], [960, 20.0, 0.6, 0]], [[480, 30.0, 0.6, 0], [960, 40.0, 1.0, 0]]]}  # means 0.5, 0.8
-    assert bench.mean_curve(arm) == [(480, 0.5), (960, 0.8)] and bench.mean_curve(arm, 1) == [(20, 0.5), (30, 0.8)]
-    assert bench.cost_to_reach(arm, 0.65) == pytest.approx(720) and bench.cost_to_reach(arm, 0.65, 1) == pytest.approx(25)
-    assert bench.cost_to_reach(arm, 0.3) == 480 and bench.cost_to_reach(arm, 0.9) is None
-
-
-def test_the_ratio_of_a_fading_weight_is_told_as_if_it_had_not_faded():
-    recipe = dataclasses.replace(distill.RECIPES["stable"], anneal=4)  # 1, 0.75, 0.5, 0.25, 0
-    log = [{"gradient_ratio": r} for r in (None, 1.5, 0.5, 1.0, 0.0)]
-    assert bench.unfaded_ratio(SimpleNamespace(recipe=recipe, log=log)) == 2.0  # of 2, 1 and 4
-    assert bench.unfaded_ratio(SimpleNamespace(recipe=recipe, log=log[:1])) is None
-
-
-def test_a_log_row_has_null_for_what_is_missing_at_any_depth_and_few_rows_are_looked_at_whole():
-    assert genevolve.without_nan({"a": math.nan, "b": {"c": math.nan, "d": 1.0}}) == {"a": None, "b": {"c": None, "d": 1.0}}
-    rows = [distill.TrainingRow([0] * 8, [True] * 8) for _ in range(12)]
-    assert [id(r) for r in genevolve.spread_subset(rows)] == [id(rows[i]) for i in (0, 3, 6, 9)]
-    assert len(genevolve.spread_subset(rows, limit=17)) == 2 and genevolve.spread_subset([]) == []
+@pytest.mark.parametrize("reply", (
+    "no idea", '{"faithfulness": 0.7}', json.dumps(GOOD_SCORES | {"aesthetics": True}),
+    json.dumps(GOOD_SCORES | {"faithfulness": 2}), "[1]"))
+def test_a_model_judge_that_fails_raises_so_that_the_score_is_missing_not_zero(reply):
+    with pytest.raises(tools.ToolError):
+        distill.ModelJudge(lambda *_, **__: reply).score(NO_PICTURE, NO_PICTURE, {"question": "Draw it."})
 
 
 def test_names_of_demonstrations_are_in_no_other_split():
@@ -4783,93 +5061,6 @@ def test_names_of_demonstrations_are_in_no_other_split():
     assert len(words) == len(set(words)) == 1200
     assert not set(words) & {w for name, split in splits.items() if name != "demos" for w in split}
     assert len(set(words) - set(splits["demos"])) > 400  # with syllables of their own
-
-
-def test_a_run_that_went_further_is_not_measured_as_an_earlier_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(genevolve, "evolve", lambda s: SimpleNamespace(steps_done=5, out=s.out))
-    settings = bench.Quality(runs=str(tmp_path))
-    assert bench.evolution(settings, "grpo", "lr=2e-4", 0, 5).steps_done == 5
-    with pytest.raises(ValueError, match="is at update 5 and 3 were asked for"):
-        bench.evolution(settings, "grpo", "lr=2e-4", 0, 3)
-
-
-def test_a_setting_reaches_the_flag_or_the_recipe_that_it_names(tmp_path, monkeypatch):
-    monkeypatch.setattr(genevolve, "evolve", lambda s: SimpleNamespace(steps_done=1, out=s.out, settings=s))
-    told = bench.evolution(bench.Quality(runs=str(tmp_path)), "paper", "lr=1e-4,rollouts=3,match_ratio=0.5,weight=2", 7, 1).settings
-    assert (told.lr, told.rollouts, told.match_ratio, told.seed, told.recipe, told.set) == (1e-4, 3, 0.5, 7, "paper", "gate=0.5,weight=2")
-
-
-def test_the_sensitivity_table_changes_one_thing_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    asked = []
-    def run(settings, arm, choice, seed, steps):
-        asked.append(choice)
-        row = {"reward": 0.5, "hit_rate": 1.0, "gradient_ratio": 1.0, "rollouts": 48, "rollout_seconds": 1.0, "render_seconds": 1.0, "update_seconds": 1.0}
-        return SimpleNamespace(recipe=distill.RECIPES["stable"], log=[row] * (steps - 1) + [row | {"validation": {"kscore": 0.7, "reward": 0.6}}])
-    monkeypatch.setattr(bench, "evolution", run)
-    model.write_json(str(tmp_path / "stable-tuning.json"), {"best": "lr=2e-4,weight=1", "tried": {}})
-    model.write_json(str(tmp_path / "sensitivity.json"), {bench.SENSITIVITY[0]: {"reward of rollouts": [0.1], "validation": [0.1]}})
-    bench.sensitivity(bench.Quality(tune_steps=4), str(tmp_path))
-    found = model.read_json(str(tmp_path / "sensitivity.json"))
-    assert list(found) == list(bench.SENSITIVITY) and found[bench.SENSITIVITY[0]]["validation"] == [0.1]  # done before
-    assert len(asked) == len(bench.SENSITIVITY) - 1 and asked[0] == "lr=2e-4,weight=1,standard=true" and "lr=2e-4,weight=1,teacher=ema" in asked
-    assert found["teacher=ema"]["validation"] == [0.7]
-    for change in bench.SENSITIVITY:  # all of them are settings that exist
-        genevolve.read_recipe("stable", ",".join(f"{k}={v}" for k, v in bench.flags_of(change).items() if k not in bench.EVOLVE))
-
-
-def test_two_processes_may_ask_for_one_folder_at_a_time(tmp_path):
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        assert set(pool.map(lambda _: model.make_folder(str(tmp_path / "out")), range(400))) == {str(tmp_path / "out")}
-    assert os.listdir(tmp_path / "out") == []
-
-
-@pytest.mark.parametrize("prompt, verdict", [
-    ('A sign with the text "1665", spelled 1-6-6-5.', True), ("With a sign saying 1665.", True),
-    ('A sign with the text "1656", spelled 1-6-5-6.', False), ('A sign with the text "1665", spelled 1-6-5-6.', False),
-    ("With its founding year on a sign.", None)])
-def test_a_fact_counts_as_copied_only_letter_by_letter(prompt, verdict):
-    row = {"recipe": {"wanted": {"fact": "city_year", "text": "1665"}}}
-    told = distill_step("search", {"queries": ["founding year of Kelmar"]}, "The founding year of Kelmar is 1665.", "")
-    assert bench.copied(row, distill_trajectory(1.0, prompt, steps=[told])) is verdict
-    assert bench.copied(row, distill_trajectory(1.0, prompt)) is None  # no article told it
-    assert bench.copied(row, distill_trajectory(0.0, "", steps=[told])) is None
-
-
-def test_a_foreign_runtime_completes_atlas_requests_against_serve(tmp_path):
-    """Full system prompt, wordy observations and whole guides, over HTTP; the server reduces them for the small policy."""
-    settings = genevolve.Run(out=str(tmp_path), sampling_steps=2)
-    with genevolve.Components(settings, str(tmp_path)) as parts:
-        server = tools.Server(tools.Corpus(settings.corpus), policy=parts.policy.reply).start()
-        try:
-            client = tools.ChatClient(server.url, model="anything")
-            box = tools.ToolBox(server.url, os.path.join(genevolve.HERE, "skills"), str(tmp_path / "cache"), allow_private=True)
-            agent = genevolve.Agent(genevolve.ChatPolicy(client, genevolve.Sampling(), workers=1), box)
-            done = agent.run(atlas.world.requests("validation")[:20], list(range(20)))
-        finally:
-            server.stop()
-    assert sum(t.program is not None for t in done) >= 19
-    assert any(len(t.messages[0]["content"]) > 1000 for t in done)
-    assert {t.termination for t in done} <= {"answer", "no_answer", "max_rounds_reached"}
-
-
-def test_a_turn_of_the_embedded_policy_is_streamed_as_it_is_decoded():
-    net, tokenizer = model.load(os.path.join(genevolve.HERE, "weights", "sft"))
-    policy = genevolve.LocalPolicy(net, tokenizer, genevolve.Sampling())
-    question = atlas.world.requests("validation")[0]["question"]
-    with tools.Server(policy=policy.reply) as server:
-        whole = post_chat(server, question, seed=3).json()
-        reply = post_chat(server, question, seed=3, stream=True, stream_options={"include_usage": True})
-        *chunks, last, end = stream_events(reply)
-        closed = post_chat(server, question, seed=3, stop=["</think>"]).json()["choices"][0]
-    text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
-    assert text == whole["choices"][0]["message"]["content"] and last["usage"] == whole["usage"] and len(chunks) > 10
-    assert closed["message"]["content"] == text.split("</think>")[0] and closed["finish_reason"] == "stop"
-    asked = {"messages": [{"role": "user", "content": question}], "seed": 3, "max_tokens": 100, "temperature": 0.7,
-             "top_p": 0.95, "stop": [], "stream": True}
-    pieces = policy.reply(asked)
-    next(pieces)
-    pieces.close()  # the client went away
-    assert policy.engine.poll() == []
 
 
 class StandInEngine:
@@ -4893,70 +5084,557 @@ class StandInEngine:
         self.net, _ = model.load(path)
 
 
-def test_trajectories_from_a_serving_engine(tmp_path, capsys):
-    few_validation_rows(tmp_path)
-    engine = StandInEngine()
-    try:
-        arguments = tiny_evolution(str(tmp_path / "run"), "--rollouts-url", engine.server.url, "--eval-every", 0, "--audit-every", 0)
-        code, _, err = agent_main(capsys, *arguments)
-    finally:
-        engine.server.stop()
-    assert code == 0, err
-    assert len(engine.loaded) == 4 and len(set(engine.loaded)) == 4  # before the first step, and after each of three
-    rows = without_durations(tmp_path / "run" / "log.jsonl")
-    assert [r["step"] for r in rows] == [1, 2, 3] and rows[0]["validity"] > 0.5 and rows[0]["rollouts"] == 6
-    served, _ = model.load(str(tmp_path / "run" / "last"))
-    assert all(torch.equal(a, b) for a, b in zip(served.parameters(), engine.net.parameters()))
-    code, _, err = agent_main(capsys, *tiny_evolution(str(tmp_path / "gone"), "--rollouts-url", engine.server.url))
-    assert code == 2 and err.count("\n") == 1
+# ==== bench.py: aggregates, controls of the experiment, arms, suites, speed ===========================================
 
+# ---- Helpers ---------------------------------------------------------------------------------------------------------
 
-def test_a_service_that_failed_leaves_the_reward_missing_and_a_bad_answer_does_not():
-    row = atlas.world.requests("validation")[0]
-    scorer = genevolve.Scorer(None, pixel_judge())
-    made = [distill.Trajectory(row["id"], row["question"], row, termination=end) for end in ("error", "no_answer", "max_rounds_reached")]
-    scorer.render_and_score(made)
-    assert math.isnan(made[0].reward) and made[0].judgement is None
-    assert all(t.reward == 0 and t.judgement["kscore"] == 0 for t in made[1:])
+WEIGHTS = os.path.join(genevolve.HERE, "weights", "sft")
 
 
 def bench_main(capsys, *arguments):
+    """(exit code, stdout, stderr) of a command."""
     code = genevolve.main([str(a) for a in arguments], bench.COMMANDS)
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
 
+@pytest.fixture
+def ablation(offline_evolution):
+    """A function: an Ablation that needs no server, with flags of AblationFlags."""
+    def make(**flags):
+        def build_run(settings, components):
+            settings = bench.AblationFlags(**dataclasses.asdict(settings) | flags)
+            return bench.Ablation(settings, components)
+        return offline_evolution(build_run)
+    return make
+
+
+def finished_run(curve_kscore=1.0, online=1.0, **changes):
+    """What the file of a finished training run holds, one bench request."""
+    point = dict.fromkeys(bench.SCORES, 1.0)
+    row = point | {"eval_type": "knowledge", "novel": False, "valid": True, "tool_calls": 1}
+    return {
+        "bench": [row], "early": [row], "online": [online] * bench.CURVE_WINDOW, "rollouts": 480, "seconds": 1.0,
+        "setting": "", "curve": [[480, 1.0, curve_kscore, 1.0]], "unfaded_ratio": 1.0, "hit_rate": 1.0,
+        "hits": [1.0] * bench.CURVE_WINDOW, "right_advice": 1.0, "rolled_back": [],
+    } | changes
+
+
+@pytest.fixture
+def quality_folder(tmp_path):
+    """A function that writes finished runs {(arm, seed): content} and summarises them -> (quality.json, quality.md)."""
+    folder = tmp_path / "results" / "quality"
+    folder.mkdir(parents=True)
+
+    def summarize(runs):
+        for (arm, seed), run in runs.items():
+            model.write_json(str(folder / f"{arm}-{seed}.json"), run)
+        bench.summarize_quality(str(folder), {"SFT": finished_run()["bench"]})
+        return bench.read_json(str(folder.parent / "quality.json")), (folder.parent / "quality.md").read_text()
+    return summarize
+
+
+# ---- Aggregates ------------------------------------------------------------------------------------------------------
+
+def test_the_paired_bootstrap_finds_a_difference_and_none_where_there_is_none():
+    rng = np.random.default_rng(0)
+    base = rng.random((3, 160))
+    assert bench.bootstrap(base + 0.1, base) == pytest.approx([0.1] * 3)
+    _, low, high = bench.bootstrap(rng.random((3, 160)), rng.random((1, 160)))
+    assert low < 0 < high
+
+
+def test_the_columns_of_a_table_are_means_over_all_seeds_rows():
+    def row(kscore, eval_type, novel, text):
+        scores = {"kscore": kscore, "faithfulness": 1.0, "visual_correctness": 0.0, "text_accuracy": text,
+                  "aesthetics": 0.5}
+        return bench.bench_row({"id": "1", "novel": novel, "eval_type": eval_type}, scores, kscore > 0, 2)
+    runs = [[row(0.8, "knowledge", True, None), row(0.4, "quality", False, 1.0)],
+            [row(0.0, "knowledge", False, 0.0), row(0.6, "quality", True, None)]]
+    assert bench.table_row(runs) == pytest.approx({
+        "kscore": 0.45, "faithfulness": 1.0, "visual_correctness": 0.0, "text_accuracy": 0.5, "aesthetics": 0.5,
+        "knowledge": 0.4, "quality": 0.5, "novel": 0.7, "valid": 0.75, "tool calls": 2.0})
+
+
+@pytest.mark.parametrize("prompt, verdict", [
+    ('A sign with the text "1665", spelled 1-6-6-5.', True),
+    ("With a sign saying 1665.", True),
+    ('A sign with the text "1656", spelled 1-5-5-6.', False),
+    ('A sign with the text "1665", spelled 1-6-5-6.', False),
+    ("With its founding year on a sign.", None),
+])
+def test_a_fact_counts_as_copied_only_letter_by_letter(prompt, verdict):
+    request = {"recipe": {"wanted": {"fact": "city_year", "text": "1665"}}}
+    article = "The founding year of Kelmar is 1665."
+    step = distill_step("search", {"queries": ["founding year of Kelmar"]}, article, "")
+    assert bench.copied(request, distill_trajectory(1.0, prompt, steps=[step])) is verdict
+    assert bench.copied(request, distill_trajectory(1.0, prompt)) is None  # no article stated it
+    assert bench.copied(request, distill_trajectory(0.0, "", steps=[step])) is None
+
+
+@pytest.mark.parametrize("value, cell", [(None, ""), (math.nan, ""), (0.25, "0.250"), (12.3, "12"), (3, "3")])
+def test_a_figure_that_is_missing_is_an_empty_cell(value, cell):
+    assert bench.format_figure(value) == cell
+
+
+def test_a_result_that_is_not_a_number_is_null_in_the_file(tmp_path):
+    bench.write_json(str(tmp_path / "x.json"), {"a": math.nan, "b": [1.0, {"c": math.nan}]})
+    assert "NaN" not in (tmp_path / "x.json").read_text()
+    assert bench.read_json(str(tmp_path / "x.json")) == {"a": None, "b": [1.0, {"c": None}]}
+
+
+def test_a_drawing_places_its_extremes_at_the_edges_and_leaves_out_what_is_missing():
+    line, single = [(0, 1.0), (5, None), (10, 3.0)], [(0, 2.0), (10, 2.0)]
+    drawing = bench.svg_lines({"a_b": line}, 420, 130, {"a_b": [single]}, "x")
+    assert re.findall('points="(.*?)"', drawing) == ["40.0,62.0 410.0,62.0", "40.0,112.0 410.0,12.0"]
+    assert ">a b<" in drawing and ">3<" in drawing and ">1<" in drawing and ">x<" in drawing
+    assert bench.svg_lines({"a": [(0, None)]}, 420, 130) == ""
+
+
+# ---- The experiment's controls ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags, said", [({"imitate": "worst"}, "best or memory"), ({"guides": "none"}, "placebo"),
+                                         ({"rollouts": 0}, "rollouts")])
+def test_an_unknown_control_is_refused(flags, said):
+    with pytest.raises(ValueError, match=said):
+        bench.AblationFlags(**flags)
+
+
+@pytest.mark.slow
+def test_an_ablation_without_a_control_is_the_evolution(ablation, offline_evolution):
+    plain, own = offline_evolution(set="gate=0"), ablation(set="gate=0")
+    first, second = ({k: v for k, v in run.step().items() if "seconds" not in k} for run in (plain, own))
+    assert first == second and first["sdl_loss"] > 0
+    assert all(torch.equal(a, b) for a, b in zip(plain.net.parameters(), own.net.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("guides", ["own", "shuffled", "placebo"])
+def test_what_a_controls_teacher_reads(ablation, guides):
+    run = ablation(guides=guides, set="gate=0")
+    requests = run.data[:3]
+    for number, request in enumerate(requests[:2]):
+        bullets = {"focus": [f"Look at the thing of number {number}."]}
+        bundle = distill.Bundle.from_bullets(request["question"], bullets)
+        run.memory.add(request["question"], bundle, 1.0, 0.0, 0)
+    entries = run.memory.lookup([request["question"] for request in requests])[:2] + [None]
+    own = [entry.bundle for entry in entries[:2]]
+    chosen = run.choose_guides(requests, entries)
+    assert chosen[2] is None and len(chosen) == 3
+    if guides == "own":
+        assert chosen[:2] == own
+    elif guides == "shuffled":
+        assert [c.guidance for c in chosen[:2]] == [own[1].guidance, own[0].guidance]
+    else:
+        for filler, bundle in zip(chosen, own):
+            (text,), (bullet,) = filler.guidance["focus"], bundle.guidance["focus"]
+            assert text != bullet and run.count_tokens(text) <= run.count_tokens(bullet)
+            assert filler.trigger == bundle.trigger
+
+
+@pytest.mark.parametrize("norms, weight", [((2.0, 4.0), 0.25), ((2.0, 0.0), 3.0)])
+def test_a_matched_ratio_gives_the_second_gradient_that_norm_beside_the_first(ablation, norms, weight):
+    run = ablation(match_ratio=0.5, set="weight=3")
+    assert run.sdl_weight(*norms) == pytest.approx(weight)  # 0.5 * 2 / 4; without a second gradient the recipe's
+    run.steps_done = run.recipe.anneal // 2
+    faded = run.recipe.fade(run.steps_done)
+    assert 0 < faded < 1 and run.sdl_weight(2.0, 4.0) == pytest.approx(0.25 * faded)
+
+
+def test_imitation_of_the_best_takes_each_groups_best_program_that_was_judged(ablation):
+    run = ablation(imitate="best")
+
+    def attempt(reward, mark, prompt="A prompt."):
+        trajectory = distill_trajectory(reward, prompt)
+        trajectory.tokens, trajectory.mask = [mark], [True]
+        return trajectory
+    groups = [[attempt(0.2, 1), attempt(0.9, 2), attempt(math.nan, 3), attempt(1.0, 4, prompt="")],
+              [attempt(math.nan, 5), attempt(0.5, 6, prompt="")]]
+    assert run.examples_to_imitate(groups, [None, None]) == [([2], [True])]
+    assert run.choose_guides(run.data[:2], [None, None]) == [None, None]
+
+
+def test_the_imitated_example_of_a_prompt_is_the_one_whose_lesson_is_remembered(ablation, tmp_path):
+    run = ablation(imitate="memory")
+    request = run.data[0]
+
+    def attempt(reward, mark):
+        program = distill.Program("A prompt.", [{"img_id": "IMG_001", "note": ""}])
+        step = distill.Step("Ask for the exact fact. " if reward > 0.5 else "", "tool_call", "search", {}, "")
+        return distill.Trajectory(request["id"], request["question"], request, program=program, steps=[step],
+                                  tokens=[mark], mask=[True], reward=reward)
+    for best, mark, kept in ((0.8, 1, 1), (0.6, 2, 1), (0.9, 3, 3)):  # a weaker lesson replaces neither
+        run.remember([request], [[attempt(best, mark), attempt(0.1, 9)]])
+        assert run.examples_to_imitate([], run.memory.lookup([request["question"]])) == [([kept], [True])]
+        run.steps_done += 1
+
+    resumed = ablation(imitate="memory")
+    resumed.load_extra_state(json.loads(json.dumps(run.extra_state())))
+    assert resumed.examples == run.examples == {request["question"]: [[3], [True]]}
+
+
+class HalfOfTwo:
+    """One of two processes that share a list; gradients are averaged over them afterwards."""
+    size = 2
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def shard_list(self, items):
+        return items[self.rank::2]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_imitation_is_the_mean_cross_entropy_and_two_processes_give_the_gradient_of_one(count):
+    net = model_net()
+    examples = [(model_prompt(9 + n, n), [False] * 4 + [True] * (5 + n)) for n in range(count)]
+    logps = model.token_logprobs(net, [tokens for tokens, _ in examples])
+    spoken = torch.cat([logp[torch.tensor(mask[1:])] for logp, (_, mask) in zip(logps, examples)])
+    expected = torch.autograd.grad(-spoken.mean(), list(net.parameters()))
+
+    alone = bench.imitation_gradients(net, examples, 1.0, model.ProcessGroup())
+    halves = [bench.imitation_gradients(net, examples, 1.0, HalfOfTwo(rank)) for rank in (0, 1)]
+    for want, one, first, second in zip(expected, alone, *halves):
+        assert torch.allclose(one, want, atol=1e-6) and torch.allclose((first + second) / 2, want, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("imitate", ["best", "memory"])
+def test_an_imitating_step_learns_without_a_teacher(ablation, imitate):
+    run = ablation(imitate=imitate, set="gate=0", grpo=False)
+    before = [p.clone() for p in run.net.parameters()]
+    row = run.step()
+    assert row["sdl_loss"] is None and row["gradient_norm"] > 0 and row["right_advice"] is None
+    assert any(not torch.equal(a, b) for a, b in zip(before, run.net.parameters()))
+
+
+# ---- Arms: training, tuning, sensitivity -----------------------------------------------------------------------------
+
+@pytest.fixture
+def evolve_calls(monkeypatch):
+    """What genevolve.evolve is asked for, in place of training: [(settings, class)]."""
+    calls = []
+
+    def evolve(settings, evolution):
+        calls.append((settings, evolution))
+        return SimpleNamespace(steps_done=5, settings=settings)
+    monkeypatch.setattr(genevolve, "evolve", evolve)
+    return calls
+
+
+def test_a_run_that_went_further_is_not_measured_as_an_earlier_one(tmp_path, evolve_calls):
+    settings = bench.Quality(runs=str(tmp_path))
+    assert bench.train(settings, "grpo", "lr=2e-4", 0, 5).steps_done == 5
+    with pytest.raises(ValueError, match="is at update 5 and 3 were asked for"):
+        bench.train(settings, "grpo", "lr=2e-4", 0, 3)
+
+
+def test_a_choice_reaches_the_flag_or_the_recipe_that_it_names(tmp_path, evolve_calls):
+    bench.train(bench.Quality(runs=str(tmp_path)), "paper", "lr=1e-4,rollouts=3,match_ratio=0.5,weight=2", 7, 5)
+    (settings, evolution), = evolve_calls
+    assert evolution is bench.Ablation and settings.set == "gate=0.5,weight=2" and settings.recipe == "paper"
+    assert (settings.lr, settings.rollouts, settings.match_ratio, settings.seed) == (1e-4, 3, 0.5, 7)
+
+
+@pytest.mark.parametrize("arm", bench.ARMS)
+def test_every_arm_is_made_of_flags_and_recipe_fields_that_exist(tmp_path, evolve_calls, arm):
+    for choice in bench.ARMS[arm].choices or ("lr=2e-4,weight=1,match_ratio=0.3",):
+        settings = bench.train(bench.Quality(runs=str(tmp_path)), arm, choice, 0, 5).settings
+        genevolve.read_recipe(settings.recipe, settings.set)
+    assert bench.ARMS[arm].choices or bench.ARMS[arm].control_of in bench.ARMS
+
+
+@pytest.mark.parametrize("arm, expected", [
+    ("sdl-placebo", {"best": "lr=4e-4", "tried": {}}),
+    ("placebo", {"best": "lr=2e-4,weight=1,match_ratio=0.457", "tried": {}}),
+])
+def test_a_control_takes_the_choice_of_its_arm_and_beside_grpo_its_ratio(tmp_path, arm, expected):
+    model.write_json(str(tmp_path / "stable-tuning.json"), {"best": "lr=2e-4,weight=1", "tried": {}})
+    model.write_json(str(tmp_path / "sdl-alone-tuning.json"), {"best": "lr=4e-4", "tried": {}})
+    if arm == "placebo":
+        with pytest.raises(ValueError, match="finished run of 'stable'"):
+            bench.tune(bench.Quality(), arm, str(tmp_path))
+        model.write_json(str(tmp_path / "stable-0.json"), finished_run(unfaded_ratio=0.45678))
+    assert bench.tune(bench.Quality(), arm, str(tmp_path)) == expected
+
+
+def test_the_ratio_of_a_fading_weight_is_reported_as_if_it_had_not_faded():
+    recipe = dataclasses.replace(distill.RECIPES["stable"], anneal=4)  # 1, 0.75, 0.5, 0.25, 0
+    log = [{"gradient_ratio": ratio} for ratio in (None, 1.5, 0.5, 1.0, 0.0)]
+    assert bench.unfaded_ratio(SimpleNamespace(recipe=recipe, log=log)) == 2.0  # of 2, 1 and 4
+    assert bench.unfaded_ratio(SimpleNamespace(recipe=recipe, log=log[:1])) is None
+
+
+@pytest.fixture
+def quick_training(monkeypatch):
+    """The choices that bench.train is asked for, in place of training."""
+    choices = []
+    row = {"reward": 0.5, "hit_rate": 1.0, "gradient_ratio": 1.0, "rollouts": 48, "rollout_seconds": 1.0,
+           "render_seconds": 1.0, "update_seconds": 1.0}
+    last = row | {"validation": {"kscore": 0.7, "reward": 0.6}}
+
+    def train(settings, arm, choice, seed, steps):
+        choices.append(choice)
+        return SimpleNamespace(recipe=distill.RECIPES["stable"], log=[row] * (steps - 1) + [last])
+    monkeypatch.setattr(bench, "train", train)
+    return choices
+
+
+def test_the_sensitivity_table_changes_one_thing_and_goes_on_where_it_stopped(tmp_path, quick_training):
+    before = {"reward of rollouts": [0.1], "validation": [0.1]}
+    model.write_json(str(tmp_path / "stable-tuning.json"), {"best": "lr=2e-4,weight=1", "tried": {}})
+    model.write_json(str(tmp_path / "sensitivity.json"), {bench.SENSITIVITY[0]: before})
+    bench.sensitivity(bench.Quality(tune_steps=4), str(tmp_path))
+    found = model.read_json(str(tmp_path / "sensitivity.json"))
+    assert list(found) == list(bench.SENSITIVITY) and found[bench.SENSITIVITY[0]] == before
+    assert len(quick_training) == len(bench.SENSITIVITY) - 1
+    assert quick_training[0] == "lr=2e-4,weight=1,standard=true" and "lr=2e-4,weight=1,teacher=ema" in quick_training
+    assert found["teacher=ema"]["validation"] == [0.7]
+
+
+@pytest.mark.parametrize("change", bench.SENSITIVITY)
+def test_every_change_of_the_sensitivity_table_is_a_setting_that_exists(change):
+    fields = {k: v for k, v in bench.parse_choice(change).items() if k not in bench.EVOLVE_FLAGS}
+    genevolve.read_recipe("stable", bench.format_choice(fields))
+
+
+# ---- Arms: compared --------------------------------------------------------------------------------------------------
+
+def test_rollout_rewards_are_compared_with_those_of_the_same_seed_only(quality_folder):
+    found, _ = quality_folder({(bench.BASE, 0): finished_run(online=0.5), (bench.BASE, 1): finished_run(online=0.9),
+                               ("paper", 0): finished_run(online=0.6)})
+    pairs = found["differences"]
+    assert pairs[f"paper - {bench.BASE}"]["reward of rollouts"][0] == pytest.approx([0.1] * 3)  # seed 1 takes no part
+    assert "reward of rollouts" not in pairs[f"{bench.BASE} - SFT"]
+
+
+def test_what_a_score_cost_is_read_off_the_mean_curve():
+    # means 0.5, 0.8
+    arm = {"curves": [[[480, 10.0, 0.4, 0], [960, 20.0, 0.6, 0]], [[480, 30.0, 0.6, 0], [960, 40.0, 1.0, 0]]]}
+    assert bench.mean_curve(arm) == [(480, 0.5), (960, 0.8)] and bench.mean_curve(arm, 1) == [(20, 0.5), (30, 0.8)]
+
+
+@pytest.mark.parametrize("target, column, cost", [(0.65, 0, 720), (0.65, 1, 25), (0.3, 0, 480), (0.9, 0, None)])
+def test_the_cost_of_a_score_lies_on_straight_lines_between_checks(target, column, cost):
+    arm = {"curves": [[[480, 20.0, 0.5, 0], [960, 30.0, 0.8, 0]]]}
+    assert bench.cost_to_reach(arm, target, column) == pytest.approx(cost)
+
+
+@pytest.mark.parametrize("curve, saved", [
+    ([], {}),
+    ([[48, 2.0, 0.6, 0.5], [96, 4.0, 0.8, 0.5]], {
+        "GRPO's last validation KScore": 0.7, "GRPO's rollouts": 96, "stable's rollouts": 72, "share of rollouts": 0.75,
+        "GRPO's seconds": 4.0, "stable's seconds": 3.0, "share of seconds": 0.75}),
+])
+def test_arms_without_an_evaluation_are_summarised_without_a_curve(quality_folder, curve, saved):
+    """A run of two updates has no evaluation of its own: --quick used to end here with an error."""
+    base = [[cost, seconds, kscore - 0.1, reward] for cost, seconds, kscore, reward in curve]
+    found, table = quality_folder({(bench.BASE, 0): finished_run(curve=base), ("stable", 0): finished_run(curve=curve)})
+    assert found["rollouts saved"] == pytest.approx(saved)
+    assert bench.ARMS["stable"].label in table and f"stable - {bench.BASE}" in table
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("results", ["results", os.path.join("results", "common")])
+def test_the_committed_table_follows_from_the_committed_runs(tmp_path, results):
+    committed = os.path.join(genevolve.HERE, results)
+    shutil.copytree(os.path.join(committed, "quality"), tmp_path / "quality")
+    folder = str(tmp_path / "quality")
+    bench.summarize_quality(folder, bench.read_json(os.path.join(folder, "fixed.json")))
+    assert bench.read_json(str(tmp_path / "quality.json")) == bench.read_json(os.path.join(committed, "quality.json"))
+    with open(os.path.join(committed, "quality.md"), encoding="utf-8") as file:
+        assert (tmp_path / "quality.md").read_text() == file.read()
+
+
+# ---- Smoke runs ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags, expected", [
+    ({}, bench.RESULTS), ({"out": "mine"}, "mine"), ({"quick": True}, "out"), ({"quick": True, "out": "mine"}, "mine")])
+def test_a_smoke_run_writes_to_out_and_never_into_the_committed_results(tmp_path, monkeypatch, flags, expected):
+    monkeypatch.chdir(tmp_path)
+    for settings in (bench.Bench(**flags), bench.Quality(**flags), bench.Speed(**flags), bench.Released(**flags)):
+        assert bench.results_folder(settings) == expected
+    runs = os.path.join(expected, "runs") if flags.get("quick") else os.path.join("runs", "quality")
+    assert bench.runs_folder(bench.Quality(**flags)) == runs
+    assert bench.runs_folder(bench.Quality(runs="there", **flags)) == "there"
+
+
+@pytest.mark.parametrize("command", ["world", "quality", "speed"])
+@pytest.mark.parametrize("folder", ["", "common"])
+def test_a_smoke_run_into_the_committed_results_is_refused(capsys, command, folder):
+    code, _, err = bench_main(capsys, command, "--quick", "--out", os.path.join(bench.RESULTS, folder))
+    assert code == 2 and "committed" in err and err.count("\n") == 1
+
+
+@pytest.fixture
+def committed_results():
+    """Fails a test that changes a file of results/."""
+    def listing():
+        return {os.path.join(folder, name): os.stat(os.path.join(folder, name)).st_mtime_ns
+                for folder, _, names in os.walk(bench.RESULTS) for name in names}
+    before = listing()
+    yield
+    assert listing() == before
+
+
+@pytest.mark.slow
+def test_a_quick_ablation_trains_measures_and_compares_two_arms(tmp_path, monkeypatch, capsys, committed_results):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = bench_main(capsys, "quality", "--quick")
+    assert code == 0, err
+    found = bench.read_json("out/quality.json")
+    assert list(found["arms"]) == [bench.BASE, "stable"] and found["rows"]["stable"]["rollouts"] == 96
+    assert len(found["arms"]["stable"]["curves"][0]) == 1 and f"stable - {bench.BASE}" in out
+    assert 0 < found["rows"]["SFT"]["quality"] < 1  # requests of both tracks
+    drawings = ["quality.svg", "quality-seconds.svg", "quality-hits.svg"]
+    assert sorted(os.listdir("out")) == sorted(["quality", "quality.json", "quality.md", "runs", *drawings])
+    assert os.listdir() == ["out"]
+    code, out, _ = bench_main(capsys, "quality", "--quick")  # everything is there: only the table
+    assert code == 0 and "step 1" not in out and bench.read_json("out/quality.json") == found
+
+
+@pytest.mark.slow
+def test_a_quick_look_at_the_world_writes_its_figures(tmp_path, monkeypatch, capsys, committed_results):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "WORLD_PARTS", (bench.oracle_figures, bench.reference_figures, bench.time_figures))
+    code, _, err = bench_main(capsys, "world", "--quick")
+    assert code == 0, err
+    found = bench.read_json("out/world.json")
+    assert found["oracle, 20 steps"]["kscore"] > 0.9 > found["oracle, 1 steps"]["kscore"]
+    looks = found["single subject, its look is right"]
+    assert looks["right reference"] > 0.8 and looks["no reference"] == looks["wrong reference"] == 0
+    assert 0 < found["seconds, 20 steps with guidance"]["one picture"]
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (("quality", "--arms", "grpo,grop"), "unknown arm 'grop'"), (("speed", "--rows", "turn"), "unknown row 'turn'"),
+    (("quality", "--sampling-steps", "3"), "--sampling-steps goes with --suite"),
+    (("released",), "--runtime"),
+])
+def test_unusable_flags_of_a_benchmark_are_named_in_one_line(tmp_path, capsys, arguments, said):
+    code, _, err = bench_main(capsys, *arguments, "--out", tmp_path)
+    assert code == 2 and said in err and err.count("\n") == 1
+
+
+# ---- Speed -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_quick_rows_of_the_speed_table(tmp_path, monkeypatch, capsys, committed_results):
+    monkeypatch.chdir(tmp_path)
+    rows = ["log-probs", "scaling", "slow tools", "low-rank adapters"]
+    code, _, err = bench_main(capsys, "speed", "--quick", "--repeats", 1, "--rows", ",".join(rows))
+    assert code == 0, err
+    found = bench.read_json("out/speed.json")
+    assert list(found) == ["machine", *rows] and found["machine"]["quick"] is True
+    assert found["log-probs"]["target"] == 1.2 and found["scaling"]["48: tokens/s"] > 0
+    assert found["slow tools"]["ratio"] > 1 and found["slow tools"]["turns a request"] > 1
+    assert found["low-rank adapters"]["trained"] == 16 * lora_width(256, 768) < found["low-rank adapters"]["parameters"]
+
+
+def lora_width(hidden, mlp, heads=32, kv_heads=8, head_dim=128):
+    """Inputs and outputs of a layer's seven projections together: what an adapter of rank 1 has."""
+    shapes = [(hidden, heads * head_dim), (hidden, kv_heads * head_dim), (hidden, kv_heads * head_dim),
+              (heads * head_dim, hidden), (hidden, mlp), (hidden, mlp), (mlp, hidden)]
+    return sum(rows + columns for rows, columns in shapes)
+
+
+@pytest.mark.slow
+@pytest.mark.peers
+@pytest.mark.parametrize("row, package", [("rollouts", "transformers"), ("training step", "transformers"),
+                                          ("sampler", "diffusers")])
+def test_quick_rows_beside_peers(tmp_path, capsys, row, package):
+    pytest.importorskip(package)
+    code, _, err = bench_main(capsys, "speed", "--quick", "--repeats", 1, "--rows", row, "--out", tmp_path)
+    found = bench.read_json(str(tmp_path / "speed.json"))[row]
+    assert code == 0 and found["ours s"] > 0 and found["peer s"] > 0, err
+    assert found.get("greatest pixel difference", 0) <= 2 and 0 < found.get("share of the machine", 0.5) < 2
+
+
+def test_a_row_whose_peer_is_missing_is_named_and_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    monkeypatch.setattr(bench, "measure_machine", lambda device: {})
+    code, out, _ = bench_main(capsys, "speed", "--quick", "--rows", "sampler", "--out", tmp_path)
+    assert code == 0 and "diffusers is not installed: pip install -r requirements-peers.txt" in out
+
+
+def test_a_measured_call_gives_its_seconds_its_peak_of_memory_and_its_result():
+    def work():
+        time.sleep(0.05)
+        return torch.ones(4 * 2**20).sum().item()
+    measured = bench.timed(work)
+    assert measured.result == 4 * 2**20 and 0.05 <= measured.seconds < 5
+    if measured.megabytes is not None:
+        assert 14 < measured.megabytes < 64
+
+
+def test_the_padded_update_of_the_peer_is_ours():
+    """Both sides of the training row compute the same loss: equal weights after one update."""
+    class Peer(torch.nn.Module):
+        """Our network behind the interface of transformers."""
+        device = "cpu"
+
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, input_ids, attention_mask):
+            return SimpleNamespace(logits=self.net(input_ids))
+    rng, rows = np.random.default_rng(0), []
+    for _ in range(2):
+        prompt, guide = rng.integers(0, 97, 10).tolist(), rng.integers(0, 97, 4).tolist()
+        for advantage in (1.0, -0.5, 0.5, -1.0, 0.25, 0.75):
+            answer = rng.integers(0, 97, 5).tolist()
+            spoken = [True] * len(answer)
+            rows.append(distill.TrainingRow(prompt + answer, [False] * 10 + spoken, advantage,
+                                            guide + prompt + answer, [False] * 14 + spoken))
+    recipe = distill.RECIPES["paper"]
+    ours, theirs = model_net(), Peer(model_net())
+    bench.our_update(ours, rows, recipe)()
+    bench.padded_update(theirs, rows, recipe)()
+    changed = model_net()
+    for a, b, start in zip(ours.parameters(), theirs.net.parameters(), changed.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=2e-7) and not torch.equal(a, start)
+
+
+# ---- One policy on any file ------------------------------------------------------------------------------------------
+
+@pytest.mark.slow
 def test_a_suite_is_measured_from_released_rows_and_goes_on_where_it_stopped(tmp_path, capsys):
     rows = atlas.world.requests("validation")[:5]
-    shutil.copytree(os.path.join(genevolve.HERE, "atlas", "truth"), tmp_path / "truth",
-                    ignore=lambda _, names: [n for n in names if n not in {f"{r['id']}.png" for r in rows}])
+    (tmp_path / "truth").mkdir()
+    for row in rows:
+        shutil.copy(os.path.join(genevolve.HERE, "atlas", row["gt_image"]), tmp_path / row["gt_image"])
     keep = ("id", "question", "gt_image", "eval_type", "category", "difficulty", "recipe")
-    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({k: r[k] for k in keep}) for r in rows))
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({k: row[k] for k in keep}) for row in rows))
     command = ["quality", "--suite", tmp_path / "rows.jsonl", "--out", tmp_path / "out", "--steps", 2]
-    code, out, err = bench_main(capsys, *command)
+    code, _, err = bench_main(capsys, *command)
     assert code == 0, err
-    found = json.loads((tmp_path / "out" / "suite.json").read_text())
+    found = bench.read_json(str(tmp_path / "out" / "suite.json"))
     assert found["KScore"]["all"]["rows"] == 5 and 0 < found["KScore"]["all"]["overall"] < 1
-    assert set(found["KScore"]["by_eval_type"]) == {r["eval_type"] for r in rows}
+    assert set(found["KScore"]["by_eval_type"]) == {row["eval_type"] for row in rows}
+
     kept = next((tmp_path / "out").glob("suite-*/rows.jsonl"))
     lines = kept.read_text().splitlines()
     kept.write_text("\n".join(lines[:3]) + "\n")  # as if it had been stopped
     code, out, err = bench_main(capsys, *command)
     assert code == 0 and "2/2 requests" in out
-    code, _, err = bench_main(capsys, "quality", "--judge", "http://127.0.0.1:1", "--out", tmp_path / "x")
-    assert code == 2 and "--suite" in err
+    assert [json.loads(line)["valid"] for line in kept.read_text().splitlines()] == \
+        [json.loads(line)["valid"] for line in lines]  # each request keeps its seed
+
+
+RELEASED_SCORES = {"rationale": "", "faithfulness": 1, "visual_correctness": 0.5, "text_accuracy": 0.5, "aesthetics": 1,
+                   "overall": 0.6}
 
 
 def test_what_the_released_evaluator_writes_is_read(tmp_path, capsys):
-    scores = {"rationale": "", "faithfulness": 1, "visual_correctness": 0.5, "text_accuracy": 0.5, "aesthetics": 1, "overall": 0.6}
-    rows = [{"id": 1, "eval_success": True, "meta": {"eval_type": "quality"}, "scores": scores | {"text_accuracy_na": True}},
-            {"id": 2, "eval_success": True, "eval_type": "knowledge", "scores": scores},
+    without_text = RELEASED_SCORES | {"text_accuracy_na": True}
+    rows = [{"id": 1, "eval_success": True, "meta": {"eval_type": "quality"}, "scores": without_text},
+            {"id": 2, "eval_success": True, "eval_type": "knowledge", "scores": RELEASED_SCORES},
             {"id": 3, "eval_success": False, "eval_type": "knowledge", "scores": None},
             {"summary_type": "overall_avg", "avg_scores": {}, "count": 2}]
     (tmp_path / "results_eval.json").write_text(json.dumps(rows))
     code, _, err = bench_main(capsys, "quality", "--suite", tmp_path / "results_eval.json", "--out", tmp_path)
     assert code == 0, err
-    found = json.loads((tmp_path / "suite.json").read_text())
+    found = bench.read_json(str(tmp_path / "suite.json"))
     first, second = 0.4 / 0.6, 0.1 + 0.2 + 0.2 + 0.1  # the missing text is left out, or counts one half
     assert found["KScore"]["all"]["overall"] == pytest.approx((first + second) / 2)
     assert found["KScore"]["all"]["overall_missing_zero"] == pytest.approx((first + second) / 3)
@@ -4964,25 +5642,52 @@ def test_what_the_released_evaluator_writes_is_read(tmp_path, capsys):
     assert found["KScore"]["by_eval_type"]["quality"]["rows"] == 1
 
 
-def test_wise_prompts_get_both_scores_and_a_failed_judgement_is_missing(tmp_path, capsys):
-    question = atlas.world.requests("validation")[0]["question"]
-    ids = (1, 400, 401, 567, 568, 700, 701, 801, 1000)
-    (tmp_path / "wise.json").write_text(json.dumps([
-        {"Prompt": question, "Explanation": f"what {i} means", "Category": "any", "Subcategory": "any", "prompt_id": i} for i in ids]))
+def test_a_missing_text_score_of_the_released_evaluator_may_be_null():
+    scores = RELEASED_SCORES | {"text_accuracy": None, "text_accuracy_na": True}
+    row = bench.evaluated_row({"id": 1, "eval_success": True, "scores": scores})
+    assert row["judgement"]["text_accuracy"] is None and row["judgement"]["kscore"] == pytest.approx(0.4 / 0.6)
+    assert row["category"] == "unknown"
 
+
+WISE_PROMPTS = (1, 400, 401, 567, 568, 700, 701, 801, 1000)
+
+
+@pytest.fixture
+def wise_judge():
+    """A server whose judge gives one score to all prompts and cannot score one of them."""
     def judge(text, images):
         assert len(images) == 1 and "Explanation: what" in text
         if "what 567 means" in text:
             return "no JSON"
         return {"consistency": 2, "realism": 1, "aesthetic": 0, "score": 1}
-    assert bench_main(capsys, "quality", "--suite", tmp_path / "wise.json", "--out", tmp_path / "out")[0] == 2  # no ground truth, no judge
     with tools.Server(tools.Corpus(os.path.join(genevolve.HERE, "atlas", "corpus")), judge=judge) as server:
-        code, _, err = bench_main(capsys, "quality", "--suite", tmp_path / "wise.json", "--out", tmp_path / "out", "--judge", server.url,
-                                  "--steps", 1, "--policy", os.path.join(genevolve.HERE, "weights", "sft"))
+        yield server.url
+
+
+@pytest.mark.slow
+def test_wise_prompts_get_both_scores_and_a_failed_judgement_is_missing(tmp_path, capsys, wise_judge):
+    question = atlas.world.requests("validation")[0]["question"]
+    (tmp_path / "wise.json").write_text(json.dumps([
+        {"Prompt": question, "Explanation": f"what {i} means", "Category": "any", "Subcategory": "any", "prompt_id": i}
+        for i in WISE_PROMPTS]))
+    command = ["quality", "--suite", tmp_path / "wise.json", "--out", tmp_path / "out"]
+    code, _, err = bench_main(capsys, *command)
+    assert code == 2 and "--judge" in err  # no ground truth, no judge
+    code, _, err = bench_main(capsys, *command, "--judge", wise_judge, "--steps", 1, "--policy", WEIGHTS)
     assert code == 0, err
-    found = json.loads((tmp_path / "out" / "suite.json").read_text())
+
+    found = bench.read_json(str(tmp_path / "out" / "suite.json"))
     assert found["WiScore, legacy"]["cultural"] == pytest.approx((0.7 * 2 + 0.2) / 2)
-    assert found["WiScore, legacy"]["time"] == pytest.approx(0.8) and found["WiScore, verified"]["overall"] == pytest.approx(1.0)
-    done = [json.loads(line) for line in next((tmp_path / "out").glob("suite-*/rows.jsonl")).read_text().splitlines()]
-    assert [r["category"] for r in done] == ["cultural"] * 2 + ["time"] * 2 + ["space"] * 2 + ["biology", "physics", "chemistry"]
-    assert all((r["wise"] is None) == (r["id"] == "567") for r in done if r["valid"])
+    assert found["WiScore, legacy"]["time"] == pytest.approx(0.8)
+    assert found["WiScore, verified"]["overall"] == pytest.approx(1.0)
+    done = bench.read_lines(next((tmp_path / "out").glob("suite-*/rows.jsonl")))
+    assert [row["category"] for row in done] == \
+        ["cultural"] * 2 + ["time"] * 2 + ["space"] * 2 + ["biology", "physics", "chemistry"]
+    assert all((row["wise"] is None) == (row["id"] == "567") for row in done if row["valid"])
+
+
+@pytest.mark.parametrize("program, termination, expected", [
+    (None, "max_rounds_reached", dict.fromkeys(bench.WISE_SCORES, 0.0)), (None, "error", None), ("a", "answer", None)])
+def test_a_wise_prompt_without_a_program_counts_zero_and_a_failed_service_is_missing(program, termination, expected):
+    attempt = SimpleNamespace(program=program, termination=termination, image=None)
+    assert bench.wise_scores(attempt, {}, None) == expected
