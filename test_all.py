@@ -113,8 +113,8 @@ def test_packing_computes_a_shared_prompt_once():
     sequences = [prompt + model_prompt(10, n + 2) for n in range(4)] + [other + model_prompt(10, n + 9) for n in range(4)]
     packed = model.PrefixTree(sequences, "cpu")
     assert len(packed.ids) == 2 * 50 + 8 * 10
-    assert all(packed.ids[r].tolist() == s for r, s in zip(packed.rows, sequences))
-    assert all(packed.positions[r].tolist() == list(range(len(s))) for r, s in zip(packed.rows, sequences))
+    assert all(packed.ids[r].tolist() == s for r, s in zip(packed.token_rows, sequences))
+    assert all(packed.positions[r].tolist() == list(range(len(s))) for r, s in zip(packed.token_rows, sequences))
 
 
 def test_packing_rebuilds_any_family_of_sequences():
@@ -124,7 +124,7 @@ def test_packing_rebuilds_any_family_of_sequences():
         sequences = [rng.choice(stems)[:rng.randrange(1, 60)] + [rng.randrange(2) for _ in range(rng.randrange(0, 30))]
                      for _ in range(8)]
         packed = model.PrefixTree(sequences, "cpu")
-        for rows, s in zip(packed.rows, sequences):
+        for rows, s in zip(packed.token_rows, sequences):
             assert packed.ids[rows].tolist() == s and packed.positions[rows].tolist() == list(range(len(s)))
         assert sum(packed.sizes) == len(packed.ids) <= sum(map(len, sequences))
 
@@ -306,7 +306,7 @@ def test_conversations_in_the_engine_equal_prefilling_each_turn_from_scratch(slo
     computed = engine.stats["prefilled"]
     for s in sequences:
         engine.close(s)
-    assert engine.owners == [None] * len(engine.owners) and not engine.prefixes
+    assert engine.cache.slot_owner == [None] * len(engine.cache.slot_owner) and not engine.prefixes
     assert computed <= 25 + 3 * 10 + sum(len(s.tokens) for s in sequences) - sum(len(s.logprobs) for s in sequences) - 6 * 35 + 12
 
 
