@@ -1625,6 +1625,107 @@ def test_chat_client_and_server_agree(model_server):
     assert reply["usage"]["total_tokens"] == 7 and reply["choices"][0]["finish_reason"] == "length"
 
 
+def chat_reply(finish="stop", **message):
+    return {"choices": [{"message": {"role": "assistant", **message}, "finish_reason": finish}]}
+
+
+NATIVE_CALL = {"id": "1", "type": "function", "function": {"name": "search", "arguments": '{"queries": ["a"]}'}}
+TEXT_CALL = '<tool_call>{"name": "search", "arguments": {"queries": ["a"]}}</tool_call>'
+
+
+@pytest.mark.parametrize("message, text", [
+    ({"content": "a", "reasoning_content": "b"}, "<think>b</think>\na"),
+    ({"content": "a", "reasoning": "b"}, "<think>b</think>\na"),
+    ({"content": "<think>c</think>a", "reasoning_content": "b"}, "<think>c</think>a"),
+    ({"content": "a", "reasoning_content": None, "tool_calls": None}, "a"),
+    ({"content": [{"type": "text", "text": "a"}, {"type": "image_url"}, {"type": "text", "text": "b"}]}, "ab"),
+    ({"content": None, "tool_calls": [NATIVE_CALL]}, f"<think></think>\n{TEXT_CALL}"),
+    ({"content": "now", "reasoning_content": "b", "tool_calls": [NATIVE_CALL]}, f"<think>b\nnow</think>\n{TEXT_CALL}"),
+    ({"content": ""}, "")])
+def test_a_chat_reply_is_read_in_the_turn_format(message, text):
+    assert tools.read_chat_reply(chat_reply(**message)).text == text
+    if "tool_calls" in message and message["tool_calls"]:
+        assert tools.parse_turn(text).arguments == {"queries": ["a"]}
+
+
+def test_a_chat_reply_tells_its_finish_and_counts():
+    value = chat_reply("length", content="a") | {"usage": {"prompt_tokens": 3, "completion_tokens": 4}}
+    assert tools.read_chat_reply(value) == tools.ChatReply("a", "length", 3, 4)
+    assert tools.read_chat_reply(chat_reply("tool_calls", content="a") | {"usage": None}).finish == "stop"
+
+
+@pytest.mark.parametrize("reply, reason", [
+    (chat_reply(content=None, refusal="not that"), "refused: not that"),
+    (chat_reply("content_filter", content=None), "content filter"),
+    ({"error": {"message": "upstream is down", "code": 502}}, "upstream is down"), ({"error": "odd"}, "odd"),
+    (chat_reply(content=None), "no choices"), (chat_reply(content=7), "no choices"), (chat_reply(content=[7]), "no ch"),
+    ({"choices": []}, "no choices"), ({"choices": [None]}, "no choices"), ({}, "no choices")])
+def test_a_chat_reply_without_an_answer_is_an_error_that_says_why(reply, reason):
+    with Service(lambda h: respond(h, reply)) as server:
+        with pytest.raises(tools.ToolError, match=reason):
+            tools.ChatClient(server.url, retries=0).complete([])
+
+
+@pytest.mark.parametrize("status, error, hits", [
+    (429, {"message": "slow down", "code": "rate_limit_exceeded"}, 2), (500, {"message": "out of memory"}, 2),
+    (429, {"message": "check your plan", "code": "insufficient_quota"}, 1), (401, {"message": "no such key"}, 1)])
+def test_the_reason_of_a_status_is_said_and_a_spent_quota_is_not_asked_again(status, error, hits):
+    seen = []
+
+    def behave(h):
+        seen.append(h.path)
+        respond(h, {"error": error}, status)
+    with Service(behave) as server:
+        with pytest.raises(tools.ToolError, match=f"HTTP {status}.*{error['message']}"):
+            tools.ChatClient(server.url, retries=1, backoff=0.01).complete([])
+    assert len(seen) == hits
+
+
+def ask_particular_server(refusal, limits, **options):
+    """Ask twice a server that answers with refusal(request), if that is a text. Returns the requests."""
+    seen = []
+
+    def behave(h):
+        seen.append(json.loads(h.body))
+        reason = refusal(seen[-1])
+        respond(h, {"error": {"message": reason}} if reason else chat_reply(content="a"), 400 if reason else 200)
+    with Service(behave) as server:
+        client = tools.ChatClient(server.url, retries=0)
+        for limit in limits:
+            assert client.complete([], max_tokens=limit, **options) == "a"
+    return seen
+
+
+def test_a_server_that_wants_max_completion_tokens_gets_it():
+    def refusal(request):
+        if "max_tokens" in request:
+            return "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+    seen = ask_particular_server(refusal, (9, 9), stop=[], seed=None)
+    assert [sorted(request) for request in seen] == [
+        ["max_tokens", "messages", "model"], *2 * [["max_completion_tokens", "messages", "model"]]]
+
+
+@pytest.mark.parametrize("words", [
+    "This model's maximum context length is 100 tokens. However, you requested {0} tokens (30 in the messages, 90 in "
+    "the completion).",
+    "'max_tokens' or 'max_completion_tokens' is too large: 90. This model's maximum context length is 100 tokens and "
+    "your request has 30 input tokens"])
+def test_a_reply_is_shortened_to_a_context_that_is_too_small(words):
+    def refusal(request):
+        return words.format(30 + request["max_tokens"]) if request["max_tokens"] > 70 else ""
+    assert [request["max_tokens"] for request in ask_particular_server(refusal, (90, 90, 8))] == [90, 70, 70, 8]
+    with pytest.raises(tools.ToolError, match="HTTP 400.*context length"):
+        ask_particular_server(lambda request: words.format(120), (90,))
+
+
+@pytest.mark.parametrize("base, path", [
+    ("", "/v1/chat/completions"), ("/", "/v1/chat/completions"), ("/v1/", "/v1/chat/completions"),
+    ("/api/v3", "/api/v3/chat/completions"), ("/v1/chat/completions", "/v1/chat/completions"),
+    ("/openai/?api-version=1", "/openai/chat/completions?api-version=1")])
+def test_a_chat_endpoint_is_found_below_any_base_url(base, path):
+    assert tools.chat_url("http://host:8000" + base, "chat") == "http://host:8000" + path
+
+
 def test_remote_renderer_and_server_agree_and_one_failure_costs_one_picture(model_server):
     server, seen = model_server
     renderer = tools.RemoteRenderer(["http://127.0.0.1:9", server.url], retries=0)

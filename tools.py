@@ -821,17 +821,32 @@ def service_url(url, name):
     return url.strip().rstrip("/")
 
 
+def chat_url(base_url, name):
+    """The chat endpoint of a base URL: with or without a path (then /v1), with or without a query (kept)."""
+    parts = urlsplit(service_url(base_url, name))
+    path = parts.path.rstrip("/") or "/v1"
+    if not path.endswith("/chat/completions"):
+        path += "/chat/completions"
+    return urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
+
+
+# how servers say that a prompt and max_tokens together are too long for them
+CONTEXT_LENGTH = re.compile(r"context (?:length|size|window)\D{0,20}(\d+)", re.I)
+PROMPT_LENGTH = re.compile(r"(\d+) input tokens|(\d+) (?:tokens )?(?:in|from) the (?:input )?(?:messages|prompt)", re.I)
+
+
 class ChatClient:
     """Any OpenAI-compatible chat endpoint: a policy, a judge or a summariser. ``base_url`` with or without /v1.
 
+    A server that wants max_completion_tokens, or has too short a context for max_tokens, says so with status 400: the
+    client asks again in the way that the server wants, and does so from then on.
     http: fields of HttpClient (timeout, deadline, retries, limiter, budget, tape), here as in the clients below.
     """
 
     def __init__(self, base_url, api_key="", model="", name="chat model", **http):
-        base = service_url(base_url, name)
-        if not urlsplit(base).path:
-            base += "/v1"
-        self.url = base + "/chat/completions"
+        self.url = chat_url(base_url, name)
+        self.limit_name = "max_tokens"  # or "max_completion_tokens"
+        self.most_tokens = math.inf     # that the server's context leaves for a reply
         self.model = model
         self.headers = bearer(api_key)
         # a model may think for minutes
@@ -840,20 +855,114 @@ class ChatClient:
 
     def complete(self, messages, **options):
         """messages -> the text of the reply. options: max_tokens, temperature, top_p, stop, seed; None is left out."""
+        return self.reply(messages, **options).text
+
+    def reply(self, messages, max_tokens=None, **options):
+        """As complete, with finish reason and counts of tokens: a ChatReply."""
         payload = {"model": self.model, "messages": messages}
-        payload |= {name: value for name, value in options.items() if value is not None}
-        return self.client.post_json(self.url, payload, self.headers, reply_text)
+        payload |= {name: value for name, value in options.items() if value not in (None, [])}
+        limit = max_tokens and min(max_tokens, self.most_tokens)
+        while True:
+            limits = {self.limit_name: limit} if limit else {}
+            try:
+                return self.client.post_json(self.url, payload | limits, self.headers, read_chat_reply)
+            except ToolError as error:
+                limit = self.adapt(str(error), limit)
+                if not limit:
+                    raise
+
+    def adapt(self, reason, limit):
+        """Learn from a refusal. Returns the limit of tokens for another try; None if there is nothing to change.
+
+        Each change happens once or lowers the limit, so the tries come to an end.
+        """
+        if "HTTP 400" not in reason or not limit:
+            return None
+
+        context = CONTEXT_LENGTH.search(reason)
+        if context:
+            length = int(context.group(1))
+            prompt = PROMPT_LENGTH.search(reason)
+            room = length - int(prompt.group(1) or prompt.group(2)) if prompt else length // 2
+            if not 0 < room < limit:
+                return None
+            # one long prompt must not shorten the replies to all others
+            self.most_tokens = min(self.most_tokens, max(room, length // 4))
+            return room
+
+        if "max_completion_tokens" in reason and self.limit_name == "max_tokens":
+            self.limit_name = "max_completion_tokens"
+            return limit
+        return None
 
 
-def reply_text(value):
-    """The text in an OpenAI chat completion. ValueError if there is none."""
+def read_chat_reply(value):
+    """An OpenAI chat completion -> ChatReply, its text in the project's turn format.
+
+    A thought in a field of its own becomes <think>...</think>, native tool calls become <tool_call>...</tool_call>.
+    A refusal, an error in place of an answer and a filtered answer raise ToolError; anything else without text
+    ValueError.
+    """
+    if value.get("error"):
+        raise http_failure(200, error_reason(value))
     try:
-        content = value["choices"][0]["message"]["content"]
-        if isinstance(content, str):
-            return content
-        return "".join(part["text"] for part in content or ())
-    except (KeyError, IndexError, TypeError):
+        choice = value["choices"][0]
+        message = choice["message"]
+        finish = choice.get("finish_reason") or "stop"
+        content = message.get("content")
+        calls = message.get("tool_calls") or []
+        thought = message.get("reasoning_content") or message.get("reasoning") or ""
+        text = content_text(content)
+        actions = "\n".join(tool_call_text(call["function"]) for call in calls)
+    except (KeyError, IndexError, TypeError, AttributeError):
         raise ValueError("no choices[0].message.content") from None
+
+    if not text and not actions:
+        if message.get("refusal"):
+            raise Refused(f"the model refused: {message['refusal']}")
+        if finish == "content_filter":
+            raise Refused("the answer was stopped by a content filter")
+        if not thought and not isinstance(content, (str, list)):
+            raise ValueError("no choices[0].message.content")
+    return ChatReply(turn_text(thought, text, actions), "length" if finish == "length" else "stop",
+                     *token_counts(value))
+
+
+def content_text(content):
+    """The content of a message, text or parts -> its text. Parts of other types say nothing here."""
+    if isinstance(content, str):
+        return content
+    texts = [part["text"] for part in content or () if part.get("type", "text") in ("text", "output_text")]
+    return "".join(texts)
+
+
+def tool_call_text(function):
+    """A native tool call {"name", "arguments": JSON text} as the turn format writes it."""
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json_object(arguments or "{}")
+        except ValueError:
+            pass  # stays text: the parser of turns says what is wrong
+    call = {"name": function["name"], "arguments": arguments or {}}
+    return f"<tool_call>{json.dumps(call, ensure_ascii=False)}</tool_call>"
+
+
+def turn_text(thought, text, actions):
+    """Thought, text and native tool calls as one turn. What is said beside a call belongs to the thought."""
+    if actions and "</think>" not in text:
+        thought = "\n".join(part for part in (thought, text) if part)
+        return f"<think>{thought}</think>\n{actions}"
+    if thought and "</think>" not in text:
+        text = f"<think>{thought}</think>\n{text}"
+    return "\n".join(part for part in (text, actions) if part)
+
+
+def token_counts(value):
+    """(prompt, completion) tokens that a reply states; 0 where it does not."""
+    usage = value.get("usage")
+    counts = usage if isinstance(usage, dict) else {}
+    return [counts.get(name) or 0 for name in ("prompt_tokens", "completion_tokens")]
 
 
 class RemoteRenderer:
@@ -1875,12 +1984,10 @@ class HttpClient:
                 if not self.guarded:
                     raise Refused(f"HTTP {status}: redirects are not followed here")
                 return urljoin(url, response.headers.get("Location", ""))
-            if status in (408, 425, 429) or status >= 500:
-                raise Transient(f"HTTP {status}", retry_after(response.headers.get("Retry-After")))
 
             # read no more than is of use: of an error page only the beginning, for the message
             succeeded = 200 <= status < 300
-            limit = self.max_bytes if succeeded else 1000
+            limit = self.max_bytes if succeeded else 4096
             body = bytearray()
             for chunk in response.iter_content(2**16):
                 body += chunk
@@ -1888,11 +1995,38 @@ class HttpClient:
                     break
 
             if not succeeded:
-                detail = " ".join(re.findall(r"[\w .,:;()'/-]+", body[:300].decode("utf-8", "replace")))
-                raise Refused(f"HTTP {status} {detail}".strip())
+                reason = body_reason(redact(bytes(body), self.secrets))
+                raise http_failure(status, reason, retry_after(response.headers.get("Retry-After")))
             if len(body) > limit:
                 raise Refused(f"an answer of more than {self.max_bytes >> 20} MB")
             return Reply(status, response.headers.get("Content-Type", ""), bytes(body))
+
+
+def http_failure(status, reason, wait=0.0):
+    """The error for a status and the reason that came with it. A quota that is used up does not come back soon."""
+    message = f"HTTP {status} {reason}".strip()
+    may_pass = status == 200 or status in (408, 425, 429) or status >= 500
+    if may_pass and "insufficient_quota" not in reason:
+        return Transient(message, wait)
+    return Refused(message)
+
+
+def body_reason(body):
+    """What the body of an error says, as plain words."""
+    try:
+        text = error_reason(json_object(body))
+    except ValueError:
+        text = body.decode("utf-8", "replace")
+    return " ".join(re.findall(r"[\w .,:;()'/-]+", text[:300]))
+
+
+def error_reason(value):
+    """The reason in {"error": {"message", "code", ...}} and its relatives; the whole object where there is none."""
+    error = value.get("error") or value.get("detail") or value
+    if isinstance(error, dict):
+        named = [str(error[name]) for name in ("code", "type", "message") if error.get(name)]
+        error = " ".join(named) if error.get("message") else error
+    return error if isinstance(error, str) else json.dumps(error)
 
 
 def retry_after(value):
