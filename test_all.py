@@ -1326,6 +1326,30 @@ def test_anything_else_is_a_format_error_with_one_line(text):
     assert turn.kind == "format_error" and turn.error and "\n" not in turn.error and turn.arguments == {}
 
 
+@pytest.mark.parametrize("body", [
+    '```json\n{"name": "search", "arguments": {"queries": ["a"]}}\n```',
+    '```{"name": "search", "arguments": {"queries": ["a"]}}```',
+    '{"name": "search", "arguments": "{\\"queries\\": [\\"a\\"]}"}',
+    '{"id": "call_1", "type": "function", "name": "search", "arguments": {"queries": ["a"]}}'])
+@pytest.mark.parametrize("end", ["", "<|im_end|>", "\n<|im_end|>\n<|endoftext|>", "</s>"])
+def test_a_call_is_understood_however_models_write_it(body, end):
+    turn = tools.parse_turn(f"<think>x</think>\n<tool_call>{body}</tool_call>{end}")
+    assert (turn.error, turn.name, turn.arguments) == ("", "search", {"queries": ["a"]})
+
+
+@pytest.mark.parametrize("prompt", ["two\nlines\tof it", "a sign </answer> here", "<think> <tool_call> </think>",
+                                    "<|im_end|>"])
+def test_strings_may_hold_line_ends_and_tags(prompt):
+    turn = tools.parse_turn(f'<think>x</think><answer>{{"gen_prompt": "{prompt}"}}</answer>')
+    assert turn.kind == "answer" and turn.arguments == {"gen_prompt": prompt}
+
+
+@pytest.mark.parametrize("arguments", ['"{"', '"[1]"', '"text"', "null", "7"])
+def test_arguments_that_are_no_object_are_a_format_error(arguments):
+    turn = tools.parse_turn(f'<think>x</think><tool_call>{{"name": "search", "arguments": {arguments}}}</tool_call>')
+    assert turn.kind == "format_error" and "arguments" in turn.error
+
+
 def test_the_parser_survives_5000_mutated_outputs():
     rng, kinds = random.Random(0), set()
     pieces = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<answer>", "</answer>", "{", "}", '"', "\\", "\0",
@@ -1473,6 +1497,23 @@ def test_unusable_arguments_are_an_observation(name, arguments, make_box):
     seen = session.call(name, arguments)
     assert seen.startswith("Error: ") and "\n" not in seen
     assert session.queries == []
+
+
+ODD_VALUES = ([["x"]], ["x", None], [{"a": ["x"]}], {"x": {"y": 1}}, None, 7, 1.5, True, "", [], {}, "\ud800" * 500,
+              10**400)
+
+
+@pytest.mark.parametrize("name, argument", [
+    ("search", "queries"), ("search", "top_k"), ("image_search", "query"), ("image_search", "top_k"),
+    ("query_knowledge", "skill_name")])
+def test_an_argument_of_another_type_is_an_observation(name, argument, make_box, corpus_folder):
+    in_memory = tools.CompactSession(tools.Corpus(str(corpus_folder)), {"a": "guide"})
+    sound = {"search": {"queries": ["a"]}, "image_search": {"query": "a"}, "query_knowledge": {}}[name]
+    for session in (make_box().session(), in_memory):
+        for value in ODD_VALUES:
+            if (argument, value) != ("top_k", 7):
+                seen = session.call(name, sound | {argument: value})
+                assert seen.startswith("Error: ") and "\n" not in seen
 
 
 @pytest.mark.parametrize("compact", [True, False])

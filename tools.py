@@ -74,17 +74,17 @@ class BudgetExceeded(ToolError):
     """The number of paid calls that was allowed is used up."""
 
 
-def load_json(text):
+def load_json(text, strict=True):
     """Strict JSON: no NaN, no half surrogates, no bottomless nesting. Raises ValueError in one line.
 
-    text: str or bytes (UTF-8).
+    text: str or bytes (UTF-8). strict: if False, line ends and tabs may stand in strings as they are.
     """
     def refuse(constant):
         raise ValueError(f"{constant} is not JSON")
 
     try:
         text = text.decode() if isinstance(text, bytes) else text
-        value = json.loads(text, parse_constant=refuse)
+        value = json.loads(text, parse_constant=refuse, strict=strict)
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # no 1e999, no half of a surrogate pair
         return value
     except RecursionError:
@@ -105,6 +105,8 @@ def json_object(text):
 
 ACTION = re.compile(r"\s*<(tool_call|answer)>(.*)</\1>\s*", re.DOTALL)
 TAG = re.compile(r"</?(?:think|tool_call|answer)>")
+FENCED = re.compile(r"\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)
+END_TOKENS = re.compile(r"(?:\s*(?:<\|\w+\|>|</s>))+\s*\Z")  # which some servers leave at the end of a text
 
 
 def tool_schemas(skills):
@@ -147,9 +149,11 @@ class Turn:
 def parse_turn(text):
     """`<think>...</think>` and then exactly one `<tool_call>{...}</tool_call>` or `<answer>{...}</answer>`.
 
-    The opening <think> may be missing (some chat templates write it into the prompt). Never raises.
+    The opening <think> may be missing (some chat templates write it into the prompt). Accepted, because models write
+    them and the meaning is plain: JSON in a ``` fence, line ends in its strings, arguments as a JSON text, further keys
+    beside name and arguments, special tokens at the end. Never raises.
     """
-    think, closed, rest = text.partition("</think>")
+    think, closed, rest = END_TOKENS.sub("", text).partition("</think>")
     think = think.strip().removeprefix("<think>").strip()
     try:
         if not closed:
@@ -168,21 +172,29 @@ def parse_action(rest):
     if not action:
         raise ValueError("one closed <tool_call> or <answer> must follow </think>, and nothing else")
     kind, body = action.groups()
-    if TAG.search(body):
-        raise ValueError("more than one action in a turn")
+    fenced = FENCED.fullmatch(body)
     try:
-        value = load_json(body)
+        value = load_json(fenced.group(1) if fenced else body, strict=False)
     except ValueError as error:
+        if TAG.search(body):  # in a string of valid JSON, a tag is text
+            raise ValueError("more than one action in a turn") from None
         raise ValueError(f"<{kind}> does not hold valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"<{kind}> must hold a JSON object")
     if kind == "answer":
         return kind, "", value
-    if set(value) != {"name", "arguments"} or not isinstance(value["arguments"], dict):
+    name = value.get("name")
+    arguments = value.get("arguments")
+    if isinstance(arguments, str):  # as OpenAI's function calls have it
+        try:
+            arguments = load_json(arguments, strict=False)
+        except ValueError as error:
+            raise ValueError(f"the arguments are not valid JSON ({error})") from None
+    if name is None or not isinstance(arguments, dict):
         raise ValueError('<tool_call> must hold {"name": ..., "arguments": {...}}')
-    if value["name"] not in TOOL_NAMES:
+    if name not in TOOL_NAMES:
         raise ValueError(f"unknown tool; the tools are {', '.join(TOOL_NAMES)}")
-    return kind, value["name"], value["arguments"]
+    return kind, name, arguments
 
 
 # ---- The protocol: a program ----------------------------------------------------------------------------------------
