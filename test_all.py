@@ -1548,6 +1548,15 @@ def test_pictures_on_private_addresses_are_not_fetched(make_box, corpus_server):
         assert "refused" in make_box(server.url).session().call("image_search", {"query": "x"})
 
 
+def test_pictures_on_the_origin_that_the_user_named_are_fetched(make_box, corpus_server):
+    """--search http://127.0.0.1:PORT: this port, and no other."""
+    assert "IMG_001" in make_box(corpus_server.url).session().call("image_search", {"query": "Velmar Bridge"})
+    scheme, host, port = tools.origin_of(corpus_server.url)
+    for url in (f"{scheme}://{host}:{port + 1}/a.png", f"https://{host}:{port}/a.png", f"{scheme}://localhost:{port}/"):
+        with pytest.raises(tools.ToolError, match="refused"):
+            tools.check_url(url, corpus_server.url)
+
+
 def test_hostile_picture_urls_in_a_result_are_skipped(make_box, corpus_server, dns, monkeypatch):
     dns(BAD_NAMES)
     bad = [{"title": "x", "imageUrl": url} for url in HOSTILE if not isinstance(url, bytes)][::12]
@@ -1793,6 +1802,52 @@ def test_google_renderer_reads_inline_data_and_sends_the_key_as_a_header_only():
         assert "no picture" in str(renderer.render(["p"], [[]], [0])[0])
 
 
+def picture_text(number=5):
+    return base64.b64encode(diffusion.encode_png(random_picture(number))).decode()
+
+
+def google_reply(*parts, **candidate):
+    return {"candidates": [{"content": {"parts": parts}, **candidate}]}
+
+
+def test_google_pictures_of_a_thought_are_no_answer():
+    draft, final = {"inlineData": {"data": picture_text(1)}}, {"inlineData": {"data": picture_text(2)}}
+    reply = google_reply({"text": "hm", "thought": True}, draft | {"thought": True}, final)
+    assert np.array_equal(tools.google_image(reply), random_picture(2))
+    with pytest.raises(ValueError, match="no picture"):
+        tools.google_image(google_reply(draft | {"thought": True}, finishReason="STOP"))
+
+
+@pytest.mark.parametrize("reply, reason", [
+    ({"promptFeedback": {"blockReason": "PROHIBITED_CONTENT"}}, "prompt was blocked: PROHIBITED_CONTENT"),
+    ({"candidates": [{"finishReason": "IMAGE_SAFETY", "finishMessage": "unsafe"}]}, "IMAGE_SAFETY unsafe"),
+    ({"candidates": None}, "no picture"), ({"candidates": [7]}, "no picture"), ({"promptFeedback": 7}, "no picture"),
+    (google_reply({"inlineData": {"data": "?"}}), "base64")])
+def test_a_google_reply_without_a_picture_says_why(reply, reason):
+    with Service(lambda h: respond(h, reply)) as server:
+        image, = tools.GoogleRenderer(KEY, "m", server.url, retries=0).render(["p"], [[]], [0])
+    assert isinstance(image, tools.ToolError) and reason in str(image)
+
+
+@pytest.mark.parametrize("write", [
+    lambda text: "data:image/png;base64," + text, lambda text: text.rstrip("="), lambda text: text + "\n",
+    lambda text: "\r\n".join(text[at:at + 76] for at in range(0, len(text), 76))])
+def test_base64_is_read_as_renderers_write_it(write):
+    image = tools.service_image({"success": True, "image": write(picture_text())})
+    assert np.array_equal(image, random_picture(5))
+
+
+def test_two_renderers_on_one_host_both_answer_under_a_recording(tmp_path):
+    tape = str(tmp_path / "tape.jsonl")
+    with Service(lambda h: respond(h, status=400)) as down, \
+            Service(lambda h: respond(h, {"success": True, "image": picture_text()})) as up:
+        with tools.Tape(record=tape) as recording:
+            recorded = tools.RemoteRenderer([down.url, up.url], tape=recording).render(["a", "b"], [[], []], [1, 2])
+    replaying = tools.RemoteRenderer([down.url, up.url], tape=tools.Tape(replay=tape))
+    replayed = replaying.render(["a", "b"], [[], []], [1, 2])
+    assert all(np.array_equal(image, random_picture(5)) for image in recorded + replayed)
+
+
 def test_a_recording_keeps_each_of_several_pictures_of_one_prompt(tmp_path):
     drawn, tape = [], str(tmp_path / "tape.jsonl")
 
@@ -1844,6 +1899,13 @@ def test_a_rollout_without_a_log_probability_for_each_token_is_unusable(meta):
     meta = {"output_token_logprobs": [[-1.0, 9, None]], "finish_reason": {"type": "stop"}}
     with pytest.raises(ValueError, match="agree"):
         tools.read_rollout({"output_ids": [8], "meta_info": meta})
+
+
+def test_an_aborted_generation_has_no_reward():
+    meta = {"finish_reason": {"type": "abort", "message": "out of memory"}, "output_token_logprobs": []}
+    with Service(lambda h: respond(h, {"output_ids": [], "meta_info": meta})) as engine:
+        with pytest.raises(tools.ToolError, match="aborted: out of memory"):
+            tools.SGLangClient(engine.url, retries=0).generate([1], 4)
 
 
 # ---- The local server ------------------------------------------------------------------------------------------------
@@ -2384,6 +2446,13 @@ def test_a_recorded_failure_and_its_later_success_replay_in_order(make_box, tmp_
         assert [other.call(*call), other.call(*call)] == seen and len(hits) == 2
     session = make_box(tape=tools.Tape(replay=recording)).session()
     assert [session.call(*call), session.call(*call)] == seen and seen[0].startswith("Error") and "T" in seen[1]
+
+
+def test_a_recording_is_not_overwritten(tmp_path):
+    (tmp_path / "tape.jsonl").write_text("precious")
+    with pytest.raises(tools.ToolError, match="tape.jsonl: exists"):
+        tools.Tape(record=str(tmp_path / "tape.jsonl"))
+    assert (tmp_path / "tape.jsonl").read_text() == "precious"
 
 
 @pytest.mark.parametrize("text", ["nonsense", "{}", '{"key": "a", "status": "x"}', "[]"])

@@ -508,12 +508,13 @@ class CompactSession(ToolSession):
 class ToolBox:
     """The tools as HTTP clients of a Serper-compatible service, shared by all trajectories and threads.
 
-    allow_private: the search service is the local server; images on its origin may be fetched, nothing else private.
+    search_url: named by the user, so pictures on exactly its origin may be fetched. Nothing else private is.
+    allow_private: has no effect any more (older callers pass it).
     timeout, deadline, retries, backoff, tape, budget, limiter: see HttpClient; downloads have no budget and no limiter.
     max_bytes: of a picture.
     """
 
-    def __init__(self, search_url, skills_dir, image_dir, api_key="", compact=False, allow_private=False, tape=None,
+    def __init__(self, search_url, skills_dir, image_dir, api_key="", compact=False, allow_private=True, tape=None,
                  budget=None, limiter=None, timeout=15.0, deadline=60.0, retries=3, backoff=0.5, max_bytes=20 * 2**20):
         self.search_url = service_url(search_url, "search")
         self.skills = read_skills(skills_dir)
@@ -525,8 +526,7 @@ class ToolBox:
         # two clients: the service gets the key; pictures come from anywhere and never see it
         shared = {"timeout": timeout, "deadline": deadline, "retries": retries, "backoff": backoff, "tape": tape}
         self.client = HttpClient("search", (api_key,), budget=budget, limiter=limiter, **shared)
-        own = self.search_url if allow_private else None
-        self.downloader = HttpClient("download", guarded=True, own=own, max_bytes=max_bytes, **shared)
+        self.downloader = HttpClient("download", guarded=True, own=self.search_url, max_bytes=max_bytes, **shared)
 
         self.image_dir = image_dir
         self.lock = threading.Lock()
@@ -1013,7 +1013,8 @@ class RemoteRenderer:
         for turn in range(len(self.urls)):
             url = self.urls[(number + turn) % len(self.urls)]
             try:
-                return self.client.post_json(f"{url}/generate", payload, parse=service_image)
+                # a recording keeps the outcome of each machine (two on one host look alike to it)
+                return self.client.post_json(f"{url}/generate", payload, parse=service_image, attempt_index=turn)
             except BudgetExceeded as error:
                 return error
             except ToolError as error:
@@ -1072,13 +1073,28 @@ class GoogleRenderer:
 
 
 def google_image(value):
-    """candidates[].content.parts[].inlineData.data -> uint8 (H, W, 3), the first there is."""
+    """The first picture in candidates[].content.parts[] -> uint8 (H, W, 3). Pictures of a thought are only drafts.
+
+    ToolError with the reason if the prompt or every candidate was blocked.
+    """
+    reasons = []
     try:
-        parts = [part for candidate in value["candidates"] for part in candidate["content"]["parts"]]
-        inline = [part.get("inlineData") or part.get("inline_data") for part in parts]
-        return read_image(from_base64(next(data["data"] for data in inline if data)))
-    except (KeyError, TypeError, AttributeError, StopIteration):
+        blocked = value.get("promptFeedback") or {}
+        if blocked.get("blockReason"):
+            raise Refused(f"the prompt was blocked: {blocked['blockReason']} {blocked.get('blockReasonMessage', '')}")
+
+        for candidate in value.get("candidates") or []:
+            for part in (candidate.get("content") or {}).get("parts") or []:
+                data = part.get("inlineData") or part.get("inline_data")
+                if data and not part.get("thought"):
+                    return read_image(from_base64(data["data"]))
+            if candidate.get("finishReason") not in (None, "STOP"):
+                reasons.append(f"{candidate['finishReason']} {candidate.get('finishMessage', '')}")
+    except (KeyError, TypeError, AttributeError):
         raise ValueError("no picture in it") from None
+    if reasons:
+        raise Refused(f"no picture: {'; '.join(reasons)}")
+    raise ValueError("no picture in it")
 
 
 @dataclass
@@ -1131,14 +1147,19 @@ class SGLangClient:
 
 
 def read_rollout(value):
-    """SGLang's reply -> Rollout. ValueError unless every token has its log-probability."""
+    """SGLang's reply -> Rollout. ValueError unless every token has its log-probability.
+
+    ToolError if the server gave the generation up: such a turn has no reward, which is not a reward of 0.
+    """
     try:
         meta = value["meta_info"]
+        finish = meta["finish_reason"]["type"]
+        if finish == "abort":
+            raise Transient(f"the generation was aborted: {meta['finish_reason'].get('message') or 'no reason given'}")
         pairs = [(float(entry[0]), int(entry[1])) for entry in meta["output_token_logprobs"]]
         logprobs = [logprob for logprob, _ in pairs]
         scored_tokens = [token for _, token in pairs]
         tokens = [int(token) for token in value.get("output_ids", scored_tokens)]
-        finish = meta["finish_reason"]["type"]
     except (KeyError, IndexError, TypeError):
         raise ValueError("no output_ids with their log-probabilities") from None
     if scored_tokens != tokens:
@@ -1462,10 +1483,11 @@ def from_data_uri(uri):
 
 
 def from_base64(text):
-    """Base64 -> bytes. ToolError if it is anything else."""
+    """Base64 -> bytes. Line ends in it, missing padding and a data URI's head are fine; else ToolError."""
     try:
-        return base64.b64decode(text, validate=True)
-    except (ValueError, TypeError):
+        text = "".join(text.rpartition(",")[2].split())
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except (ValueError, TypeError, AttributeError):
         raise ToolError("an image that is not valid base64") from None
 
 
@@ -1579,8 +1601,8 @@ def origin_of(url):
 def check_url(url, own=None):
     """Whether a URL from a search result or a model may be fetched: returns it in canonical form or raises ToolError.
 
-    http and https only, no credentials, a public host in its plain spelling, every DNS answer public. ``own``: URL of
-    the local server; what lies on its origin (same scheme, host and port) passes, and nothing else that is private.
+    http and https only, no credentials, a public host in its plain spelling, every DNS answer public. ``own``: URL
+    that the user named; what lies on its origin (same scheme, host and port) passes, and nothing else that is private.
     """
     if not isinstance(url, str) or not url or len(url) > MAX_URL:
         raise ToolError(f"refused: a URL is text of 1 to {MAX_URL} characters")
@@ -1637,7 +1659,9 @@ class Tape:
                     for number, line in enumerate(file, 1):
                         self.read_line(line, f"{replay}, line {number}")
             if record:
-                self.file = open(record, "w", encoding="utf-8")
+                self.file = open(record, "x", encoding="utf-8")
+        except FileExistsError:
+            raise ToolError(f"{record}: exists; a recording is not overwritten, name another file") from None
         except OSError as error:
             raise ToolError(f"{record or replay}: {error.strerror}") from None
 
@@ -1869,7 +1893,7 @@ class HttpClient:
     name: str                       # how errors call the service
     secrets: tuple = ()             # keys that must not appear anywhere
     guarded: bool = False           # URLs come from outside: check_url, no proxy, redirects followed
-    own: str | None = None          # the local server, which the guard lets through
+    own: str | None = None          # a URL named by the user: the guard lets its origin through
     timeout: float = 30.0           # seconds for one attempt, from connecting to the last byte
     deadline: float = 90.0          # seconds for a call with all its attempts
     retries: int = 3                # attempts after the first
