@@ -1606,8 +1606,9 @@ def test_any_folder_of_texts_and_pictures_becomes_a_corpus(tmp_path):
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
     corpus = tools.Corpus(str(tmp_path))
+    assert corpus.summary() == "6 texts, 2 pictures, 1 skipped, 0 cut"
     assert [p.title for p in corpus.pictures] == ["old mill", "A côté"]
-    assert {p.title for p in corpus.pages} == {"Garden notes", "my own file", "bad", "empty", "Long"}
+    assert {p.title for p in corpus.pages} == {"Garden notes", "my own file", "a", "bad", "empty", "Long"}
     (page, snippet), = corpus.search("zebra", 5)
     assert "zebra" in snippet and len(snippet) <= 200 and page.path == "long.md"
     assert corpus.search("secret", 5) == []
@@ -1616,6 +1617,61 @@ def test_any_folder_of_texts_and_pictures_becomes_a_corpus(tmp_path):
     (tmp_path / "titles.json").write_text("[")
     with pytest.raises(tools.ToolError, match="titles.json"):
         tools.Corpus(str(tmp_path))
+
+
+@pytest.mark.parametrize("text, query", [
+    ("ルーブル美術館はパリにある。", "美術館"), ("卢浮宫位于巴黎。", "卢浮宫在哪里"), ("루브르 박물관은 파리에 있다.", "박물관"),
+    ("The cafe\u0301 opens.", "café"), ("Built in １８７３.", "1873"), ("Ｔｏｗｅｒ", "tower")])
+def test_a_word_is_found_in_every_script_and_spelling(text, query):
+    corpus = tools.Corpus.from_texts([("other", "", "nothing of it 猫"), ("right", "", text)], {"a.png": text})
+    assert [page.title for page, _ in corpus.search(query, 5)] == ["right"]
+    assert len(corpus.search_images(query, 5)) == 1
+
+
+@pytest.mark.parametrize("encoding", [
+    "utf-16", "utf-16-le", "utf-16-be", "cp1252", "utf-8-sig", "utf-8"])
+def test_a_text_is_read_in_the_encoding_that_it_has(encoding, tmp_path):
+    (tmp_path / "a.txt").write_bytes("Café Zürich\nzebra".encode(encoding))
+    (page, _), = tools.Corpus(str(tmp_path)).search("zebra", 5)
+    assert (page.title, page.text) == ("Café Zürich", "zebra")
+
+
+def test_other_files_are_skipped_and_long_ones_cut_and_the_summary_says_so(tmp_path):
+    (tmp_path / "long.txt").write_bytes("Long\n".encode() + "é".encode() * 2**19 + b" zebra")
+    for name in ("a.pdf", "b.html", "titles.json", "louvre.txt", "louvre.jpg"):
+        (tmp_path / name).write_text("{}" if name == "titles.json" else "zebra by the river")
+    corpus = tools.Corpus(str(tmp_path))
+    assert corpus.summary() == "2 texts, 1 pictures, 2 skipped, 1 cut"
+    assert [page.title for page, _ in corpus.search("zebra", 5)] == ["louvre"]
+    assert corpus.pictures[0].title == "zebra by the river" and set(corpus.pages[0].text) == {"é"}
+
+
+def test_a_snippet_shows_the_hit_deep_in_a_long_sentence():
+    text = "word " * 100 + "the zebra " + "word " * 100
+    corpus = tools.Corpus.from_texts([("a", "", text), ("b", "", "word")], {})
+    for query in ("zebra", "word zebra"):
+        snippet = corpus.search(query, 1)[0][1]
+        assert "the zebra" in snippet and len(snippet) <= 200 and snippet[0] == snippet[-1] == "…"
+    assert text[:199] + "…" in [snippet for _, snippet in corpus.search("word", 2)]
+
+
+def test_a_file_name_that_is_not_utf8_is_indexed_and_served(tmp_path):
+    name = os.path.join(os.fsencode(tmp_path), b"caf\xe9_bar.txt")
+    with open(name, "w") as file:
+        file.write("the zebra")
+    with tools.Server(tools.Corpus(str(tmp_path))) as server:
+        row, = requests.post(server.url + "/search", json={"q": "zebra"}).json()["organic"]
+        assert row["title"] == "caf\ufffd bar" and requests.get(row["link"]).text == "the zebra"
+
+
+def test_20000_pictures_with_captions_are_indexed_within_seconds(tmp_path):
+    for i in range(10000):
+        (tmp_path / f"{i}.png").touch()
+        (tmp_path / f"{i}.txt").write_text(f"lamp {i}")
+    start = time.process_time()
+    corpus = tools.Corpus(str(tmp_path))
+    assert time.process_time() - start < 6.0
+    assert corpus.search_images("lamp 1234", 1)[0].path == "1234.png"
 
 
 def test_2500_files_are_indexed_within_seconds(tmp_path):

@@ -31,6 +31,7 @@ Rules for every client here: a failure raises ToolError with one line that names
 Pictures are RGB, uint8 (H, W, 3), H and W in pixels. Times are seconds.
 """
 import base64
+import codecs
 import contextlib
 import hashlib
 import http.client
@@ -622,12 +623,22 @@ class ToolBox:
 TEXTS = (".md", ".txt")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 SHORT = 200            # characters of a snippet
-MAX_TEXT = 2**20       # characters read of one file
+MAX_TEXT = 2**20       # bytes read of one file
+
+
+CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"  # scripts without blanks, and Hangul
+WORD = re.compile(rf"[{CJK}]+|[^\W{CJK}]+")
 
 
 def words(text):
-    """Lower-case words, numbers included."""
-    return re.findall(r"\w+", text.lower())
+    """Lower-case words, numbers included. Chinese, Japanese and Korean become pairs of neighbouring characters."""
+    found = []
+    for word in WORD.findall(unicodedata.normalize("NFKC", text).lower()):
+        if "\u3040" <= word[0] and len(word) > 2 and re.match(f"[{CJK}]", word):
+            found += [word[at:at + 2] for at in range(len(word) - 1)]
+        else:
+            found.append(word)
+    return found
 
 
 class Index:
@@ -680,19 +691,26 @@ class Picture:
 class Corpus:
     """Texts and pictures of a folder. A text's title is its first line (# heading or short line), else its file name,
     and each of its `## sections` is a result of its own. A picture's title comes from titles.json beside it
-    ({file name: title}), else from a .txt file of the same name, else from the words of its file name."""
+    ({file name: title}), else from a .txt file of the same name, else from the words of its file name.
+
+    skipped: number of files of other kinds (PDF, HTML). cut: number of texts of which only the first MB is read.
+    """
 
     def __init__(self, folder):
         if not os.path.isdir(folder):
             raise ToolError(f"{folder}: no such folder")
         self.root = os.path.realpath(folder)
         pages, pictures = [], []
+        self.skipped = 0
+        self.cut = 0
         for place, folders, names in os.walk(self.root):
             # in place: os.walk goes on in what is left, in this order on every file system
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             names = sorted(name for name in names if self.belongs(os.path.join(place, name)))
             pages += self.read_pages(place, names)
             pictures += self.read_pictures(place, names)
+            used = [name for name in names if name.lower().endswith(TEXTS + PICTURES) or name == "titles.json"]
+            self.skipped += len(names) - len(used)
         self.index(pages, pictures)
 
     @classmethod
@@ -700,6 +718,8 @@ class Corpus:
         """A corpus without files. pages: [(title, section, text)]; titles: {picture file name: title}."""
         corpus = cls.__new__(cls)
         corpus.root = ""
+        corpus.skipped = 0
+        corpus.cut = 0
         corpus.index([Page(title, section, text, "") for title, section, text in pages],
                      [Picture(title, name) for name, title in titles.items()])
         return corpus
@@ -710,6 +730,11 @@ class Corpus:
         self.paths = {found.path for found in pages + pictures}  # all that is ever served
         self.page_index = Index(f"{page.title} {page.section} {page.text}" for page in pages)
         self.picture_index = Index(picture.title for picture in pictures)
+
+    def summary(self):
+        """What was read, in one line."""
+        texts = len({page.path for page in self.pages})
+        return f"{texts} texts, {len(self.pictures)} pictures, {self.skipped} skipped, {self.cut} cut"
 
     # what a search asks
 
@@ -728,17 +753,30 @@ class Corpus:
         if len(text) <= SHORT:
             return text
         # words that few pages hold count more (idf), so the sentence with the fact wins over one with the name alone
-        sentences = re.split(r"(?<=[.!?])\s+", text)
+        sentences = re.split(r"(?<=[.!?])\s+|(?<=[。！？])", text)
         asked = set(words(query))
         gains = [sum(self.page_index.idf(word) for word in asked & set(words(sentence))) for sentence in sentences]
         start = gains.index(max(gains))
 
         best = sentences[start]
+        if len(best) > SHORT:
+            return self.excerpt(best, asked)
         for sentence in sentences[start + 1:]:
             if len(best) + 1 + len(sentence) > SHORT:
                 break
             best += " " + sentence
-        return best if len(best) <= SHORT else best[:SHORT - 1] + "…"
+        return best
+
+    def excerpt(self, sentence, asked):
+        """The part of a long sentence around its rarest word that was asked for; its beginning if that is there."""
+        found = sorted(asked & set(words(sentence)))
+        rarest = max(found, key=self.page_index.idf, default="")
+        at = max(0, sentence.lower().find(rarest))
+        if at + len(rarest) < SHORT:
+            return sentence[:SHORT - 1] + "…"
+        start = min(at - SHORT // 2, len(sentence) - SHORT + 1)
+        end = start + SHORT - 2
+        return "…" + sentence[start:end] + ("…" if end < len(sentence) else "")
 
     def read(self, path):
         """Bytes of a file of the corpus, by the relative path that a search gave. ToolError for anything else."""
@@ -758,31 +796,43 @@ class Corpus:
         return os.path.relpath(os.path.join(place, name), self.root).replace(os.sep, "/")
 
     def read_pages(self, place, names):
-        """Pages of the texts among the files of one folder; a .txt file beside its picture is the picture's title."""
-        captions = {os.path.splitext(name)[0] + ".txt" for name in names if name.lower().endswith(PICTURES)}
+        """Pages of the texts among the files of one folder."""
         pages = []
         for name in names:
-            if name.lower().endswith(TEXTS) and name not in captions:
-                pages += sections(read_text(os.path.join(place, name)), self.relative(place, name))
+            if name.lower().endswith(TEXTS):
+                path = os.path.join(place, name)
+                self.cut += os.path.getsize(path) > MAX_TEXT
+                pages += sections(read_text(path), self.relative(place, name))
         return pages
 
     def read_pictures(self, place, names):
         """The pictures among the files of one folder, with their titles."""
         titles = read_titles(os.path.join(place, "titles.json")) if "titles.json" in names else {}
+        texts = {name for name in names if name.endswith(".txt")}
         pictures = []
         for name in names:
             if name.lower().endswith(PICTURES):
                 stem = os.path.splitext(name)[0]
                 title = titles.get(name)
-                if not title and stem + ".txt" in names:
+                if not title and stem + ".txt" in texts:
                     title = " ".join(read_text(os.path.join(place, stem + ".txt")).split())[:SHORT]
                 pictures.append(Picture(title or spaced(stem), self.relative(place, name)))
         return pictures
 
 
 def read_text(path):
-    with open(path, encoding="utf-8", errors="replace") as file:
-        return file.read(MAX_TEXT)
+    """The first MB of a text file: UTF-8, UTF-16, or else Windows' Western encoding."""
+    with open(path, "rb") as file:
+        data = file.read(MAX_TEXT)
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16", "replace")
+    if b"\0" in data[:1000]:  # UTF-16 without a mark: the zeros are the upper halves of letters
+        return data.decode("utf-16-le" if data[1::2].count(0) >= data[::2].count(0) else "utf-16-be", "replace")
+    try:
+        # incremental: where the file is cut, it may be in the middle of a character
+        return codecs.getincrementaldecoder("utf-8-sig")().decode(data)
+    except UnicodeDecodeError:
+        return data.decode("cp1252", "replace")
 
 
 def read_titles(path):
@@ -795,7 +845,8 @@ def read_titles(path):
 
 
 def spaced(stem):
-    """A file name as a title."""
+    """A file name as a title. A name that is not UTF-8 keeps its readable part."""
+    stem = os.fsencode(stem).decode("utf-8", "replace")
     return " ".join(re.split(r"[\s_-]+", stem))
 
 
@@ -1268,7 +1319,7 @@ class Server:
         query, top_k = read_query(request)
         rows = []
         for position, (page, snippet) in enumerate(self.require(self.corpus, "corpus").search(query, top_k), 1):
-            link = f"{base}/page/{quote(page.path)}"
+            link = f"{base}/page/{quote(os.fsencode(page.path))}"
             rows.append({"title": page.title, "link": link, "snippet": snippet, "position": position})
         return {"searchParameters": {"q": query, "num": top_k, "type": "search"}, "organic": rows}
 
@@ -1278,9 +1329,9 @@ class Server:
         corpus = self.require(self.corpus, "corpus")
         rows = []
         for position, picture in enumerate(corpus.search_images(query, top_k), 1):
-            url = f"{base}/image/{quote(picture.path)}"
+            url = f"{base}/image/{quote(os.fsencode(picture.path))}"
             pages = corpus.search(picture.title, 1)
-            link = f"{base}/page/{quote(pages[0][0].path)}" if pages else url
+            link = f"{base}/page/{quote(os.fsencode(pages[0][0].path))}" if pages else url
             rows.append({"title": picture.title, "imageUrl": url, "link": link, "position": position})
         return {"searchParameters": {"q": query, "num": top_k, "type": "images"}, "images": rows}
 
@@ -1322,7 +1373,7 @@ class Server:
             models = {"object": "list", "data": [{"id": self.model, "object": "model"}]}
             return "application/json", json.dumps(models).encode()
 
-        kind, _, name = unquote(path).removeprefix("/").partition("/")
+        kind, _, name = unquote(path, errors="surrogateescape").removeprefix("/").partition("/")
         if kind not in ("page", "image") or not self.corpus:
             raise HttpError(404, "no such path")
         try:
