@@ -1526,8 +1526,8 @@ def test_text_from_outside_cannot_speak_in_the_turn_format(compact, make_box):
     with service(evil) as server:
         seen = make_box(server.url, compact=compact).session().call("search", {"queries": ["a"]})
         assert not any(tag in seen for tag in tags) and "a < b" in seen
-    with service(evil + "\ud800") as server:  # half of a surrogate pair makes the whole answer unusable
-        assert make_box(server.url, retries=0).session().call("search", {"queries": ["a"]}).startswith("Error")
+    with service(evil + "\ud800") as server:  # half of a surrogate pair
+        assert "\ud800" not in make_box(server.url, retries=0).session().call("search", {"queries": ["a"]})
     sanitized = tools.sanitize(evil + "\ud800")
     assert not any(tag in sanitized for tag in tags + ("\n",)) and "a < b" in sanitized
 
@@ -1555,6 +1555,30 @@ def test_pictures_on_the_origin_that_the_user_named_are_fetched(make_box, corpus
     for url in (f"{scheme}://{host}:{port + 1}/a.png", f"https://{host}:{port}/a.png", f"{scheme}://localhost:{port}/"):
         with pytest.raises(tools.ToolError, match="refused"):
             tools.check_url(url, corpus_server.url)
+
+
+def test_half_a_surrogate_costs_one_character_of_a_search(make_box):
+    reply = b'{"organic": [{"title": "a\\ud800", "snippet": "one"}, {"title": "b", "snippet": "\\ud83d\\ude00"}]}'
+    with Service(lambda h: respond(h, reply)) as server:
+        seen = make_box(server.url, compact=True).session().call("search", {"queries": ["x"]})
+    assert seen == "1. a\ufffd: one\n2. b: \U0001f600"
+
+
+def test_pictures_are_fetched_under_urls_as_services_write_them(make_box):
+    png, asked = diffusion.encode_png(random_picture()), []
+
+    def behave(h):
+        asked.append(h.path)
+        respond(h, png if h.command == "GET" else {"images": [
+            {"title": "blank", "imageUrl": f" http://{h.headers['Host']}/a b.png "},
+            {"title": "inline", "imageUrl": tools.data_uri(random_picture(1))}]})
+    with Service(behave) as server:
+        session = make_box(server.url).session()
+        session.call("image_search", {"query": "x"})
+    assert asked == ["/images", "/a%20b.png"]
+    assert [image["title"] for image in session.images.values()] == ["blank", "inline"]
+    assert session.images["IMG_002"]["url"] == "data:"
+    assert tools.picture_url("//host/a.png") == "https://host/a.png"
 
 
 def test_hostile_picture_urls_in_a_result_are_skipped(make_box, corpus_server, dns, monkeypatch):
@@ -2054,6 +2078,63 @@ def test_a_bad_chat_request_is_a_client_error(body, model_server):
     assert reply.status_code == 400 and reply.json()["error"]["message"]
 
 
+def raw_exchange(server, text):
+    """Everything that a server sends on one connection that was sent a text."""
+    with socket.create_connection(("127.0.0.1", server.http.server_port), timeout=5) as sock:
+        sock.sendall(text.encode())
+        sock.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: sock.recv(65536), b""))
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS"])
+@pytest.mark.parametrize("head", ["Content-Length: {}", "Transfer-Encoding: chunked"])
+def test_a_body_where_none_belongs_is_never_read_as_a_request(method, head, corpus_server):
+    smuggled = "GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"
+    answer = raw_exchange(corpus_server, f"{method} /health HTTP/1.1\r\nHost: x\r\n{head.format(len(smuggled))}\r\n\r\n"
+                                         + smuggled)
+    assert answer.count(b"HTTP/1.1") == 1 and answer.startswith(b"HTTP/1.1 200") and b"Connection: close" in answer
+
+
+def test_two_lengths_of_a_body_are_refused(corpus_server):
+    answer = raw_exchange(corpus_server, "POST /search HTTP/1.1\r\nContent-Length: 2\r\nContent-Length: 40\r\n\r\n{}")
+    assert answer.startswith(b"HTTP/1.1 400") and answer.count(b"HTTP/1.1") == 1
+
+
+def test_head_and_options_are_answered(corpus_server):
+    url = corpus_server.url + "/page/pages/velmar.md"
+    head, whole = requests.head(url), requests.get(url)
+    assert head.status_code == 200 and not head.content
+    assert head.headers["Content-Length"] == str(len(whole.content))
+    assert requests.head(corpus_server.url + "/nothing").status_code == 404
+    options = requests.options(corpus_server.url + "/search")
+    assert options.status_code == 200 and "POST" in options.headers["Allow"] and not options.content
+
+
+def test_a_model_is_described_under_its_name(corpus_server):
+    assert requests.get(corpus_server.url + "/v1/models/genevolve").json()["id"] == "genevolve"
+    assert requests.get(corpus_server.url + "/v1/models/other").status_code == 404
+
+
+def test_null_fields_are_absent_and_n_is_one(model_server):
+    server, seen = model_server
+    names = ("stop", "max_completion_tokens", "temperature", "top_p", "seed", "stream", "stream_options", "n", "model")
+    assert post_chat(server, max_tokens=7, **dict.fromkeys(names)).status_code == 200
+    assert (seen[-1]["max_tokens"], seen[-1]["stop"], seen[-1]["stream"]) == (7, [], False)
+    assert post_chat(server, n=1).status_code == 200
+    assert post_chat(server, n=2).status_code == post_chat(server, n=0).status_code == 400
+
+
+def too_long(request):
+    raise ValueError("the prompt has 9 tokens; the context holds 8")
+
+
+def test_a_prompt_longer_than_the_context_is_a_client_error():
+    with tools.Server(policy=too_long) as server:
+        for stream in (False, True):
+            reply = post_chat(server, stream=stream)
+            assert reply.status_code == 400 and "context holds 8" in reply.json()["error"]["message"]
+
+
 def test_body_size_is_limited_and_missing_parts_are_404(corpus_server):
     with tools.Server(max_body=100) as small:
         assert requests.post(small.url + "/search", data=b"x" * 101).status_code == 413
@@ -2281,6 +2362,26 @@ def test_pillow_reads_other_formats_where_it_is_installed(kind, options, tmp_pat
     assert image.shape == (10, 24, 3) and abs(image.astype(int) - (200, 30, 30)).max() < 12
     with pytest.raises(tools.ToolError):
         tools.read_image(data[:-8])
+
+
+@pytest.mark.peers
+def test_a_photo_is_turned_upright():
+    Image = pytest.importorskip("PIL.Image")
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6  # the camera was held to its right
+    Image.fromarray(np.repeat(np.array([[[255] * 3, [0] * 3]], np.uint8), 16, 1).repeat(8, 0)).save(
+        file, format="JPEG", exif=exif)
+    image = tools.read_image(file.getvalue())
+    assert image.shape == (32, 8, 3) and image[0].min() > 200 and image[-1].max() < 50
+
+
+@pytest.mark.parametrize("reference", [png_header(50000, 50000), diffusion.encode_png(random_picture())[:-30], b"GIF"],
+                         ids=["bomb", "truncated", "foreign"])
+def test_an_unusable_reference_fails_its_picture_alone(reference, model_server):
+    server, _ = model_server
+    good = random_picture(7)
+    images = tools.RemoteRenderer([server.url], retries=0).render(["a", "b"], [[reference], [good]], [1, 2])
+    assert isinstance(images[0], tools.ToolError) and np.array_equal(images[1], good)
 
 
 def test_without_pillow_a_jpeg_is_refused_and_says_what_to_install(monkeypatch):

@@ -75,10 +75,11 @@ class BudgetExceeded(ToolError):
     """The number of paid calls that was allowed is used up."""
 
 
-def load_json(text, strict=True):
+def load_json(text, strict=True, repair=False):
     """Strict JSON: no NaN, no half surrogates, no bottomless nesting. Raises ValueError in one line.
 
     text: str or bytes (UTF-8). strict: if False, line ends and tabs may stand in strings as they are.
+    repair: half surrogates become U+FFFD, for replies in which one odd character must not cost all the rest.
     """
     def refuse(constant):
         raise ValueError(f"{constant} is not JSON")
@@ -86,6 +87,7 @@ def load_json(text, strict=True):
     try:
         text = text.decode() if isinstance(text, bytes) else text
         value = json.loads(text, parse_constant=refuse, strict=strict)
+        value = without_surrogates(value) if repair else value
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # no 1e999, no half of a surrogate pair
         return value
     except RecursionError:
@@ -94,9 +96,20 @@ def load_json(text, strict=True):
         raise ValueError("not valid Unicode") from None
 
 
-def json_object(text):
+def without_surrogates(value):
+    """A JSON value in which each half of a surrogate pair is U+FFFD."""
+    if isinstance(value, str):
+        return re.sub("[\ud800-\udfff]", "\ufffd", value)
+    if isinstance(value, list):
+        return [without_surrogates(item) for item in value]
+    if isinstance(value, dict):
+        return {without_surrogates(name): without_surrogates(item) for name, item in value.items()}
+    return value
+
+
+def json_object(text, repair=False):
     """As load_json; ValueError unless it is an object."""
-    value = load_json(text)
+    value = load_json(text, repair=repair)
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
     return value
@@ -575,7 +588,8 @@ class ToolBox:
         found = []
         for hit, url, path in zip(hits, urls, paths):
             if not isinstance(path, ToolError):
-                found.append({"local_path": path, "url": url, "title": hit.get("title", ""),
+                shown = "data:" if url.startswith("data:") else url
+                found.append({"local_path": path, "url": shown, "title": hit.get("title", ""),
                               "page_url": hit.get("link", "")})
         if hits and not found:
             raise ToolError(f"none of {len(hits)} pictures could be fetched ({paths[0]})")
@@ -590,8 +604,12 @@ class ToolBox:
         if path and os.path.isfile(path):
             return path
         try:
-            reply = self.downloader.request("GET", url, until=until, attempt_index=attempt_index)
-            path = self.store(reply.body)
+            if url.startswith("data:"):  # the picture itself
+                data = from_base64(unquote(url))
+            else:
+                reply = self.downloader.request("GET", picture_url(url), until=until, attempt_index=attempt_index)
+                data = reply.body
+            path = self.store(data)
         except ToolError as error:
             return error
         with self.lock:
@@ -616,6 +634,12 @@ class ToolBox:
             if not os.path.isfile(path):
                 model.replace_file(path, write)
         return path
+
+
+def picture_url(url):
+    """The URL of a picture as services write it, ready for the guard: blanks are escaped, //host is https://host."""
+    url = url.strip().replace(" ", "%20")
+    return "https:" + url if url.startswith("//") else url
 
 
 # ---- The corpus: any folder of texts and images, with BM25 ----------------------------------------------------------
@@ -1369,9 +1393,11 @@ class Server:
         """(content type, bytes) of a path."""
         if path == "/health":
             return "application/json", b'{"status": "ok"}'
+        entry = {"id": self.model, "object": "model", "owned_by": "genevolve"}
         if path == "/v1/models":
-            models = {"object": "list", "data": [{"id": self.model, "object": "model"}]}
-            return "application/json", json.dumps(models).encode()
+            return "application/json", json.dumps({"object": "list", "data": [entry]}).encode()
+        if unquote(path) == f"/v1/models/{self.model}":
+            return "application/json", json.dumps(entry).encode()
 
         kind, _, name = unquote(path, errors="surrogateescape").removeprefix("/").partition("/")
         if kind not in ("page", "image") or not self.corpus:
@@ -1490,17 +1516,18 @@ def read_image(source):
 
 
 def decode_with_pillow(data, kind):
-    """JPEG or WebP -> uint8 (H, W, 3), transparency over white."""
+    """JPEG or WebP -> uint8 (H, W, 3), upright as its EXIF rotation says, transparency over white."""
     try:
-        from PIL import Image
+        from PIL import Image, ImageOps
     except ImportError:
         raise ToolError(f"a {kind.upper()} picture: reading it takes Pillow (pip install pillow)") from None
     try:
         with Image.open(io.BytesIO(data), formats=[kind.upper()]) as image:
-            image = image.convert("RGBA")
+            image = ImageOps.exif_transpose(image).convert("RGBA")
             white = Image.new("RGBA", image.size, "white")
             return np.array(Image.alpha_composite(white, image).convert("RGB"))
-    except (SyntaxError, struct.error) as error:  # what Pillow raises on damage, next to OSError and ValueError
+    except (SyntaxError, struct.error, EOFError, MemoryError, Image.DecompressionBombError) as error:
+        # what Pillow raises on damage, next to OSError and ValueError
         raise ToolError(f"a damaged {kind.upper()} picture ({error})") from None
 
 
@@ -1995,7 +2022,7 @@ class HttpClient:
     def post_json(self, url, payload, headers=None, parse=unparsed, **options):
         """POST a JSON object; parse: JSON object -> value."""
         def parse_body(reply):
-            return parse(json_object(reply.body))
+            return parse(json_object(reply.body, repair=True))
 
         return self.request("POST", url, payload, headers, parse_body, **options)
 
@@ -2183,7 +2210,9 @@ def read_sampling(request):
         stop = [stop]
     if not isinstance(stop, list) or not all(isinstance(string, str) and string for string in stop):
         raise HttpError(400, "stop must be a text or a list of texts")
-    length = "max_completion_tokens" if "max_completion_tokens" in request else "max_tokens"
+    if number_field(request, "n", 1, 0, 2) != 1:
+        raise HttpError(400, "n must be 1: one answer is given")
+    length = "max_tokens" if request.get("max_completion_tokens") is None else "max_completion_tokens"
     return {"stop": stop,
             "max_tokens": number_field(request, length, MAX_NEW_TOKENS, 1, MAX_NEW_TOKENS, integer=True),
             "temperature": number_field(request, "temperature", 0.7, 0.0, 2.0),
@@ -2264,6 +2293,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.answer(self.answer_get)
 
+    do_HEAD = do_GET
+
+    def do_OPTIONS(self):
+        self.answer(self.answer_options)
+
     def do_POST(self):
         self.answer(self.answer_post)
 
@@ -2290,13 +2324,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.owner.free_slots.release()
 
     def answer_get(self, path):
+        self.refuse_body()
         self.reply(200, *self.owner.get(path))
+
+    def answer_options(self, path):
+        self.refuse_body()
+        self.reply(200, "text/plain", b"")
+
+    def refuse_body(self):
+        """End the connection after the answer if a body came where none belongs: it must not be read as a request."""
+        if "Transfer-Encoding" in self.headers or self.headers.get("Content-Length", "0") != "0":
+            self.close_connection = True
+            self.discard_body()
 
     def answer_post(self, path):
         """Read a POST request and answer it."""
         length = self.headers.get("Content-Length", "")
         if not re.fullmatch(r"\d{1,12}", length) or "Transfer-Encoding" in self.headers:
             raise HttpError(411, "a Content-Length is needed")
+        if len(self.headers.get_all("Content-Length")) > 1:
+            raise HttpError(400, "more than one Content-Length")
         if int(length) > self.owner.max_body:
             raise HttpError(413, f"a body of more than {self.owner.max_body} bytes")
         # all that can be refused is refused before the body is read
@@ -2364,10 +2411,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("X-Content-Type-Options", "nosniff")
         if status == 503:
             self.send_header("Retry-After", "1")
+        if self.command == "OPTIONS":
+            self.send_header("Allow", "GET, HEAD, POST, OPTIONS")
         if self.close_connection:
             self.send_header("Connection", "close")
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def fail(self, status, message):
         """Answer with an error."""
