@@ -2095,6 +2095,13 @@ def test_a_body_where_none_belongs_is_never_read_as_a_request(method, head, corp
     assert answer.count(b"HTTP/1.1") == 1 and answer.startswith(b"HTTP/1.1 200") and b"Connection: close" in answer
 
 
+def test_a_busy_server_does_not_read_a_body_as_a_request_either():
+    with tools.Server(max_requests=0) as server:
+        smuggled = "GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+        answer = raw_exchange(server, f"GET / HTTP/1.1\r\nContent-Length: {len(smuggled)}\r\n\r\n{smuggled}")
+    assert answer.startswith(b"HTTP/1.1 503") and answer.count(b"HTTP/1.1") == 1
+
+
 def test_two_lengths_of_a_body_are_refused(corpus_server):
     answer = raw_exchange(corpus_server, "POST /search HTTP/1.1\r\nContent-Length: 2\r\nContent-Length: 40\r\n\r\n{}")
     assert answer.startswith(b"HTTP/1.1 400") and answer.count(b"HTTP/1.1") == 1

@@ -185,6 +185,7 @@ def parse_action(rest):
     action = ACTION.fullmatch(rest)
     if not action:
         raise ValueError("one closed <tool_call> or <answer> must follow </think>, and nothing else")
+
     kind, body = action.groups()
     fenced = FENCED.fullmatch(body)
     try:
@@ -197,6 +198,11 @@ def parse_action(rest):
         raise ValueError(f"<{kind}> must hold a JSON object")
     if kind == "answer":
         return kind, "", value
+    return kind, *read_tool_call(value)
+
+
+def read_tool_call(value):
+    """{"name": ..., "arguments": {...}} -> (tool name, arguments). Raises ValueError with the reason."""
     name = value.get("name")
     arguments = value.get("arguments")
     if isinstance(arguments, str):  # as OpenAI's function calls have it
@@ -208,7 +214,7 @@ def parse_action(rest):
         raise ValueError('<tool_call> must hold {"name": ..., "arguments": {...}}')
     if name not in TOOL_NAMES:
         raise ValueError(f"unknown tool; the tools are {', '.join(TOOL_NAMES)}")
-    return kind, name, arguments
+    return name, arguments
 
 
 # ---- The protocol: a program ----------------------------------------------------------------------------------------
@@ -2305,6 +2311,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Run an action that answers the request; errors become JSON. Of all paths only /health is never refused."""
         path = urlsplit(self.path).path
         self.body_read = False
+        # a body where none belongs must not be read as the next request
+        if self.command != "POST" and self.has_body():
+            self.close_connection = True
         limited = path != "/health"
         if limited and not self.owner.free_slots.acquire(blocking=False):
             return self.fail(503, "too many requests at once")
@@ -2324,18 +2333,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.owner.free_slots.release()
 
     def answer_get(self, path):
-        self.refuse_body()
+        self.discard_body()
         self.reply(200, *self.owner.get(path))
 
     def answer_options(self, path):
-        self.refuse_body()
+        self.discard_body()
         self.reply(200, "text/plain", b"")
 
-    def refuse_body(self):
-        """End the connection after the answer if a body came where none belongs: it must not be read as a request."""
-        if "Transfer-Encoding" in self.headers or self.headers.get("Content-Length", "0") != "0":
-            self.close_connection = True
-            self.discard_body()
+    def has_body(self):
+        return "Transfer-Encoding" in self.headers or self.headers.get("Content-Length", "0") != "0"
 
     def answer_post(self, path):
         """Read a POST request and answer it."""
