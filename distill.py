@@ -797,6 +797,7 @@ def summarize_pair_llm(chat, request, best, worst, names=entity_names):
     messages = [{"role": "system", "content": system}, {"role": "user", "content": text}]
     reply = chat(messages, temperature=0.0, max_tokens=8192)
 
+    reply = reply.rpartition("</think>")[2]  # a thought is no part of the answer
     try:
         value = json.loads(reply[reply.find("{"):reply.rfind("}") + 1])
     except ValueError as error:
@@ -1489,6 +1490,7 @@ def query_judge(chat, rubric, content):
     """The JSON object that a judge answers, else tools.ToolError. content: text, or message parts."""
     messages = [{"role": "system", "content": rubric}, {"role": "user", "content": content}]
     reply = chat(messages, temperature=0.0, max_tokens=2048)
+    reply = reply.rpartition("</think>")[2]  # a thought is no part of the answer
     try:
         answer = json.loads(reply[reply.index("{"):reply.rindex("}") + 1])
     except ValueError:

@@ -51,7 +51,9 @@ torch.set_num_threads(2)
 
 
 def model_net(seed=0, **changes):
-    settings = dict(vocab_size=97, hidden_size=32, layers=2, heads=4, kv_heads=2, head_dim=16, mlp_size=64, rope_theta=1e4)
+    settings = dict(
+        vocab_size=97, hidden_size=32, layers=2, heads=4, kv_heads=2, head_dim=16, mlp_size=64, rope_theta=1e4
+    )
     torch.manual_seed(seed)
     net = model.Qwen3(model.Config(**{**settings, **changes}))
     with torch.no_grad():  # norms away from 1, sharper logits: a forgotten factor shows
@@ -71,11 +73,15 @@ def model_reference(net, prompt, steps):
     ids = list(prompt)
     for _ in range(steps):
         ids.append(net(torch.tensor([ids]))[0, -1].argmax().item())
-    return ids[len(prompt):]
+    return ids[len(prompt) :]
 
 
-MODEL_TEXTS = ["The crest of Velmar Bridge, founded in 1873.", "A sign with the text \"KEL7\", spelled K-E-L-7.",
-               "search for the city and its year", '{"name": "search", "arguments": {"queries": ["Velmar"], "top_k": 3}}'] * 5
+MODEL_TEXTS = [
+    "The crest of Velmar Bridge, founded in 1873.",
+    'A sign with the text "KEL7", spelled K-E-L-7.',
+    "search for the city and its year",
+    '{"name": "search", "arguments": {"queries": ["Velmar"], "top_k": 3}}',
+] * 5
 
 
 def model_tokenizer():
@@ -83,6 +89,7 @@ def model_tokenizer():
 
 
 # -- decoder and log-probs
+
 
 def test_logits_have_the_documented_shape_and_dtype():
     for dtype in (torch.float32, torch.bfloat16):
@@ -110,7 +117,9 @@ def test_packed_log_probs_equal_padded_ones():
 
 def test_packing_computes_a_shared_prompt_once():
     prompt, other = model_prompt(50), model_prompt(50, 1)
-    sequences = [prompt + model_prompt(10, n + 2) for n in range(4)] + [other + model_prompt(10, n + 9) for n in range(4)]
+    sequences = [prompt + model_prompt(10, n + 2) for n in range(4)] + [
+        other + model_prompt(10, n + 9) for n in range(4)
+    ]
     packed = model.PrefixTree(sequences, "cpu")
     assert len(packed.ids) == 2 * 50 + 8 * 10
     assert all(packed.ids[r].tolist() == s for r, s in zip(packed.token_rows, sequences))
@@ -121,8 +130,10 @@ def test_packing_rebuilds_any_family_of_sequences():
     rng = random.Random(0)
     for _ in range(200):
         stems = [[rng.randrange(2) for _ in range(rng.randrange(1, 60))] for _ in range(3)]
-        sequences = [rng.choice(stems)[:rng.randrange(1, 60)] + [rng.randrange(2) for _ in range(rng.randrange(0, 30))]
-                     for _ in range(8)]
+        sequences = [
+            rng.choice(stems)[: rng.randrange(1, 60)] + [rng.randrange(2) for _ in range(rng.randrange(0, 30))]
+            for _ in range(8)
+        ]
         packed = model.PrefixTree(sequences, "cpu")
         for rows, s in zip(packed.token_rows, sequences):
             assert packed.ids[rows].tolist() == s and packed.positions[rows].tolist() == list(range(len(s)))
@@ -173,7 +184,10 @@ def test_weighted_logprobs_equal_the_full_matrix_in_value_and_gradient(rows):
 def test_masked_log_probs_equal_the_unmasked_ones_and_are_zero_elsewhere():
     net, sequences = model_net(), [model_prompt(20, n) for n in range(3)]
     masks = [[t % 3 == 0 for t in range(20)] for _ in sequences]
-    (some, entropy), full = model.token_logprobs_and_entropy(net, sequences, masks=masks), model.token_logprobs(net, sequences)
+    (some, entropy), full = (
+        model.token_logprobs_and_entropy(net, sequences, masks=masks),
+        model.token_logprobs(net, sequences),
+    )
     for x, h, y, m in zip(some, entropy, full, masks):
         m = torch.tensor(m[1:])
         assert (x[m] - y[m]).abs().max() < 1e-6 and not x[~m].any() and not h[~m].any() and (h[m] > 0).all()
@@ -199,7 +213,10 @@ def test_embeddings_are_unit_vectors_that_do_not_depend_on_the_batch():
 
 
 def test_tokens_to_be_copied_count_more_in_sft():
-    net, rows = model_net(), [(model_prompt(12, 1), [False] * 5 + [True] * 7), (model_prompt(9, 2), [False] * 3 + [True] * 6)]
+    net, rows = (
+        model_net(),
+        [(model_prompt(12, 1), [False] * 5 + [True] * 7), (model_prompt(9, 2), [False] * 3 + [True] * 6)],
+    )
     worth = torch.ones(net.config.vocab_size)
     worth[::3] = 4.0
     total, weights = 0.0, 0.0
@@ -209,7 +226,9 @@ def test_tokens_to_be_copied_count_more_in_sft():
             if mask[t]:
                 total, weights = total + worth[ids[t]] * logp[t - 1, ids[t]], weights + worth[ids[t]]
     assert torch.allclose(distill.sft_loss(net, rows, worth), -total / weights, atol=1e-5)
-    assert torch.allclose(distill.sft_loss(net, rows), distill.sft_loss(net, rows, torch.full_like(worth, 2.0)), atol=1e-6)
+    assert torch.allclose(
+        distill.sft_loss(net, rows), distill.sft_loss(net, rows, torch.full_like(worth, 2.0)), atol=1e-6
+    )
     assert not torch.allclose(distill.sft_loss(net, rows), distill.sft_loss(net, rows, worth), atol=1e-3)
 
 
@@ -222,6 +241,7 @@ def test_a_bag_of_words_knows_no_order():
 
 
 # -- generation
+
 
 @torch.no_grad()
 def test_greedy_generation_equals_uncached_decoding():
@@ -259,7 +279,9 @@ def test_equal_prompts_are_prefilled_once_and_equal_beginnings_too():
     while engine.poll():
         pass
     assert engine.stats["prefilled"] == 50 + 3 * 10
-    assert [s.tokens[60:] for s in sequences] == [d.tokens for i, p in enumerate(prompts) for d in model.generate(net, [p], 8, seed=i)]
+    assert [s.tokens[60:] for s in sequences] == [
+        d.tokens for i, p in enumerate(prompts) for d in model.generate(net, [p], 8, seed=i)
+    ]
 
 
 def test_engine_log_probs_equal_the_trainers_at_the_same_temperature():
@@ -299,7 +321,7 @@ def test_conversations_in_the_engine_equal_prefilling_each_turn_from_scratch(slo
             fresh.submit(again, 5 + n, 0.9, 0.95, stop_ids=(3, 4, 5))
             fresh.poll()
             assert s.tokens == again.tokens and s.finish == again.finish
-            assert np.abs(np.subtract(s.logprobs[-len(again.logprobs):], again.logprobs)).max() < 1e-5
+            assert np.abs(np.subtract(s.logprobs[-len(again.logprobs) :], again.logprobs)).max() < 1e-5
             observation = model_prompt(4 + n, 100 + turn)
             engine.extend(s, observation)
             seen[n] = list(s.tokens)
@@ -307,7 +329,10 @@ def test_conversations_in_the_engine_equal_prefilling_each_turn_from_scratch(slo
     for s in sequences:
         engine.close(s)
     assert engine.cache.slot_owner == [None] * len(engine.cache.slot_owner) and not engine.prefixes
-    assert computed <= 25 + 3 * 10 + sum(len(s.tokens) for s in sequences) - sum(len(s.logprobs) for s in sequences) - 6 * 35 + 12
+    assert (
+        computed
+        <= 25 + 3 * 10 + sum(len(s.tokens) for s in sequences) - sum(len(s.logprobs) for s in sequences) - 6 * 35 + 12
+    )
 
 
 def test_a_turn_ends_at_a_stop_id_which_it_keeps():
@@ -315,7 +340,7 @@ def test_a_turn_ends_at_a_stop_id_which_it_keeps():
     free = model.generate(net, [prompt], 20, seed=1)[0].tokens
     stop = free[7]
     done = model.generate(net, [prompt], 20, seed=1, stop_ids=[stop])[0]
-    assert done.finish == "stop" and done.tokens == free[:free.index(stop) + 1]
+    assert done.finish == "stop" and done.tokens == free[: free.index(stop) + 1]
 
 
 def test_without_stop_ids_every_token_asked_for_comes():
@@ -370,7 +395,10 @@ def test_samples_follow_the_truncated_softmax():
 def test_random_numbers_of_a_stream_are_uniform_and_streams_are_independent():
     a, b = (model.uniform(torch.full((50000,), model.stream(s)), torch.arange(50000)) for s in (0, 1))
     assert 0 <= a.min() and a.max() < 1 and abs(a.mean() - 0.5) < 0.01 and abs(a.var() - 1 / 12) < 0.005
-    assert abs(torch.corrcoef(torch.stack((a, b)))[0, 1]) < 0.02 and abs(torch.corrcoef(torch.stack((a[1:], a[:-1])))[0, 1]) < 0.02
+    assert (
+        abs(torch.corrcoef(torch.stack((a, b)))[0, 1]) < 0.02
+        and abs(torch.corrcoef(torch.stack((a[1:], a[:-1])))[0, 1]) < 0.02
+    )
 
 
 def test_a_closed_sequence_frees_its_row_even_in_the_middle_of_a_turn():
@@ -381,7 +409,10 @@ def test_a_closed_sequence_frees_its_row_even_in_the_middle_of_a_turn():
     assert engine.poll() == [b]
     engine.close(a)
     engine.submit(c, 5)
-    assert engine.poll() == [c] and c.tokens[20:] == model.generate(model_net(), [model_prompt(20, 2)], 5, seed=2)[0].tokens
+    assert (
+        engine.poll() == [c]
+        and c.tokens[20:] == model.generate(model_net(), [model_prompt(20, 2)], 5, seed=2)[0].tokens
+    )
 
 
 def test_generation_sees_updated_weights():
@@ -411,9 +442,15 @@ def test_prompts_outside_the_vocabulary_are_refused():
 
 # -- tokenizer
 
+
 def test_text_survives_the_tokenizer():
     tokenizer = model_tokenizer()
-    for text in MODEL_TEXTS[:4] + ["naïve 🙂 ÀÉ\n\n\t x", "<think>a</think>\n<tool_call>{}</tool_call>", "<|im_end|>", ""]:
+    for text in MODEL_TEXTS[:4] + [
+        "naïve 🙂 ÀÉ\n\n\t x",
+        "<think>a</think>\n<tool_call>{}</tool_call>",
+        "<|im_end|>",
+        "",
+    ]:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
@@ -442,8 +479,13 @@ def test_tags_are_single_tokens_that_decode_as_text():
 
 def test_only_what_an_assistant_writes_is_in_the_mask():
     tokenizer = model_tokenizer()
-    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}, {"role": "assistant", "content": "<think>a</think>"},
-                {"role": "user", "content": "O"}, {"role": "assistant", "content": " b"}]
+    messages = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "U"},
+        {"role": "assistant", "content": "<think>a</think>"},
+        {"role": "user", "content": "O"},
+        {"role": "assistant", "content": " b"},
+    ]
     ids, mask = tokenizer.apply_chat_with_mask(messages)
     assert tokenizer.decode([i for i, m in zip(ids, mask) if m]) == "<think>a</think><|im_end|> b<|im_end|>"
     assert ids == tokenizer.apply_chat(messages)
@@ -452,12 +494,22 @@ def test_only_what_an_assistant_writes_is_in_the_mask():
 
 def test_a_rollout_has_the_ids_of_its_demonstration():
     tokenizer = model_tokenizer()
-    messages = [{"role": "user", "content": "U"}, {"role": "assistant", "content": "\n b"}, {"role": "user", "content": "O"}]
-    rollout = tokenizer.apply_chat(messages[:1], True) + tokenizer.encode("\n b") + [tokenizer.id("<|im_end|>")] + tokenizer.observation("O")
+    messages = [
+        {"role": "user", "content": "U"},
+        {"role": "assistant", "content": "\n b"},
+        {"role": "user", "content": "O"},
+    ]
+    rollout = (
+        tokenizer.apply_chat(messages[:1], True)
+        + tokenizer.encode("\n b")
+        + [tokenizer.id("<|im_end|>")]
+        + tokenizer.observation("O")
+    )
     assert rollout == tokenizer.apply_chat(messages, True)
 
 
 # -- checkpoints
+
 
 @pytest.mark.parametrize("shard_bytes", [2**30, 20000])
 @pytest.mark.parametrize("tied", [False, True])
@@ -482,7 +534,9 @@ def test_damaged_checkpoints_are_refused_with_one_line_that_names_the_file(tmp_p
         assert expected in str(error.value) and "\n" not in str(error.value), error.value
 
     def config(**changes):
-        return lambda folder: model.write_json(folder / "config.json", {**json.loads((folder / "config.json").read_text()), **changes})
+        return lambda folder: model.write_json(
+            folder / "config.json", {**json.loads((folder / "config.json").read_text()), **changes}
+        )
 
     weights = "model.safetensors"
     damage(lambda f: os.remove(f / weights), weights)
@@ -497,21 +551,44 @@ def test_damaged_checkpoints_are_refused_with_one_line_that_names_the_file(tmp_p
     damage(config(num_hidden_layers=3), "layers.2")
     damage(config(vocab_size="many"), "config.json")
     damage(config(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "config.json")
-    damage(lambda f: model.write_json(f / "model.safetensors.index.json", {"weight_map": {"model.embed_tokens.weight": "no.safetensors"}}), "")
+    damage(
+        lambda f: model.write_json(
+            f / "model.safetensors.index.json", {"weight_map": {"model.embed_tokens.weight": "no.safetensors"}}
+        ),
+        "",
+    )
 
 
 # -- parity with transformers
 
+
 def model_random_checkpoint(folder, kind):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(3)
-    text = dict(vocab_size=131, hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-                num_key_value_heads=2, head_dim=16, rope_parameters={"rope_type": "default", "rope_theta": 5e6}, max_position_embeddings=512)
+    text = dict(
+        vocab_size=131,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e6},
+        max_position_embeddings=512,
+    )
     if kind == "qwen3_vl":
         text["rope_parameters"] |= {"mrope_section": [4, 2, 2], "mrope_interleaved": True}
-        vision = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=48, deepstack_visual_indexes=[0])
-        config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, image_token_id=130, video_token_id=129,
-                                            vision_start_token_id=128, vision_end_token_id=127)
+        vision = dict(
+            depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=48, deepstack_visual_indexes=[0]
+        )
+        config = transformers.Qwen3VLConfig(
+            text_config=text,
+            vision_config=vision,
+            image_token_id=130,
+            video_token_id=129,
+            vision_start_token_id=128,
+            vision_end_token_id=127,
+        )
         peer = transformers.Qwen3VLForConditionalGeneration(config)
     else:
         peer = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**text, tie_word_embeddings=kind == "tied"))
@@ -530,7 +607,9 @@ def test_logits_and_greedy_tokens_equal_those_of_transformers(tmp_path, kind):
     ids = torch.tensor([model_prompt(30, 1, 120), model_prompt(30, 2, 120)])
     with torch.no_grad():
         assert (net(ids) - peer(input_ids=ids).logits).abs().max() < 1e-4
-        expected = peer.generate(input_ids=ids, max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)[:, 30:].tolist()
+        expected = peer.generate(input_ids=ids, max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)[
+            :, 30:
+        ].tolist()
     assert [d.tokens for d in model.generate(net, ids.tolist(), 16, temperature=0)] == expected
 
 
@@ -539,7 +618,10 @@ def test_transformers_loads_what_we_save(tmp_path, tied):
     transformers = pytest.importorskip("transformers")
     net, tokenizer = model_net(tie_embeddings=tied, vocab_size=400), model_tokenizer()
     model.save(tmp_path, net, tokenizer)
-    peer, ids = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval(), torch.tensor([model_prompt(20)])
+    peer, ids = (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval(),
+        torch.tensor([model_prompt(20)]),
+    )
     with torch.no_grad():
         assert (net(ids) - peer(ids).logits).abs().max() < 1e-4
 
@@ -606,11 +688,15 @@ def test_peft_loads_our_adapter_and_we_load_pefts(tmp_path):
     base = lambda: transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
     with torch.no_grad():
         assert (peft.PeftModel.from_pretrained(base(), tmp_path / "ours")(ids).logits - net(ids)).abs().max() < 1e-4
-        theirs = peft.get_peft_model(base(), peft.LoraConfig(r=3, lora_alpha=5, target_modules=["k_proj", "down_proj"], init_lora_weights=False))
+        theirs = peft.get_peft_model(
+            base(), peft.LoraConfig(r=3, lora_alpha=5, target_modules=["k_proj", "down_proj"], init_lora_weights=False)
+        )
         theirs.save_pretrained(tmp_path / "theirs")
         again = model_net()
         model.load_adapter(str(tmp_path / "theirs"), again)
-        assert (theirs(ids).logits - again(ids)).abs().max() < 1e-4 and (again(ids) - model_net()(ids)).abs().max() > 1e-2
+        assert (theirs(ids).logits - again(ids)).abs().max() < 1e-4 and (
+            again(ids) - model_net()(ids)
+        ).abs().max() > 1e-2
 
 
 def test_exported_text_weights_take_their_place_in_a_vision_checkpoint(tmp_path):
@@ -621,7 +707,10 @@ def test_exported_text_weights_take_their_place_in_a_vision_checkpoint(tmp_path)
         for p in net.parameters():
             p.add_(0.05 * torch.randn_like(p))
     model.export(net, str(tmp_path / "base"), str(tmp_path / "out"))
-    again, ids = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32).eval(), torch.tensor([model_prompt(20)])
+    again, ids = (
+        transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32).eval(),
+        torch.tensor([model_prompt(20)]),
+    )
     with torch.no_grad():
         assert (again(input_ids=ids).logits - net(ids)).abs().max() < 1e-4
     kept = again.state_dict()
@@ -677,8 +766,10 @@ def test_a_checkpoint_holds_only_what_trains():
 def test_a_state_of_another_network_is_refused():
     net, optimizer = small_trainer()
     tensors = model.training_tensors(net, optimizer)
-    for other, fault in (({}, "net.embed.weight is missing"),
-                         (tensors | {"net.norm.weight": torch.ones(3)}, r"net.norm.weight is \(3,\), expected \(32,\)")):
+    for other, fault in (
+        ({}, "net.embed.weight is missing"),
+        (tensors | {"net.norm.weight": torch.ones(3)}, r"net.norm.weight is \(3,\), expected \(32,\)"),
+    ):
         with pytest.raises(ValueError, match=fault):
             model.load_training_tensors(other, net, optimizer)
 
@@ -1762,9 +1853,18 @@ def test_pictures_are_fetched_under_urls_as_services_write_them(make_box):
 
     def behave(h):
         asked.append(h.path)
-        respond(h, png if h.command == "GET" else {"images": [
-            {"title": "blank", "imageUrl": f" http://{h.headers['Host']}/a b.png "},
-            {"title": "inline", "imageUrl": tools.data_uri(random_picture(1))}]})
+        respond(
+            h,
+            png
+            if h.command == "GET"
+            else {
+                "images": [
+                    {"title": "blank", "imageUrl": f" http://{h.headers['Host']}/a b.png "},
+                    {"title": "inline", "imageUrl": tools.data_uri(random_picture(1))},
+                ]
+            },
+        )
+
     with Service(behave) as server:
         session = make_box(server.url).session()
         session.call("image_search", {"query": "x"})
@@ -3091,11 +3191,21 @@ def test_promotion_compares_with_the_best_so_far_and_allows_for_chance_alone(mon
     monkeypatch.setattr(genevolve, "show", lambda *_: None)
     kept, base = [], np.linspace(0.2, 0.8, 64)
     run = SimpleNamespace(
-        validation=[{}] * 64, promoted=None, out="", steps_done=1, processes=SimpleNamespace(is_main=True),
-        scorer=SimpleNamespace(render_and_score=lambda _: None), memory=SimpleNamespace(lookup=lambda asked, count: [None] * len(asked)),
-        save_promoted=lambda: None, write_policy=lambda name, figures: kept.append(figures))
+        validation=[{}] * 64,
+        promoted=None,
+        out="",
+        steps_done=1,
+        processes=SimpleNamespace(is_main=True),
+        scorer=SimpleNamespace(render_and_score=lambda _: None),
+        memory=SimpleNamespace(lookup=lambda asked, count: [None] * len(asked)),
+        save_promoted=lambda: None,
+        write_policy=lambda name, figures: kept.append(figures),
+    )
+
     def check(rewards):
-        attempts = [SimpleNamespace(reward=float(r), question="", judgement={"kscore": 1.0}, program=object()) for r in rewards]
+        attempts = [
+            SimpleNamespace(reward=float(r), question="", judgement={"kscore": 1.0}, program=object()) for r in rewards
+        ]
         run.sample_trajectories = lambda rows, seeds: (attempts, 0.0)
         return genevolve.Evolution.evaluate(run)["promoted"]
     noise = np.where(np.arange(64) % 2, 0.1, -0.1)  # paired difference: standard error 0.0125
@@ -5219,11 +5329,15 @@ def agent_main(capsys, *arguments):
 
 def test_sft_scores_assistant_tokens_only():
     net, tokenizer = model.load(os.path.join(genevolve.HERE, "weights", "sft"))
-    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"},
-                {"role": "user", "content": "an observation"}]
+    messages = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": "an observation"},
+    ]
     ids, mask = tokenizer.apply_chat_with_mask(messages)
     other, _ = tokenizer.apply_chat_with_mask(messages[:3] + [{"role": "user", "content": "another one"}])
-    cut = lambda i: distill.sft_loss(net, [(i, mask[:len(i)] + [False] * (len(i) - len(mask)))]).item()
+    cut = lambda i: distill.sft_loss(net, [(i, mask[: len(i)] + [False] * (len(i) - len(mask)))]).item()
     assert abs(cut(ids) - cut(other)) < 1e-5
 
 
@@ -5231,12 +5345,34 @@ def test_sft_runs_on_a_tiny_budget(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(build, "HERE", str(tmp_path))
     os.makedirs(tmp_path / "atlas"), shutil.copytree(os.path.join(genevolve.HERE, "skills"), tmp_path.parent / "skills")
     build.build_demos(40, 0)
-    code, out, err = agent_main(capsys, "sft", "--data", tmp_path / "sft.jsonl", "--vocabulary", tmp_path / "vocabulary.txt",
-                                "--out", tmp_path / "policy", "--copy-steps", 2, "--steps", 2, "--batch-tokens", 1500,
-                                "--hidden", 32, "--layers", 1, "--heads", 2)
+    code, out, err = agent_main(
+        capsys,
+        "sft",
+        "--data",
+        tmp_path / "sft.jsonl",
+        "--vocabulary",
+        tmp_path / "vocabulary.txt",
+        "--out",
+        tmp_path / "policy",
+        "--copy-steps",
+        2,
+        "--steps",
+        2,
+        "--batch-tokens",
+        1500,
+        "--hidden",
+        32,
+        "--layers",
+        1,
+        "--heads",
+        2,
+    )
     assert code == 0, err
     net, tokenizer = model.load(str(tmp_path / "policy"))
-    assert tokenizer.size == net.config.vocab_size and json.loads((tmp_path / "policy" / "training.json").read_text())["step"] == 3
+    assert (
+        tokenizer.size == net.config.vocab_size
+        and json.loads((tmp_path / "policy" / "training.json").read_text())["step"] == 3
+    )
 
 
 @pytest.mark.parametrize("decision", ["reference_selection_guidance", "prompt_program_guidance"])
@@ -5252,11 +5388,36 @@ def test_the_scripted_teacher_is_as_expert_as_asked_and_obeys_advice_all_the_sam
 
 def test_sft_stopped_and_started_again_ends_with_the_same_weights(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(build, "HERE", str(tmp_path))
-    os.makedirs(tmp_path / "atlas"), shutil.copytree(os.path.join(genevolve.HERE, "skills"), tmp_path.parent / "skills", dirs_exist_ok=True)
+    (
+        os.makedirs(tmp_path / "atlas"),
+        shutil.copytree(os.path.join(genevolve.HERE, "skills"), tmp_path.parent / "skills", dirs_exist_ok=True),
+    )
     build.build_demos(40, 0)
-    train = lambda name, *more: agent_main(capsys, "sft", "--data", tmp_path / "sft.jsonl", "--vocabulary", tmp_path / "vocabulary.txt",
-                                           "--out", tmp_path / name, "--copy-steps", 2, "--steps", 6, "--batch-tokens", 1500, "--hidden", 32,
-                                           "--layers", 1, "--heads", 2, "--save-every", 3, *more)
+    train = lambda name, *more: agent_main(
+        capsys,
+        "sft",
+        "--data",
+        tmp_path / "sft.jsonl",
+        "--vocabulary",
+        tmp_path / "vocabulary.txt",
+        "--out",
+        tmp_path / name,
+        "--copy-steps",
+        2,
+        "--steps",
+        6,
+        "--batch-tokens",
+        1500,
+        "--hidden",
+        32,
+        "--layers",
+        1,
+        "--heads",
+        2,
+        "--save-every",
+        3,
+        *more,
+    )
     assert train("whole")[0] == 0
     calls, plain = [], distill.sft_loss
 
@@ -5315,7 +5476,10 @@ def test_two_and_four_processes_give_the_gradients_of_one(tmp_path):
     for name, alone in found[1].items():
         assert alone.abs().max() > 0 or "together second" in name, name
         for count in (2, 4):
-            assert torch.allclose(found[count][name], alone, rtol=1e-5, atol=1e-5 * float(alone.abs().max())), (name, count)
+            assert torch.allclose(found[count][name], alone, rtol=1e-5, atol=1e-5 * float(alone.abs().max())), (
+                name,
+                count,
+            )
 
 
 def update_rows(net, generator, count=6, guide=5):
@@ -5335,7 +5499,9 @@ def update_rows(net, generator, count=6, guide=5):
 @pytest.mark.parametrize("name", ("paper", "stable"))
 def test_an_update_does_not_depend_on_its_micro_batches(name):
     torch.manual_seed(0)
-    net = model.Qwen3(model.Config(vocab_size=50, hidden_size=32, layers=2, heads=2, kv_heads=1, head_dim=16, mlp_size=64))
+    net = model.Qwen3(
+        model.Config(vocab_size=50, hidden_size=32, layers=2, heads=2, kv_heads=1, head_dim=16, mlp_size=64)
+    )
     reference, recipe = copy.deepcopy(net), distill.RECIPES[name]
     with torch.no_grad():
         for p in reference.parameters():
@@ -5349,11 +5515,15 @@ def test_an_update_does_not_depend_on_its_micro_batches(name):
     assert apart([a + recipe.weight * b for a, b in zip(*whole[:2])], both) < 1e-5
     assert parts[2]["guided_tokens"] == sum(sum(r.mask) for r in rows if r.teacher_tokens)
     bare = [dataclasses.replace(r, teacher_tokens=None, teacher_mask=None) for r in rows]
-    assert distill.gradient_norm(distill.update_gradients(net, reference, reference, bare, recipe)[1]) == 0  # no bundle: exactly 0
+    assert (
+        distill.gradient_norm(distill.update_gradients(net, reference, reference, bare, recipe)[1]) == 0
+    )  # no bundle: exactly 0
 
 
 def test_micro_batches_keep_groups_whole_and_count_a_shared_beginning_once():
-    row = lambda prompt, *said: distill.TrainingRow(list(prompt) + list(said), [False] * len(prompt) + [True] * len(said), 1.0)
+    row = lambda prompt, *said: distill.TrainingRow(
+        list(prompt) + list(said), [False] * len(prompt) + [True] * len(said), 1.0
+    )
     first = [row((1, 2, 3), 7, i) for i in range(3)]                      # 5 + 1 + 1 tokens in the stream
     second = [row((1, 9), i) for i in range(4)]                           # 2 + 1 + 1 + 1: the 1 is the row before's
     lengths = lambda limit: [len(piece) for piece in distill.micro_batches(first + second, limit)]
@@ -5378,15 +5548,22 @@ def test_an_annealed_weight_falls_to_zero_in_a_straight_line():
 @pytest.mark.parametrize("estimator", ("forward_kl", "k3_live"))
 def test_where_the_guide_is_silent_a_frozen_teacher_does_not_pull_the_student_back(estimator):
     torch.manual_seed(0)
-    net = model.Qwen3(model.Config(vocab_size=50, hidden_size=32, layers=1, heads=2, kv_heads=1, head_dim=16, mlp_size=64))
-    frozen, advice = copy.deepcopy(net), dataclasses.replace(distill.RECIPES["stable"], estimator=estimator, threshold=1e-5)
+    net = model.Qwen3(
+        model.Config(vocab_size=50, hidden_size=32, layers=1, heads=2, kv_heads=1, head_dim=16, mlp_size=64)
+    )
+    frozen, advice = (
+        copy.deepcopy(net),
+        dataclasses.replace(distill.RECIPES["stable"], estimator=estimator, threshold=1e-5),
+    )
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.05 * torch.randn_like(p))
     rows = update_rows(net, torch.Generator().manual_seed(1))
     silent = [dataclasses.replace(r, teacher_tokens=r.tokens, teacher_mask=r.mask) for r in rows]
     everywhere = dataclasses.replace(advice, selection="all", threshold=None)
-    norm = lambda rows, recipe, **more: distill.gradient_norm(distill.update_gradients(net, frozen, frozen, rows, recipe, **more)[1])
+    norm = lambda rows, recipe, **more: distill.gradient_norm(
+        distill.update_gradients(net, frozen, frozen, rows, recipe, **more)[1]
+    )
     assert norm(silent, everywhere) > 1e-4 and norm(silent, advice) == 0
     assert norm(rows, advice) > 1e-4  # with a guide it does teach
     assert norm(rows, advice, policy=False) == pytest.approx(norm(rows, advice), rel=1e-5)  # whoever scored without it
@@ -5400,8 +5577,13 @@ def test_where_the_guide_is_silent_a_frozen_teacher_does_not_pull_the_student_ba
 
 def test_teacher_equal_to_student_teaches_nothing_and_gradients_flow_only_into_the_student():
     torch.manual_seed(0)
-    net = model.Qwen3(model.Config(vocab_size=50, hidden_size=32, layers=1, heads=2, kv_heads=1, head_dim=16, mlp_size=64))
-    rows = [dataclasses.replace(r, teacher_tokens=r.tokens, teacher_mask=r.mask) for r in update_rows(net, torch.Generator().manual_seed(1))]
+    net = model.Qwen3(
+        model.Config(vocab_size=50, hidden_size=32, layers=1, heads=2, kv_heads=1, head_dim=16, mlp_size=64)
+    )
+    rows = [
+        dataclasses.replace(r, teacher_tokens=r.tokens, teacher_mask=r.mask)
+        for r in update_rows(net, torch.Generator().manual_seed(1))
+    ]
     second, said = distill.update_gradients(net, net, net, rows, distill.RECIPES["stable"])[1:]
     assert distill.gradient_norm(second) < 1e-6 and abs(said["sdl_loss"]) < 1e-6
     assert all(p.grad is None for p in net.parameters())
