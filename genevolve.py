@@ -1888,7 +1888,8 @@ def lesson_record(best, worst):
 
 def attempt_record(t, limit=240):
     """A Trajectory with a program in short: reward, failed checks, every turn, and what draws its picture again."""
-    references = [t.images[reference["img_id"]] for reference in t.program.references]
+    chosen = [reference["img_id"] for reference in t.program.references]
+    references = [t.images[img_id] for img_id in chosen if img_id in t.images]
     turns = []
     for step in t.steps:
         turns.append({"think": step.think[:limit], "action": action_text(step)[:limit],

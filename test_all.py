@@ -5341,6 +5341,7 @@ def test_sft_scores_assistant_tokens_only():
     assert abs(cut(ids) - cut(other)) < 1e-5
 
 
+@pytest.mark.slow
 def test_sft_runs_on_a_tiny_budget(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(build, "HERE", str(tmp_path))
     os.makedirs(tmp_path / "atlas"), shutil.copytree(os.path.join(genevolve.HERE, "skills"), tmp_path.parent / "skills")
@@ -5386,6 +5387,7 @@ def test_the_scripted_teacher_is_as_expert_as_asked_and_obeys_advice_all_the_sam
         assert {teacher.choose([advised], expert, *lazy) for _ in range(20)} == {advised}
 
 
+@pytest.mark.slow
 def test_sft_stopped_and_started_again_ends_with_the_same_weights(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(build, "HERE", str(tmp_path))
     (
