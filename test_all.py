@@ -57,7 +57,7 @@ def model_net(seed=0, **changes):
     torch.manual_seed(seed)
     net = model.Qwen3(model.Config(**{**settings, **changes}))
     with torch.no_grad():  # norms away from 1, sharper logits: a forgotten factor shows
-        for name, p in net.named_parameters():
+        for p in net.parameters():
             if p.dim() == 1:
                 p.uniform_(0.5, 1.5)
         net.embed.weight.mul_(2)
@@ -1937,7 +1937,8 @@ def test_any_folder_of_texts_and_pictures_becomes_a_corpus(tmp_path):
 
 
 @pytest.mark.parametrize("text, query", [
-    ("ルーブル美術館はパリにある。", "美術館"), ("卢浮宫位于巴黎。", "卢浮宫在哪里"), ("루브르 박물관은 파리에 있다.", "박물관"),
+    ("ルーブル美術館はパリにある。", "美術館"),
+    ("卢浮宫位于巴黎。", "卢浮宫在哪里"), ("루브르 박물관은 파리에 있다.", "박물관"),
     ("The cafe\u0301 opens.", "café"), ("Built in １８７３.", "1873"), ("Ｔｏｗｅｒ", "tower")])
 def test_a_word_is_found_in_every_script_and_spelling(text, query):
     corpus = tools.Corpus.from_texts([("other", "", "nothing of it 猫"), ("right", "", text)], {"a.png": text})
@@ -5440,25 +5441,41 @@ def test_sft_stopped_and_started_again_ends_with_the_same_weights(tmp_path, caps
 
 
 SHARED_UPDATE = """
-import dataclasses, sys, torch, distill, model
+import dataclasses
+import sys
+
+import torch
+
+import distill
+import model
+
+
+def new_policy():
+    return model.Qwen3(model.Config(vocab_size=64, hidden_size=32, layers=2, heads=4, kv_heads=2, head_dim=8,
+                                    mlp_size=48))
+
+
 torch.manual_seed(0)
 processes = model.ProcessGroup.from_env()
-new = lambda: model.Qwen3(model.Config(vocab_size=64, hidden_size=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_size=48))
-net, frozen, teacher = new(), new(), new()
+net, frozen, teacher = new_policy(), new_policy(), new_policy()
 rows = []
 for i, length in enumerate((9, 3, 7, 5, 4)):  # of five rows two have a guide: with four processes some have none
-    prompt, said, guide = ([int(t) for t in torch.randint(64, (n,))] for n in (6, length, 4))
-    rows.append(distill.TrainingRow(prompt + said, [False] * 6 + [True] * length, float(i - 2), logp_old=torch.full((length,), -4.1)))
+    prompt, answer, guide = (torch.randint(64, (n,)).tolist() for n in (6, length, 4))
+    row = distill.TrainingRow(prompt + answer, [False] * 6 + [True] * length, float(i - 2),
+                              logp_old=torch.full((length,), -4.1))
     if i in (1, 2):
-        rows[-1] = dataclasses.replace(rows[-1], teacher_tokens=guide + prompt + said, teacher_mask=[False] * 10 + [True] * length)
+        row.teacher_tokens, row.teacher_mask = guide + row.tokens, [False] * 4 + row.mask
+    rows.append(row)
 net, frozen, teacher = (processes.shard(n) for n in (net, frozen, teacher))
+
 found = {}
 for name, recipe in distill.RECIPES.items():
-    for way, more in (("apart", {}), ("together", {"together": True}), ("imitated", {"imitated": [(rows[0].tokens, rows[0].mask)]})):
-        first, second, said = distill.update_gradients(net, frozen, teacher, rows, recipe, limit=12, processes=processes, **more)
-        for label, part in (("first", first), ("second", second)):
-            found |= {f"{name} {way} {label} {i}": model.full_tensor(g) for i, g in enumerate(part)}
-        found[f"{name} {way} said"] = torch.tensor([said[k] for k in sorted(said)], dtype=torch.float64)
+    for way in ("apart", "together"):
+        policy_grads, sdl_grads, metrics = distill.update_gradients(
+            net, frozen, teacher, rows, recipe, limit=12, together=way == "together", processes=processes)
+        for label, gradients in (("policy", policy_grads), ("sdl", sdl_grads)):
+            found |= {f"{name} {way} {label} {i}": model.full_tensor(g) for i, g in enumerate(gradients)}
+        found[f"{name} {way} metrics"] = torch.tensor([metrics[k] for k in sorted(metrics)], dtype=torch.float64)
     cosine = distill.reverse_kl_cosine(net, teacher, rows, recipe)
     found[f"{name} cosine"] = torch.tensor([cosine], dtype=torch.float64)
 if processes.is_main:
@@ -5476,12 +5493,10 @@ def test_two_and_four_processes_give_the_gradients_of_one(tmp_path):
         torchrun(count, script, tmp_path / f"{count}.safetensors")
         found[count] = dict(model_tensors(tmp_path / f"{count}.safetensors"))
     for name, alone in found[1].items():
-        assert alone.abs().max() > 0 or "together second" in name, name
+        assert alone.abs().max() > 0 or "together sdl" in name, name
         for count in (2, 4):
-            assert torch.allclose(found[count][name], alone, rtol=1e-5, atol=1e-5 * float(alone.abs().max())), (
-                name,
-                count,
-            )
+            close = torch.allclose(found[count][name], alone, rtol=1e-5, atol=1e-5 * float(alone.abs().max()))
+            assert close, (name, count)
 
 
 def update_rows(net, generator, count=6, guide=5):
