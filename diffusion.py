@@ -57,7 +57,7 @@ from torch import nn
 
 import model
 
-# ---- VAE: pictures and latents --------------------------------------------------------------------------------------
+# ---- VAE: pictures and latents ---------------------------------------------------------------------------------------
 
 @dataclass
 class VAEConfig:
@@ -175,7 +175,7 @@ def vae_loss(vae, images, generator, kl_weight=1e-3):
     return reconstruction + kl_weight * kl, {"psnr": psnr}
 
 
-# ---- Caption tokens -------------------------------------------------------------------------------------------------
+# ---- Caption tokens --------------------------------------------------------------------------------------------------
 
 CAPTION_TOKEN = re.compile(r"""
     (?<![^\W_])
@@ -239,7 +239,7 @@ def tokenize(tokenizer, captions, limit):
     return rows
 
 
-# ---- Conditions: captions and references, packed --------------------------------------------------------------------
+# ---- Conditions: captions and references, packed ---------------------------------------------------------------------
 
 def patchify(latents):
     """(B, h, w, C) -> (B, N, 4C): tokens are patches of 2 x 2 latents."""
@@ -356,7 +356,7 @@ class Condition:
         return Condition(keys, values, self.mask.repeat_interleave(times, 0))
 
 
-# ---- The diffusion transformer --------------------------------------------------------------------------------------
+# ---- The diffusion transformer ---------------------------------------------------------------------------------------
 
 NEARBY = 4  # words before a word that are mixed into it
 
@@ -613,7 +613,7 @@ def time_features(t):
     return torch.cat([angles.cos(), angles.sin()], 1)
 
 
-# ---- Rectified flow and its samplers --------------------------------------------------------------------------------
+# ---- Rectified flow and its samplers ---------------------------------------------------------------------------------
 
 SAMPLERS = ("euler", "midpoint", "ancestral")
 
@@ -675,7 +675,7 @@ def guided_velocity(net, condition, unconditional=None, guidance=1.0):
     return velocity
 
 
-# ---- The renderer ---------------------------------------------------------------------------------------------------
+# ---- The renderer ----------------------------------------------------------------------------------------------------
 
 class Renderer:
     """Prompts and reference pictures in, pictures out."""
@@ -767,7 +767,7 @@ class Renderer:
         return list(images.cpu().numpy())
 
 
-# ---- Training: the data ---------------------------------------------------------------------------------------------
+# ---- Training: the data ----------------------------------------------------------------------------------------------
 
 class Scenes:
     """The renderer's training file: pictures, references, classes of cells, captions. The last 2 % are held out."""
@@ -795,7 +795,7 @@ def step_generator(seed, step):
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
-# ---- Training: the VAE ----------------------------------------------------------------------------------------------
+# ---- Training: the VAE -----------------------------------------------------------------------------------------------
 
 @dataclass
 class VAETraining:
@@ -880,7 +880,7 @@ def held_out_psnr(vae, data, device):
     return 10 * math.log10(255**2 / error.square().mean().item())
 
 
-# ---- Training: the transformer --------------------------------------------------------------------------------------
+# ---- Training: the transformer ---------------------------------------------------------------------------------------
 
 @dataclass
 class RendererTraining:
@@ -1234,7 +1234,7 @@ def train(data, out, seed=0, device="cpu", vae_steps=0, steps=0, **settings):
 
 # ==== Machine room ====================================================================================================
 
-# ---- Checkpoint folders ---------------------------------------------------------------------------------------------
+# ---- Checkpoint folders ----------------------------------------------------------------------------------------------
 
 def save_folder(path, net, training):
     """Write config.json, model.safetensors (float32) and training.json."""
@@ -1295,7 +1295,7 @@ def load_caption_tokenizer(path, config=None):
     return tokenizer
 
 
-# ---- Pictures: PNG in and out, sizes --------------------------------------------------------------------------------
+# ---- Pictures: PNG in and out, sizes ---------------------------------------------------------------------------------
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_PIXELS = 64 * 2**20

@@ -899,7 +899,7 @@ def small_renderer(renderer_folders):
     return diffusion.Renderer.load(*renderer_folders)
 
 
-# ---- VAE ------------------------------------------------------------------------------------------------------------
+# ---- VAE -------------------------------------------------------------------------------------------------------------
 
 def test_the_vae_learns_and_its_loss_has_a_gradient_everywhere():
     vae = diffusion.VAE(diffusion.VAEConfig(width=32))
@@ -921,7 +921,7 @@ def test_the_committed_vae_round_trips_glyphs_and_blocks():
     assert 10 * math.log10(255**2 / (back.float() - image.float()).square().mean()) > 25
 
 
-# ---- Captions -------------------------------------------------------------------------------------------------------
+# ---- Captions --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("text", ["KEL7", "K-E-L-7", '"KEL7",', "k-e-l-7"])
 def test_spelled_strings_and_capitals_become_characters_with_their_places(text):
@@ -945,7 +945,7 @@ def test_unknown_words_are_unk_and_an_empty_caption_has_no_tokens():
     assert ids.tolist() == [tokenizer.token_to_id("[UNK]"), tokenizer.token_to_id("red")] and len(nothing) == 0
 
 
-# ---- Conditions and the transformer ---------------------------------------------------------------------------------
+# ---- Conditions and the transformer ----------------------------------------------------------------------------------
 
 def test_patchify_is_undone_and_patches_are_two_by_two():
     x = torch.randn(2, 8, 8, 3)
@@ -994,7 +994,7 @@ def test_attention_written_out_equals_the_fused_kernel():
         assert torch.allclose(written, diffusion.attend(q, k, v, mask), atol=1e-6)
 
 
-# ---- Flow and samplers ----------------------------------------------------------------------------------------------
+# ---- Flow and samplers -----------------------------------------------------------------------------------------------
 
 def test_noised_ends_are_the_picture_and_the_noise():
     x0, noise = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
@@ -1068,7 +1068,7 @@ def test_guidance_1_is_no_guidance_and_the_batched_pass_equals_two_passes(denois
             assert torch.allclose(guided, (x - x0) / 0.6, atol=1e-4)
 
 
-# ---- Renderer -------------------------------------------------------------------------------------------------------
+# ---- Renderer --------------------------------------------------------------------------------------------------------
 
 def pixel_distance(a, b):
     return np.abs(a.astype(int) - b).max()
@@ -1145,7 +1145,7 @@ def test_both_references_of_a_pair_reach_the_picture():
     assert right_looks([[] for _ in pairs]) == 0
 
 
-# ---- Training -------------------------------------------------------------------------------------------------------
+# ---- Training --------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="session")
 def colour_scenes():
@@ -1274,7 +1274,7 @@ def test_muon_gives_updates_whose_singular_values_are_about_one(shape):
     assert 0.5 < values.min() and values.max() < 1.4
 
 
-# ---- Checkpoint folders ---------------------------------------------------------------------------------------------
+# ---- Checkpoint folders ----------------------------------------------------------------------------------------------
 
 def assert_refused_by_name(folders, name):
     with pytest.raises(ValueError) as error:
@@ -1312,7 +1312,7 @@ def test_foreign_weights_are_refused_in_one_line_that_names_the_file(renderer_fo
     assert_refused_by_name(renderer_folders, name)
 
 
-# ---- PNG ------------------------------------------------------------------------------------------------------------
+# ---- PNG -------------------------------------------------------------------------------------------------------------
 
 def png_chunk(kind, body):
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
