@@ -116,6 +116,7 @@ def bootstrap(first, second, draws=4000):
     change = repeat_seeds(first, seeds) - repeat_seeds(second, seeds)                               # (S, P)
     prompts = change.shape[1]
 
+    # one draw of seeds and one of prompts for both sides: a prompt that is hard for both adds no spread
     rng = np.random.default_rng(0)
     means = []
     for _ in range(draws):
@@ -196,9 +197,8 @@ class AtlasSuite:
         self.requests = suite_requests(settings, split)
         oracle = atlas.world.oracle()
         self.oracle = [oracle[request["id"]] for request in self.requests]
-        weights = os.path.join(HERE, "weights")
-        self.renderer = diffusion.Renderer.load(os.path.join(weights, "renderer"), os.path.join(weights, "vae"),
-                                                model.pick_device(settings.device))
+        renderer, vae = (os.path.join(HERE, "weights", name) for name in ("renderer", "vae"))
+        self.renderer = diffusion.Renderer.load(renderer, vae, model.pick_device(settings.device))
         self.judge = atlas.judge.PixelJudge(atlas.world.vocabulary())
         self.steps = settings.steps
         self.guidance = settings.guidance
@@ -218,7 +218,7 @@ class AtlasSuite:
             seeds = [genevolve.image_seed(self.requests[number]) for number, _, _ in jobs]
         prompts = [prompt for _, prompt, _ in jobs]
         references = [pictures for _, _, pictures in jobs]
-        return self.renderer.render(prompts, references, seeds, steps=steps or self.steps, guidance=self.guidance)
+        return self.renderer.render(prompts, references, list(seeds), steps=steps or self.steps, guidance=self.guidance)
 
     def judge_picture(self, number, image):
         """The judgement of a picture for a request."""
@@ -277,7 +277,8 @@ def oracle_figures(suite, settings):
         figures[f"oracle, {steps} steps"] = mean_scores(suite.score(jobs, steps))
 
     few = jobs[:32]
-    first, second = (suite.render(few, seeds=[seed + n for n in range(len(few))]) for seed in (1, 1001))
+    first = suite.render(few, seeds=range(1, 1 + len(few)))
+    second = suite.render(few, seeds=range(1001, 1001 + len(few)))
     distances = [np.abs(a.astype(float) - b).mean() for a, b in zip(first, second)]
     figures["two seeds, mean pixel difference"] = {"of 255": mean(distances)}
     return figures
@@ -285,7 +286,8 @@ def oracle_figures(suite, settings):
 
 def reference_figures(suite, settings):
     """Single held-out subjects: with the right reference, with none, and with another subject's."""
-    single = [n for n, r in enumerate(suite.requests) if len(r["recipe"]["wanted"]["subjects"]) == 1]
+    subjects = [request["recipe"]["wanted"]["subjects"] for request in suite.requests]
+    single = [number for number, names in enumerate(subjects) if len(names) == 1]
     others = single[1:] + single[:1]
     right, without, wrong = [], [], []
     for number, other in zip(single, others):
@@ -323,9 +325,10 @@ def skill_figures(suite, settings):
     for skill, dimension in DIMENSION.items():
         exact, plain = [], []
         for s, scores in zip(suites, exact_scores):
-            numbers = [n for n, oracle in enumerate(s.oracle) if skill in oracle["probes"]]
-            exact += [scores[n] for n in numbers]
-            plain += s.score([(n, s.oracle[n]["probes"][skill], s.references(n)) for n in numbers])
+            wordings = {n: oracle["probes"].get(skill) for n, oracle in enumerate(s.oracle)}
+            jobs = [(n, prompt, s.references(n)) for n, prompt in wordings.items() if prompt]
+            exact += [scores[n] for n, _, _ in jobs]
+            plain += s.score(jobs)
         exact_means, plain_means = mean_scores(exact), mean_scores(plain)
         figures[f"{skill}, exact minus plain"] = {
             "KScore": exact_means["kscore"] - plain_means["kscore"],
@@ -698,7 +701,8 @@ def fixed_rows(settings, folder, requests):
         workflow.append((number, request["question"], pictures))
 
     def judged(jobs, calls):
-        return [bench_row(request, scores, True, calls) for request, scores in zip(suite.requests, suite.score(jobs))]
+        scores = suite.score(jobs)
+        return [bench_row(request, s, True, calls) for request, s in zip(suite.requests, scores)]
 
     found = {
         "raw request": judged(raw, 0),
@@ -718,6 +722,7 @@ def measure_arm(settings, arm, folder, requests):
         if os.path.exists(path):
             continue
 
+        # a stopped command finds the early measurement in a file of its own and does not repeat it
         early_path = path.replace(".json", "-early.json")
         if not os.path.exists(early_path):
             run = train(settings, arm, choice, seed, min(settings.early_steps, settings.train_steps))
@@ -735,6 +740,7 @@ def train(settings, arm, choice, seed, steps):
 
     Raises ValueError for a run that an earlier command has taken further, for its policy is another one.
     """
+    # a choice names flags of evolve and fields of the recipe alike; the arm's own changes come first
     flags, recipe_changes = dict(ARMS[arm].flags), []
     for name, value in parse_choice(choice).items():
         if name in EVOLVE_FLAGS:
@@ -746,10 +752,12 @@ def train(settings, arm, choice, seed, steps):
     flags["set"] = ",".join(recipe_changes)
 
     out = os.path.join(runs_folder(settings), f"{arm}-{slug(choice)}-{seed}")
-    run = genevolve.evolve(AblationFlags(
-        out=out, policy=settings.policy, device=settings.device, seed=seed, steps=steps, bf16=True, audit_every=0,
-        eval_every=min(CHECK_EVERY, settings.train_steps), **flags), evolution=Ablation)
-    if run.steps_done > steps:
+    check_every = min(CHECK_EVERY, settings.train_steps)
+    run = genevolve.evolve(
+        AblationFlags(out=out, policy=settings.policy, device=settings.device, seed=seed, steps=steps, bf16=True,
+                      audit_every=0, eval_every=check_every, **flags),
+        evolution=Ablation)
+    if run.steps_done > steps:  # weights of an earlier update are gone
         raise ValueError(f"{out} is at update {run.steps_done} and {steps} were asked for; "
                          f"remove it or name another --runs")
     return run
@@ -812,7 +820,8 @@ def validation_curve(log):
         rollouts += row["rollouts"]
         seconds += row["rollout_seconds"] + row["render_seconds"] + row["update_seconds"]
         if row.get("validation"):
-            points.append([rollouts, round(seconds, 1), row["validation"]["kscore"], row["validation"]["reward"]])
+            reached = row["validation"]
+            points.append([rollouts, round(seconds, 1), reached["kscore"], reached["reward"]])
     return points
 
 
@@ -887,7 +896,8 @@ def summarize_quality(folder, fixed):
         if runs:
             measured[arm] = measure_runs(runs)
             rows[arm] = trained_row(runs, measured[arm])
-            arms[arm] = arm_details(runs, measured[arm], read_json(os.path.join(folder, f"{arm}-tuning.json")) or {})
+            tuning = read_json(os.path.join(folder, f"{arm}-tuning.json")) or {}
+            arms[arm] = arm_details(runs, measured[arm], tuning)
 
     differences = {}
     for first, second in COMPARED:
@@ -1029,6 +1039,7 @@ def suite_rows(settings):
     path = os.path.join(folder, "rows.jsonl")
     done = read_lines(path)
 
+    # a request keeps its number, and with it its seed, wherever an earlier command stopped
     finished = {row["id"] for row in done}
     left = [(number, request) for number, request in enumerate(requests) if request["id"] not in finished]
     left = left[:8 if settings.quick else None]
@@ -1287,7 +1298,9 @@ def our_update(net, rows, recipe):
     def update():
         with torch.no_grad():
             old = distill.score_actions(net, [row.tokens for row in rows], [row.mask for row in rows])
-        rows_old = [dataclasses.replace(row, logp_old=logp[mask]) for row, logp, mask in zip(rows, old.logp, old.mask)]
+        rows_old = []
+        for row, logp, mask in zip(rows, old.logp, old.mask):
+            rows_old.append(dataclasses.replace(row, logp_old=logp[mask]))
         gradients, _, _ = distill.update_gradients(net, reference, net, rows_old, recipe, together=True)
         for p, gradient in zip(net.parameters(), gradients):
             p.grad = gradient
@@ -1307,14 +1320,15 @@ def padded_update(peer, rows, recipe):
     def update():
         for start in range(0, len(rows), GROUP_SIZE):
             group = rows[start:start + GROUP_SIZE]
-            mask = distill.pad_rows([torch.ones(sum(row.mask), dtype=torch.bool) for row in group])  # (N, T)
-            mask = mask.to(peer.device)
+            spoken = [torch.ones(sum(row.mask), dtype=torch.bool) for row in group]
+            mask = distill.pad_rows(spoken).to(peer.device)                                          # (N, T)
             advantages = torch.tensor([row.advantage for row in group], device=peer.device)          # (N,)
             with torch.no_grad():
                 logp_old = padded_logprobs(peer, group)
                 logp_ref = padded_logprobs(reference, group)
                 logq = padded_logprobs(peer, group, teacher=True)
 
+            # both losses divide by counts over all groups, so the groups' gradients add up to the batch's
             logp = padded_logprobs(peer, group)
             grpo = distill.grpo_loss(logp, logp_old, logp_ref, advantages, mask, normalizer=(live_count, token_count))
             sdl = distill.sdl_loss(logp, logp_old, logq, mask, normalizer=distilled_count)
@@ -1332,7 +1346,8 @@ def padded_logprobs(net, rows, teacher=False):
     lengths = torch.tensor([len(ids) for ids in tokens])
     ids = distill.pad_rows(tokens).to(net.device)
     mask = distill.pad_rows(masks).to(net.device)
-    attention_mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(net.device)
+    there = torch.arange(ids.shape[1]) < lengths[:, None]                                           # (N, T)
+    attention_mask = there.long().to(net.device)
 
     logits = net(input_ids=ids, attention_mask=attention_mask).logits[:, :-1].float()               # (N, T, V)
     logp = logits.log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)                            # (N, T)
@@ -1349,7 +1364,8 @@ def training_flops(net, rows):
     def trunk(prompt):
         """One forward pass."""
         tokens = groups * prompt + sum(lengths)
-        pairs = groups * prompt * (prompt + 1) / 2 + sum(n * prompt + n * (n + 1) / 2 for n in lengths)  # (query, key)
+        pairs = groups * prompt * (prompt + 1) / 2  # of query and key
+        pairs += sum(n * prompt + n * (n + 1) / 2 for n in lengths)
         return 2 * trunk_weights * tokens + 4 * c.layers * c.heads * c.head_dim * pairs
 
     output = 2 * sum(lengths) * c.vocab_size * c.hidden_size
@@ -1368,7 +1384,7 @@ def sampler_row(s):
     pictures = [suite.references(n) for n in range(count)]
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000)
     rows = renderer.conditions(prompts, pictures)
-    empty = [(row[0][:0], row[1][:0], row[2][:0]) for row in rows]
+    empty = [row.drop() for row in rows]
     made = {}
 
     def ours():
@@ -1382,15 +1398,15 @@ def sampler_row(s):
         renderer.conditions(prompts, pictures)
         for t, sigma in zip(scheduler.timesteps, scheduler.sigmas):
             level = torch.full((count,), float(sigma), device=x.device)
-            x0_cond = net(x, level, net.encode(diffusion.pack(rows)))
-            x0_uncond = net(x, level, net.encode(diffusion.pack(empty)))
+            x0_cond = net(x, level, net.encode(diffusion.pack(rows, x.device)))
+            x0_uncond = net(x, level, net.encode(diffusion.pack(empty, x.device)))
             x0 = x0_uncond + 2.0 * (x0_cond - x0_uncond)
             x = scheduler.step((x - x0) / sigma, t, x, return_dict=False)[0]
         made["peer"] = list(renderer.vae.to_images(diffusion.unpatchify(x)).cpu().numpy())
 
     row = side_by_side(ours, theirs, s)
-    distances = [np.abs(a.astype(int) - b).max() for a, b in zip(made["ours"], made["peer"])]
-    row["greatest pixel difference"] = int(max(distances))
+    differences = np.stack(made["ours"]).astype(int) - np.stack(made["peer"])
+    row["greatest pixel difference"] = int(np.abs(differences).max())
     return row
 
 
@@ -1463,7 +1479,8 @@ def lora_row(s):
     Each in a process of its own, so that its peak of memory is its own. "peer" is full training.
     """
     layers = 1 if s.quick else 2
-    ours, full = (run_alone("training_step", rank, layers, s.repeats, s.quick, s.device) for rank in (16, 0))
+    ours = run_alone("training_step", 16, layers, s.repeats, s.quick, s.device)
+    full = run_alone("training_step", 0, layers, s.repeats, s.quick, s.device)
     row = {
         "ours s": ours["seconds"],
         "peer s": full["seconds"],
@@ -1564,7 +1581,8 @@ def released(settings):
     for package in ("openai", "tqdm", "PIL"):
         require(package)
     out = results_folder(settings)
-    requests = atlas.world.requests("bench")[:min(4, settings.requests) if settings.quick else settings.requests]
+    count = min(4, settings.requests) if settings.quick else settings.requests
+    requests = atlas.world.requests("bench")[:count]
 
     with tempfile.TemporaryDirectory() as folder:
         model.write_lines(os.path.join(folder, "requests.jsonl"), [without_recipe(request) for request in requests])
@@ -1640,8 +1658,8 @@ RESULTS = os.path.join(HERE, "results")
 def results_folder(settings):
     """--out, or results/; a smoke run writes to out/, and never into results/, whose files are committed."""
     folder = settings.out or ("out" if settings.quick else RESULTS)
-    inside = (os.path.realpath(folder) + os.sep).startswith(os.path.realpath(RESULTS) + os.sep)
-    if settings.quick and inside:
+    path, committed = (os.path.realpath(f) + os.sep for f in (folder, RESULTS))
+    if settings.quick and path.startswith(committed):
         raise ValueError("a --quick run must not replace the committed figures in results: name another --out")
     return model.make_folder(folder)
 
@@ -1650,7 +1668,9 @@ def runs_folder(settings):
     """--runs, or runs/quality; a smoke run trains in a folder beside its results."""
     if settings.runs:
         return settings.runs
-    return os.path.join(results_folder(settings), "runs") if settings.quick else os.path.join("runs", "quality")
+    if settings.quick:
+        return os.path.join(results_folder(settings), "runs")
+    return os.path.join("runs", "quality")
 
 
 def read_json(path):
@@ -1739,9 +1759,9 @@ def write_quality(results, rows, differences, arms):
     drawn = {name: arms[name] for name in DRAWN if name in arms}
     for column, (file, unit) in enumerate((("quality.svg", "rollouts"), ("quality-seconds.svg", "seconds"))):
         curves = {name: mean_curve(arm, column) for name, arm in drawn.items()}
-        seeds = {name: [[(point[column], point[2]) for point in curve] for curve in arm["curves"]]
-                 for name, arm in drawn.items()}
-        model.write_text(os.path.join(results, file), svg_lines(curves, 720, 320, seeds, unit))
+        seeds = {name: [pick_columns(curve, column) for curve in arm["curves"]] for name, arm in drawn.items()}
+        drawing = svg_lines(curves, 720, 320, seeds, unit)
+        model.write_text(os.path.join(results, file), drawing)
 
     hits = {}
     for name, arm in drawn.items():
@@ -1751,9 +1771,15 @@ def write_quality(results, rows, differences, arms):
     model.write_text(os.path.join(results, "quality-hits.svg"), svg_lines(hits, 720, 200, across="updates"))
 
 
+def pick_columns(curve, column):
+    """The points of a validation curve as [(rollouts (column 0) or seconds (1), KScore)]."""
+    return [(point[column], point[2]) for point in curve]
+
+
 def difference_table(differences):
     """Lines of Markdown: rewards of the rollouts by window, KScore early and at the end."""
-    windows = max((len(d.get("reward of rollouts", ())) for d in differences.values()), default=0)
+    lengths = [len(difference.get("reward of rollouts", ())) for difference in differences.values()]
+    windows = max(lengths, default=0)
     columns = [f"reward of the rollouts, updates {n * CURVE_WINDOW + 1} to {(n + 1) * CURVE_WINDOW}"
                for n in range(windows)]
     columns += ["KScore, early", "KScore, at the end"]
@@ -1851,6 +1877,7 @@ def timed(work, device="cpu"):
         seconds = time.perf_counter() - started
         return Timed(seconds, (torch.cuda.max_memory_allocated() - before) / 2**20, result)
 
+    # without a GPU: the peak of the process's resident memory
     reset_peak_memory()
     before = memory_mb("VmRSS")
     started = time.perf_counter()
@@ -1893,7 +1920,9 @@ def side_by_side(ours, peer, settings):
     """Alternating runs after one of each that is not counted; ratios are peer / ours of neighbouring runs."""
     ours()
     peer()
-    runs = [(timed(ours, settings.device), timed(peer, settings.device)) for _ in range(settings.repeats)]
+    runs = []  # neighbours in time, so that a busy spell of the machine meets both
+    for _ in range(settings.repeats):
+        runs.append((timed(ours, settings.device), timed(peer, settings.device)))
     ratios = [theirs.seconds / own.seconds for own, theirs in runs]
     row = {
         "ours s": float(np.median([own.seconds for own, _ in runs])),

@@ -826,8 +826,8 @@ class Entry:
     effect_sum: float = 0.0     # sum over audits of: group's mean reward with the guide, less without it
     effect_sq_sum: float = 0.0  # sum of the squares
     placebo_sum: float = 0.0    # the first sum for the length-matched placebo
-    attempts: dict | None = None  # the pair in short, for the report
-    uses: list = field(default_factory=list)  # {"step", "request", "agreement"} of its uses at other requests
+    attempts: dict | None = None                    # the pair in short, for the report
+    uses: list = field(default_factory=list)        # {"step", "request", "agreement"} of its uses at other requests
 
     def effect(self):
         """Mean change of the reward and its standard error (inf below two audits)."""
@@ -870,7 +870,8 @@ class Memory:
 
     def add(self, prompt, bundle, best, worst, step, attempts=None):
         """Remember a bundle with the rewards of its pair. Of two for one prompt the one with the higher best reward
-        stays, the newer of equals. An empty bundle is not kept. Returns whether it was kept."""
+        stays, the newer of equals. An empty bundle is not kept. attempts: the pair in short (JSON), kept beside it.
+        Returns whether it was kept."""
         if bundle.empty:
             return False
         self.counters["added"] += 1

@@ -3105,53 +3105,28 @@ def test_two_hundred_agents_on_a_network_that_fails_a_third_of_the_time_all_end(
     assert sum("S" in row[0] for row in seen) > 160
 
 
-# ==== distill.py: scores, losses, comparison, memory ==================================================================
+# ==== distill.py: rewards, SFT, GRPO, comparison, memory, teacher, distillation, one update ===========================
 
 
 NAN = math.nan
 
 
-# ---- helpers ---------------------------------------------------------------------------------------------------------
+# ---- Helpers ---------------------------------------------------------------------------------------------------------
 
-def distill_policies(seed=0, vocabulary=6, spread=1.0):
+def paper(**changes):
+    """The paper's recipe with changes."""
+    return dataclasses.replace(distill.RECIPES["paper"], **changes)
+
+
+def random_policies(seed=0, vocabulary=6):
     """Logits (1, V) of student, old student and teacher, float64; the student's takes gradients."""
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda: spread * torch.randn(1, vocabulary, generator=generator, dtype=torch.float64)
-    student, old, teacher = draw(), draw(), draw()
+    student, old, teacher = (torch.randn(1, vocabulary, generator=generator, dtype=torch.float64) for _ in range(3))
     return student.requires_grad_(), student.detach() + 0.3 * old, teacher
 
 
-def distill_expected_gradient(estimator, on_policy, seed=0, spread=1.0, **options):
-    """The gradient of sdl_loss in expectation over tokens drawn from the old policy, by enumeration, and both KLs'."""
-    student, old, teacher = distill_policies(seed, spread=spread)
-    if on_policy:
-        old = student.detach().clone()
-    logp, logp_old, logq = (x.log_softmax(-1).T for x in (student, old, teacher))        # rows = possible tokens (V, 1)
-    mask = torch.ones_like(logp, dtype=torch.bool)
-    options = dict(selection="all", aggregation="token-mean", normalizer=1, k3_clamp=None) | options
-    if options.pop("no_ratio", False):
-        ratio_source = logp.detach()
-    else:
-        ratio_source = logp_old
-    one = lambda x, i: x[i:i + 1]
-    terms = torch.stack([distill.sdl_loss(*(one(x, i) for x in (logp, ratio_source, logq, mask)), estimator, **options)
-                         for i in range(len(logp))])
-    got, = torch.autograd.grad((logp_old.exp().flatten() * terms).sum(), student, retain_graph=True)
-    kl = lambda direction: distill.full_kl_loss(student[None], teacher[None], mask[:1], direction)
-    forward, = torch.autograd.grad(kl("forward"), student, retain_graph=True)
-    reverse, = torch.autograd.grad(kl("reverse"), student)
-    return got, forward, reverse
-
-
-def distill_coefficient(l, estimator, rho=1.0, **options):
-    """The factor c of grad log p on one sampled token."""
-    logp = torch.tensor([[-1.0]], dtype=torch.float64, requires_grad=True)
-    distill.sdl_loss(logp, logp.detach() - math.log(rho), logp.detach() - l, torch.tensor([[True]]), estimator,
-                     selection="all", **options).backward()
-    return logp.grad.item()
-
-
-def distill_rows(seed=0, rows=5, tokens=40):
+def random_logprobs(seed=0, rows=5, tokens=40):
+    """Log-probs (N, T) of student (with gradient), old student, teacher and reference, float64, and a mask."""
     generator = torch.Generator().manual_seed(seed)
     logp = -torch.rand(rows, tokens, generator=generator, dtype=torch.float64) * 3
     old, q, ref = (logp + 0.4 * torch.randn(rows, tokens, generator=generator, dtype=torch.float64) for _ in range(3))
@@ -3166,7 +3141,7 @@ def distill_step(name, arguments, observation="", think="", kind="tool_call"):
 def distill_trajectory(reward, prompt="Velmar Bridge as in the first reference image.", references=("IMG_001",),
                        steps=(), failed=(), question="Show Velmar Bridge today, with its founding year on a sign.",
                        titles=()):
-    program = distill.Program(prompt, [{"img_id": r, "note": ""} for r in references]) if prompt else None
+    program = tools.Program(prompt, [{"img_id": r, "note": ""} for r in references]) if prompt else None
     names = sorted({"subject look", "text", "count"} | set(failed))
     constraints = [{"name": n, "passed": n not in failed, "detail": ""} for n in names]
     judgement = {"constraints": constraints, "program_checks": []}
@@ -3175,87 +3150,47 @@ def distill_trajectory(reward, prompt="Velmar Bridge as in the first reference i
                               images=images)
 
 
-@pytest.mark.parametrize("shape", [(), (7,)])
-def test_padding_rows_equals_torchs_and_gives_every_row_its_gradient(shape):
-    g = torch.Generator().manual_seed(0)
-    rows = [torch.randn(n, *shape, generator=g).requires_grad_() for n in (3, 0, 5, 1)]
-    padded = distill.pad_rows(rows)
-    assert torch.equal(padded, torch.nn.utils.rnn.pad_sequence(rows, batch_first=True))
-    upstream = torch.randn(padded.shape, generator=g)
-    padded.backward(upstream)
-    assert all(torch.equal(r.grad, upstream[i, :len(r)]) for i, r in enumerate(rows))
-
-
-def test_promotion_compares_with_the_best_so_far_and_allows_for_chance_alone(monkeypatch):
-    """Paired on the same requests: a drop within one standard error is promoted, a larger one is not, and no drop
-    lowers the bar for the next."""
-    monkeypatch.setattr(genevolve, "show", lambda *_: None)
-    kept, base = [], np.linspace(0.2, 0.8, 64)
-    run = SimpleNamespace(
-        validation=[{}] * 64,
-        promoted=None,
-        out="",
-        steps_done=1,
-        processes=SimpleNamespace(is_main=True),
-        scorer=SimpleNamespace(render_and_score=lambda _: None),
-        memory=SimpleNamespace(lookup=lambda asked, count: [None] * len(asked)),
-        save_promoted=lambda: None,
-        write_policy=lambda name, figures: kept.append(figures),
-    )
-
-    def check(rewards):
-        attempts = [
-            SimpleNamespace(reward=float(r), question="", judgement={"kscore": 1.0}, program=object()) for r in rewards
-        ]
-        run.sample_trajectories = lambda rows, seeds: (attempts, 0.0)
-        return genevolve.Evolution.evaluate(run)["promoted"]
-    noise = np.where(np.arange(64) % 2, 0.1, -0.1)  # paired difference: standard error 0.0125
-    assert check(base) and check(base + noise - 0.012)       # 0.012 worse on average: chance would do that
-    assert not check(base + noise - 0.020)                   # compared with the first, not with the one before
-    assert run.promoted == base.tolist() and check(base + 0.01) and run.promoted != base.tolist()
-    assert not check(base) and len(kept) == 3                # 0.01 worse everywhere: no chance in it
-
-
 GUIDE_TEXT = 'Count aloud. Say: "Exactly three separate copies: one, two, three." with the number wanted.'
 TITLES = ("Velmar Bridge, early look", "Velmar Bridge, present look", "Velmar Bridge, replica")
 FOUND = "\n".join(f"{i}. IMG_{i:03d} {title}" for i, title in enumerate(TITLES, 1))
+SKILL = "quantity_counting"
 
 
-def distill_pair():
+@pytest.fixture
+def pair():
+    """(careful, lazy): two attempts at one request."""
     prompt = 'Velmar Bridge as in the first reference image. Exactly two separate copies: one, two. Text "1871".'
+    pictures = distill_step("image_search", {"query": "Velmar Bridge"}, FOUND, "Find the pictures.")
+    guide = distill_step("query_knowledge", {"skill_name": SKILL}, GUIDE_TEXT, f"Activate {SKILL}.")
     careful = distill_trajectory(0.9, prompt, ("IMG_002",), [
         distill_step("search", {"queries": ["city of Velmar Bridge"]}, "The city of Velmar Bridge is Kelmar.",
                      "Ask for the exact fact."),
         distill_step("search", {"queries": ["founding year of Kelmar"]}, "The founding year of Kelmar is 1871.",
                      "Follow the city."),
-        distill_step("image_search", {"query": "Velmar Bridge"}, FOUND, "Find the pictures."),
-        distill_step("query_knowledge", {"skill_name": "quantity_counting"}, GUIDE_TEXT, "Activate quantity_counting."),
+        pictures, guide,
         distill_step("", {}, "", "Take the present look. Follow the skill wording.", "answer")], titles=TITLES)
     lazy = distill_trajectory(0.4, "Velmar Bridge as in the first reference image. Two of them.", ("IMG_001",), [
         distill_step("search", {"queries": ["Velmar Bridge"]}, "Velmar Bridge is a bridge.", "Ask by the name alone."),
-        distill_step("image_search", {"query": "Velmar Bridge"}, FOUND, "Find the pictures."),
-        distill_step("query_knowledge", {"skill_name": "quantity_counting"}, GUIDE_TEXT, "Activate quantity_counting."),
+        pictures, guide,
         distill_step("", {}, "", "Take the first result. Keep the plain wording.", "answer")],
         failed=("text", "count"), titles=TITLES)
     return careful, lazy
 
 
-DISTILL_PHRASES = {
+PHRASES = {
     "search_query_guidance": {"Ask for the exact fact": "Ask for the exact fact in every search query, together with "
                               "the full name of the thing asked about.",
                               "Ask by the name alone": "Ask by the name alone."},
-    "skill_routing_guidance": {"Activate quantity_counting": "Activate quantity_counting with one query_knowledge call "
-                               "before the program, because the picture depends on that skill."}}
-
-
+    "skill_routing_guidance": {f"Activate {SKILL}": f"Activate {SKILL} with one query_knowledge call before the "
+                               "program, because the picture depends on that skill."}}
 LOOK = "Take the present look among the pictures found, whatever its place in the list of results may be."
 
 
-def distill_bundle(text=LOOK):
+def look_bundle(text=LOOK):
     return distill.Bundle.from_bullets("Show Velmar Bridge today.", {"reference_selection_guidance": [text]})
 
 
-def distill_memory(vectors, **options):
+def table_memory(vectors, **options):
     """A memory whose embedder looks prompts up in a table of 2-d vectors."""
     def embed(texts):
         rows = torch.tensor([vectors[t] for t in texts], dtype=torch.float32)
@@ -3263,62 +3198,83 @@ def distill_memory(vectors, **options):
     return distill.Memory(embed, **options)
 
 
-class DistillSession:
+def circle(count):
+    """{"0": unit vector, ...}: prompts for ``table_memory``."""
+    return {str(i): [math.cos(i), math.sin(i)] for i in range(count)}
+
+
+# ---- Programs --------------------------------------------------------------------------------------------------------
+
+class ProgramSession:
     def __init__(self, count=3, queries=(("image_search", "Velmar Bridge"),)):
         self.images = {f"IMG_{i:03d}": {"title": "", "local_path": ""} for i in range(1, count + 1)}
         self.queries = list(queries)
 
 
-def distill_answer(prompt="Velmar Bridge as in the first reference image.", ids=("IMG_001",)):
+def program_answer(prompt="Velmar Bridge as in the first reference image.", ids=("IMG_001",)):
     return {"gen_prompt": prompt, "reference_images": [{"img_id": i, "note": "look"} for i in ids]}
 
 
-# ---- programs --------------------------------------------------------------------------------------------------------
-
 def test_a_valid_program_is_parsed_and_keeps_its_references():
-    program, errors = distill.parse_program(distill_answer(ids=("IMG_001", "IMG_003")), DistillSession())
+    program, errors = tools.parse_program(program_answer(ids=("IMG_001", "IMG_003")), ProgramSession())
     assert errors == [] and [r["img_id"] for r in program.references] == ["IMG_001", "IMG_003"]
 
 
-@pytest.mark.parametrize("answer, session, part", [
-    (distill_answer(prompt="  "), DistillSession(), "empty"),
-    (distill_answer(ids=()), DistillSession(), "0 reference images"),
-    (distill_answer(ids=("IMG_001", "IMG_002", "IMG_003")), DistillSession(), "3 reference images"),
-    (distill_answer(ids=("IMG_099",)), DistillSession(), "unknown img_id IMG_099"),
-    (distill_answer(ids=("IMG_002", "IMG_001")), DistillSession(), "sorted"),
-    (distill_answer(ids=("IMG_002", "IMG_002")), DistillSession(), "differ"),
-    (distill_answer("Velmar Bridge as in IMG_001."), DistillSession(), "contains an img_id"),
-    (distill_answer("Velmar Bridge, see https://x.org/a.png."), DistillSession(), "URL"),
-    (distill_answer("As in reference image 1."), DistillSession(), "only as the first reference image"),
-    (distill_answer("As in the third reference image."), DistillSession(), "only as the first reference image"),
-    (distill_answer("The first reference image left, the second reference image right."), DistillSession(), "only one"),
-    (distill_answer(), DistillSession(queries=[("search", "a")]), "no image_search"),
-    (distill_answer(), DistillSession(queries=[("image_search", "a"), ("image_search", "a")]), "repeated"),
-    ({"gen_prompt": 3, "reference_images": []}, DistillSession(), "must be"),
-    ({"gen_prompt": "x", "reference_images": ["IMG_001"]}, DistillSession(), "must be"),
-    ("text", DistillSession(), "must be")])
-def test_every_program_rule_refuses_with_its_own_error(answer, session, part):
-    program, errors = distill.parse_program(answer, session)
+@pytest.mark.parametrize("answer, part", [
+    (program_answer(prompt="  "), "empty"),
+    (program_answer(ids=()), "0 reference images"),
+    (program_answer(ids=("IMG_001", "IMG_002", "IMG_003")), "3 reference images"),
+    (program_answer(ids=("IMG_099",)), "unknown img_id IMG_099"),
+    (program_answer(ids=("IMG_002", "IMG_001")), "sorted"),
+    (program_answer(ids=("IMG_002", "IMG_002")), "differ"),
+    (program_answer("Velmar Bridge as in IMG_001."), "contains an img_id"),
+    (program_answer("Velmar Bridge, see https://x.org/a.png."), "URL"),
+    (program_answer("As in reference image 1."), "only as the first reference image"),
+    (program_answer("As in the third reference image."), "only as the first reference image"),
+    (program_answer("The first reference image left, the second reference image right."), "only one"),
+    ({"gen_prompt": 3, "reference_images": []}, "must be"),
+    ({"gen_prompt": "x", "reference_images": ["IMG_001"]}, "must be"),
+    ("text", "must be")])
+def test_every_rule_of_a_program_refuses_with_its_own_error(answer, part):
+    program, errors = tools.parse_program(answer, ProgramSession())
+    assert program is None and any(part in e for e in errors), errors
+
+
+@pytest.mark.parametrize("queries, part", [
+    ([("search", "a")], "no image_search"),
+    ([("image_search", "a"), ("image_search", "a")], "repeated")])
+def test_every_rule_of_a_programs_queries_refuses_with_its_own_error(queries, part):
+    program, errors = tools.parse_program(program_answer(), ProgramSession(queries=queries))
     assert program is None and any(part in e for e in errors), errors
 
 
 def test_the_second_reference_image_may_be_named_when_there_are_two():
     prompt = "The First reference image left, the second wholly right, as the second reference image."
-    answer = distill_answer(prompt, ("IMG_001", "IMG_002"))
-    assert distill.parse_program(answer, DistillSession())[1] == []
+    answer = program_answer(prompt, ("IMG_001", "IMG_002"))
+    assert tools.parse_program(answer, ProgramSession())[1] == []
 
 
-# ---- scores ----------------------------------------------------------------------------------------------------------
+def test_a_trajectory_survives_json_without_picture_session_and_row(pair):
+    careful, _ = pair
+    careful.row, careful.image = {"gt_image": "x.png"}, np.zeros((2, 2, 3), np.uint8)
+    value = json.loads(json.dumps(careful.to_json()))
+    again = distill.Trajectory.from_json(value, careful.row)
+    assert again.image is None and again.row is careful.row
+    assert (again.steps, again.program, again.judgement) == (careful.steps, careful.program, careful.judgement)
+    assert (again.question, again.reward, again.images) == (careful.question, careful.reward, careful.images)
 
-def test_kscore_weights_its_four_parts():
-    assert distill.kscore(1, 0, 0, 0) == pytest.approx(0.1) and distill.kscore(0, 1, 0, 0) == pytest.approx(0.4)
-    assert distill.kscore(0, 0, 1, 0) == pytest.approx(0.4) and distill.kscore(0, 0, 0, 1) == pytest.approx(0.1)
+
+# ---- Rewards ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("scores, expected", [
+    ((1, 0, 0, 0), 0.1), ((0, 1, 0, 0), 0.4), ((0, 0, 1, 0), 0.4), ((0, 0, 0, 1), 0.1)])
+def test_kscore_weights_its_four_parts(scores, expected):
+    assert distill.kscore(*scores) == pytest.approx(expected)
 
 
 def test_kscore_without_text_follows_the_named_rule():
     assert distill.kscore(1, 0.5, None, 1) == pytest.approx(0.4 / 0.6)
     assert distill.kscore(1, 0.5, None, 1, "half") == pytest.approx(0.6)
-    assert distill.kscore(1, 0.5, None, 1, "present-mean") == pytest.approx(0.6)
     with pytest.raises(ValueError):
         distill.kscore(1, 1, None, 1, "dropped")
 
@@ -3328,13 +3284,37 @@ def test_the_reward_is_missing_if_either_half_is():
     assert math.isnan(distill.mixed_reward(NAN, 1.0)) and math.isnan(distill.mixed_reward(0.5, None))
 
 
-def distill_scored(f, v, t, a, **fields):
-    return {"judgement": dict(zip(distill.DIMENSIONS, (f, v, t, a)))} | fields
+GOOD_SCORES = {"rationale": "fine", "faithfulness": 1, "visual_correctness": 0.5, "text_accuracy": 0, "aesthetics": 1,
+               "text_accuracy_na": True}
+NO_PICTURE = np.zeros((8, 8, 3), np.uint8)
+
+
+def test_a_model_judge_sees_both_pictures_and_leaves_out_the_text_where_none_is_wanted():
+    sent = []
+
+    def chat(messages, **options):
+        sent.append(messages)
+        return "Here: " + json.dumps(GOOD_SCORES)
+    scores = distill.ModelJudge(chat).score(NO_PICTURE, NO_PICTURE, {"question": "Draw it."})
+    assert scores["text_accuracy"] is None and scores["kscore"] == pytest.approx((0.1 + 0.4 * 0.5 + 0.1) / 0.6)
+    assert [p["type"] for p in sent[0][1]["content"]] == ["text", "image_url", "image_url"]
+
+
+@pytest.mark.parametrize("reply", (
+    "no idea", '{"faithfulness": 0.7}', json.dumps(GOOD_SCORES | {"aesthetics": True}),
+    json.dumps(GOOD_SCORES | {"faithfulness": 2}), "[1]"))
+def test_a_model_judge_that_fails_raises_so_that_the_score_is_missing_not_zero(reply):
+    with pytest.raises(tools.ToolError):
+        distill.ModelJudge(lambda *_, **__: reply).score(NO_PICTURE, NO_PICTURE, {"question": "Draw it."})
+
+
+def judged_row(*scores, **fields):
+    return {"judgement": dict(zip(distill.DIMENSIONS, scores))} | fields
 
 
 def test_summaries_average_judged_rows_and_count_missing_ones_as_zero():
-    rows = [distill_scored(1, 1, 1, 1, eval_type="knowledge", difficulty="easy"),
-            distill_scored(1, 0, None, 1, eval_type="quality"),
+    rows = [judged_row(1, 1, 1, 1, eval_type="knowledge", difficulty="easy"),
+            judged_row(1, 0, None, 1, eval_type="quality"),
             {"judgement": None, "eval_type": "quality"}]
     summary = distill.summarize(rows)
     assert summary["all"]["overall"] == pytest.approx((1 + 0.2 / 0.6) / 2)
@@ -3343,13 +3323,12 @@ def test_summaries_average_judged_rows_and_count_missing_ones_as_zero():
     assert summary["by_eval_type"]["quality"]["overall_missing_zero"] == pytest.approx(0.1 / 0.6)
     assert set(summary["by_difficulty"]) == {"easy", "unknown"}
     assert distill.summarize(rows, "half")["all"]["overall"] == pytest.approx((1 + 0.4) / 2)
-    assert distill.summarize(rows, "present-mean")["all"]["overall"] == pytest.approx(0.1 + 0.4 * 0.5 + 0.4 * 1 + 0.1)
 
 
-def test_a_summary_of_nothing_judged_is_missing_but_zero_for_the_strict_mean():
-    for rule in distill.MISSING_TEXT:
-        figures = distill.summarize([{"judgement": None}], rule)["all"]
-        assert math.isnan(figures["overall"]) and figures["overall_missing_zero"] == 0
+@pytest.mark.parametrize("rule", distill.MISSING_TEXT)
+def test_a_summary_of_nothing_judged_is_missing_but_zero_for_the_strict_mean(rule):
+    figures = distill.summarize([{"judgement": None}], rule)["all"]
+    assert math.isnan(figures["overall"]) and figures["overall_missing_zero"] == 0
 
 
 def test_wiscores_weigh_categories_by_their_version():
@@ -3361,7 +3340,89 @@ def test_wiscores_weigh_categories_by_their_version():
     assert sum(distill.WISE_LEGACY.values()) == pytest.approx(1) == sum(distill.WISE_VERIFIED.values())
 
 
-# ---- advantages ------------------------------------------------------------------------------------------------------
+# ---- SFT -------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def demonstrations(tmp_path_factory):
+    """A folder with 40 demonstrations (sft.jsonl) and the text that a tokenizer is trained on (vocabulary.txt)."""
+    folder = tmp_path_factory.mktemp("demonstrations")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "HERE", str(folder))
+        build.build_demos(40, 0)
+    return folder
+
+
+@pytest.fixture
+def sft(demonstrations, capsys):
+    """A function: the cold start of a tiny policy by the command line. Returns (exit code, stdout, stderr)."""
+    def train(out, *more):
+        code = genevolve.main([str(argument) for argument in (
+            "sft", "--data", demonstrations / "sft.jsonl", "--vocabulary", demonstrations / "vocabulary.txt",
+            "--out", out, "--copy-steps", 2, "--batch-tokens", 1500, "--hidden", 32, "--layers", 1, "--heads", 2,
+            *more)])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+    return train
+
+
+def test_sft_scores_assistant_tokens_only():
+    net, tokenizer = model.load(os.path.join(genevolve.HERE, "weights", "sft"))
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "hello"},
+                {"role": "assistant", "content": "yes"}, {"role": "user", "content": "an observation"}]
+    other_messages = messages[:3] + [{"role": "user", "content": "another one"}]
+    row, other = (tokenizer.apply_chat_with_mask(m) for m in (messages, other_messages))
+    assert row[0] != other[0] and sum(row[1]) == sum(other[1]) > 0
+    assert abs(distill.sft_loss(net, [row]).item() - distill.sft_loss(net, [other]).item()) < 1e-5
+
+
+def test_a_new_policy_is_trained_to_the_end_and_leaves_no_checkpoint(tmp_path, sft):
+    code, _, err = sft(tmp_path / "policy", "--steps", 2)
+    assert code == 0, err
+    net, tokenizer = model.load(str(tmp_path / "policy"))
+    assert tokenizer.size == net.config.vocab_size
+    assert json.loads((tmp_path / "policy" / "training.json").read_text())["step"] == 3
+    assert not (tmp_path / "policy" / "checkpoints").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", (False, True), ids=("whole", "lora"))
+def test_sft_stopped_and_started_again_ends_with_the_same_weights(tmp_path, sft, monkeypatch, lora):
+    more = ("--steps", 6, "--save-every", 3)
+    if lora:
+        assert sft(tmp_path / "base", "--steps", 1)[0] == 0
+        more = ("--steps", 8, "--save-every", 3, "--init", tmp_path / "base", "--lora", 2)  # no steps of copying
+    assert sft(tmp_path / "whole", *more)[0] == 0
+
+    calls, loss = [], distill.sft_loss
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == (6 if lora else 4):  # the sixth step; the last checkpoint is the third's
+            raise KeyboardInterrupt
+        return loss(*arguments)
+    monkeypatch.setattr(distill, "sft_loss", interrupted)
+    assert sft(tmp_path / "stopped", *more)[0] == 130
+    monkeypatch.setattr(distill, "sft_loss", loss)
+    state, tensors = model.latest_checkpoint(str(tmp_path / "stopped" / "checkpoints"))
+    assert state["step"] == 3 and all(("lora_" in name) is lora for name in tensors)
+
+    code, _, err = sft(tmp_path / "stopped", *more, "--lr", 1e-3)
+    assert code == 2 and "--lr" in err
+    code, out, err = sft(tmp_path / "stopped", *more)
+    assert code == 0 and "resuming at step 3" in out, err
+    weights = [dict(model_tensors(tmp_path / name / "model.safetensors")) for name in ("stopped", "whole")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+    assert not (tmp_path / "stopped" / "checkpoints").exists()
+    assert (tmp_path / "stopped" / "adapter").exists() is lora
+
+
+@pytest.mark.parametrize("init, said", [("", "--init"), ("policy", "another --out")])
+def test_adapters_need_a_policy_that_stays_as_it_is(tmp_path, sft, init, said):
+    code, _, err = sft(tmp_path / "policy", "--lora", 2, "--init", init and tmp_path / init)
+    assert code == 2 and said in err and err.count("\n") == 1
+
+
+# ---- Advantages ------------------------------------------------------------------------------------------------------
 
 def test_advantages_sum_to_zero_and_ignore_a_shift():
     rewards = torch.tensor([[0.1, 0.9, 0.4, 0.4, 0.7, 0.2], [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]])
@@ -3379,8 +3440,7 @@ def test_sample_deviation_shrinks_advantages_by_the_stated_factor():
 
 def test_dead_missing_and_lone_entries_have_advantage_exactly_zero():
     rewards = torch.tensor([[0.3] * 6, [0.1 + 0.2] + [0.3] * 5, [NAN] * 6, [NAN, 0.7] + [NAN] * 4,
-                            [NAN, 0.2, 0.8, NAN, 0.5, 0.5]],
-                           dtype=torch.float64)
+                            [NAN, 0.2, 0.8, NAN, 0.5, 0.5]], dtype=torch.float64)
     advantages = distill.group_advantages(rewards)
     assert (advantages[:4] == 0).all() and (advantages[4, [0, 3]] == 0).all()
     expected = torch.tensor([-1.0, 1.0], dtype=torch.float64) * 0.3 / math.sqrt(0.18 / 4)
@@ -3413,16 +3473,19 @@ def test_on_policy_the_gradient_is_the_plain_policy_gradient():
     assert torch.allclose(logp.grad, -advantages[:, None].expand(2, 3) / 6)
 
 
-def test_grpo_aggregations_match_values_by_hand():
-    logp = torch.zeros(2, 4)
+@pytest.mark.parametrize("options, expected", [
+    ({}, -(1 - 6) / 4), ({"aggregation": "seq-mean-token-sum"}, -(1 - 6) / 2), ({"normalizer": 10}, 0.5)])
+def test_grpo_aggregations_match_values_by_hand(options, expected):
+    logp, advantages = torch.zeros(2, 4), torch.tensor([1.0, -2.0])
     mask = torch.tensor([[True, False, False, False], [True, True, True, False]])
-    advantages = torch.tensor([1.0, -2.0])
-    value = lambda **o: distill.grpo_loss(logp, logp, logp, advantages, mask, beta=0.0, **o).item()
-    assert value() == pytest.approx(-(1 - 6) / 4)
-    assert value(aggregation="seq-mean-token-sum") == pytest.approx(-(1 - 6) / 2)
-    assert value(normalizer=10) == pytest.approx(0.5)
-    with pytest.raises(ValueError):
-        value(aggregation="mean")
+    loss = distill.grpo_loss(logp, logp, logp, advantages, mask, beta=0.0, **options)
+    assert loss.item() == pytest.approx(expected)
+
+
+def test_an_unknown_aggregation_is_refused():
+    logp = torch.zeros(1, 1)
+    with pytest.raises(ValueError, match="aggregation 'mean'"):
+        distill.grpo_loss(logp, logp, logp, torch.ones(1), logp == 0, aggregation="mean")
 
 
 def test_the_reference_term_is_k3_over_all_rows():
@@ -3432,44 +3495,70 @@ def test_the_reference_term_is_k3_over_all_rows():
 
 
 def test_dead_rows_do_not_dilute_the_policy_gradient():
-    logp, old, _, ref, mask = distill_rows()
+    logp, old, _, ref, mask = random_logprobs()
     advantages = torch.tensor([1.0, -1.0, 0.5, 0.0, 0.0], dtype=torch.float64)
     some = distill.grpo_loss(logp[:3], old[:3], ref[:3], advantages[:3], mask[:3], beta=0.0)
     assert torch.allclose(distill.grpo_loss(logp, old, ref, advantages, mask, beta=0.0), some)
 
 
 @pytest.mark.parametrize("aggregation", distill.AGGREGATIONS)
-def test_micro_batches_with_a_global_normalizer_add_up_to_the_whole(aggregation):
-    logp, old, q, ref, mask = distill_rows()
+def test_micro_batches_of_grpo_with_global_normalizers_add_up_to_the_whole(aggregation):
+    logp, old, _, ref, mask = random_logprobs()
     advantages = torch.tensor([1.0, -1.0, 0.5, 0.0, -0.3], dtype=torch.float64)
-    pair = [distill.count_tokens(m, aggregation) for m in (distill.policy_mask(advantages, mask), mask)]
-    whole = distill.grpo_loss(logp, old, ref, advantages, mask, beta=0.1, aggregation=aggregation)
-    options = {"beta": 0.1, "aggregation": aggregation, "normalizer": pair}
-    parts = sum(distill.grpo_loss(logp[s], old[s], ref[s], advantages[s], mask[s], **options)
+    counts = [distill.count_tokens(m, aggregation) for m in (distill.policy_mask(advantages, mask), mask)]
+    options = {"beta": 0.1, "aggregation": aggregation}
+    whole = distill.grpo_loss(logp, old, ref, advantages, mask, **options)
+    parts = sum(distill.grpo_loss(logp[s], old[s], ref[s], advantages[s], mask[s], normalizer=counts, **options)
                 for s in (slice(0, 1), slice(1, 4), slice(4, 5)))
     assert torch.allclose(whole, parts)
-    chosen = distill.select_tokens(q - logp, mask)
-    whole = distill.sdl_loss(logp, old, q, mask, aggregation=aggregation)
-    options = {"aggregation": aggregation, "normalizer": distill.count_tokens(chosen, aggregation)}
-    parts = sum(distill.sdl_loss(logp[s], old[s], q[s], mask[s], **options)
+
+
+@pytest.mark.parametrize("aggregation", distill.AGGREGATIONS)
+def test_micro_batches_of_sdl_with_a_global_normalizer_add_up_to_the_whole(aggregation):
+    logp, old, q, _, mask = random_logprobs()
+    recipe = paper(aggregation=aggregation)
+    count = distill.count_tokens(distill.select_tokens(q - logp, mask), aggregation)
+    whole = distill.sdl_loss(logp, old, q, mask, recipe)
+    parts = sum(distill.sdl_loss(logp[s], old[s], q[s], mask[s], recipe, normalizer=count)
                 for s in (slice(0, 2), slice(2, 5)))
     assert torch.allclose(whole, parts)
     gradient = torch.autograd.grad(whole, logp, retain_graph=True)[0]
     assert torch.allclose(gradient, torch.autograd.grad(parts, logp)[0])
 
 
-def test_grpo_survives_extremes_and_nan_outside_the_mask():
-    for dtype in (torch.float32, torch.bfloat16):
-        for sign in (1.0, -1.0):
-            logp = torch.tensor([[-1.0, -200.0, -0.1, NAN]], dtype=dtype, requires_grad=True)
-            old = torch.tensor([[-201.0, -0.1, -0.1, NAN]], dtype=dtype)
-            ref, mask = old.flip(-1).nan_to_num(-200.0), torch.tensor([[True, True, True, False]])
-            loss = distill.grpo_loss(logp, old, ref, torch.tensor([sign]), mask)
-            loss.backward()
-            assert loss.isfinite() and logp.grad.isfinite().all() and logp.grad[0, 3] == 0
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_grpo_survives_extremes_and_nan_outside_the_mask(dtype, sign):
+    logp = torch.tensor([[-1.0, -200.0, -0.1, NAN]], dtype=dtype, requires_grad=True)
+    old = torch.tensor([[-201.0, -0.1, -0.1, NAN]], dtype=dtype)
+    ref, mask = old.flip(-1).nan_to_num(-200.0), torch.tensor([[True, True, True, False]])
+    loss = distill.grpo_loss(logp, old, ref, torch.tensor([sign]), mask)
+    loss.backward()
+    assert loss.isfinite() and logp.grad.isfinite().all() and logp.grad[0, 3] == 0
 
 
 # ---- SDL: what each estimator's gradient is --------------------------------------------------------------------------
+
+def expected_gradients(estimator, on_policy, seed=0, no_ratio=False):
+    """Gradients with respect to the student's logits: of sdl_loss in expectation over tokens drawn from the old policy,
+    by enumeration, of KL(q||p) and of KL(p||q)."""
+    student, old, teacher = random_policies(seed)
+    if on_policy:
+        old = student.detach().clone()
+    logp, logp_old, logq = (x.log_softmax(-1).T for x in (student, old, teacher))        # (V, 1): a row for each token
+    ratio_source = logp.detach() if no_ratio else logp_old
+    mask = torch.ones_like(logp, dtype=torch.bool)
+    recipe = paper(estimator=estimator, selection="all", k3_clamp=None, ratio_cap=None)
+
+    losses = []
+    for token in range(len(logp)):
+        row = slice(token, token + 1)
+        losses.append(distill.sdl_loss(logp[row], ratio_source[row], logq[row], mask[row], recipe, normalizer=1))
+    expected = (logp_old.exp().flatten() * torch.stack(losses)).sum()
+    forward, reverse = (distill.full_kl_loss(student[None], teacher[None], mask[:1], direction)
+                        for direction in ("forward", "reverse"))
+    return [torch.autograd.grad(value, student, retain_graph=True)[0] for value in (expected, forward, reverse)]
+
 
 @pytest.mark.parametrize("estimator, on_policy, options, direction", [
     ("k3_detached", True, {"no_ratio": True}, "forward"),      # k3 without a ratio
@@ -3481,62 +3570,71 @@ def test_grpo_survives_extremes_and_nan_outside_the_mask():
     ("k2", True, {}, "reverse")])
 @pytest.mark.parametrize("seed", range(3))
 def test_expected_gradients_are_those_of_the_table(estimator, on_policy, options, direction, seed):
-    got, forward, reverse = distill_expected_gradient(estimator, on_policy, seed, ratio_cap=None, **options)
+    got, forward, reverse = expected_gradients(estimator, on_policy, seed, **options)
     right, wrong = (forward, reverse) if direction == "forward" else (reverse, forward)
     assert torch.allclose(got, right, atol=1e-10) and not torch.allclose(got, wrong, atol=1e-3)
 
 
-def test_estimators_without_a_ratio_are_wrong_off_policy():
-    for estimator in ("k2", "k3_detached"):
-        got, forward, reverse = distill_expected_gradient(estimator, False, no_ratio=True, ratio_cap=None)
-        assert not torch.allclose(got, forward, atol=1e-3) and not torch.allclose(got, reverse, atol=1e-3)
+@pytest.mark.parametrize("estimator", ["k2", "k3_detached"])
+def test_estimators_without_a_ratio_are_wrong_off_policy(estimator):
+    got, forward, reverse = expected_gradients(estimator, False, no_ratio=True)
+    assert not torch.allclose(got, forward, atol=1e-3) and not torch.allclose(got, reverse, atol=1e-3)
+
+
+def coefficient(l, estimator, rho=1.0, **changes):
+    """The factor c of grad log p on one sampled token."""
+    logp = torch.tensor([[-1.0]], dtype=torch.float64, requires_grad=True)
+    recipe = paper(estimator=estimator, selection="all", **changes)
+    distill.sdl_loss(logp, logp.detach() - math.log(rho), logp.detach() - l, torch.tensor([[True]]), recipe).backward()
+    return logp.grad.item()
 
 
 @pytest.mark.parametrize("rho", [0.3, 1.0, 1.9])
 @pytest.mark.parametrize("l", [-2.0, -0.1, 0.5, 3.0])
 def test_coefficients_on_the_sampled_token_are_those_of_the_table(l, rho):
-    assert distill_coefficient(l, "k3_live", rho) == pytest.approx(rho * l)
-    assert distill_coefficient(l, "surrogate", rho) == pytest.approx(rho * l)
-    assert distill_coefficient(l, "k3_detached", rho) == pytest.approx(rho * (1 - math.exp(-l)))
-    assert distill_coefficient(l, "k2", rho) == pytest.approx(l)
+    assert coefficient(l, "k3_live", rho) == pytest.approx(rho * l)
+    assert coefficient(l, "surrogate", rho) == pytest.approx(rho * l)
+    assert coefficient(l, "k3_detached", rho) == pytest.approx(rho * (1 - math.exp(-l)))
+    assert coefficient(l, "k2", rho) == pytest.approx(l)
 
 
 def test_past_the_ratio_cap_the_live_form_changes_direction_and_the_surrogate_does_not():
-    assert distill_coefficient(1.5, "k3_live", 3.0) == pytest.approx(2 * (1 - math.exp(-1.5)))
-    assert distill_coefficient(1.5, "surrogate", 3.0) == pytest.approx(2 * 1.5)
+    assert coefficient(1.5, "k3_live", 3.0) == pytest.approx(2 * (1 - math.exp(-1.5)))
+    assert coefficient(1.5, "surrogate", 3.0) == pytest.approx(2 * 1.5)
 
 
-def test_k3_saturates_exactly_above_its_two_edges():
-    edges = [(-math.log(13.60), False), (-math.log(13.62), True), (10.99, False), (11.001, True)]
-    for l, saturated in edges:
-        assert bool(distill.is_saturated(torch.tensor(l), 10.0)) is saturated
-        assert (distill_coefficient(l, "k3_detached") == 0) is saturated
-        assert (distill_coefficient(l, "k3_live", saturation="zero") == 0) is saturated
+@pytest.mark.parametrize("l, saturated", [
+    (-math.log(13.60), False), (-math.log(13.62), True), (10.99, False), (11.001, True)])
+def test_k3_saturates_exactly_above_its_two_edges(l, saturated):
+    assert bool(distill.is_saturated(torch.tensor(l), 10.0)) is saturated
+    assert (coefficient(l, "k3_detached") == 0) is saturated
+    assert (coefficient(l, "k3_live", saturation="zero") == 0) is saturated
 
 
 def test_the_clamped_live_ratio_pushes_the_most_wanted_token_away_and_zero_does_not():
-    wanted = -math.log(50.0)                                        # the teacher finds it fifty times as likely
-    assert distill_coefficient(-2.0, "k3_live", 1.2) < 0            # descent raises the token
-    assert distill_coefficient(wanted, "k3_live", 1.2, saturation="clamp") == pytest.approx(+10 * 1.2)
-    assert distill_coefficient(wanted, "k3_live", 1.2, saturation="zero") == 0
-    assert distill_coefficient(wanted, "k3_detached", 1.2, saturation="clamp") == 0
+    wanted = -math.log(50.0)                                # the teacher finds it fifty times as likely
+    assert coefficient(-2.0, "k3_live", 1.2) < 0            # descent raises the token
+    assert coefficient(wanted, "k3_live", 1.2, saturation="clamp") == pytest.approx(+10 * 1.2)
+    assert coefficient(wanted, "k3_live", 1.2, saturation="zero") == 0
+    assert coefficient(wanted, "k3_detached", 1.2, saturation="clamp") == 0
 
 
 def test_k3_is_zero_where_the_policies_agree_and_positive_elsewhere():
-    logp, _, _, _, mask = distill_rows()
+    logp, _, _, _, mask = random_logprobs()
     assert distill.sdl_loss(logp, logp, logp, mask).item() == 0
     assert (distill.k3(torch.linspace(-5, 20, 101, dtype=torch.float64)) >= 0).all()
     assert distill.k3(torch.tensor(0.7)).item() == pytest.approx(math.exp(-0.7) - 1 + 0.7)
 
 
 def test_no_gradient_reaches_teacher_or_old_policy():
-    logp, old, q, ref, mask = distill_rows()
-    old.requires_grad_(), q.requires_grad_(), ref.requires_grad_()
-    loss = sum(distill.sdl_loss(logp, old, q, mask, e) for e in distill.SAMPLED_ESTIMATORS)
+    logp, old, q, ref, mask = random_logprobs()
+    for x in (old, q, ref):
+        x.requires_grad_()
+    loss = sum(distill.sdl_loss(logp, old, q, mask, paper(estimator=e)) for e in distill.SAMPLED_ESTIMATORS)
     (loss + distill.grpo_loss(logp, old, ref, torch.ones(5), mask)).backward()
     student, teacher = torch.randn(2, 3, 7, requires_grad=True), torch.randn(2, 3, 7, requires_grad=True)
-    full = [distill.full_kl_loss(student, teacher, torch.ones(2, 3, dtype=torch.bool), d, k)
-            for d in ("forward", "reverse") for k in (None, 2)]
+    full = [distill.full_kl_loss(student, teacher, torch.ones(2, 3, dtype=torch.bool), direction, top_k)
+            for direction in ("forward", "reverse") for top_k in (None, 2)]
     sum(full).backward()
     assert old.grad is None and q.grad is None and ref.grad is None and teacher.grad is None
     assert logp.grad.abs().sum() > 0 and student.grad.abs().sum() > 0
@@ -3544,38 +3642,40 @@ def test_no_gradient_reaches_teacher_or_old_policy():
 
 @pytest.mark.parametrize("estimator", distill.SAMPLED_ESTIMATORS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sdl_values_and_gradients_stay_finite_at_extreme_log_ratios(estimator, dtype):
-    for saturation in ("clamp", "zero"):
-        for clamp in (10.0, None):
-            logp = torch.tensor([[-200.5, -0.5, -0.5, -300.0]], dtype=dtype, requires_grad=True)
-            q = torch.tensor([[-0.5, -200.5, -0.5, -1.0]], dtype=dtype)
-            old = torch.tensor([[-0.5, -200.5, -200.5, -300.0]], dtype=dtype)
-            loss = distill.sdl_loss(logp, old, q, torch.ones(1, 4, dtype=torch.bool), estimator, selection="all",
-                                    saturation=saturation, k3_clamp=clamp)
-            loss.backward()
-            assert loss.isfinite() and logp.grad.isfinite().all()
+@pytest.mark.parametrize("saturation", ["clamp", "zero"])
+@pytest.mark.parametrize("clamp", [10.0, None])
+def test_sdl_values_and_gradients_stay_finite_at_extreme_log_ratios(estimator, dtype, saturation, clamp):
+    logp = torch.tensor([[-200.5, -0.5, -0.5, -300.0]], dtype=dtype, requires_grad=True)
+    q = torch.tensor([[-0.5, -200.5, -0.5, -1.0]], dtype=dtype)
+    old = torch.tensor([[-0.5, -200.5, -200.5, -300.0]], dtype=dtype)
+    recipe = paper(estimator=estimator, selection="all", saturation=saturation, k3_clamp=clamp)
+    loss = distill.sdl_loss(logp, old, q, torch.ones(1, 4, dtype=torch.bool), recipe)
+    loss.backward()
+    assert loss.isfinite() and logp.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("estimator", distill.SAMPLED_ESTIMATORS)
 def test_nan_and_infinity_outside_the_mask_are_inert(estimator):
-    logp, old, q, _, mask = distill_rows()
-    reference = distill.sdl_loss(logp, old, q, mask, estimator)
+    logp, old, q, _, mask = random_logprobs()
+    recipe = paper(estimator=estimator)
+    reference = distill.sdl_loss(logp, old, q, mask, recipe)
     spoilt = [torch.where(mask, x.detach(), bad) for x, bad in ((logp, NAN), (old, math.inf), (q, -math.inf))]
     spoilt[0].requires_grad_()
-    loss = distill.sdl_loss(*spoilt, mask, estimator)
+    loss = distill.sdl_loss(*spoilt, mask, recipe)
     loss.backward()
     assert torch.equal(loss, reference) and spoilt[0].grad.isfinite().all() and (spoilt[0].grad[~mask] == 0).all()
 
 
 def test_an_empty_mask_gives_exactly_zero_and_a_gradient_of_zero():
-    logp, old, q, ref, mask = distill_rows()
+    logp, old, q, ref, mask = random_logprobs()
     logits, none = torch.randn(5, 40, 3, requires_grad=True), torch.zeros_like(mask)
     losses = [distill.sdl_loss(logp, old, q, none),
-              distill.sdl_loss(logp, old, q, none, aggregation="seq-mean-token-sum"),
-              distill.sdl_loss(logp, old, q, none, "surrogate"), distill.full_kl_loss(logits, logits, none, "forward"),
+              distill.sdl_loss(logp, old, q, none, paper(aggregation="seq-mean-token-sum")),
+              distill.sdl_loss(logp, old, q, none, paper(estimator="surrogate")),
+              distill.full_kl_loss(logits, logits, none, "forward"),
               distill.grpo_loss(logp, old, ref, torch.zeros(5), none)]
     sum(losses).backward()
-    assert all(l.item() == 0 for l in losses) and (logp.grad == 0).all() and (logits.grad == 0).all()
+    assert all(loss.item() == 0 for loss in losses) and (logp.grad == 0).all() and (logits.grad == 0).all()
 
 
 # ---- SDL: selection and denominators ---------------------------------------------------------------------------------
@@ -3592,48 +3692,47 @@ def test_sampled_selection_takes_the_top_tenth_of_each_row_by_gap():
 
 def test_a_fraction_that_is_a_whole_number_is_not_rounded_up_by_float_noise():
     mask = torch.ones(1, 100, dtype=torch.bool)
-    assert distill.select_tokens(torch.randn(1, 100), mask, top_fraction=0.07).sum() == 7
+    assert distill.select_tokens(torch.randn(1, 100), mask, paper(top_fraction=0.07)).sum() == 7
 
 
 def test_position_selection_follows_the_score_and_not_the_sampled_token():
     mask, score = torch.ones(1, 10, dtype=torch.bool), torch.arange(10.0)[None]
-    gap = -score
-    assert distill.select_tokens(gap, mask, "position", 0.2, score).nonzero()[:, 1].tolist() == [8, 9]
-    assert distill.select_tokens(gap, mask, "position", score=score, threshold=6.5).sum() == 3
-    with pytest.raises(ValueError):
-        distill.select_tokens(gap, mask, "position")
+    by_score = paper(selection="position", top_fraction=0.2)
+    assert distill.select_tokens(-score, mask, by_score, score).nonzero()[:, 1].tolist() == [8, 9]
+    from_a_threshold = paper(selection="position", denominator="all", threshold=6.5)
+    assert distill.select_tokens(-score, mask, from_a_threshold, score).sum() == 3
+    for recipe in (by_score, from_a_threshold):
+        with pytest.raises(ValueError, match="needs a score"):
+            distill.select_tokens(-score, mask, recipe)
 
 
 def test_the_denominator_counts_tokens_before_or_after_the_selection():
-    logp, old, q, _, _ = distill_rows()
+    logp, old, q, _, _ = random_logprobs()
     mask = torch.ones_like(logp, dtype=torch.bool)
-    after, before = (distill.sdl_loss(logp, old, q, mask, denominator=d).item() for d in ("selected", "all"))
+
+    def value(**changes):
+        return distill.sdl_loss(logp, old, q, mask, paper(**changes)).item()
+    after, before = value(denominator="selected"), value(denominator="all")
     assert after == pytest.approx(10 * before)
-    rows = [distill.sdl_loss(logp, old, q, mask, denominator=d, aggregation="seq-mean-token-sum").item()
-            for d in ("selected", "all")]
-    assert rows[0] == pytest.approx(rows[1]) == pytest.approx(after * 4)
+    by_rows = [value(denominator=d, aggregation="seq-mean-token-sum") for d in ("selected", "all")]
+    assert by_rows[0] == pytest.approx(by_rows[1]) == pytest.approx(after * 4)
 
 
-def test_the_paper_loss_equals_its_formula_by_hand():
+BY_HAND = [math.exp(-l) - 1 + l for l in (math.log(5), math.log(2 / 3))]  # k3 of the test below
+
+
+@pytest.mark.parametrize("changes, expected", [
+    ({}, 1.25 * BY_HAND[0] + BY_HAND[1]),
+    ({"token_cap": 0.5}, 0.5 + BY_HAND[1]),
+    ({"ratio_cap": 1.1}, 1.1 * BY_HAND[0] + BY_HAND[1]),
+    ({"k3_clamp": 0.5}, 1.25 * 0.5 + BY_HAND[1]),
+    ({"k3_clamp": 0.5, "saturation": "zero"}, BY_HAND[1])])
+def test_the_paper_loss_equals_its_formula_by_hand(changes, expected):
     logp = torch.log(torch.tensor([[0.5, 0.2, 0.9]]))
     old, q = torch.log(torch.tensor([[0.4, 0.2, 0.9]])), torch.log(torch.tensor([[0.1, 0.3, 0.9]]))
     mask = torch.tensor([[True, True, False]])
-    l = [math.log(5), math.log(2 / 3)]
-    k3 = [math.exp(-x) - 1 + x for x in l]
-    value = lambda **o: distill.sdl_loss(logp, old, q, mask, selection="all", **o).item()
-    assert value() == pytest.approx((1.25 * k3[0] + k3[1]) / 2)
-    assert value(token_cap=0.5) == pytest.approx((0.5 + k3[1]) / 2)
-    assert value(ratio_cap=1.1) == pytest.approx((1.1 * k3[0] + k3[1]) / 2)
-    assert value(k3_clamp=0.5) == pytest.approx((1.25 * 0.5 + k3[1]) / 2)
-    assert value(k3_clamp=0.5, saturation="zero") == pytest.approx(k3[1] / 2)
-
-
-def test_unknown_options_are_refused():
-    logp, old, q, _, mask = distill_rows()
-    for options in ({"estimator": "reverse_kl"}, {"saturation": "none"}, {"denominator": "rows"}, {"selection": "top"},
-                    {"estimator": "surrogate", "token_cap": 1.0}):
-        with pytest.raises(ValueError):
-            distill.sdl_loss(logp, old, q, mask, **options)
+    loss = distill.sdl_loss(logp, old, q, mask, paper(selection="all", **changes))
+    assert loss.item() == pytest.approx(expected / 2)
 
 
 def test_token_statistics_are_the_counted_shares():
@@ -3643,8 +3742,8 @@ def test_token_statistics_are_the_counted_shares():
     old[0, 0], old[0, 5] = -2.0, -0.5                              # u = 2.7, u = 0.6
     statistics = distill.token_statistics(logp, old, logp - l, torch.ones(1, 20, dtype=torch.bool))
     assert statistics["selected"] == pytest.approx(0.1) and statistics["saturated"] == 1.0
-    assert statistics["capped"] == pytest.approx(0.5) and statistics["clipped"] == pytest.approx(0.1)
-    assert statistics["gap_selected"] == pytest.approx(7.5)
+    assert statistics["capped"] == pytest.approx(0.5)
+    assert statistics["gap"] == pytest.approx((3 + 12 + 18 * 0.1) / 20)
 
 
 # ---- KL over the vocabulary ------------------------------------------------------------------------------------------
@@ -3663,7 +3762,7 @@ def test_full_kl_equals_the_explicit_sum_in_both_directions_and_is_zero_for_equa
 
 
 def test_the_expected_k3_is_the_kl_it_estimates():
-    student, _, teacher = distill_policies()
+    student, _, teacher = random_policies()
     logp, logq = student.log_softmax(-1), teacher.log_softmax(-1)
     expected = (logp.exp() * distill.k3(logp - logq)).sum()
     assert torch.allclose(expected, distill.position_kl(student, teacher, "reverse")[0])
@@ -3679,17 +3778,13 @@ def test_top_k_with_a_tail_is_a_lower_bound_that_becomes_exact(direction):
     assert torch.allclose(bounds[3], exact) and torch.equal(bounds[4], exact) and (bounds[0] < exact - 1e-6).all()
 
 
-def test_full_kl_is_finite_at_extreme_logits():
-    for direction in ("forward", "reverse"):
-        for k in (None, 1):
-            student = torch.tensor([[[200.0, 0.0, -200.0]]], dtype=torch.bfloat16, requires_grad=True)
-            loss = distill.full_kl_loss(student, student.detach().flip(-1), torch.tensor([[True]]), direction, k)
-            loss.backward()
-            assert loss.isfinite() and loss > 100 and student.grad.isfinite().all()
-
-
-def test_entropy_of_even_odds_is_the_logarithm_of_their_number():
-    assert distill.position_entropy(torch.zeros(2, 8)).tolist() == pytest.approx([math.log(8)] * 2)
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("top_k", [None, 1])
+def test_full_kl_is_finite_at_extreme_logits(direction, top_k):
+    student = torch.tensor([[[200.0, 0.0, -200.0]]], dtype=torch.bfloat16, requires_grad=True)
+    loss = distill.full_kl_loss(student, student.detach().flip(-1), torch.tensor([[True]]), direction, top_k)
+    loss.backward()
+    assert loss.isfinite() and loss > 100 and student.grad.isfinite().all()
 
 
 def test_gradient_cosine_knows_equal_opposite_and_missing():
@@ -3701,82 +3796,109 @@ def test_gradient_cosine_knows_equal_opposite_and_missing():
     assert math.isnan(distill.gradient_cosine(a, [None] * 3))
 
 
-# ---- recipes ---------------------------------------------------------------------------------------------------------
+# ---- Recipes ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("changes, said", [
+    ({"estimator": "kl"}, "estimator 'kl'"), ({"saturation": "none"}, "saturation"), ({"denominator": "rows"}, "denom"),
+    ({"selection": "top"}, "selection"), ({"aggregation": "mean"}, "aggregation"), ({"score": "reward"}, "score 'rew"),
+    ({"teacher": "old"}, "teacher"), ({"std": "none"}, "std"), ({"anneal": -1}, "anneal"),
+    ({"estimator": "surrogate", "token_cap": 1.0}, "token_cap"),
+    ({"threshold": 0.1, "selection": "all", "denominator": "all"}, "threshold"),
+    ({"threshold": 0.1, "selection": "position", "denominator": "selected"}, "threshold")])
+def test_a_recipe_whose_options_do_not_exist_or_do_not_go_together_is_refused(changes, said):
+    with pytest.raises(ValueError, match=said):
+        paper(**changes)
+
+
+def test_an_estimator_over_the_vocabulary_is_not_one_of_the_sampled_token():
+    logp, old, q, _, mask = random_logprobs()
+    with pytest.raises(ValueError, match="estimator 'reverse_kl'"):
+        distill.sdl_loss(logp, old, q, mask, paper(estimator="reverse_kl"))
+
 
 @pytest.mark.parametrize("estimator", distill.SAMPLED_ESTIMATORS + distill.FULL_ESTIMATORS)
 @pytest.mark.parametrize("selection", distill.SELECTIONS)
 def test_every_recipe_gives_a_finite_loss_with_a_gradient(estimator, selection):
-    recipe = distill.Recipe(estimator=estimator, selection=selection, top_k=2)
+    recipe = paper(estimator=estimator, selection=selection, top_k=2)
     student, teacher = torch.randn(2, 12, 6, requires_grad=True), torch.randn(2, 12, 6)
     tokens, mask = torch.randint(6, (2, 12, 1)), torch.rand(2, 12) < 0.8
     logp, logq = (x.log_softmax(-1).gather(-1, tokens)[..., 0] for x in (student, teacher))
-    score = distill.position_entropy(student)
-    loss = distill.experience_loss(recipe, mask, logp, logp.detach(), logq, student, teacher, score)
+    entropy = torch.distributions.Categorical(logits=student.detach()).entropy()
+    loss = distill.experience_loss(logp, logp.detach(), logq, mask, recipe, entropy, student_logits=student,
+                                   teacher_logits=teacher)
     loss.backward()
     assert loss.isfinite() and student.grad.abs().sum() > 0 and (student.grad[~mask] == 0).all()
 
 
-def test_recipes_reduce_to_the_losses_they_name():
-    logp, old, q, _, mask = distill_rows()
-    got = distill.experience_loss(distill.RECIPES["paper"], mask, logp, old, q)
+def test_the_papers_recipe_reduces_to_its_loss():
+    logp, old, q, _, mask = random_logprobs()
+    got = distill.experience_loss(logp, old, q, mask, distill.RECIPES["paper"])
     assert torch.equal(got, distill.sdl_loss(logp, old, q, mask))
+
+
+def test_the_stable_recipe_is_the_forward_kl_where_the_score_reaches_its_threshold():
+    mask, score, stable = torch.rand(5, 40) < 0.6, torch.rand(5, 40), distill.RECIPES["stable"]
     student, teacher = torch.randn(5, 40, 6, dtype=torch.float64), torch.randn(5, 40, 6, dtype=torch.float64)
-    stable, score = distill.RECIPES["stable"], torch.rand(5, 40)
-    got = distill.experience_loss(stable, mask, student_logits=student, teacher_logits=teacher, score=score)
+
+    def loss(recipe, score=None):
+        return distill.experience_loss(None, None, None, mask, recipe, score, student_logits=student,
+                                       teacher_logits=teacher)
     advised = mask & (score >= stable.threshold)
     assert 0 < advised.sum() < mask.sum()
-    assert torch.allclose(got, distill.full_kl_loss(student, teacher, advised, "forward", normalizer=mask.sum()))
+    expected = distill.full_kl_loss(student, teacher, advised, "forward", normalizer=mask.sum())
+    assert torch.allclose(loss(stable, score), expected)
     everywhere = dataclasses.replace(stable, selection="all", threshold=None)
-    got = distill.experience_loss(everywhere, mask, student_logits=student, teacher_logits=teacher)
-    assert torch.allclose(got, distill.full_kl_loss(student, teacher, mask, "forward"))
+    assert torch.allclose(loss(everywhere), distill.full_kl_loss(student, teacher, mask, "forward"))
 
 
-def test_a_recipe_with_an_unknown_name_or_a_threshold_without_a_score_is_refused():
-    with pytest.raises(ValueError, match="estimator 'kl'"):
-        distill.Recipe(estimator="kl")
-    with pytest.raises(ValueError, match="score 'reward'"):
-        distill.Recipe(score="reward")
-    for change in ({"selection": "all", "denominator": "all"}, {"selection": "position", "denominator": "selected"}):
-        with pytest.raises(ValueError, match="threshold"):
-            distill.Recipe(threshold=0.1, **change)
+def test_an_annealed_weight_falls_to_zero_in_a_straight_line():
+    recipe = dataclasses.replace(distill.RECIPES["stable"], weight=3.0, anneal=4)
+    assert [recipe.at(n).weight for n in range(6)] == [3.0, 2.25, 1.5, 0.75, 0.0, 0.0]
+    assert [recipe.fade(n) for n in (0, 1, 4, 5)] == [1.0, 0.75, 0.0, 0.0]
+    assert distill.RECIPES["paper"].at(10**6) is distill.RECIPES["paper"] and distill.RECIPES["paper"].fade(10**6) == 1
 
 
-# ---- comparison ------------------------------------------------------------------------------------------------------
+# ---- Comparison ------------------------------------------------------------------------------------------------------
 
-def test_names_are_runs_of_capitals_that_do_not_open_a_sentence():
-    text = "Show Velmar Bridge today, near the Tower of Kel. Paint it red."
-    assert distill.entity_names(text) == ["Velmar Bridge", "Tower of Kel"]
-    text = "Captain Orlan together with Port Mira. Nothing else."
-    assert distill.entity_names(text) == ["Captain Orlan", "Port Mira"]
-    assert distill.entity_names("a red ball") == []
+@pytest.mark.parametrize("text, names", [
+    ("Show Velmar Bridge today, near the Tower of Kel. Paint it red.", ["Velmar Bridge", "Tower of Kel"]),
+    ("Captain Orlan together with Port Mira. Nothing else.", ["Captain Orlan", "Port Mira"]),
+    ("a red ball", [])])
+def test_names_are_runs_of_capitals_that_do_not_open_a_sentence(text, names):
+    assert distill.entity_names(text) == names
+
+
+def test_every_occurrence_of_a_name_is_taken_out():
     assert distill.without_names("Draw Velmar Bridge as Velmar Bridge was") == "Draw NAME as NAME was"
 
 
-def test_two_attempts_are_aligned_decision_by_decision_over_five_slots():
-    careful, lazy = distill_pair()
-    found = {(d.slot, d.decision + d.about): (d.best, d.worst, d.differs) for d in distill.compare(careful, lazy)}
-    assert found["recommended_tool_plan", "text searches"] == (2, 1, True)
-    assert found["recommended_tool_plan", "leads followed"] == (1, 0, True)
-    assert found["recommended_tool_plan", "image searches"] == (1, 1, False)
-    assert found["search_query_guidance", "queries"] == ("fact", "name", True)
-    assert found["skill_routing_guidance", "skillquantity_counting"] == (True, True, False)
-    assert found["reference_selection_guidance", "place"] == ("later", "first", True)
-    assert found["reference_selection_guidance", "title words"][:2] == (("look", "present"), ("early", "look"))
-    assert found["prompt_program_guidance", "wordingquantity_counting"] == (True, False, True)
-    assert found["prompt_program_guidance", "quoted text"] == (True, False, True)
-    assert found["prompt_program_guidance", "ordinals"] == (1, 1, False)
-    assert found["failure_guards", "constrainttext"] == (True, False, True)
-    assert ("failure_guards", "constraintsubject look") not in found
-    assert {slot for slot, _ in found} == {f for fields in distill.SLOTS.values() for f in fields}
+def test_two_attempts_are_aligned_decision_by_decision_over_five_slots(pair):
+    found = {(d.slot, d.decision, d.about): (d.best, d.worst, d.differs) for d in distill.compare(*pair)}
+    assert found == {
+        ("recommended_tool_plan", "text searches", ""): (2, 1, True),
+        ("recommended_tool_plan", "leads followed", ""): (1, 0, True),
+        ("recommended_tool_plan", "image searches", ""): (1, 1, False),
+        ("search_query_guidance", "queries", ""): ("fact", "name", True),
+        ("skill_routing_guidance", "skill", SKILL): (True, True, False),
+        ("reference_selection_guidance", "place", ""): ("later", "first", True),
+        ("reference_selection_guidance", "title words", ""): (("look", "present"), ("early", "look"), True),
+        ("prompt_program_guidance", "wording", SKILL): (True, False, True),
+        ("prompt_program_guidance", "quoted text", ""): (True, False, True),
+        ("prompt_program_guidance", "ordinals", ""): (1, 1, False),
+        ("failure_guards", "constraint", "count"): (True, False, True),
+        ("failure_guards", "constraint", "text"): (True, False, True)}
+    assert {slot for slot, _, _ in found} == {f for fields in distill.SLOTS.values() for f in fields}
 
 
-def test_following_a_guide_survives_other_words_in_its_gaps_but_not_the_plain_request():
+@pytest.mark.parametrize("prompt, verdict", [
+    ('It stands. A sign with the text "RTA", spelled R-T-A.', True),
+    ("The cone is green and only green; the ring is pink and only pink.", True),
+    ("It stands. With a red ball and a blue cube. With a sign saying RTA.", False)])
+def test_following_a_guide_survives_other_words_in_its_gaps_but_not_the_plain_request(prompt, verdict):
     guide = """Never "a red ball and a blue cube". Say: 'A sign with the text "KEL", spelled K-E-L.' or so.
                Say: "The ball is red and only red; the cube is blue and only blue." with your colours."""
     question = "Show it with a red ball and a blue cube, with a sign saying RTA."
-    assert distill.follows(guide, 'It stands. A sign with the text "RTA", spelled R-T-A.', question)
-    assert distill.follows(guide, "The cone is green and only green; the ring is pink and only pink.", question)
-    assert not distill.follows(guide, "It stands. With a red ball and a blue cube. With a sign saying RTA.", question)
+    assert distill.follows(guide, prompt, question) is verdict
 
 
 def test_title_words_that_belong_to_the_requests_names_tell_nothing():
@@ -3788,63 +3910,12 @@ def test_title_words_that_belong_to_the_requests_names_tell_nothing():
     assert words == [("look", "present")]
 
 
-def test_comparison_survives_attempts_without_program_and_malformed_arguments():
-    careful, _ = distill_pair()
+def test_comparison_survives_attempts_without_program_and_malformed_arguments(pair):
+    careful, _ = pair
     broken = distill_trajectory(0.0, prompt=None, steps=[
                                 distill_step("search", {"queries": "x"}), distill_step("search", {}),
                                 distill_step("query_knowledge", {}), distill_step("image_search", {"query": [3]})])
     assert distill.compare(careful, broken) and distill.compare(broken, careful)
-
-
-def test_general_bullets_are_imperative_sentences_of_twelve_to_twenty_two_words_without_names():
-    for best, worst in (distill_pair(), distill_pair()[::-1]):
-        bundle = distill.summarize_pair(best.question, best, worst)
-        bullets = [b for field in bundle.guidance.values() for b in field]
-        assert len(bullets) >= 6 and any(b.startswith("Standard: ") for b in bullets)
-        for bullet in bullets:
-            assert distill.check_bullet(bullet, ["Velmar", "Bridge", "Kelmar"]) is None, bullet
-            assert len(bullet.split()) <= 22 and bullet.endswith(".")
-
-
-def test_every_general_bullet_has_the_right_length_for_every_decision():
-    cases = [("", n, "", b, w) for n in ("text searches", "leads followed", "image searches")
-             for b in range(4) for w in (0, 2)]
-    cases += [("", "queries", "", s, "none") for s in ("fact", "mixed", "name", "none")]
-    cases += [("", n, "text_rendering", b, not b) for n in ("skill", "wording") for b in (True, False)]
-    cases += [("", "place", "", p, "first") for p in ("first", "later", "none")]
-    cases += [("", "title words", "", w, ()) for w in ((), ("present",), tuple("abcdef"))]
-    cases += [("", "quoted text", "", b, not b) for b in (True, False)]
-    cases += [("", "ordinals", "", n, 0) for n in (0, 1, 2)]
-    cases += [("", "constraint", n, True, False) for n in ("text", "colour of the ring on top")]
-    texts = [distill.bullet_of(distill.Difference(*case)) for case in cases]
-    assert sum(bool(t) for t in texts) > 25
-    assert all(distill.check_bullet(t) is None and t[0].isupper() for t in texts if t)
-
-
-def test_the_policys_own_phrases_become_its_bullets_with_standard_where_both_say_them():
-    careful, lazy = distill_pair()
-    guidance = distill.summarize_pair(careful.question, careful, lazy, DISTILL_PHRASES).guidance
-    assert guidance["search_query_guidance"] == [DISTILL_PHRASES["search_query_guidance"]["Ask for the exact fact"]]
-    skill = DISTILL_PHRASES["skill_routing_guidance"]["Activate quantity_counting"]
-    assert guidance["skill_routing_guidance"] == ["Standard: " + skill]
-    assert guidance["failure_guards"] == [] and guidance["focus"] == []
-
-
-def test_a_language_model_summary_is_checked_against_the_schema():
-    careful, lazy = distill_pair()
-    good = "Ask for the exact fact in every query, together with the full name of the thing."
-    reply = {"retrieval_key": {"trigger": "signs on Velmar Bridge", "source_prompt_summary": "a sign"},
-             "decision_guidance": {f: [] for f in distill.FIELDS} | {
-                 "search_query_guidance": [good, "Too short.", good.replace("the thing", "Velmar Bridge")]}}
-    asked = []
-    chat = lambda messages, **options: asked.append(options) or f"```json\n{json.dumps(reply)}\n```"
-    bundle = distill.summarize_pair_llm(chat, careful.question, careful, lazy)
-    assert bundle.guidance["search_query_guidance"] == [good] and bundle.trigger == "signs on NAME"
-    assert asked == [{"temperature": 0.0, "max_tokens": 8192}]
-    for bad in ("no", "{}", json.dumps(reply | {"decision_guidance": {"focus": "x"}}),
-                json.dumps(reply | {"decision_guidance": {f: [] for f in distill.FIELDS}})):
-        with pytest.raises(ValueError):
-            distill.summarize_pair_llm(lambda messages, **options: bad, careful.question, careful, lazy)
 
 
 def test_pairs_keep_the_gap_rule_despite_float_noise():
@@ -3865,10 +3936,69 @@ def test_of_equal_rewards_the_first_is_taken():
     assert distill.select_pair(group) == (group[1], group[0])
 
 
-# ---- bundles ---------------------------------------------------------------------------------------------------------
+# ---- Bundles ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("order", [1, -1], ids=["careful first", "lazy first"])
+def test_general_bullets_are_imperative_sentences_of_twelve_to_twenty_two_words_without_names(pair, order):
+    best, worst = pair[::order]
+    bundle = distill.summarize_pair(best.question, best, worst)
+    bullets = [b for field in bundle.guidance.values() for b in field]
+    assert len(bullets) >= 6 and any(b.startswith("Standard: ") for b in bullets)
+    for bullet in bullets:
+        assert distill.check_bullet(bullet, ["Velmar", "Bridge", "Kelmar"]) is None, bullet
+        assert len(bullet.split()) <= 22 and bullet.endswith(".")
+
+
+def test_every_general_bullet_has_the_right_length_for_every_decision():
+    cases = [(name, "", best, worst) for name in ("text searches", "leads followed", "image searches")
+             for best in range(4) for worst in (0, 2)]
+    cases += [("queries", "", style, "none") for style in ("fact", "mixed", "name", "none")]
+    cases += [(name, "text_rendering", best, not best) for name in ("skill", "wording") for best in (True, False)]
+    cases += [("place", "", rank, "first") for rank in ("first", "later", "none")]
+    cases += [("title words", "", words, ()) for words in ((), ("present",), tuple("abcdef"))]
+    cases += [("quoted text", "", best, not best) for best in (True, False)]
+    cases += [("ordinals", "", number, 0) for number in (0, 1, 2)]
+    cases += [("constraint", name, True, False) for name in ("text", "colour of the ring on top")]
+    texts = [distill.bullet_of(distill.Difference("", *case)) for case in cases]
+    assert sum(bool(t) for t in texts) > 25
+    assert all(distill.check_bullet(t) is None and t[0].isupper() for t in texts if t)
+
+
+def test_the_policys_own_phrases_become_its_bullets_with_standard_where_both_say_them(pair):
+    guidance = distill.summarize_pair(pair[0].question, *pair, PHRASES).guidance
+    assert guidance["search_query_guidance"] == [PHRASES["search_query_guidance"]["Ask for the exact fact"]]
+    skill = PHRASES["skill_routing_guidance"][f"Activate {SKILL}"]
+    assert guidance["skill_routing_guidance"] == ["Standard: " + skill]
+    assert guidance["failure_guards"] == [] and guidance["focus"] == []
+
+
+GOOD_BULLET = "Ask for the exact fact in every query, together with the full name of the thing."
+SUMMARY = {"retrieval_key": {"trigger": "signs on Velmar Bridge", "source_prompt_summary": "a sign"},
+           "decision_guidance": dict.fromkeys(distill.FIELDS, []) | {"search_query_guidance": [
+               GOOD_BULLET, "Too short.", GOOD_BULLET.replace("the thing", "Velmar Bridge")]}}
+
+
+def test_bullets_of_a_language_model_are_kept_only_if_they_fit_and_name_nothing(pair):
+    asked = []
+
+    def chat(messages, **options):
+        asked.append(options)
+        return f"```json\n{json.dumps(SUMMARY)}\n```"
+    bundle = distill.summarize_pair_llm(chat, pair[0].question, *pair)
+    assert bundle.guidance["search_query_guidance"] == [GOOD_BULLET] and bundle.trigger == "signs on NAME"
+    assert asked == [{"temperature": 0.0, "max_tokens": 8192}]
+
+
+@pytest.mark.parametrize("reply", [
+    "no", "{}", json.dumps(SUMMARY | {"decision_guidance": {"focus": "x"}}),
+    json.dumps(SUMMARY | {"decision_guidance": dict.fromkeys(distill.FIELDS, [])})])
+def test_a_language_models_summary_that_is_no_bundle_is_refused(pair, reply):
+    with pytest.raises(ValueError):
+        distill.summarize_pair_llm(lambda messages, **options: reply, pair[0].question, *pair)
+
 
 def test_bundles_survive_json_and_refuse_unknown_fields():
-    bundle = distill_bundle()
+    bundle = look_bundle()
     assert distill.Bundle.from_dict(json.loads(json.dumps(bundle.to_dict()))) == bundle
     assert bundle.trigger == "Show NAME today."
     with pytest.raises(ValueError):
@@ -3876,30 +4006,28 @@ def test_bundles_survive_json_and_refuse_unknown_fields():
 
 
 def test_markdown_shows_filled_fields_only():
-    assert distill_bundle().markdown() == f"# Guide\n## References\n- {LOOK}\n"
+    assert look_bundle().markdown() == f"# Guide\n## References\n- {LOOK}\n"
     assert distill.Bundle.from_bullets("x", {}).markdown() == ""
 
 
-def test_differing_drops_standard_bullets():
-    careful, lazy = distill_pair()
-    bundle = distill.summarize_pair(careful.question, careful, lazy, DISTILL_PHRASES).differing()
+def test_differing_drops_standard_bullets(pair):
+    bundle = distill.summarize_pair(pair[0].question, *pair, PHRASES).differing()
     assert bundle.guidance["skill_routing_guidance"] == [] and len(bundle.guidance["search_query_guidance"]) == 1
 
 
-def test_placebos_match_the_length_and_advise_nothing():
-    careful, lazy = distill_pair()
-    bundle = distill.summarize_pair(careful.question, careful, lazy)
-    for length in (lambda text: len(text.split()), len):
-        other = distill.placebo(bundle, length)
-        for field, bullets in bundle.guidance.items():
-            assert len(other.guidance[field]) == len(bullets)
-            for a, b in zip(bullets, other.guidance[field]):
-                assert 0 <= length(a) - length(b) < (1 if length(a) < 30 else 10) and not set(a.split()) & {b}
+@pytest.mark.parametrize("length", [distill.count_words, len], ids=["words", "characters"])
+def test_placebos_match_the_length_and_advise_nothing(pair, length):
+    bundle = distill.summarize_pair(pair[0].question, *pair)
+    other = distill.placebo(bundle, length)
+    for field, bullets in bundle.guidance.items():
+        assert len(other.guidance[field]) == len(bullets)
+        for a, b in zip(bullets, other.guidance[field]):
+            assert 0 <= length(a) - length(b) < (1 if length(a) < 30 else 10) and not set(a.split()) & {b}
     assert "picture" not in other.markdown()
 
 
 def test_shuffled_bundles_are_never_their_own_and_repeat_by_seed():
-    pool = [distill_bundle(f"Bullet {i}") for i in range(5)]
+    pool = [look_bundle(f"Bullet {i}") for i in range(5)]
     given = [pool[0], None, pool[1], pool[2]]
     wrong = distill.shuffled(given, pool, 3)
     assert wrong[1] is None and all(a is None or a.guidance != b.guidance for a, b in zip(given, wrong))
@@ -3907,48 +4035,52 @@ def test_shuffled_bundles_are_never_their_own_and_repeat_by_seed():
     assert distill.shuffled([pool[0]], [copy.deepcopy(pool[0])], 0) == [None]
 
 
-# ---- memory ----------------------------------------------------------------------------------------------------------
+# ---- Memory ----------------------------------------------------------------------------------------------------------
 
 def test_the_gate_is_inclusive_and_the_whole_bundle_comes_or_nothing():
-    angle = math.acos(0.84)
-    at = lambda a: [math.cos(a), math.sin(a)]
-    memory = distill_memory({"a": [1, 0], "edge": at(angle), "far": at(angle + 1e-3)})
-    memory.add("a", distill_bundle(), 0.9, 0.5, 0)
+    edge, far = math.acos(0.84), math.acos(0.84) + 1e-3
+    memory = table_memory({"a": [1, 0], "edge": [math.cos(edge), math.sin(edge)],
+                           "far": [math.cos(far), math.sin(far)]})
+    memory.add("a", look_bundle(), 0.9, 0.5, 0)
     hit, miss = memory.lookup(["edge", "far"])
     assert hit is memory.entries[0] and miss is None and hit.retrieved == 1
     assert memory.counters["asked"] == 2 and memory.counters["answered"] == 1
 
 
-def test_near_ties_go_to_the_highest_best_reward_and_exact_ones_too():
-    table = {"a": [1, 0], "b": [1, 0.01], "c": [1, 0.3], "x": [1, 0]}
-    for near_tie, expected in ((0.0, "a"), (0.02, "b"), (0.2, "c")):
-        memory = distill_memory(table, near_tie=near_tie)
-        for step, (prompt, best) in enumerate((("a", 0.6), ("b", 0.8), ("c", 0.9))):
-            memory.add(prompt, distill_bundle(), best, 0.2, step)
-        assert memory.lookup(["x"])[0].prompt == expected
-    memory = distill_memory({"a": [1, 0], "b": [1, 0]})
-    memory.add("a", distill_bundle(), 0.9, 0.2, 0)
-    memory.add("b", distill_bundle(), 0.8, 0.2, 1)
+@pytest.mark.parametrize("near_tie, expected", [(0.0, "a"), (0.02, "b"), (0.2, "c")])
+def test_near_ties_go_to_the_highest_best_reward(near_tie, expected):
+    memory = table_memory({"a": [1, 0], "b": [1, 0.01], "c": [1, 0.3], "x": [1, 0]}, near_tie=near_tie)
+    for step, (prompt, best) in enumerate((("a", 0.6), ("b", 0.8), ("c", 0.9))):
+        memory.add(prompt, look_bundle(), best, 0.2, step)
+    assert memory.lookup(["x"])[0].prompt == expected
+
+
+def test_exact_ties_go_to_the_highest_best_reward():
+    memory = table_memory({"a": [1, 0], "b": [1, 0]})
+    memory.add("a", look_bundle(), 0.9, 0.2, 0)
+    memory.add("b", look_bundle(), 0.8, 0.2, 1)
     assert memory.lookup(["b"])[0].prompt == "a"
 
 
-def test_capacity_holds_and_the_smallest_aged_gap_goes():
-    table = {str(i): [math.cos(i), math.sin(i)] for i in range(501)}
-    memory = distill_memory(table)
+def test_capacity_holds_and_the_smallest_gap_goes():
+    memory = table_memory(circle(501))
     for i in range(501):
-        memory.add(str(i), distill_bundle(), 0.9, 0.9 - (0.21 if i == 250 else 0.5), 7)
+        memory.add(str(i), look_bundle(), 0.9, 0.9 - (0.21 if i == 250 else 0.5), 7)
     assert len(memory) == 500 and len(memory.keys) == 500 and memory.counters["evicted"] == 1
     assert "250" not in [e.prompt for e in memory.entries] and memory.lookup(["251"])[0].prompt == "251"
-    old = distill_memory(table, capacity=2)
+
+
+def test_a_gap_counts_half_after_every_half_life():
+    memory = table_memory(circle(3), capacity=2)
     for i, (gap, step) in enumerate(((0.5, 0), (0.4, 100), (0.3, 100))):
-        old.add(str(i), distill_bundle(), 0.9, 0.9 - gap, step)
-    assert [e.prompt for e in old.entries] == ["1", "2"]             # 0.5 halved twice is less than 0.3
+        memory.add(str(i), look_bundle(), 0.9, 0.9 - gap, step)
+    assert [e.prompt for e in memory.entries] == ["1", "2"]          # 0.5 halved twice is less than 0.3
 
 
 def test_one_prompt_keeps_one_bundle_the_one_with_the_better_best():
-    memory = distill_memory({"a": [1, 0]})
+    memory = table_memory({"a": [1, 0]})
     for best, text in ((0.6, "first"), (0.5, "worse"), (0.6, "newer"), (0.8, "better")):
-        memory.add("a", distill_bundle(text), best, 0.1, 0)
+        memory.add("a", look_bundle(text), best, 0.1, 0)
     assert len(memory) == 1 and memory.entries[0].bundle.guidance["reference_selection_guidance"] == ["better"]
     memory.add("b", distill.Bundle.from_bullets("b", {}), 0.9, 0.1, 0)
     assert len(memory) == 1
@@ -3956,37 +4088,37 @@ def test_one_prompt_keeps_one_bundle_the_one_with_the_better_best():
 
 def test_keys_without_names_carry_a_lesson_to_requests_of_the_same_kind():
     seen = []
+
     def embed(texts):
         seen.extend(texts)
         return torch.nn.functional.one_hot(torch.tensor([zlib.crc32(t.encode()) % 97 for t in texts]), 97).float()
     memory = distill.Memory(embed, names=distill.entity_names)
-    memory.add("Show Velmar Bridge today, in cool light.", distill_bundle(), 0.9, 0.1, 0)
+    memory.add("Show Velmar Bridge today, in cool light.", look_bundle(), 0.9, 0.1, 0)
     assert memory.lookup(["Show Orlan Tower today, in cool light."])[0] is not None
     assert set(seen) == {"Show NAME today, in cool light."}
 
 
 def test_an_empty_memory_answers_nothing():
-    memory = distill_memory({})
+    memory = table_memory({})
     assert memory.lookup(["a", "b"]) == [None, None] and memory.lookup([]) == []
 
 
 def test_lessons_that_hurt_are_retired_after_enough_audits():
-    memory = distill_memory({"a": [1, 0], "b": [0, 1], "c": [-1, 0]})
+    memory = table_memory({"a": [1, 0], "b": [0, 1], "c": [-1, 0]})
     for prompt in "abc":
-        memory.add(prompt, distill_bundle(), 0.9, 0.1, 0)
+        memory.add(prompt, look_bundle(), 0.9, 0.1, 0)
     a, b, c = memory.entries
-    for with_guide, entry in ((0.3, a), (0.32, a), (0.31, a), (0.6, b), (0.7, b), (0.5, b), (0.1, c), (0.1, c)):
-        memory.record_audit(entry, with_guide, 0.5, 0.5)
-    memory.record_audit(c, NAN, 0.5, 0.5)
+    for entry, rewards in ((a, (0.3, 0.32, 0.31)), (b, (0.6, 0.7, 0.5)), (c, (0.1, 0.1, NAN))):
+        for with_guide in rewards:
+            memory.record_audit(entry, with_guide, 0.5, 0.5)
     assert memory.retire() == [a] and [e.prompt for e in memory.entries] == ["b", "c"] and len(memory.keys) == 2
     assert b.effect()[0] == pytest.approx(0.1) and memory.lookup(["a"]) == [None] and c.audits == 2
 
 
 def test_memory_state_survives_json_and_answers_alike():
-    table = {str(i): [math.cos(i), math.sin(i)] for i in range(9)}
-    memory, other = distill_memory(table), distill_memory(table)
+    memory, other = table_memory(circle(9)), table_memory(circle(9))
     for i in range(6):
-        memory.add(str(i), distill_bundle(f"Bullet {i}"), 0.9, 0.1 * i, i)
+        memory.add(str(i), look_bundle(f"Bullet {i}"), 0.9, 0.1 * i, i)
     memory.lookup(["3", "4"])
     state, tensors = memory.state_dict()
     other.load_state(json.loads(json.dumps(state)), tensors)
@@ -3995,26 +4127,34 @@ def test_memory_state_survives_json_and_answers_alike():
     assert [e.prompt for e in other.lookup(["2", "5"])] == ["2", "5"]
     with pytest.raises(ValueError):
         other.load_state(state, {"keys": tensors["keys"][:2]})
-    empty = distill_memory(table)
+
+
+def test_the_state_of_an_empty_memory_survives_too():
+    empty = table_memory(circle(9))
     empty.load_state(*empty.state_dict())
     assert empty.lookup(["1"]) == [None]
 
 
-# ---- teacher ---------------------------------------------------------------------------------------------------------
+# ---- Teacher ---------------------------------------------------------------------------------------------------------
 
-def test_the_guide_stands_before_the_tools_or_at_the_end_and_nothing_else_changes():
-    user = {"role": "user", "content": "Show Velmar Bridge."}
-    student = [{"role": "system", "content": "You plan.\n# Tools\nsearch"}, user]
-    teacher = distill.teacher_messages(student, distill_bundle())
-    assert teacher[0]["content"] == "You plan.\n" + distill_bundle().markdown() + "# Tools\nsearch"
-    assert teacher[1:] == student[1:]
-    plain = distill.teacher_messages([{"role": "system", "content": "You plan."}, user], distill_bundle())
-    assert plain[0]["content"] == "You plan.\n\n" + distill_bundle().markdown()
-    assert student[0]["content"] == "You plan.\n# Tools\nsearch"
-    assert distill.teacher_messages(student, None) == student
-    assert distill.teacher_messages(student, distill.Bundle.from_bullets("x", {})) == student
+USER = {"role": "user", "content": "Show Velmar Bridge."}
+STUDENT = [{"role": "system", "content": "You plan.\n# Tools\nsearch"}, USER]
+
+
+@pytest.mark.parametrize("system, expected", [
+    ("You plan.\n# Tools\nsearch", "You plan.\n{guide}# Tools\nsearch"), ("You plan.", "You plan.\n\n{guide}")])
+def test_the_guide_stands_before_the_tools_or_at_the_end_and_nothing_else_changes(system, expected):
+    student = [{"role": "system", "content": system}, USER]
+    teacher = distill.teacher_messages(student, look_bundle())
+    assert teacher[0]["content"] == expected.format(guide=look_bundle().markdown())
+    assert teacher[1:] == student[1:] and student[0]["content"] == system
+
+
+def test_without_advice_the_teacher_reads_what_the_student_reads():
+    assert distill.teacher_messages(STUDENT, None) == STUDENT
+    assert distill.teacher_messages(STUDENT, distill.Bundle.from_bullets("x", {})) == STUDENT
     with pytest.raises(ValueError):
-        distill.teacher_messages([user], distill_bundle())
+        distill.teacher_messages([USER], look_bundle())
 
 
 def test_teacher_and_student_see_identical_actions_offset_by_the_guide():
@@ -4028,12 +4168,11 @@ def test_teacher_and_student_see_identical_actions_offset_by_the_guide():
 
 
 def test_in_tokens_the_teachers_prompt_is_the_students_and_exactly_the_guide():
-    model = pytest.importorskip("model")
     tokenizer = model.train_tokenizer(["You plan pictures with tools. Show it. Take the present look."] * 9, 400)
-    student = [{"role": "system", "content": "You plan.\n# Tools\nsearch"}, {"role": "user", "content": "Show it."}]
+    student = [STUDENT[0], {"role": "user", "content": "Show it."}]
     short, long = (tokenizer.apply_chat(m, add_generation_prompt=True)
-                   for m in (student, distill.teacher_messages(student, distill_bundle())))
-    guide = tokenizer.encode(distill_bundle().markdown())
+                   for m in (student, distill.teacher_messages(student, look_bundle())))
+    guide = tokenizer.encode(look_bundle().markdown())
     at = next(i for i in range(len(long)) if long[i:i + len(guide)] == guide)
     assert long[:at] + long[at + len(guide):] == short
 
@@ -4043,6 +4182,286 @@ def test_the_ema_teacher_moves_by_its_decay():
     before = teacher.weight.clone()
     distill.ema_update(teacher, student, 0.9)
     assert torch.allclose(teacher.weight, 0.9 * before + 0.1 * student.weight) and student.weight.requires_grad
+
+
+# ---- One update ------------------------------------------------------------------------------------------------------
+
+def small_policy(layers=1):
+    torch.manual_seed(0)
+    return model.Qwen3(model.Config(vocab_size=50, hidden_size=32, layers=layers, heads=2, kv_heads=1, head_dim=16,
+                                    mlp_size=64))
+
+
+def moved(net):
+    """A copy of the network, a little away from it."""
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return other
+
+
+@pytest.fixture
+def update_rows():
+    """[TrainingRow]: random conversations of two groups; every other one has a guide."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(length):
+        return torch.randint(0, 50, (length,), generator=generator).tolist()
+    rows = []
+    for n in range(6):
+        if n % 3 == 0:
+            prompt = draw(20)
+        answer = draw(8 + 3 * n)
+        mask = [False] * 20 + [True] * 5 + [False] * 2 + [True] * (len(answer) - 7)
+        row = distill.TrainingRow(prompt + answer, mask, [1.0, -0.5, 0.0][n % 3])
+        if n % 2:
+            row.teacher_tokens, row.teacher_mask = prompt[:5] + row.tokens, [False] * 5 + mask
+        rows.append(row)
+    return rows
+
+
+def without_guides(rows):
+    return [dataclasses.replace(row, teacher_tokens=None, teacher_mask=None) for row in rows]
+
+
+def with_empty_guides(rows):
+    """Every row has a teacher, which reads what the student reads."""
+    return [dataclasses.replace(row, teacher_tokens=row.tokens, teacher_mask=row.mask) for row in rows]
+
+
+@pytest.mark.parametrize("shape", [(), (7,)])
+def test_padding_rows_equals_torchs_and_gives_every_row_its_gradient(shape):
+    g = torch.Generator().manual_seed(0)
+    rows = [torch.randn(n, *shape, generator=g).requires_grad_() for n in (3, 0, 5, 1)]
+    padded = distill.pad_rows(rows)
+    assert torch.equal(padded, torch.nn.utils.rnn.pad_sequence(rows, batch_first=True))
+    upstream = torch.randn(padded.shape, generator=g)
+    padded.backward(upstream)
+    assert all(torch.equal(r.grad, upstream[i, :len(r)]) for i, r in enumerate(rows))
+
+
+@pytest.mark.parametrize("with_logits", (False, True))
+def test_scores_of_actions_are_those_of_the_plain_softmax(update_rows, with_logits):
+    net = small_policy()
+    scores = distill.score_rows(net, update_rows, 0.7, with_logits)
+    for i, row in enumerate(update_rows):
+        positions = [t for t, is_action in enumerate(row.mask) if is_action]
+        logits = net(torch.tensor([row.tokens]))[0, [t - 1 for t in positions]] / 0.7
+        logp, n = logits.log_softmax(-1), len(positions)
+        assert scores.mask[i].tolist() == [True] * n + [False] * (scores.mask.shape[1] - n)
+        expected = logp[range(n), [row.tokens[t] for t in positions]]
+        assert torch.allclose(scores.logp[i, :n], expected, atol=1e-5)
+        assert torch.allclose(scores.entropy[i, :n], -(logp.exp() * logp).sum(-1), atol=1e-5)
+        if with_logits:
+            assert torch.allclose(scores.logits[i, :n], logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ("paper", "stable"))
+def test_an_update_does_not_depend_on_its_micro_batches(name, update_rows):
+    net, recipe = small_policy(layers=2), distill.RECIPES[name]
+    reference = moved(net)
+
+    def update(rows, **options):
+        return distill.update_gradients(net, reference, reference, rows, recipe, **options)
+
+    def distance(a, b):
+        return distill.gradient_norm([x - y for x, y in zip(a, b)]) / distill.gradient_norm(a)
+    policy_grads, sdl_grads, _ = update(update_rows)
+    policy_parts, sdl_parts, metrics = update(update_rows, limit=60)
+    assert distill.gradient_norm(policy_grads) > 0 and distance(policy_grads, policy_parts) < 1e-5
+    assert distill.gradient_norm(sdl_grads) > 0 and distance(sdl_grads, sdl_parts) < 1e-5
+    assert metrics["guided_tokens"] == sum(sum(r.mask) for r in update_rows if r.teacher_tokens)
+
+    both, _, _ = update(update_rows, limit=60, together=True)
+    assert distance([a + recipe.weight * b for a, b in zip(policy_grads, sdl_grads)], both) < 1e-5
+    assert distill.gradient_norm(update(without_guides(update_rows))[1]) == 0  # no bundle: exactly 0
+
+
+def test_the_gradient_of_an_update_is_that_of_the_losses_written_out(update_rows):
+    """One pass over padded rows, with the losses as the method states them, in place of the packed micro-batches."""
+    net, recipe = small_policy(), paper(selection="all")
+    reference = moved(net)
+    policy_grads, sdl_grads, _ = distill.update_gradients(net, reference, reference, update_rows, recipe)
+
+    def logp(network, tokens, mask):
+        values = network(torch.tensor([tokens]))[0, :-1].log_softmax(-1)
+        return values[range(len(tokens) - 1), tokens[1:]][torch.tensor(mask[1:])]
+    live_count = sum(sum(row.mask) for row in update_rows if row.advantage)
+    token_count = sum(sum(row.mask) for row in update_rows)
+    guided_count = sum(sum(row.mask) for row in update_rows if row.teacher_tokens)
+    grpo, sdl = 0.0, 0.0
+    for row in update_rows:
+        p, p_ref = logp(net, row.tokens, row.mask), logp(reference, row.tokens, row.mask).detach()
+        ratio, l_ref = (p - p.detach()).exp(), p - p_ref
+        grpo = grpo - row.advantage * ratio.sum() / live_count
+        grpo = grpo + recipe.beta * ((-l_ref).exp() - 1 + l_ref).sum() / token_count
+        if row.teacher_tokens:
+            l = p - logp(reference, row.teacher_tokens, row.teacher_mask).detach()
+            sdl = sdl + (ratio * ((-l).exp() - 1 + l).clamp(max=10)).sum() / guided_count
+    for got, loss in ((policy_grads, grpo), (sdl_grads, sdl)):
+        expected = torch.autograd.grad(loss, list(net.parameters()), retain_graph=True)
+        difference = distill.gradient_norm([a - b for a, b in zip(got, expected)])
+        assert difference < 1e-4 * distill.gradient_norm(expected)
+
+
+@pytest.mark.parametrize("limit, lengths", [
+    (12, [7]), (11, [3, 4]), (7, [3, 4]),
+    (6, [2, 1, 4]),                                                       # a group that does not fit is split ...
+    (1, [1] * 7)])                                                        # ... and a row never is
+def test_micro_batches_keep_groups_whole_and_count_a_shared_beginning_once(limit, lengths):
+    def row(prompt, *answer):
+        return distill.TrainingRow([*prompt, *answer], [False] * len(prompt) + [True] * len(answer), 1.0)
+    rows = [row((1, 2, 3), 7, i) for i in range(3)]                       # 5 + 1 + 1 tokens in the stream
+    rows += [row((1, 9), i) for i in range(4)]                            # 2 + 1 + 1 + 1: the 1 is the row before's
+    assert [len(batch) for batch in distill.micro_batches(rows, limit)] == lengths
+    for other in range(1, 13):
+        assert sum(distill.micro_batches(rows, other), []) == rows
+
+
+def test_rows_in_which_nothing_was_written_have_micro_batches_too():
+    nothing_said = distill.TrainingRow([1, 2], [False, False], 0.0)
+    assert distill.micro_batches([nothing_said, nothing_said], 100) == [[nothing_said, nothing_said]]
+
+
+class OneProcess(model.ProcessGroup):
+    """One of several processes, without the others."""
+
+    def __init__(self, size, rank):
+        self.size, self.rank = size, rank
+
+
+@pytest.mark.parametrize("size", (1, 2, 4, 8))
+@pytest.mark.parametrize("change", (list, without_guides), ids=("guided", "unguided"))
+def test_every_row_counts_in_one_process_and_all_take_the_same_passes(size, change, update_rows):
+    rows, seen, passes = change(update_rows), [], set()
+    for rank in range(size):
+        local, counted = distill.local_rows(rows, OneProcess(size, rank))
+        seen += [id(row) for row, counts in zip(local, counted) if counts]
+        passes.add((bool(local), any(row.teacher_tokens is not None for row in local)))
+    assert sorted(seen) == sorted(map(id, rows))
+    assert passes == {(True, change is list)}
+
+
+@pytest.mark.parametrize("estimator", ("forward_kl", "k3_live"))
+def test_where_the_guide_is_silent_a_frozen_teacher_does_not_pull_the_student_back(estimator, update_rows):
+    frozen = small_policy()
+    net = moved(frozen)
+    advice = dataclasses.replace(distill.RECIPES["stable"], estimator=estimator, threshold=1e-5)
+    everywhere = dataclasses.replace(advice, selection="all", threshold=None)
+
+    def norm(rows, recipe, **options):
+        return distill.gradient_norm(distill.update_gradients(net, frozen, frozen, rows, recipe, **options)[1])
+    silent = with_empty_guides(update_rows)
+    assert norm(silent, everywhere) > 1e-4 and norm(silent, advice) == 0
+    taught = norm(update_rows, advice)
+    assert taught > 1e-4  # with a guide it does teach
+    assert norm(update_rows, advice, policy=False) == pytest.approx(taught, rel=1e-5)  # whoever scored without it
+
+
+def test_the_advice_score_is_the_kl_between_the_teacher_with_and_without_the_guide(update_rows):
+    frozen = small_policy()
+    net, rows = moved(frozen), [row for row in update_rows if row.teacher_tokens]
+    student = distill.score_rows(net, rows, with_logits=True)
+    guided, score = distill.teacher_scores(frozen, student, rows, distill.RECIPES["stable"])
+    unguided = distill.score_rows(frozen, rows, with_logits=True)
+    assert score.shape == student.mask.shape and not score.requires_grad
+    p, q = unguided.logits.log_softmax(-1), guided.logits.log_softmax(-1)
+    expected = (q.exp() * (q - p)).sum(-1)                                # KL(with guide || without)
+    assert torch.allclose(score[student.mask], expected[student.mask], atol=1e-6)
+
+
+def test_teacher_equal_to_student_teaches_nothing_and_gradients_flow_only_into_the_student(update_rows):
+    net = small_policy()
+    rows = with_empty_guides(update_rows)
+    _, sdl_grads, metrics = distill.update_gradients(net, net, net, rows, distill.RECIPES["stable"])
+    assert distill.gradient_norm(sdl_grads) < 1e-6 and abs(metrics["sdl_loss"]) < 1e-6
+    assert all(p.grad is None for p in net.parameters())
+
+
+SHARED_UPDATE = """
+import dataclasses
+import sys
+
+import torch
+
+import distill
+import model
+
+
+def new_policy():
+    return model.Qwen3(model.Config(vocab_size=64, hidden_size=32, layers=2, heads=4, kv_heads=2, head_dim=8,
+                                    mlp_size=48))
+
+
+torch.manual_seed(0)
+processes = model.ProcessGroup.from_env()
+net, frozen, teacher = new_policy(), new_policy(), new_policy()
+rows = []
+for i, length in enumerate((9, 3, 7, 5, 4)):  # of five rows two have a guide: with four processes some have none
+    prompt, answer, guide = (torch.randint(64, (n,)).tolist() for n in (6, length, 4))
+    row = distill.TrainingRow(prompt + answer, [False] * 6 + [True] * length, float(i - 2),
+                              logp_old=torch.full((length,), -4.1))
+    if i in (1, 2):
+        row.teacher_tokens, row.teacher_mask = guide + row.tokens, [False] * 4 + row.mask
+    rows.append(row)
+net, frozen, teacher = (processes.shard(n) for n in (net, frozen, teacher))
+
+found = {}
+for name, recipe in distill.RECIPES.items():
+    for way in ("apart", "together"):
+        policy_grads, sdl_grads, metrics = distill.update_gradients(
+            net, frozen, teacher, rows, recipe, limit=12, together=way == "together", processes=processes)
+        for label, gradients in (("policy", policy_grads), ("sdl", sdl_grads)):
+            found |= {f"{name} {way} {label} {i}": model.full_tensor(g) for i, g in enumerate(gradients)}
+        found[f"{name} {way} metrics"] = torch.tensor([metrics[k] for k in sorted(metrics)], dtype=torch.float64)
+    cosine = distill.reverse_kl_cosine(net, teacher, rows, recipe)
+    found[f"{name} cosine"] = torch.tensor([cosine], dtype=torch.float64)
+if processes.is_main:
+    model.write_tensors(sys.argv[1], found)
+with processes:
+    pass
+"""
+
+
+@pytest.mark.slow
+def test_two_and_four_processes_give_the_gradients_of_one(tmp_path):
+    script = tmp_path / "update.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {genevolve.HERE!r})\n" + SHARED_UPDATE)
+    found = {}
+    for count in (1, 2, 4):
+        torchrun(count, script, tmp_path / f"{count}.safetensors")
+        found[count] = dict(model_tensors(tmp_path / f"{count}.safetensors"))
+    for name, alone in found[1].items():
+        assert alone.abs().max() > 0 or "together sdl" in name, name
+        for count in (2, 4):
+            close = torch.allclose(found[count][name], alone, rtol=1e-5, atol=1e-5 * float(alone.abs().max()))
+            assert close, (name, count)
+
+
+# ---- Of genevolve.py -------------------------------------------------------------------------------------------------
+
+def test_promotion_compares_with_the_best_so_far_and_allows_for_chance_alone(offline_evolution, monkeypatch):
+    """Paired on the same requests: a drop within one standard error is promoted, a larger one is not, and no drop
+    lowers the bar for the next."""
+    run, kept, base = offline_evolution(), [], np.linspace(0.2, 0.8, 64)
+    run.validation, run.components.scorer = [{}] * 64, SimpleNamespace(render_and_score=lambda _: None)
+    monkeypatch.setattr(genevolve, "save_gallery", lambda *_: None)
+    monkeypatch.setattr(run, "save_promoted", lambda: None)
+    monkeypatch.setattr(run, "write_policy", lambda name, figures: kept.append(figures))
+
+    def is_promoted(rewards):
+        trajectories = [distill_trajectory(float(reward)) for reward in rewards]
+        for t in trajectories:
+            t.judgement["kscore"] = 1.0
+        monkeypatch.setattr(run, "sample_trajectories", lambda requests, seeds: (trajectories, 0.0))
+        return run.evaluate()["promoted"]
+    noise = np.where(np.arange(64) % 2, 0.1, -0.1)           # paired difference: standard error 0.0125
+    assert is_promoted(base) and is_promoted(base + noise - 0.012)  # 0.012 worse on average: chance would do that
+    assert not is_promoted(base + noise - 0.020)             # compared with the first, not with the one before
+    assert run.promoted_rewards == base.tolist() and is_promoted(base + 0.01)
+    assert run.promoted_rewards != base.tolist()
+    assert not is_promoted(base) and len(kept) == 3          # 0.01 worse everywhere: no chance in it
 
 
 # ---- The Atlas and its judges ----------------------------------------------------------------------------------------
@@ -5319,63 +5738,7 @@ def test_two_processes_may_ask_for_one_folder_at_a_time(tmp_path):
     assert os.listdir(tmp_path / "out") == []
 
 
-# ---- Of distill.py ---------------------------------------------------------------------------------------------------
-
-def agent_main(capsys, *arguments):
-    """(exit code, stdout, stderr) of a command."""
-    code = genevolve.main([str(a) for a in arguments])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-def test_sft_scores_assistant_tokens_only():
-    net, tokenizer = model.load(os.path.join(genevolve.HERE, "weights", "sft"))
-    messages = [
-        {"role": "system", "content": "s"},
-        {"role": "user", "content": "hello"},
-        {"role": "assistant", "content": "yes"},
-        {"role": "user", "content": "an observation"},
-    ]
-    ids, mask = tokenizer.apply_chat_with_mask(messages)
-    other, _ = tokenizer.apply_chat_with_mask(messages[:3] + [{"role": "user", "content": "another one"}])
-    cut = lambda i: distill.sft_loss(net, [(i, mask[: len(i)] + [False] * (len(i) - len(mask)))]).item()
-    assert abs(cut(ids) - cut(other)) < 1e-5
-
-
-@pytest.mark.slow
-def test_sft_runs_on_a_tiny_budget(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(build, "HERE", str(tmp_path))
-    os.makedirs(tmp_path / "atlas"), shutil.copytree(os.path.join(genevolve.HERE, "skills"), tmp_path.parent / "skills")
-    build.build_demos(40, 0)
-    code, out, err = agent_main(
-        capsys,
-        "sft",
-        "--data",
-        tmp_path / "sft.jsonl",
-        "--vocabulary",
-        tmp_path / "vocabulary.txt",
-        "--out",
-        tmp_path / "policy",
-        "--copy-steps",
-        2,
-        "--steps",
-        2,
-        "--batch-tokens",
-        1500,
-        "--hidden",
-        32,
-        "--layers",
-        1,
-        "--heads",
-        2,
-    )
-    assert code == 0, err
-    net, tokenizer = model.load(str(tmp_path / "policy"))
-    assert (
-        tokenizer.size == net.config.vocab_size
-        and json.loads((tmp_path / "policy" / "training.json").read_text())["step"] == 3
-    )
-
+# ---- Demonstrations, and a stand-in for a rollout engine -------------------------------------------------------------
 
 @pytest.mark.parametrize("decision", ["reference_selection_guidance", "prompt_program_guidance"])
 @pytest.mark.parametrize("expert_rate", [0.0, 0.2, 1.0])
@@ -5386,248 +5749,6 @@ def test_the_scripted_teacher_is_as_expert_as_asked_and_obeys_advice_all_the_sam
     assert sum(taken) / 2000 == pytest.approx(expert_rate, abs=0.03)
     for advised in (expert, lazy[0]):
         assert {teacher.choose([advised], expert, *lazy) for _ in range(20)} == {advised}
-
-
-@pytest.mark.slow
-def test_sft_stopped_and_started_again_ends_with_the_same_weights(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(build, "HERE", str(tmp_path))
-    (
-        os.makedirs(tmp_path / "atlas"),
-        shutil.copytree(os.path.join(genevolve.HERE, "skills"), tmp_path.parent / "skills", dirs_exist_ok=True),
-    )
-    build.build_demos(40, 0)
-    train = lambda name, *more: agent_main(
-        capsys,
-        "sft",
-        "--data",
-        tmp_path / "sft.jsonl",
-        "--vocabulary",
-        tmp_path / "vocabulary.txt",
-        "--out",
-        tmp_path / name,
-        "--copy-steps",
-        2,
-        "--steps",
-        6,
-        "--batch-tokens",
-        1500,
-        "--hidden",
-        32,
-        "--layers",
-        1,
-        "--heads",
-        2,
-        "--save-every",
-        3,
-        *more,
-    )
-    assert train("whole")[0] == 0
-    calls, plain = [], distill.sft_loss
-
-    def stopped(net, rows, worth):
-        calls.append(1)
-        if len(calls) == 4:  # the sixth step; the last checkpoint is the third's
-            raise KeyboardInterrupt
-        return plain(net, rows, worth)
-    monkeypatch.setattr(distill, "sft_loss", stopped)
-    assert train("stopped")[0] == 130
-    monkeypatch.setattr(distill, "sft_loss", plain)
-    code, _, err = train("stopped", "--lr", 1e-3)
-    assert code == 2 and "--lr" in err
-    code, out, err = train("stopped")
-    assert code == 0 and "resuming at step 3" in out, err
-    assert same_tensors(tmp_path / "stopped" / "model.safetensors", tmp_path / "whole" / "model.safetensors")
-    assert not (tmp_path / "stopped" / "resume.safetensors").exists()
-
-
-SHARED_UPDATE = """
-import dataclasses
-import sys
-
-import torch
-
-import distill
-import model
-
-
-def new_policy():
-    return model.Qwen3(model.Config(vocab_size=64, hidden_size=32, layers=2, heads=4, kv_heads=2, head_dim=8,
-                                    mlp_size=48))
-
-
-torch.manual_seed(0)
-processes = model.ProcessGroup.from_env()
-net, frozen, teacher = new_policy(), new_policy(), new_policy()
-rows = []
-for i, length in enumerate((9, 3, 7, 5, 4)):  # of five rows two have a guide: with four processes some have none
-    prompt, answer, guide = (torch.randint(64, (n,)).tolist() for n in (6, length, 4))
-    row = distill.TrainingRow(prompt + answer, [False] * 6 + [True] * length, float(i - 2),
-                              logp_old=torch.full((length,), -4.1))
-    if i in (1, 2):
-        row.teacher_tokens, row.teacher_mask = guide + row.tokens, [False] * 4 + row.mask
-    rows.append(row)
-net, frozen, teacher = (processes.shard(n) for n in (net, frozen, teacher))
-
-found = {}
-for name, recipe in distill.RECIPES.items():
-    for way in ("apart", "together"):
-        policy_grads, sdl_grads, metrics = distill.update_gradients(
-            net, frozen, teacher, rows, recipe, limit=12, together=way == "together", processes=processes)
-        for label, gradients in (("policy", policy_grads), ("sdl", sdl_grads)):
-            found |= {f"{name} {way} {label} {i}": model.full_tensor(g) for i, g in enumerate(gradients)}
-        found[f"{name} {way} metrics"] = torch.tensor([metrics[k] for k in sorted(metrics)], dtype=torch.float64)
-    cosine = distill.reverse_kl_cosine(net, teacher, rows, recipe)
-    found[f"{name} cosine"] = torch.tensor([cosine], dtype=torch.float64)
-if processes.is_main:
-    model.write_tensors(sys.argv[1], found)
-with processes:
-    pass
-"""
-
-
-def test_two_and_four_processes_give_the_gradients_of_one(tmp_path):
-    script = tmp_path / "update.py"
-    script.write_text(f"import sys\nsys.path.insert(0, {genevolve.HERE!r})\n" + SHARED_UPDATE)
-    found = {}
-    for count in (1, 2, 4):
-        torchrun(count, script, tmp_path / f"{count}.safetensors")
-        found[count] = dict(model_tensors(tmp_path / f"{count}.safetensors"))
-    for name, alone in found[1].items():
-        assert alone.abs().max() > 0 or "together sdl" in name, name
-        for count in (2, 4):
-            close = torch.allclose(found[count][name], alone, rtol=1e-5, atol=1e-5 * float(alone.abs().max()))
-            assert close, (name, count)
-
-
-def update_rows(net, generator, count=6, guide=5):
-    """Random conversations of two groups; every other one has a guide."""
-    rows = []
-    for n in range(count):
-        if n % 3 == 0:
-            prompt = torch.randint(0, net.config.vocab_size, (20,), generator=generator).tolist()
-        answer = torch.randint(0, net.config.vocab_size, (8 + 3 * n,), generator=generator).tolist()
-        mask = [False] * 20 + [True] * 5 + [False] * 2 + [True] * (len(answer) - 7)
-        extra = prompt[:guide]
-        told = (extra + prompt + answer, [False] * guide + mask) if n % 2 else (None, None)
-        rows.append(distill.TrainingRow(prompt + answer, mask, [1.0, -0.5, 0.0][n % 3], *told))
-    return rows
-
-
-@pytest.mark.parametrize("name", ("paper", "stable"))
-def test_an_update_does_not_depend_on_its_micro_batches(name):
-    torch.manual_seed(0)
-    net = model.Qwen3(
-        model.Config(vocab_size=50, hidden_size=32, layers=2, heads=2, kv_heads=1, head_dim=16, mlp_size=64)
-    )
-    reference, recipe = copy.deepcopy(net), distill.RECIPES[name]
-    with torch.no_grad():
-        for p in reference.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    rows = update_rows(net, torch.Generator().manual_seed(1))
-    whole = distill.update_gradients(net, reference, reference, rows, recipe)
-    parts = distill.update_gradients(net, reference, reference, rows, recipe, limit=60)
-    both, _, _ = distill.update_gradients(net, reference, reference, rows, recipe, limit=60, together=True)
-    apart = lambda a, b: distill.gradient_norm([x - y for x, y in zip(a, b)]) / distill.gradient_norm(a)
-    assert all(distill.gradient_norm(a) > 0 and apart(a, b) < 1e-5 for a, b in zip(whole[:2], parts[:2]))
-    assert apart([a + recipe.weight * b for a, b in zip(*whole[:2])], both) < 1e-5
-    assert parts[2]["guided_tokens"] == sum(sum(r.mask) for r in rows if r.teacher_tokens)
-    bare = [dataclasses.replace(r, teacher_tokens=None, teacher_mask=None) for r in rows]
-    assert (
-        distill.gradient_norm(distill.update_gradients(net, reference, reference, bare, recipe)[1]) == 0
-    )  # no bundle: exactly 0
-
-
-def test_micro_batches_keep_groups_whole_and_count_a_shared_beginning_once():
-    row = lambda prompt, *said: distill.TrainingRow(
-        list(prompt) + list(said), [False] * len(prompt) + [True] * len(said), 1.0
-    )
-    first = [row((1, 2, 3), 7, i) for i in range(3)]                      # 5 + 1 + 1 tokens in the stream
-    second = [row((1, 9), i) for i in range(4)]                           # 2 + 1 + 1 + 1: the 1 is the row before's
-    lengths = lambda limit: [len(piece) for piece in distill.micro_batches(first + second, limit)]
-    assert lengths(12) == [7] and lengths(11) == [3, 4] and lengths(7) == [3, 4]
-    assert lengths(6) == [2, 1, 4]                                        # a group that does not fit is split ...
-    assert lengths(1) == [1] * 7                                          # ... and a row never is
-    for limit in range(1, 13):
-        assert sum(distill.micro_batches(first + second, limit), []) == first + second
-    nothing_said = distill.TrainingRow([1, 2], [False, False], 0.0)
-    assert distill.micro_batches([nothing_said, nothing_said], 100) == [[nothing_said, nothing_said]]
-
-
-def test_an_annealed_weight_falls_to_zero_in_a_straight_line():
-    recipe = dataclasses.replace(distill.RECIPES["stable"], weight=3.0, anneal=4)
-    assert [recipe.at(n).weight for n in range(6)] == [3.0, 2.25, 1.5, 0.75, 0.0, 0.0]
-    assert [recipe.fade(n) for n in (0, 1, 4, 5)] == [1.0, 0.75, 0.0, 0.0]
-    assert distill.RECIPES["paper"].at(10**6) is distill.RECIPES["paper"] and distill.RECIPES["paper"].fade(10**6) == 1
-    with pytest.raises(ValueError, match="anneal"):
-        dataclasses.replace(recipe, anneal=-1)
-
-
-@pytest.mark.parametrize("estimator", ("forward_kl", "k3_live"))
-def test_where_the_guide_is_silent_a_frozen_teacher_does_not_pull_the_student_back(estimator):
-    torch.manual_seed(0)
-    net = model.Qwen3(
-        model.Config(vocab_size=50, hidden_size=32, layers=1, heads=2, kv_heads=1, head_dim=16, mlp_size=64)
-    )
-    frozen, advice = (
-        copy.deepcopy(net),
-        dataclasses.replace(distill.RECIPES["stable"], estimator=estimator, threshold=1e-5),
-    )
-    with torch.no_grad():
-        for p in net.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    rows = update_rows(net, torch.Generator().manual_seed(1))
-    silent = [dataclasses.replace(r, teacher_tokens=r.tokens, teacher_mask=r.mask) for r in rows]
-    everywhere = dataclasses.replace(advice, selection="all", threshold=None)
-    norm = lambda rows, recipe, **more: distill.gradient_norm(
-        distill.update_gradients(net, frozen, frozen, rows, recipe, **more)[1]
-    )
-    assert norm(silent, everywhere) > 1e-4 and norm(silent, advice) == 0
-    assert norm(rows, advice) > 1e-4  # with a guide it does teach
-    assert norm(rows, advice, policy=False) == pytest.approx(norm(rows, advice), rel=1e-5)  # whoever scored without it
-    told = [r for r in rows if r.teacher_tokens]
-    student = distill.score_actions(net, [r.tokens for r in told], [r.mask for r in told], 1.0, True)
-    wise, score = distill.teacher_scores(frozen, student, told, advice)
-    plain = distill.score_actions(frozen, [r.tokens for r in told], [r.mask for r in told], 1.0, True)
-    assert score.shape == student.mask.shape and not score.requires_grad
-    assert torch.allclose(score, distill.position_kl(plain.logits, wise.logits, "forward"))  # KL(with guide || without)
-
-
-def test_teacher_equal_to_student_teaches_nothing_and_gradients_flow_only_into_the_student():
-    torch.manual_seed(0)
-    net = model.Qwen3(
-        model.Config(vocab_size=50, hidden_size=32, layers=1, heads=2, kv_heads=1, head_dim=16, mlp_size=64)
-    )
-    rows = [
-        dataclasses.replace(r, teacher_tokens=r.tokens, teacher_mask=r.mask)
-        for r in update_rows(net, torch.Generator().manual_seed(1))
-    ]
-    second, said = distill.update_gradients(net, net, net, rows, distill.RECIPES["stable"])[1:]
-    assert distill.gradient_norm(second) < 1e-6 and abs(said["sdl_loss"]) < 1e-6
-    assert all(p.grad is None for p in net.parameters())
-
-
-GOOD_SCORES = {"rationale": "fine", "faithfulness": 1, "visual_correctness": 0.5, "text_accuracy": 0, "aesthetics": 1,
-               "text_accuracy_na": True}
-NO_PICTURE = np.zeros((8, 8, 3), np.uint8)
-
-
-def test_a_model_judge_sees_both_pictures_and_leaves_out_the_text_where_none_is_wanted():
-    sent = []
-
-    def chat(messages, **options):
-        sent.append(messages)
-        return "Here: " + json.dumps(GOOD_SCORES)
-    scores = distill.ModelJudge(chat).score(NO_PICTURE, NO_PICTURE, {"question": "Draw it."})
-    assert scores["text_accuracy"] is None and scores["kscore"] == pytest.approx((0.1 + 0.4 * 0.5 + 0.1) / 0.6)
-    assert [p["type"] for p in sent[0][1]["content"]] == ["text", "image_url", "image_url"]
-
-
-@pytest.mark.parametrize("reply", (
-    "no idea", '{"faithfulness": 0.7}', json.dumps(GOOD_SCORES | {"aesthetics": True}),
-    json.dumps(GOOD_SCORES | {"faithfulness": 2}), "[1]"))
-def test_a_model_judge_that_fails_raises_so_that_the_score_is_missing_not_zero(reply):
-    with pytest.raises(tools.ToolError):
-        distill.ModelJudge(lambda *_, **__: reply).score(NO_PICTURE, NO_PICTURE, {"question": "Draw it."})
 
 
 def test_names_of_demonstrations_are_in_no_other_split():
