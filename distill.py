@@ -421,7 +421,9 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, clip=(0.20, 0.28), bet
     A = upcast(advantages)[:, None]                                                            # (N, 1)
     gain = torch.minimum(ratio * A, ratio.clamp(1 - clip[0], 1 + clip[1]) * A)
     loss = -aggregate(gain, policy_mask(advantages, mask), aggregation, live_count)
-    return loss + beta * aggregate(k3(logp - logp_ref), mask, aggregation, token_count) if beta else loss
+    if not beta:
+        return loss
+    return loss + beta * aggregate(k3(logp - logp_ref), mask, aggregation, token_count)
 
 
 # ---- Comparison: where the best and the worst attempt parted (section 6) ---------------------------------------------
@@ -565,9 +567,10 @@ def program_decisions(trajectory, guides):
     prompt = trajectory.program.gen_prompt if trajectory.program else ""
     decisions = {("prompt_program_guidance", "wording", skill): follows(guide, prompt, trajectory.question)
                  for skill, guide in guides.items()}
-    phrases = sum(phrase in prompt.lower() for phrase in tools.REFERENCE_PHRASES)
-    return decisions | {("prompt_program_guidance", "quoted text", ""): bool(DOUBLE_QUOTED.search(prompt)),
-                        ("prompt_program_guidance", "ordinals", ""): phrases}
+    phrases = sum(phrase in prompt.lower() for phrase in tools.REFERENCE_PHRASES)  # "the first reference image", ...
+    decisions["prompt_program_guidance", "quoted text", ""] = bool(DOUBLE_QUOTED.search(prompt))
+    decisions["prompt_program_guidance", "ordinals", ""] = phrases
+    return decisions
 
 
 def decisions_of(trajectory, guides, constraints, names):
@@ -591,8 +594,9 @@ def compare(best, worst, names=entity_names):
     """
     guides = dict(sorted((skills_read(worst) | skills_read(best)).items()))
     constraints = sorted(failed_constraints(best) | failed_constraints(worst))
-    decisions, others = (decisions_of(t, guides, constraints, names) for t in (best, worst))
-    return [Difference(*key, value, others[key]) for key, value in decisions.items()]
+    best_decisions = decisions_of(best, guides, constraints, names)
+    worst_decisions = decisions_of(worst, guides, constraints, names)
+    return [Difference(*key, decision, worst_decisions[key]) for key, decision in best_decisions.items()]
 
 
 # ---- Bundles: what a comparison teaches (section 6) ------------------------------------------------------------------
@@ -614,7 +618,8 @@ class Bundle:
         if unknown := set(bullets) - set(FIELDS):
             raise ValueError(f"bundle has no field {sorted(unknown)[0]!r}; fields are {', '.join(FIELDS)}")
         trigger = without_names(prompt, names)
-        return cls(trigger, trigger[:160], {name: list(bullets.get(name, [])) for name in FIELDS})
+        guidance = {name: list(bullets.get(name, [])) for name in FIELDS}
+        return cls(trigger, trigger[:160], guidance)
 
     @classmethod
     def from_dict(cls, value):
@@ -629,7 +634,8 @@ class Bundle:
             bullets = guidance.get(name)
             if not isinstance(bullets, list) or not all(isinstance(bullet, str) for bullet in bullets):
                 raise ValueError(f"decision_guidance.{name} must be a list of texts")
-        return cls(key["trigger"], key["source_prompt_summary"], {name: list(guidance[name]) for name in FIELDS})
+        guidance = {name: list(guidance[name]) for name in FIELDS}
+        return cls(key["trigger"], key["source_prompt_summary"], guidance)
 
     def to_dict(self):
         return {"retrieval_key": {"trigger": self.trigger, "source_prompt_summary": self.source_prompt_summary},
@@ -652,7 +658,9 @@ class Bundle:
 
     def filter(self, keep):
         """The same bundle with those bullets alone for which ``keep`` (bullet -> bool) is true."""
-        guidance = {name: [bullet for bullet in bullets if keep(bullet)] for name, bullets in self.guidance.items()}
+        guidance = {}
+        for name, bullets in self.guidance.items():
+            guidance[name] = [bullet for bullet in bullets if keep(bullet)]
         return replace(self, guidance=guidance)
 
     def differing(self):
@@ -859,7 +867,9 @@ class Memory:
 
     def keyed(self, prompts):
         """What of the prompts the embedder reads."""
-        return prompts if self.names is None else [without_names(prompt, self.names) for prompt in prompts]
+        if self.names is None:
+            return prompts
+        return [without_names(prompt, self.names) for prompt in prompts]
 
     def embed_prompts(self, prompts):
         """(N, D), unit rows, on the CPU in float32."""
@@ -1015,7 +1025,8 @@ def check_same_actions(student, student_mask, teacher, teacher_mask):
     shifted = [i + offset for i in positions]
     is_whole = len(teacher) == len(teacher_mask) and len(student) == len(student_mask)
     is_aligned = is_whole and offset >= 0 and action_positions(teacher_mask) == shifted
-    if not is_aligned or [student[i] for i in positions] != [teacher[i] for i in shifted]:
+    is_same = is_aligned and [student[i] for i in positions] == [teacher[i] for i in shifted]
+    if not is_same:
         raise ValueError("teacher and student do not see the same action tokens")
     return offset
 
@@ -1098,7 +1109,9 @@ class Recipe:
 
     def at(self, step):
         """The recipe of update ``step``, its weight faded."""
-        return replace(self, weight=self.weight * self.fade(step)) if self.anneal else self
+        if not self.anneal:
+            return self
+        return replace(self, weight=self.weight * self.fade(step))
 
 
 RECIPES = {
@@ -1137,6 +1150,7 @@ def select_tokens(logp_gap, mask, recipe=RECIPES["paper"], score=None):
     elif recipe.threshold is not None:
         return mask & (score >= recipe.threshold)
 
+    # the k best of every row: a token's rank in the row's order is compared with the row's k
     score = upcast(score).nan_to_num(0.0)
     order = torch.where(mask, score, -math.inf).argsort(dim=-1, descending=True, stable=True)        # (N, T)
     rank = order.argsort(-1)                                                                         # within the row
@@ -1160,7 +1174,9 @@ def sdl_terms(logp, logp_old, logq, recipe):
     if recipe.estimator == "k2":
         terms = log_ratio.square() / 2                                                         # c = l
     else:
-        distance = k3(log_ratio) if recipe.k3_clamp is None else k3(log_ratio).clamp(max=recipe.k3_clamp)
+        distance = k3(log_ratio)
+        if recipe.k3_clamp is not None:
+            distance = distance.clamp(max=recipe.k3_clamp)
         ratio = rho if recipe.estimator == "k3_live" else rho.detach()  # c = rho l, or rho (1 - exp(-l))
         terms = ratio * distance
         if recipe.saturation == "zero":  # else c = +10 rho with the live ratio: the wanted token is pushed away
@@ -1202,7 +1218,8 @@ def sdl_loss(logp, logp_old, logq, mask, recipe=RECIPES["paper"], score=None, no
 
     selected = select_tokens(logq - logp, mask, recipe, score)                                       # (N, T)
     terms = sdl_terms(logp, logp_old, logq, recipe)
-    return aggregate(terms, selected, recipe.aggregation, sdl_denominator(mask, selected, recipe, normalizer))
+    count = sdl_denominator(mask, selected, recipe, normalizer)
+    return aggregate(terms, selected, recipe.aggregation, count)
 
 
 def with_tail(logits, index):
@@ -1256,7 +1273,8 @@ def experience_loss(logp, logp_old, logq, mask, recipe, score=None, normalizer=N
         kl = kl.clamp(max=recipe.token_cap)
 
     values = torch.zeros(mask.shape, dtype=kl.dtype, device=kl.device).masked_scatter(selected, kl)  # (N, T)
-    return aggregate(values, selected, recipe.aggregation, sdl_denominator(mask, selected, recipe, normalizer))
+    count = sdl_denominator(mask, selected, recipe, normalizer)
+    return aggregate(values, selected, recipe.aggregation, count)
 
 
 @torch.no_grad()
@@ -1266,7 +1284,10 @@ def token_statistics(logp, logp_old, logq, mask, recipe=RECIPES["paper"], score=
     selected: share of the mask that is distilled. saturated: share of the selected at which the clamp of k3 binds.
     capped: share of the selected with rho above the cap. gap: mean |log q - log p| over the mask.
     """
-    logp, logp_old, logq = (masked(x, mask) for x in (logp, logp_old, logq))                         # (N, T)
+    logp = masked(logp, mask)                                                                        # (N, T)
+    logp_old = masked(logp_old, mask)
+    logq = masked(logq, mask)
+
     selected = select_tokens(logq - logp, mask, recipe, score)
     saturated = is_saturated(logp - logq, recipe.k3_clamp)
     cap = math.inf if recipe.ratio_cap is None else recipe.ratio_cap
@@ -1399,7 +1420,7 @@ def distillation_loss(batch, teacher, unguided, recipe, temperature, normalizer)
                            guided.logits)
 
     metrics = {"sdl_loss": float(loss.detach())}
-    tokens = int(mask.sum())
+    tokens = int(mask.sum())  # 0: the rows are borrowed
     if tokens:  # shares become counts, so that micro-batches and processes add up
         share = token_statistics(student.logp.detach(), logp_old, guided.logp, mask, recipe, score)
         selected = share["selected"] * tokens
@@ -1419,7 +1440,8 @@ def update_gradients(net, reference, teacher, rows, recipe, temperature=1.0, pol
     """
     processes = processes or model.ProcessGroup()
     parameters = [p for p in net.parameters() if p.requires_grad]
-    policy_grads, sdl_grads = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
+    policy_grads = [torch.zeros_like(p) for p in parameters]
+    sdl_grads = [torch.zeros_like(p) for p in parameters]
     live_count, token_count, distilled_count = step_counts(rows, recipe)
     limit = limit or MICRO_TOKENS.get(parameters[0].device.type, 65536)
     metrics = Counter()
@@ -1638,9 +1660,12 @@ def read_demonstrations(path):
         raise ValueError(f"{path}: no such file (python -m atlas.build --demos 30000 makes the Atlas's)")
     with open(path, encoding="utf-8") as file:
         try:
-            return [json.loads(line)["messages"] for line in file]
+            conversations = [json.loads(line)["messages"] for line in file]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: not a file of demonstrations ({error})")
+    if not conversations:
+        raise ValueError(f"{path}: holds no demonstrations")
+    return conversations
 
 
 def rare_tokens(tokenizer, conversations):
@@ -1654,7 +1679,8 @@ def rare_tokens(tokenizer, conversations):
 
 
 def sft_batches(rows, batch_tokens, rng):
-    """Endless shuffled batches of about ``batch_tokens`` tokens. rows: [(ids, mask)]"""
+    """Endless shuffled batches of about ``batch_tokens`` tokens; of all rows, if they have fewer. rows: [(ids, mask)]"""
+    batch_tokens = min(batch_tokens, sum(len(ids) for ids, _ in rows))
     while True:
         batch, size = [], 0
         for i in rng.permutation(len(rows)):

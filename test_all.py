@@ -3375,6 +3375,24 @@ def test_sft_scores_assistant_tokens_only():
     assert abs(distill.sft_loss(net, [row]).item() - distill.sft_loss(net, [other]).item()) < 1e-5
 
 
+@pytest.mark.parametrize("batch_tokens, sizes", [(25, [3, 3, 3]), (70, [7, 7]), (10**6, [7, 7])])
+def test_every_batch_of_demonstrations_is_full_and_holds_all_rows_if_they_are_few(batch_tokens, sizes):
+    rows = [([i] * 10, [True] * 10) for i in range(7)]                    # 70 tokens
+    loader = distill.sft_batches(rows, batch_tokens, np.random.default_rng(0))
+    batches = [next(loader) for _ in sizes]
+    assert [len(batch) for batch in batches] == sizes
+    first_epoch = [ids[0] for batch in batches[:70 // (10 * sizes[0])] for ids, _ in batch]
+    assert len(set(first_epoch)) == len(first_epoch)                      # none comes twice
+
+
+@pytest.mark.parametrize("text, said", [
+    ("", "holds no demonstrations"), ("{}", "not a file of demonstrations"), ("no JSON", "not a file of demonstrations")])
+def test_a_file_without_demonstrations_is_refused_by_name(tmp_path, text, said):
+    (tmp_path / "sft.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=f"sft.jsonl: {said}"):
+        distill.read_demonstrations(str(tmp_path / "sft.jsonl"))
+
+
 def test_a_new_policy_is_trained_to_the_end_and_leaves_no_checkpoint(tmp_path, sft):
     code, _, err = sft(tmp_path / "policy", "--steps", 2)
     assert code == 0, err
