@@ -433,7 +433,8 @@ class Scorer:
 
     def __init__(self, renderer, judge=None, steps=20, alpha=0.5, guidance=1.0, sampler="euler"):
         self.renderer, self.judge, self.alpha = renderer, judge, alpha
-        self.images, self.score_cache = {}, {}  # by ``key``: uint8 (H, W, 3); scores or None
+        self.images = {}       # key -> uint8 (H, W, 3)
+        self.score_cache = {}  # key -> scores or None
         is_local = isinstance(renderer, diffusion.Renderer)
         self.open = tools.read_image if is_local else lambda path: path  # a remote renderer gets the files untouched
         self.options = {"steps": steps}  # of a request to the renderer; an outside one has its own guidance
@@ -449,7 +450,8 @@ class Scorer:
         known = self.images if pictures else self.score_cache
         new = {key: t for key, t in zip(keys, trajectories) if key and key not in known}
 
-        for (key, trajectory), image in zip(new.items(), self.render(list(new.values()))):
+        images = self.render(list(new.values()))
+        for (key, trajectory), image in zip(new.items(), images):
             if isinstance(image, tools.ToolError):  # this picture failed: missing, and asked for again next time
                 trajectory.error = str(image)
                 continue
@@ -470,8 +472,7 @@ class Scorer:
         if not trajectories:
             return []
         prompts = [t.program.gen_prompt for t in trajectories]
-        references = [[self.open(t.images[r["img_id"]]["local_path"]) for r in t.program.references[:2]]
-                      for t in trajectories]
+        references = [[self.open(path) for path in reference_files(t)[:2]] for t in trajectories]
         seeds = [image_seed(t.row) for t in trajectories]
         return self.renderer.render(prompts, references, seeds, **self.options)
 
@@ -480,7 +481,9 @@ class Scorer:
         has_failed = trajectory.program is None and trajectory.termination != "error"  # "error": its service failed
         if has_failed and self.judge and trajectory.row.get("gt_image"):
             scores = distill.FAILED_SCORES
-        trajectory.judgement, trajectory.reward = None, math.nan
+
+        trajectory.judgement = None
+        trajectory.reward = math.nan
         if scores:
             text, checks = self.judge_text(trajectory)
             trajectory.judgement = scores | {"text_reward": text, "program_checks": checks}
@@ -508,9 +511,15 @@ class Scorer:
     @staticmethod
     def key(trajectory):
         """Identifies request, prompt and references; a picture's file is named by its content."""
-        files = [os.path.basename(trajectory.images[r["img_id"]]["local_path"]) for r in trajectory.program.references]
+        files = map(os.path.basename, reference_files(trajectory))
         key_parts = [trajectory.id, trajectory.question, trajectory.program.gen_prompt, *files]
         return hashlib.sha256(json.dumps(key_parts).encode()).hexdigest()[:32]
+
+
+def reference_files(trajectory):
+    """Paths of the program's reference pictures."""
+    chosen = [reference["img_id"] for reference in trajectory.program.references]
+    return [trajectory.images[img_id]["local_path"] for img_id in chosen]
 
 
 def image_seed(row):
@@ -524,6 +533,9 @@ def truth_of(row):
 
 
 # ---- Evolution: from its own attempts to a better policy -------------------------------------------------------------
+
+KEPT = ("lr_scale", "window_start", "promoted_rewards", "first_validation")  # what a checkpoint's state.json holds
+
 
 class Evolution:
     """A run of self-evolution: everything that a checkpoint holds, and the step that changes it.
@@ -545,11 +557,12 @@ class Evolution:
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
         self.memory = open_memory(self.recipe, self.reference, components.policy, self.data)
 
-        self.steps_done, self.log = 0, []          # rows of log.jsonl
-        self.lr_scale, self.window_start = 1.0, 0  # a rollback halves the rate; ``collapse`` reads log[window_start:]
-        self.first_validation = None               # figures of the policy that the run began with
-        self.promoted_rewards = None               # of the best policy so far on the validation requests
-        self.example = None                        # (trajectory, bundle) for the report
+        self.steps_done, self.log = 0, []  # rows of log.jsonl
+        self.lr_scale = 1.0           # a rollback halves it
+        self.window_start = 0         # ``collapse`` reads log[window_start:]
+        self.first_validation = None  # figures of the policy that the run began with
+        self.promoted_rewards = None  # of the best policy so far on the validation requests
+        self.example = None           # (trajectory, bundle) for the report
 
     def parameters(self):
         """What is trained: every parameter of the net, or its adapters alone."""
@@ -559,11 +572,10 @@ class Evolution:
     def tokenizer(self):
         return self.components.policy.tokenizer
 
-    # -- one step --
-
     def step(self):
         """One update: roll out, render, judge, compare, remember, teach, learn. Returns the log's row."""
-        s, started = self.settings, time.perf_counter()
+        s = self.settings
+        started = time.perf_counter()
         self.components.scorer.forget()  # a resumed run starts the step without earlier judgements, too
         requests = step_requests(self.data, s.prompts_per_step, s.seed, self.steps_done)
         groups, render_seconds = self.roll_out_groups(requests)                     # G groups of K trajectories
@@ -584,7 +596,9 @@ class Evolution:
 
         row = {"step": self.steps_done, **rollout_metrics(groups, rewards), **lessons, "memory": len(self.memory),
                **guide_metrics(requests, entries, guides), **update, **audit,
-               "rollout_seconds": rollout_seconds, "render_seconds": render_seconds, "update_seconds": update_seconds}
+               "rollout_seconds": rollout_seconds,
+               "render_seconds": render_seconds,
+               "update_seconds": update_seconds}
         if s.eval_every and self.steps_done % s.eval_every == 0:
             row["validation"] = self.evaluate()
         row = without_nan(row)
@@ -602,15 +616,16 @@ class Evolution:
     # -- roll out, render, judge --
 
     def roll_out_groups(self, requests, stream=0, guides=None):
-        """([[Trajectory] * K] * G, judged; seconds of rendering). guides: a Bundle or None for each request.
+        """([[Trajectory] * K] * G, judged; seconds of rendering). stream: tells apart uses of randomness in a step.
 
-        stream: int that tells apart the uses of randomness within a step.
+        guides: a Bundle or None for the system prompt of each request's group.
         """
         K = self.settings.rollouts
         rows = [request for request in requests for _ in range(K)]
         guides = [guide for guide in guides for _ in range(K)] if guides else None
         base = zlib.crc32(f"{self.settings.seed} {self.steps_done} {stream}".encode()) << 16
-        trajectories, seconds = self.sample_trajectories(rows, [base + i for i in range(len(rows))], guides)
+        seeds = [base + i for i in range(len(rows))]
+        trajectories, seconds = self.sample_trajectories(rows, seeds, guides)
         return list(chunks(trajectories, K)), seconds
 
     def sample_trajectories(self, requests, seeds, guides=None):
@@ -621,12 +636,7 @@ class Evolution:
         started = time.perf_counter()
         self.components.scorer.render_and_score(local, pictures=False)
         seconds = time.perf_counter() - started
-        if self.processes.size == 1:
-            return local, seconds
-
-        parts = self.processes.all_gather_objects([t.to_json() for t in local])
-        gathered = [value for part in parts for value in part]
-        return [distill.Trajectory.from_json(value, row) for value, row in zip(gathered, requests)], seconds
+        return gather_trajectories(local, requests, self.processes), seconds
 
     # -- compare, remember, teach --
 
@@ -639,13 +649,15 @@ class Evolution:
         pairs.sort(key=lambda pair: pair[2].reward - pair[1].reward)  # stable: of equals, the first
 
         kept = pairs[:self.recipe.pairs]
-        bundles, failures = summarize_pairs(kept, self.components, self.processes)
+        bundles, metrics = summarize_pairs(kept, self.components, self.processes)
         for (question, best, worst), bundle in zip(kept, bundles):
-            if bundle is not None:
-                bundle = bundle if self.recipe.standard else bundle.differing()
-                self.memory.add(question, bundle, best.reward, worst.reward, self.steps_done,
-                                lesson_record(best, worst))
-        return {"pairs": len(pairs)} | ({"failed_summaries": failures} if failures else {})
+            if bundle is None:
+                continue
+            if not self.recipe.standard:
+                bundle = bundle.differing()
+            attempts = lesson_record(best, worst)
+            self.memory.add(question, bundle, best.reward, worst.reward, self.steps_done, attempts)
+        return {"pairs": len(pairs), **metrics}
 
     def choose_guides(self, requests, entries):
         """[Bundle or None], one a request: what its teacher reads. entries: what the memory found, Entry or None."""
@@ -658,6 +670,7 @@ class Evolution:
         if not batch:
             raise tools.ToolError(f"step {self.steps_done + 1}: no trajectory was written "
                                   f"({groups[0][0].error or 'no tokens'})")
+
         s, recipe = self.settings, self.recipe.at(self.steps_done)
         minibatches = list(chunks(batch, math.ceil(len(batch) / s.minibatches)))
         with self.autocast():
@@ -695,7 +708,8 @@ class Evolution:
 
     def combine_gradients(self, policy_grads, sdl_grads):
         """p.grad = grad L_GRPO + weight grad L_SDL. Returns the ratio of the terms' norms (nan: no policy gradient)."""
-        policy_norm, sdl_norm = distill.gradient_norm(policy_grads), distill.gradient_norm(sdl_grads)
+        policy_norm = distill.gradient_norm(policy_grads)
+        sdl_norm = distill.gradient_norm(sdl_grads)
         weight = self.sdl_weight(policy_norm, sdl_norm)
         for parameter, policy_grad, sdl_grad in zip(self.parameters(), policy_grads, sdl_grads):
             parameter.grad = policy_grad.add_(sdl_grad, alpha=weight)
@@ -722,7 +736,8 @@ class Evolution:
     @torch.no_grad()
     def sync_weights(self):
         """Hand the weights to whatever writes the trajectories."""
-        for target, trained in zip(self.components.policy.net.parameters(), self.net.parameters()):
+        rollout_net = self.components.policy.net
+        for target, trained in zip(rollout_net.parameters(), self.net.parameters()):
             if target is not trained and trained.requires_grad:
                 target.copy_(model.full_tensor(trained))
         if self.settings.rollouts_url and self.processes.is_main:
@@ -735,13 +750,9 @@ class Evolution:
         """Rewards on the validation requests, the same seeds each time; promotes a policy that is no worse."""
         seeds = [7919 * i + 1 for i in range(len(self.validation))]
         trajectories, _ = self.sample_trajectories(self.validation, seeds)
-        if self.processes.is_main:
-            self.components.scorer.render_and_score(trajectories[:6])
-            save_gallery(self.settings.out, "after" if self.steps_done else "before", trajectories[:6])
-        entries = self.memory.lookup([t.question for t in trajectories], count=False)
-        self.example = next(((t, e.bundle) for t, e in zip(trajectories, entries) if e and t.program), None)
-
-        rewards, figures = [t.reward for t in trajectories], validation_figures(trajectories)
+        self.example = keep_examples(self, trajectories)
+        rewards = [t.reward for t in trajectories]
+        figures = validation_figures(trajectories)
         if self.promoted_rewards is not None:
             figures |= paired_change(rewards, self.promoted_rewards)
 
@@ -758,23 +769,26 @@ class Evolution:
     def save_promoted(self):
         """Keep the training state that a collapse goes back to."""
         tensors = model.training_tensors(self.net, self.optimizer, **self.averages())
-        model.save_checkpoint(os.path.join(self.settings.out, "promoted"), self.steps_done, tensors, {}, self.processes)
+        folder = os.path.join(self.settings.out, "promoted")
+        model.save_checkpoint(folder, self.steps_done, tensors, {}, self.processes)
 
     def restore_promoted(self):
         """Back to the promoted weights and their optimizer, with half the learning rate. Memory and data go on."""
         _, tensors = model.latest_checkpoint(os.path.join(self.settings.out, "promoted"), self.processes)
         model.load_training_tensors(tensors, self.net, self.optimizer, **self.averages())
-        self.lr_scale, self.window_start = self.lr_scale / 2, len(self.log)
+        self.lr_scale /= 2
+        self.window_start = len(self.log)
         self.components.policy.reset()  # its cache may hold what is not a number
         self.sync_weights()
 
     def write_policy(self, name, figures=None):
         """The policy as a folder of the run."""
         if self.processes.is_main:
+            policy = self.components.policy
+            folder = os.path.join(self.settings.out, name)
             training = {"command": model.command_line(), "step": self.steps_done, "validation": figures}
-            policy, base = self.components.policy, model.portable(self.settings.policy)
-            model.save_policy(os.path.join(self.settings.out, name), policy.net, policy.tokenizer,
-                              protocol_name(policy.compact), training, base)
+            model.save_policy(folder, policy.net, policy.tokenizer, protocol_name(policy.compact), training,
+                              base=model.portable(self.settings.policy))
 
     # -- checkpoints --
 
@@ -792,11 +806,10 @@ class Evolution:
     def save(self, row):
         """A checkpoint of the finished step; then the log's line, which ``resume`` mends if a kill comes between."""
         memory, keys = self.memory.state_dict()
-        tensors = model.training_tensors(self.net, self.optimizer, **self.averages()) | {"memory.keys": keys["keys"]}
+        tensors = model.training_tensors(self.net, self.optimizer, **self.averages())
+        tensors["memory.keys"] = keys["keys"]
         state = {"settings": run_identity(self.settings, self.recipe), "row": row, "memory": memory,
-                 "lr_scale": self.lr_scale, "window_start": self.window_start,
-                 "promoted_rewards": self.promoted_rewards, "first_validation": self.first_validation,
-                 "extra": self.extra_state()}
+                 "extra": self.extra_state(), **{name: getattr(self, name) for name in KEPT}}
         folder = os.path.join(self.settings.out, "checkpoints")
         model.save_checkpoint(folder, self.steps_done, tensors, state, self.processes)
         if self.processes.is_main:
@@ -816,9 +829,9 @@ class Evolution:
         check_same_run(self.settings.out, state["settings"], run_identity(self.settings, self.recipe))
         model.load_training_tensors(tensors, self.net, self.optimizer, **self.averages())
         self.memory.load_state(state["memory"], {"keys": tensors["memory.keys"]})
-        self.steps_done, self.first_validation = state["step"], state["first_validation"]
-        self.promoted_rewards = state["promoted_rewards"]
-        self.lr_scale, self.window_start = state["lr_scale"], state["window_start"]
+        self.steps_done = state["step"]
+        for name in KEPT:
+            setattr(self, name, state[name])
         self.load_extra_state(state["extra"])
         self.log = [row for row in model.read_lines(log) if row["step"] < self.steps_done] + [state["row"]]
         if self.processes.is_main:
@@ -837,8 +850,7 @@ def evolve(s, evolution=Evolution):
     say = functools.partial(print, flush=True) if is_main else lambda text: None
     with run.components, run.processes:
         if is_main:
-            lessons = (s.steps - run.steps_done) * min(run.recipe.pairs, s.prompts_per_step)  # at most
-            run.components.announce(expected_trajectories(run), **{"summarizer": lessons} if s.summarizer else {})
+            announce_calls(run)
         if run.steps_done == 0 and s.eval_every:
             first = run.first_validation = run.evaluate()
             say(f"before: validation reward {first['reward']:.3f}, KScore {first['kscore']:.3f}")
@@ -909,10 +921,12 @@ def chunks(items, size):
 
 def step_requests(data, count, seed, step):
     """The ``count`` requests of a step: every epoch goes through all of them in an order of its own."""
-    numbers = range(step * count, (step + 1) * count)  # counted through all epochs
-    epochs = {number // len(data) for number in numbers}
-    order = {epoch: np.random.default_rng([seed, epoch]).permutation(len(data)) for epoch in epochs}
-    return [data[order[number // len(data)][number % len(data)]] for number in numbers]
+    requests = []
+    for number in range(step * count, (step + 1) * count):  # counted through all epochs
+        epoch, place = divmod(number, len(data))
+        order = np.random.default_rng([seed, epoch]).permutation(len(data))
+        requests.append(data[order[place]])
+    return requests
 
 
 def open_networks(settings, recipe, components, processes):
@@ -982,13 +996,26 @@ def open_memory(recipe, reference, policy, data):
     return memory
 
 
+def gather_trajectories(local, requests, processes):
+    """The trajectories of all processes, one a request, from those of each."""
+    if processes.size == 1:
+        return local
+    parts = processes.all_gather_objects([t.to_json() for t in local])
+    values = itertools.chain.from_iterable(parts)
+    return [distill.Trajectory.from_json(*each) for each in zip(values, requests)]
+
+
 def set_old_logprobs(rows, net, temperature, processes):
     """Note log p of the rows' actions under the policy that wrote them: the denominator of the importance ratio."""
     local, counted = distill.local_rows(rows, processes)
     with torch.no_grad():
         scores = distill.score_actions(net, [row.tokens for row in local], [row.mask for row in local], temperature)
-    values = [logp[mask].tolist() for logp, mask, counts in zip(scores.logp, scores.mask, counted) if counts]
-    gathered = [logp for part in processes.all_gather_objects(values) for logp in part]
+
+    values = []
+    for logp, mask, counts in zip(scores.logp, scores.mask, counted):
+        if counts:
+            values.append(logp[mask].tolist())
+    gathered = itertools.chain.from_iterable(processes.all_gather_objects(values))
     for row, logp in zip(rows, gathered):
         row.logp_old = torch.tensor(logp)
 
@@ -1001,11 +1028,11 @@ def check_budget(budget, steps_done):
 
 
 def summarize_pairs(pairs, components, processes):
-    """([Bundle or None], [what failed]) of [(question, best, worst)]: by rules, or by a language model."""
+    """([Bundle or None], metrics) of [(question, best, worst)]: by rules, or by a language model."""
     if components.summarizer:
         return summarize_by_model(components.summarizer, pairs, processes)
     phrases = atlas.world.phrases() if components.policy.compact else None  # the words in which it states decisions
-    return [distill.summarize_pair(*pair, phrases) for pair in pairs], []
+    return [distill.summarize_pair(*pair, phrases) for pair in pairs], {}
 
 
 def training_batch(groups, rewards, guides, recipe, tokenizer):
@@ -1034,7 +1061,7 @@ def teacher_view(trajectory, guide, tokenizer):
 
 
 def summarize_by_model(chat, pairs, processes):
-    """([Bundle or None], [what failed]) of [(question, best, worst)]; a failed summary costs its pair alone.
+    """([Bundle or None], metrics) of [(question, best, worst)]; a failed summary costs its pair alone.
 
     One process asks, side by side in threads, and all processes get the same bundles.
     """
@@ -1048,8 +1075,10 @@ def summarize_by_model(chat, pairs, processes):
         with ThreadPoolExecutor(len(pairs)) as pool:
             answers = list(pool.map(ask, pairs))
     answers = processes.all_gather_objects(answers)[0]
+
     bundles = [distill.Bundle.from_dict(answer) if isinstance(answer, dict) else None for answer in answers]
-    return bundles, [answer for answer in answers if isinstance(answer, str)]
+    failures = [answer for answer in answers if isinstance(answer, str)]
+    return bundles, {"failed_summaries": failures} if failures else {}
 
 
 def spread_subset(rows, count=4, limit=2048):
@@ -1082,8 +1111,11 @@ def audit_lessons(run, requests, entries, rewards):
     for i, *rewards_of_entry in zip(audited, with_guide, without, with_placebo):
         distill.Memory.record_audit(entries[i], *rewards_of_entry)
     return {"lesson_audit": {
-        "lessons": len(audited), "with_guide": distill.average(with_guide), "without": distill.average(without),
-        "placebo": distill.average(with_placebo), "retired": len(run.memory.retire()),
+        "lessons": len(audited),
+        "with_guide": distill.average(with_guide),
+        "without": distill.average(without),
+        "placebo": distill.average(with_placebo),
+        "retired": len(run.memory.retire()),
         "rollouts": 2 * run.settings.rollouts * len(audited)}}
 
 
@@ -1100,7 +1132,8 @@ def collapse(rows):
     def window(key, end):
         return distill.average([row[key] for row in rows[end - COLLAPSE_WINDOW:end]])
     for key in ("validity", "entropy"):
-        first, last = window(key, COLLAPSE_WINDOW), window(key, len(rows))
+        first = window(key, COLLAPSE_WINDOW)
+        last = window(key, len(rows))
         if last < COLLAPSE[key] * first:
             return f"{key} fell to {last:.3f} from {first:.3f}"
     best = max(window("reward", end) for end in range(COLLAPSE_WINDOW, len(rows) + 1))
@@ -1110,13 +1143,24 @@ def collapse(rows):
     return ""
 
 
+def keep_examples(run, trajectories):
+    """Keep pictures of a few validation attempts; returns one with its guide for the report's microscope, or None."""
+    if run.processes.is_main:
+        run.components.scorer.render_and_score(trajectories[:6])
+        save_gallery(run.settings.out, "after" if run.steps_done else "before", trajectories[:6])
+    entries = run.memory.lookup([t.question for t in trajectories], count=False)
+    guided = [(t, entry.bundle) for t, entry in zip(trajectories, entries) if entry and t.program]
+    return guided[0] if guided else None
+
+
 def validation_figures(trajectories):
     """Means with standard errors, and the share of the attempts that take each decision."""
     reward, reward_error = mean_and_error([t.reward for t in trajectories])
     kscore, kscore_error = mean_and_error([t.judgement["kscore"] for t in trajectories if t.judgement])
-    validity = distill.average([float(t.program is not None) for t in trajectories])
-    return {"reward": reward, "reward_error": reward_error, "kscore": kscore, "kscore_error": kscore_error,
-            "validity": validity, "decisions": decision_shares(trajectories)}
+    return {"reward": reward, "reward_error": reward_error,
+            "kscore": kscore, "kscore_error": kscore_error,
+            "validity": distill.average([float(t.program is not None) for t in trajectories]),
+            "decisions": decision_shares(trajectories)}
 
 
 def mean_and_error(values):
@@ -1133,8 +1177,8 @@ def paired_change(rewards, before):
     """Mean change of the reward over the same requests, and its standard error; missing ones are left out."""
     change = np.array(rewards) - np.array(before)
     change = change[~np.isnan(change)]
-    return {"change": distill.average(change.tolist()),
-            "standard_error": float(change.std() / max(len(change), 1) ** 0.5)}
+    count = max(len(change), 1)
+    return {"change": distill.average(change.tolist()), "standard_error": float(change.std() / count ** 0.5)}
 
 
 # ---- What the log says of a step -------------------------------------------------------------------------------------
@@ -1146,41 +1190,53 @@ def rollout_metrics(groups, rewards):
     def mean(values):
         return distill.average([float(value) for value in values])
     spread = spreads(rewards)                                                                              # (G,)
-    return {"reward": mean(rewards[~rewards.isnan()]), "spread": mean(spread), "dead_groups": mean(spread <= 1e-6),
-            "missing": int(rewards.isnan().sum()),
+    is_missing = rewards.isnan()
+    return {"reward": mean(rewards[~is_missing]),
+            "spread": mean(spread),
+            "dead_groups": mean(spread <= 1e-6),
+            "missing": int(is_missing.sum()),
             "kscore": mean(t.judgement["kscore"] for t in trajectories if t.judgement),
             "validity": mean(t.program is not None for t in trajectories),
-            "tool_calls": mean(sum(step.kind == "tool_call" for step in t.steps) for t in trajectories),
-            "response_tokens": mean(sum(t.mask) for t in trajectories), "rollouts": len(trajectories)}
+            "tool_calls": mean(len([s for s in t.steps if s.kind == "tool_call"]) for t in trajectories),
+            "response_tokens": mean(sum(t.mask) for t in trajectories),
+            "rollouts": len(trajectories)}
 
 
 def spreads(rewards):
     """Greatest minus smallest reward of every group, missing ones left out (0 for fewer than two). (G, K) -> (G,)"""
-    low, high = rewards.nan_to_num(math.inf).amin(1), rewards.nan_to_num(-math.inf).amax(1)
+    low = rewards.nan_to_num(math.inf).amin(1)
+    high = rewards.nan_to_num(-math.inf).amax(1)
     return (high - low).clamp(min=0)
 
 
 def guide_metrics(requests, entries, guides):
     """How much of the step was taught, and by which lessons."""
-    hits = [entry is not None for entry in entries]
-    own = [hit and entry.prompt == request["question"] for hit, entry, request in zip(hits, entries, requests)]
-    return {"hit_rate": sum(hits) / len(hits), "own_lessons": sum(own) / len(own),
+    sources = [entry.prompt if entry else None for entry in entries]
+    hits = [source is not None for source in sources]
+    own = [source == request["question"] for source, request in zip(sources, requests)]
+    return {"hit_rate": sum(hits) / len(hits),
+            "own_lessons": sum(own) / len(own),
             "right_advice": atlas.world.right_advice(requests, guides)}
 
 
 def update_metrics(sums, minibatches, recipe, has_grpo):
     """Means of an update out of the sums over all tokens; nan where there was nothing to average."""
-    tokens, guided, selected = sums["tokens"], sums["guided_tokens"] or math.nan, sums["selected"] or math.nan
+    tokens = sums["tokens"]
+    guided = sums["guided_tokens"] or math.nan
+    selected = sums["selected"] or math.nan
     grpo = 1.0 if has_grpo else math.nan
-    is_k3, is_sampled = "k3" in recipe.estimator, recipe.estimator in distill.SAMPLED_ESTIMATORS
+    is_k3 = "k3" in recipe.estimator
+    is_sampled = recipe.estimator in distill.SAMPLED_ESTIMATORS
     return {"entropy": sums["entropy"] / tokens,
             "reference_kl": grpo * sums["reference_kl"] / tokens,
             "grpo_loss": grpo * sums["grpo_loss"] / minibatches,
             "sdl_loss": sums["sdl_loss"] / minibatches if sums["guided_tokens"] else math.nan,
-            "selected": sums["selected"] / guided, "gap": sums["gap"] / guided,
+            "selected": sums["selected"] / guided,
+            "gap": sums["gap"] / guided,
             "saturated": sums["saturated"] / selected if is_k3 else math.nan,
             "capped": sums["capped"] / selected if is_sampled else math.nan,
-            "clipped": grpo * sums["clipped"] / tokens, "weight": recipe.weight}
+            "clipped": grpo * sums["clipped"] / tokens,
+            "weight": recipe.weight}
 
 
 def without_nan(value):
@@ -1413,11 +1469,13 @@ class Components:
         self.device = model.pick_device(s.device)
         self.tape = tools.Tape(record=s.record or None, replay=s.replay or None)
         self.budget = tools.Budget(s.max_calls) if s.max_calls else None
-        self.server = None if s.search or s.replay else tools.Server(tools.Corpus(s.corpus)).start()
+        self.server = None
+        if not s.search and not s.replay:
+            self.server = tools.Server(tools.Corpus(s.corpus)).start()
         self.policy = self.open_policy()
         self.toolbox = self.open_toolbox(out)
-        self.scorer = Scorer(self.open_renderer(), self.open_judge(), s.sampling_steps, guidance=s.guidance,
-                             sampler=s.sampler)
+        renderer, judge = self.open_renderer(), self.open_judge()
+        self.scorer = Scorer(renderer, judge, s.sampling_steps, guidance=s.guidance, sampler=s.sampler)
         self.summarizer = None  # callable (messages, temperature=, max_tokens=) -> text; None: rules write lessons
 
     def __enter__(self):
@@ -1488,9 +1546,9 @@ class Components:
         local_url = self.server.url if self.server else "http://127.0.0.1:1"  # a replay asks nobody
         options = self.client_options() if s.search else {"tape": self.tape}
         images = os.environ.get("IMAGE_DOWNLOAD_DIR") or os.path.join(out, "cache")
-        return tools.ToolBox(s.search or local_url, os.path.join(HERE, "skills"), images,
-                             api_key=os.environ.get("SERPER_API_KEY", ""), compact=self.policy.compact,
-                             allow_private=not s.search, **options)
+        key = os.environ.get("SERPER_API_KEY", "")
+        return tools.ToolBox(s.search or local_url, os.path.join(HERE, "skills"), images, api_key=key,
+                             compact=self.policy.compact, allow_private=not s.search, **options)
 
     def open_renderer(self):
         s = self.settings
@@ -1499,9 +1557,8 @@ class Components:
             return tools.GoogleRenderer(key, **self.client_options())
         if is_url(s.renderer):
             return tools.RemoteRenderer(s.renderer.split(","), **self.client_options())
-        weights = os.path.join(HERE, "weights")
-        return diffusion.Renderer.load(s.renderer or os.path.join(weights, "renderer"), os.path.join(weights, "vae"),
-                                       self.device)
+        path = s.renderer or os.path.join(HERE, "weights", "renderer")
+        return diffusion.Renderer.load(path, os.path.join(HERE, "weights", "vae"), self.device)
 
     def open_judge(self):
         s = self.settings
@@ -1516,13 +1573,18 @@ def skill_guides():
     return tools.read_skills(os.path.join(HERE, "skills"))
 
 
-def expected_trajectories(run):
-    """How many an evolution has still to sample: those of its steps and those of its evaluations."""
+def announce_calls(run):
+    """Say how many calls to outside services the rest of an evolution is likely to take."""
     s = run.settings
+    steps = s.steps - run.steps_done
     evaluations = 0
     if s.eval_every:
         evaluations = s.steps // s.eval_every - run.steps_done // s.eval_every + (run.steps_done == 0)
-    return (s.steps - run.steps_done) * s.prompts_per_step * s.rollouts + evaluations * len(run.validation)
+    trajectories = steps * s.prompts_per_step * s.rollouts + evaluations * len(run.validation)
+    more = {}
+    if s.summarizer:
+        more["summarizer"] = steps * min(run.recipe.pairs, s.prompts_per_step)  # at most
+    run.components.announce(trajectories, **more)
 
 
 # ---- Files of an evolution -------------------------------------------------------------------------------------------
@@ -1532,9 +1594,10 @@ FREE_SETTINGS = ("steps", "out", "device", "record", "replay", "max_calls", "per
 
 def run_identity(settings, recipe):
     """The settings that make it this run; how long it goes on and where it runs may change."""
-    kept = {name: value for name, value in asdict(settings).items() if name not in FREE_SETTINGS}
-    fields_of_recipe = asdict(recipe) | {"clip": list(recipe.clip)}  # as JSON has it
-    return kept | {f"set {name}": value for name, value in fields_of_recipe.items()}  # a recipe's meaning may change
+    identity = {name: value for name, value in asdict(settings).items() if name not in FREE_SETTINGS}
+    for name, value in asdict(recipe).items():  # what a recipe's name means may change between versions
+        identity[f"set {name}"] = list(value) if isinstance(value, tuple) else value  # as JSON has it
+    return identity
 
 
 def check_same_run(out, before, now):
@@ -1549,27 +1612,40 @@ def check_same_run(out, before, now):
 
 def record(trajectory, image_path):
     """One entry of results.json, in the released format, with the row's own fields passed through."""
-    t, program = trajectory, trajectory.program
-    references = [r | t.images[r["img_id"]] for r in program.references] if program else []
-    passed = {k: v for k, v in t.row.items() if not k.startswith("_") and k not in ("id", "prompt", "recipe")}
+    t = trajectory
+    prompt, references = "", []
+    if t.program is not None:
+        prompt = t.program.gen_prompt
+        references = [reference | t.images[reference["img_id"]] for reference in t.program.references]
+
+    own = ("id", "prompt", "recipe")
+    passed = {name: value for name, value in t.row.items() if not name.startswith("_") and name not in own}
     return passed | {
-        "id": t.id, "prompt": t.question, "gen_prompt": program.gen_prompt if program else "",
-        "reference_images": references, "messages": t.messages, "termination": t.termination, "rounds": t.rounds,
-        "error": t.error, "image_path": image_path, "output_path": image_path, "success": bool(image_path),
-        "image_status": "success" if image_path else "no_program", "judgement": t.judgement,
+        "id": t.id,
+        "prompt": t.question,
+        "gen_prompt": prompt,
+        "reference_images": references,
+        "messages": t.messages,
+        "termination": t.termination,
+        "rounds": t.rounds,
+        "error": t.error,
+        "image_path": image_path,
+        "output_path": image_path,
+        "success": bool(image_path),
+        "image_status": "success" if image_path else "no_program",
+        "judgement": t.judgement,
         "reward": None if math.isnan(t.reward) else t.reward}
 
 
-# ---- What a person sees: terminal and report -------------------------------------------------------------------------
+# ---- What a person sees in the terminal ------------------------------------------------------------------------------
 
 def print_step(step, file=sys.stdout):
     """A turn as it happens: thought dim, action and observation short."""
     dim, bold, plain = ("\033[2m", "\033[1m", "\033[0m") if file.isatty() else ("", "", "")
     print(f"{dim}{step.think}{plain}", file=file)
     if step.kind == "tool_call":
-        arguments = ", ".join(str(v) if not isinstance(v, list) else "; ".join(map(str, v))
-                              for v in step.arguments.values())
-        print(f"  {bold}{step.name}{plain} {arguments}", file=file)
+        asked = ["; ".join(map(str, v)) if isinstance(v, list) else str(v) for v in step.arguments.values()]
+        print(f"  {bold}{step.name}{plain} {', '.join(asked)}", file=file)
     elif step.kind == "format_error":
         print(f"  {bold}format error{plain}", file=file)
     for line in step.observation.splitlines()[:6]:
@@ -1579,11 +1655,12 @@ def print_step(step, file=sys.stdout):
 
 def print_picture(image, file=sys.stdout):
     """The picture itself in half blocks, where the terminal shows 24-bit colour."""
-    if not file.isatty() or os.environ.get("COLORTERM") not in ("truecolor", "24bit"):
+    if image is None or not file.isatty() or os.environ.get("COLORTERM") not in ("truecolor", "24bit"):
         return
     for upper, lower in zip(image[0::2], image[1::2]):
-        print("".join(f"\033[38;2;{a[0]};{a[1]};{a[2]}m\033[48;2;{b[0]};{b[1]};{b[2]}m▀" for a, b in zip(upper, lower))
-              + "\033[0m", file=file)
+        for (r, g, b), (r2, g2, b2) in zip(upper, lower):
+            print(f"\033[38;2;{r};{g};{b}m\033[48;2;{r2};{g2};{b2}m▀", end="", file=file)
+        print("\033[0m", file=file)
 
 
 def print_result(trajectory, file=sys.stdout):

@@ -5256,6 +5256,25 @@ def test_an_impossible_run_is_refused(flags, message):
         genevolve.Evolve(**flags)
 
 
+def test_promotion_compares_with_the_best_so_far_and_allows_for_chance_alone(offline_evolution, monkeypatch):
+    """Paired on the same requests: a drop within one standard error is promoted, a larger one is not, and no drop
+    lowers the bar for the next."""
+    monkeypatch.setattr(genevolve, "keep_examples", lambda *_: None)
+    run, kept = offline_evolution(), []
+    run.save_promoted, run.write_policy = (lambda: None), (lambda name, figures: kept.append(figures))
+
+    def promotes(rewards):
+        attempts = [distill.Trajectory("", "", reward=float(r), judgement={"kscore": 1.0}) for r in rewards]
+        run.sample_trajectories = lambda requests, seeds: (attempts, 0.0)
+        return run.evaluate()["promoted"]
+    base = np.linspace(0.2, 0.8, 64)
+    noise = np.where(np.arange(64) % 2, 0.1, -0.1)  # paired difference: standard error 0.0125
+    assert promotes(base) and promotes(base + noise - 0.012)  # 0.012 worse on average: chance would do that
+    assert not promotes(base + noise - 0.020)                 # compared with the first, not with the one before
+    assert run.promoted_rewards == base.tolist() and promotes(base + 0.01) and run.promoted_rewards != base.tolist()
+    assert not promotes(base) and len(kept) == 3              # 0.01 worse everywhere: no chance in it
+
+
 def log_rows(rewards):
     return [{"reward": reward, "validity": 1.0, "entropy": 0.1} for reward in rewards]
 
