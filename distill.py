@@ -1679,7 +1679,7 @@ def rare_tokens(tokenizer, conversations):
 
 
 def sft_batches(rows, batch_tokens, rng):
-    """Endless shuffled batches of about ``batch_tokens`` tokens; of all rows, if they have fewer. rows: [(ids, mask)]"""
+    """Endless shuffled batches [(ids, mask)] of about ``batch_tokens`` tokens; of all rows, if they have fewer."""
     batch_tokens = min(batch_tokens, sum(len(ids) for ids, _ in rows))
     while True:
         batch, size = [], 0
