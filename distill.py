@@ -805,6 +805,7 @@ def summarize_pair_llm(chat, request, best, worst, names=entity_names):
     messages = [{"role": "system", "content": system}, {"role": "user", "content": text}]
     reply = chat(messages, temperature=0.0, max_tokens=8192)
 
+    reply = reply.rpartition("</think>")[2]  # a thought is no part of the answer
     try:
         value = json.loads(reply[reply.find("{"):reply.rfind("}") + 1])
     except ValueError as error:
@@ -1512,6 +1513,7 @@ def query_judge(chat, rubric, content):
     """The JSON object that a judge answers, else tools.ToolError. content: text, or message parts."""
     messages = [{"role": "system", "content": rubric}, {"role": "user", "content": content}]
     reply = chat(messages, temperature=0.0, max_tokens=2048)
+    reply = reply.rpartition("</think>")[2]  # a thought is no part of the answer
     try:
         answer = json.loads(reply[reply.index("{"):reply.rindex("}") + 1])
     except ValueError:
@@ -1677,7 +1679,7 @@ def rare_tokens(tokenizer, conversations):
 
 
 def sft_batches(rows, batch_tokens, rng):
-    """Endless shuffled batches of about ``batch_tokens`` tokens; of all rows if they have fewer. rows: [(ids, mask)]"""
+    """Endless shuffled batches [(ids, mask)] of about ``batch_tokens`` tokens; of all rows, if they have fewer."""
     batch_tokens = min(batch_tokens, sum(len(ids) for ids, _ in rows))
     while True:
         batch, size = [], 0

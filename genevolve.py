@@ -189,6 +189,8 @@ class LocalPolicy:
         if self.compact:
             messages = atlas.world.compact_messages(messages, skill_guides(), atlas.world.known_requests())
         ids = self.tokenizer.apply_chat(messages, add_generation_prompt=True)
+        if len(ids) >= self.engine.capacity:
+            raise ValueError(f"the prompt has {len(ids)} tokens; the context holds {self.engine.capacity}")
 
         sequence = self.engine.open(ids, request["seed"])
         max_new_tokens = min(request["max_tokens"], self.sampling.max_new_tokens)
@@ -2339,7 +2341,7 @@ def serve(s):
                 with lock:
                     yield from components.policy.reply(request)
             else:  # a finished text is one piece
-                yield components.policy.client.complete(**{k: v for k, v in request.items() if k != "stream"})
+                yield components.policy.client.reply(**{k: v for k, v in request.items() if k != "stream"})
 
         def renderer(prompt, references, seed, steps, width, height):
             options = components.scorer.options | {"steps": min(steps, 40)}

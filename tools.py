@@ -31,6 +31,7 @@ Rules for every client here: a failure raises ToolError with one line that names
 Pictures are RGB, uint8 (H, W, 3), H and W in pixels. Times are seconds.
 """
 import base64
+import codecs
 import contextlib
 import hashlib
 import http.client
@@ -74,17 +75,19 @@ class BudgetExceeded(ToolError):
     """The number of paid calls that was allowed is used up."""
 
 
-def load_json(text):
+def load_json(text, strict=True, repair=False):
     """Strict JSON: no NaN, no half surrogates, no bottomless nesting. Raises ValueError in one line.
 
-    text: str or bytes (UTF-8).
+    text: str or bytes (UTF-8). strict: if False, line ends and tabs may stand in strings as they are.
+    repair: half surrogates become U+FFFD, for replies in which one odd character must not cost all the rest.
     """
     def refuse(constant):
         raise ValueError(f"{constant} is not JSON")
 
     try:
         text = text.decode() if isinstance(text, bytes) else text
-        value = json.loads(text, parse_constant=refuse)
+        value = json.loads(text, parse_constant=refuse, strict=strict)
+        value = without_surrogates(value) if repair else value
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # no 1e999, no half of a surrogate pair
         return value
     except RecursionError:
@@ -93,9 +96,20 @@ def load_json(text):
         raise ValueError("not valid Unicode") from None
 
 
-def json_object(text):
+def without_surrogates(value):
+    """A JSON value in which each half of a surrogate pair is U+FFFD."""
+    if isinstance(value, str):
+        return re.sub("[\ud800-\udfff]", "\ufffd", value)
+    if isinstance(value, list):
+        return [without_surrogates(item) for item in value]
+    if isinstance(value, dict):
+        return {without_surrogates(name): without_surrogates(item) for name, item in value.items()}
+    return value
+
+
+def json_object(text, repair=False):
     """As load_json; ValueError unless it is an object."""
-    value = load_json(text)
+    value = load_json(text, repair=repair)
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
     return value
@@ -103,13 +117,17 @@ def json_object(text):
 
 # ---- The protocol: a turn -------------------------------------------------------------------------------------------
 
-TOOL_NAMES = ("search", "image_search", "query_knowledge")
 ACTION = re.compile(r"\s*<(tool_call|answer)>(.*)</\1>\s*", re.DOTALL)
 TAG = re.compile(r"</?(?:think|tool_call|answer)>")
+FENCED = re.compile(r"\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)
+END_TOKENS = re.compile(r"(?:\s*(?:<\|\w+\|>|</s>))+\s*\Z")  # which some servers leave at the end of a text
 
 
 def tool_schemas(skills):
-    """The three tools as JSON schemas, for the system prompt of a function-calling model. skills: see read_skills."""
+    """The tools as JSON schemas, for the system prompt of a function-calling model. skills: see read_skills.
+
+    A new tool is one more entry here and a method of the same name in ToolSession.
+    """
     queries = {"type": "array", "items": {"type": "string"}, "description": "What to look up."}
     query = {"type": "string", "description": "What the picture should show."}
     skill_name = {"type": "string", "enum": list(skills)}
@@ -129,6 +147,9 @@ def tool_schema(name, description, required, **properties):
             "function": {"name": name, "description": description, "parameters": parameters}}
 
 
+TOOL_NAMES = tuple(schema["function"]["name"] for schema in tool_schemas(skills=()))
+
+
 @dataclass
 class Turn:
     """One turn of the policy, taken apart."""
@@ -142,9 +163,11 @@ class Turn:
 def parse_turn(text):
     """`<think>...</think>` and then exactly one `<tool_call>{...}</tool_call>` or `<answer>{...}</answer>`.
 
-    The opening <think> may be missing (some chat templates write it into the prompt). Never raises.
+    The opening <think> may be missing (some chat templates write it into the prompt). Accepted, because models write
+    them and the meaning is plain: JSON in a ``` fence, line ends in its strings, arguments as a JSON text, further keys
+    beside name and arguments, special tokens at the end. Never raises.
     """
-    think, closed, rest = text.partition("</think>")
+    think, closed, rest = END_TOKENS.sub("", text).partition("</think>")
     think = think.strip().removeprefix("<think>").strip()
     try:
         if not closed:
@@ -162,22 +185,36 @@ def parse_action(rest):
     action = ACTION.fullmatch(rest)
     if not action:
         raise ValueError("one closed <tool_call> or <answer> must follow </think>, and nothing else")
+
     kind, body = action.groups()
-    if TAG.search(body):
-        raise ValueError("more than one action in a turn")
+    fenced = FENCED.fullmatch(body)
     try:
-        value = load_json(body)
+        value = load_json(fenced.group(1) if fenced else body, strict=False)
     except ValueError as error:
+        if TAG.search(body):  # in a string of valid JSON, a tag is text
+            raise ValueError("more than one action in a turn") from None
         raise ValueError(f"<{kind}> does not hold valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"<{kind}> must hold a JSON object")
     if kind == "answer":
         return kind, "", value
-    if set(value) != {"name", "arguments"} or not isinstance(value["arguments"], dict):
+    return kind, *read_tool_call(value)
+
+
+def read_tool_call(value):
+    """{"name": ..., "arguments": {...}} -> (tool name, arguments). Raises ValueError with the reason."""
+    name = value.get("name")
+    arguments = value.get("arguments")
+    if isinstance(arguments, str):  # as OpenAI's function calls have it
+        try:
+            arguments = load_json(arguments, strict=False)
+        except ValueError as error:
+            raise ValueError(f"the arguments are not valid JSON ({error})") from None
+    if name is None or not isinstance(arguments, dict):
         raise ValueError('<tool_call> must hold {"name": ..., "arguments": {...}}')
-    if value["name"] not in TOOL_NAMES:
+    if name not in TOOL_NAMES:
         raise ValueError(f"unknown tool; the tools are {', '.join(TOOL_NAMES)}")
-    return kind, value["name"], value["arguments"]
+    return name, arguments
 
 
 # ---- The protocol: a program ----------------------------------------------------------------------------------------
@@ -354,11 +391,7 @@ class ToolSession:
         try:
             if not isinstance(arguments, dict) or name not in TOOL_NAMES:
                 raise ToolError(f"unknown tool; the tools are {', '.join(TOOL_NAMES)}")
-            if name == "search":
-                return self.search(arguments)
-            if name == "image_search":
-                return self.image_search(arguments)
-            return self.query_knowledge(arguments)
+            return getattr(self, name)(arguments)
         except (ToolError, OSError) as error:
             return f"Error: {sanitize(str(error))}"
 
@@ -495,12 +528,13 @@ class CompactSession(ToolSession):
 class ToolBox:
     """The tools as HTTP clients of a Serper-compatible service, shared by all trajectories and threads.
 
-    allow_private: the search service is the local server; images on its origin may be fetched, nothing else private.
+    search_url: named by the user, so pictures on exactly its origin may be fetched. Nothing else private is.
+    allow_private: has no effect any more (older callers pass it).
     timeout, deadline, retries, backoff, tape, budget, limiter: see HttpClient; downloads have no budget and no limiter.
     max_bytes: of a picture.
     """
 
-    def __init__(self, search_url, skills_dir, image_dir, api_key="", compact=False, allow_private=False, tape=None,
+    def __init__(self, search_url, skills_dir, image_dir, api_key="", compact=False, allow_private=True, tape=None,
                  budget=None, limiter=None, timeout=15.0, deadline=60.0, retries=3, backoff=0.5, max_bytes=20 * 2**20):
         self.search_url = service_url(search_url, "search")
         self.skills = read_skills(skills_dir)
@@ -512,8 +546,7 @@ class ToolBox:
         # two clients: the service gets the key; pictures come from anywhere and never see it
         shared = {"timeout": timeout, "deadline": deadline, "retries": retries, "backoff": backoff, "tape": tape}
         self.client = HttpClient("search", (api_key,), budget=budget, limiter=limiter, **shared)
-        own = self.search_url if allow_private else None
-        self.downloader = HttpClient("download", guarded=True, own=own, max_bytes=max_bytes, **shared)
+        self.downloader = HttpClient("download", guarded=True, own=self.search_url, max_bytes=max_bytes, **shared)
 
         self.image_dir = image_dir
         self.lock = threading.Lock()
@@ -561,7 +594,8 @@ class ToolBox:
         found = []
         for hit, url, path in zip(hits, urls, paths):
             if not isinstance(path, ToolError):
-                found.append({"local_path": path, "url": url, "title": hit.get("title", ""),
+                shown = "data:" if url.startswith("data:") else url
+                found.append({"local_path": path, "url": shown, "title": hit.get("title", ""),
                               "page_url": hit.get("link", "")})
         if hits and not found:
             raise ToolError(f"none of {len(hits)} pictures could be fetched ({paths[0]})")
@@ -576,8 +610,12 @@ class ToolBox:
         if path and os.path.isfile(path):
             return path
         try:
-            reply = self.downloader.request("GET", url, until=until, attempt_index=attempt_index)
-            path = self.store(reply.body)
+            if url.startswith("data:"):  # the picture itself
+                data = from_base64(unquote(url))
+            else:
+                reply = self.downloader.request("GET", picture_url(url), until=until, attempt_index=attempt_index)
+                data = reply.body
+            path = self.store(data)
         except ToolError as error:
             return error
         with self.lock:
@@ -604,17 +642,33 @@ class ToolBox:
         return path
 
 
+def picture_url(url):
+    """The URL of a picture as services write it, ready for the guard: blanks are escaped, //host is https://host."""
+    url = url.strip().replace(" ", "%20")
+    return "https:" + url if url.startswith("//") else url
+
+
 # ---- The corpus: any folder of texts and images, with BM25 ----------------------------------------------------------
 
 TEXTS = (".md", ".txt")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 SHORT = 200            # characters of a snippet
-MAX_TEXT = 2**20       # characters read of one file
+MAX_TEXT = 2**20       # bytes read of one file
+
+
+CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"  # scripts without blanks, and Hangul
+WORD = re.compile(rf"[{CJK}]+|[^\W{CJK}]+")
 
 
 def words(text):
-    """Lower-case words, numbers included."""
-    return re.findall(r"\w+", text.lower())
+    """Lower-case words, numbers included. Chinese, Japanese and Korean become pairs of neighbouring characters."""
+    found = []
+    for word in WORD.findall(unicodedata.normalize("NFKC", text).lower()):
+        if "\u3040" <= word[0] and len(word) > 2 and re.match(f"[{CJK}]", word):
+            found += [word[at:at + 2] for at in range(len(word) - 1)]
+        else:
+            found.append(word)
+    return found
 
 
 class Index:
@@ -667,19 +721,26 @@ class Picture:
 class Corpus:
     """Texts and pictures of a folder. A text's title is its first line (# heading or short line), else its file name,
     and each of its `## sections` is a result of its own. A picture's title comes from titles.json beside it
-    ({file name: title}), else from a .txt file of the same name, else from the words of its file name."""
+    ({file name: title}), else from a .txt file of the same name, else from the words of its file name.
+
+    skipped: number of files of other kinds (PDF, HTML). cut: number of texts of which only the first MB is read.
+    """
 
     def __init__(self, folder):
         if not os.path.isdir(folder):
             raise ToolError(f"{folder}: no such folder")
         self.root = os.path.realpath(folder)
         pages, pictures = [], []
+        self.skipped = 0
+        self.cut = 0
         for place, folders, names in os.walk(self.root):
             # in place: os.walk goes on in what is left, in this order on every file system
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             names = sorted(name for name in names if self.belongs(os.path.join(place, name)))
             pages += self.read_pages(place, names)
             pictures += self.read_pictures(place, names)
+            used = [name for name in names if name.lower().endswith(TEXTS + PICTURES) or name == "titles.json"]
+            self.skipped += len(names) - len(used)
         self.index(pages, pictures)
 
     @classmethod
@@ -687,6 +748,8 @@ class Corpus:
         """A corpus without files. pages: [(title, section, text)]; titles: {picture file name: title}."""
         corpus = cls.__new__(cls)
         corpus.root = ""
+        corpus.skipped = 0
+        corpus.cut = 0
         corpus.index([Page(title, section, text, "") for title, section, text in pages],
                      [Picture(title, name) for name, title in titles.items()])
         return corpus
@@ -697,6 +760,11 @@ class Corpus:
         self.paths = {found.path for found in pages + pictures}  # all that is ever served
         self.page_index = Index(f"{page.title} {page.section} {page.text}" for page in pages)
         self.picture_index = Index(picture.title for picture in pictures)
+
+    def summary(self):
+        """What was read, in one line."""
+        texts = len({page.path for page in self.pages})
+        return f"{texts} texts, {len(self.pictures)} pictures, {self.skipped} skipped, {self.cut} cut"
 
     # what a search asks
 
@@ -715,17 +783,30 @@ class Corpus:
         if len(text) <= SHORT:
             return text
         # words that few pages hold count more (idf), so the sentence with the fact wins over one with the name alone
-        sentences = re.split(r"(?<=[.!?])\s+", text)
+        sentences = re.split(r"(?<=[.!?])\s+|(?<=[。！？])", text)
         asked = set(words(query))
         gains = [sum(self.page_index.idf(word) for word in asked & set(words(sentence))) for sentence in sentences]
         start = gains.index(max(gains))
 
         best = sentences[start]
+        if len(best) > SHORT:
+            return self.excerpt(best, asked)
         for sentence in sentences[start + 1:]:
             if len(best) + 1 + len(sentence) > SHORT:
                 break
             best += " " + sentence
-        return best if len(best) <= SHORT else best[:SHORT - 1] + "…"
+        return best
+
+    def excerpt(self, sentence, asked):
+        """The part of a long sentence around its rarest word that was asked for; its beginning if that is there."""
+        found = sorted(asked & set(words(sentence)))
+        rarest = max(found, key=self.page_index.idf, default="")
+        at = max(0, sentence.lower().find(rarest))
+        if at + len(rarest) < SHORT:
+            return sentence[:SHORT - 1] + "…"
+        start = min(at - SHORT // 2, len(sentence) - SHORT + 1)
+        end = start + SHORT - 2
+        return "…" + sentence[start:end] + ("…" if end < len(sentence) else "")
 
     def read(self, path):
         """Bytes of a file of the corpus, by the relative path that a search gave. ToolError for anything else."""
@@ -745,31 +826,43 @@ class Corpus:
         return os.path.relpath(os.path.join(place, name), self.root).replace(os.sep, "/")
 
     def read_pages(self, place, names):
-        """Pages of the texts among the files of one folder; a .txt file beside its picture is the picture's title."""
-        captions = {os.path.splitext(name)[0] + ".txt" for name in names if name.lower().endswith(PICTURES)}
+        """Pages of the texts among the files of one folder."""
         pages = []
         for name in names:
-            if name.lower().endswith(TEXTS) and name not in captions:
-                pages += sections(read_text(os.path.join(place, name)), self.relative(place, name))
+            if name.lower().endswith(TEXTS):
+                path = os.path.join(place, name)
+                self.cut += os.path.getsize(path) > MAX_TEXT
+                pages += sections(read_text(path), self.relative(place, name))
         return pages
 
     def read_pictures(self, place, names):
         """The pictures among the files of one folder, with their titles."""
         titles = read_titles(os.path.join(place, "titles.json")) if "titles.json" in names else {}
+        texts = {name for name in names if name.endswith(".txt")}
         pictures = []
         for name in names:
             if name.lower().endswith(PICTURES):
                 stem = os.path.splitext(name)[0]
                 title = titles.get(name)
-                if not title and stem + ".txt" in names:
+                if not title and stem + ".txt" in texts:
                     title = " ".join(read_text(os.path.join(place, stem + ".txt")).split())[:SHORT]
                 pictures.append(Picture(title or spaced(stem), self.relative(place, name)))
         return pictures
 
 
 def read_text(path):
-    with open(path, encoding="utf-8", errors="replace") as file:
-        return file.read(MAX_TEXT)
+    """The first MB of a text file: UTF-8, UTF-16, or else Windows' Western encoding."""
+    with open(path, "rb") as file:
+        data = file.read(MAX_TEXT)
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16", "replace")
+    if b"\0" in data[:1000]:  # UTF-16 without a mark: the zeros are the upper halves of letters
+        return data.decode("utf-16-le" if data[1::2].count(0) >= data[::2].count(0) else "utf-16-be", "replace")
+    try:
+        # incremental: where the file is cut, it may be in the middle of a character
+        return codecs.getincrementaldecoder("utf-8-sig")().decode(data)
+    except UnicodeDecodeError:
+        return data.decode("cp1252", "replace")
 
 
 def read_titles(path):
@@ -782,7 +875,8 @@ def read_titles(path):
 
 
 def spaced(stem):
-    """A file name as a title."""
+    """A file name as a title. A name that is not UTF-8 keeps its readable part."""
+    stem = os.fsencode(stem).decode("utf-8", "replace")
     return " ".join(re.split(r"[\s_-]+", stem))
 
 
@@ -820,17 +914,32 @@ def service_url(url, name):
     return url.strip().rstrip("/")
 
 
+def chat_url(base_url, name):
+    """The chat endpoint of a base URL: with or without a path (then /v1), with or without a query (kept)."""
+    parts = urlsplit(service_url(base_url, name))
+    path = parts.path.rstrip("/") or "/v1"
+    if not path.endswith("/chat/completions"):
+        path += "/chat/completions"
+    return urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
+
+
+# how servers say that a prompt and max_tokens together are too long for them
+CONTEXT_LENGTH = re.compile(r"context (?:length|size|window)\D{0,20}(\d+)", re.I)
+PROMPT_LENGTH = re.compile(r"(\d+) input tokens|(\d+) (?:tokens )?(?:in|from) the (?:input )?(?:messages|prompt)", re.I)
+
+
 class ChatClient:
     """Any OpenAI-compatible chat endpoint: a policy, a judge or a summariser. ``base_url`` with or without /v1.
 
+    A server that wants max_completion_tokens, or has too short a context for max_tokens, says so with status 400: the
+    client asks again in the way that the server wants, and does so from then on.
     http: fields of HttpClient (timeout, deadline, retries, limiter, budget, tape), here as in the clients below.
     """
 
     def __init__(self, base_url, api_key="", model="", name="chat model", **http):
-        base = service_url(base_url, name)
-        if not urlsplit(base).path:
-            base += "/v1"
-        self.url = base + "/chat/completions"
+        self.url = chat_url(base_url, name)
+        self.limit_name = "max_tokens"  # or "max_completion_tokens"
+        self.most_tokens = math.inf     # that the server's context leaves for a reply
         self.model = model
         self.headers = bearer(api_key)
         # a model may think for minutes
@@ -839,20 +948,114 @@ class ChatClient:
 
     def complete(self, messages, **options):
         """messages -> the text of the reply. options: max_tokens, temperature, top_p, stop, seed; None is left out."""
+        return self.reply(messages, **options).text
+
+    def reply(self, messages, max_tokens=None, **options):
+        """As complete, with finish reason and counts of tokens: a ChatReply."""
         payload = {"model": self.model, "messages": messages}
-        payload |= {name: value for name, value in options.items() if value is not None}
-        return self.client.post_json(self.url, payload, self.headers, reply_text)
+        payload |= {name: value for name, value in options.items() if value not in (None, [])}
+        limit = max_tokens and min(max_tokens, self.most_tokens)
+        while True:
+            limits = {self.limit_name: limit} if limit else {}
+            try:
+                return self.client.post_json(self.url, payload | limits, self.headers, read_chat_reply)
+            except ToolError as error:
+                limit = self.adapt(str(error), limit)
+                if not limit:
+                    raise
+
+    def adapt(self, reason, limit):
+        """Learn from a refusal. Returns the limit of tokens for another try; None if there is nothing to change.
+
+        Each change happens once or lowers the limit, so the tries come to an end.
+        """
+        if "HTTP 400" not in reason or not limit:
+            return None
+
+        context = CONTEXT_LENGTH.search(reason)
+        if context:
+            length = int(context.group(1))
+            prompt = PROMPT_LENGTH.search(reason)
+            room = length - int(prompt.group(1) or prompt.group(2)) if prompt else length // 2
+            if not 0 < room < limit:
+                return None
+            # one long prompt must not shorten the replies to all others
+            self.most_tokens = min(self.most_tokens, max(room, length // 4))
+            return room
+
+        if "max_completion_tokens" in reason and self.limit_name == "max_tokens":
+            self.limit_name = "max_completion_tokens"
+            return limit
+        return None
 
 
-def reply_text(value):
-    """The text in an OpenAI chat completion. ValueError if there is none."""
+def read_chat_reply(value):
+    """An OpenAI chat completion -> ChatReply, its text in the project's turn format.
+
+    A thought in a field of its own becomes <think>...</think>, native tool calls become <tool_call>...</tool_call>.
+    A refusal, an error in place of an answer and a filtered answer raise ToolError; anything else without text
+    ValueError.
+    """
+    if value.get("error"):
+        raise http_failure(200, error_reason(value))
     try:
-        content = value["choices"][0]["message"]["content"]
-        if isinstance(content, str):
-            return content
-        return "".join(part["text"] for part in content or ())
-    except (KeyError, IndexError, TypeError):
+        choice = value["choices"][0]
+        message = choice["message"]
+        finish = choice.get("finish_reason") or "stop"
+        content = message.get("content")
+        calls = message.get("tool_calls") or []
+        thought = message.get("reasoning_content") or message.get("reasoning") or ""
+        text = content_text(content)
+        actions = "\n".join(tool_call_text(call["function"]) for call in calls)
+    except (KeyError, IndexError, TypeError, AttributeError):
         raise ValueError("no choices[0].message.content") from None
+
+    if not text and not actions:
+        if message.get("refusal"):
+            raise Refused(f"the model refused: {message['refusal']}")
+        if finish == "content_filter":
+            raise Refused("the answer was stopped by a content filter")
+        if not thought and not isinstance(content, (str, list)):
+            raise ValueError("no choices[0].message.content")
+    return ChatReply(turn_text(thought, text, actions), "length" if finish == "length" else "stop",
+                     *token_counts(value))
+
+
+def content_text(content):
+    """The content of a message, text or parts -> its text. Parts of other types say nothing here."""
+    if isinstance(content, str):
+        return content
+    texts = [part["text"] for part in content or () if part.get("type", "text") in ("text", "output_text")]
+    return "".join(texts)
+
+
+def tool_call_text(function):
+    """A native tool call {"name", "arguments": JSON text} as the turn format writes it."""
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json_object(arguments or "{}")
+        except ValueError:
+            pass  # stays text: the parser of turns says what is wrong
+    call = {"name": function["name"], "arguments": arguments or {}}
+    return f"<tool_call>{json.dumps(call, ensure_ascii=False)}</tool_call>"
+
+
+def turn_text(thought, text, actions):
+    """Thought, text and native tool calls as one turn. What is said beside a call belongs to the thought."""
+    if actions and "</think>" not in text:
+        thought = "\n".join(part for part in (thought, text) if part)
+        return f"<think>{thought}</think>\n{actions}"
+    if thought and "</think>" not in text:
+        text = f"<think>{thought}</think>\n{text}"
+    return "\n".join(part for part in (text, actions) if part)
+
+
+def token_counts(value):
+    """(prompt, completion) tokens that a reply states; 0 where it does not."""
+    usage = value.get("usage")
+    counts = usage if isinstance(usage, dict) else {}
+    return [counts.get(name) or 0 for name in ("prompt_tokens", "completion_tokens")]
 
 
 class RemoteRenderer:
@@ -891,7 +1094,8 @@ class RemoteRenderer:
         for turn in range(len(self.urls)):
             url = self.urls[(number + turn) % len(self.urls)]
             try:
-                return self.client.post_json(f"{url}/generate", payload, parse=service_image)
+                # a recording keeps the outcome of each machine (two on one host look alike to it)
+                return self.client.post_json(f"{url}/generate", payload, parse=service_image, attempt_index=turn)
             except BudgetExceeded as error:
                 return error
             except ToolError as error:
@@ -950,13 +1154,28 @@ class GoogleRenderer:
 
 
 def google_image(value):
-    """candidates[].content.parts[].inlineData.data -> uint8 (H, W, 3), the first there is."""
+    """The first picture in candidates[].content.parts[] -> uint8 (H, W, 3). Pictures of a thought are only drafts.
+
+    ToolError with the reason if the prompt or every candidate was blocked.
+    """
+    reasons = []
     try:
-        parts = [part for candidate in value["candidates"] for part in candidate["content"]["parts"]]
-        inline = [part.get("inlineData") or part.get("inline_data") for part in parts]
-        return read_image(from_base64(next(data["data"] for data in inline if data)))
-    except (KeyError, TypeError, AttributeError, StopIteration):
+        blocked = value.get("promptFeedback") or {}
+        if blocked.get("blockReason"):
+            raise Refused(f"the prompt was blocked: {blocked['blockReason']} {blocked.get('blockReasonMessage', '')}")
+
+        for candidate in value.get("candidates") or []:
+            for part in (candidate.get("content") or {}).get("parts") or []:
+                data = part.get("inlineData") or part.get("inline_data")
+                if data and not part.get("thought"):
+                    return read_image(from_base64(data["data"]))
+            if candidate.get("finishReason") not in (None, "STOP"):
+                reasons.append(f"{candidate['finishReason']} {candidate.get('finishMessage', '')}")
+    except (KeyError, TypeError, AttributeError):
         raise ValueError("no picture in it") from None
+    if reasons:
+        raise Refused(f"no picture: {'; '.join(reasons)}")
+    raise ValueError("no picture in it")
 
 
 @dataclass
@@ -1009,14 +1228,19 @@ class SGLangClient:
 
 
 def read_rollout(value):
-    """SGLang's reply -> Rollout. ValueError unless every token has its log-probability."""
+    """SGLang's reply -> Rollout. ValueError unless every token has its log-probability.
+
+    ToolError if the server gave the generation up: such a turn has no reward, which is not a reward of 0.
+    """
     try:
         meta = value["meta_info"]
+        finish = meta["finish_reason"]["type"]
+        if finish == "abort":
+            raise Transient(f"the generation was aborted: {meta['finish_reason'].get('message') or 'no reason given'}")
         pairs = [(float(entry[0]), int(entry[1])) for entry in meta["output_token_logprobs"]]
         logprobs = [logprob for logprob, _ in pairs]
         scored_tokens = [token for _, token in pairs]
         tokens = [int(token) for token in value.get("output_ids", scored_tokens)]
-        finish = meta["finish_reason"]["type"]
     except (KeyError, IndexError, TypeError):
         raise ValueError("no output_ids with their log-probabilities") from None
     if scored_tokens != tokens:
@@ -1125,7 +1349,7 @@ class Server:
         query, top_k = read_query(request)
         rows = []
         for position, (page, snippet) in enumerate(self.require(self.corpus, "corpus").search(query, top_k), 1):
-            link = f"{base}/page/{quote(page.path)}"
+            link = f"{base}/page/{quote(os.fsencode(page.path))}"
             rows.append({"title": page.title, "link": link, "snippet": snippet, "position": position})
         return {"searchParameters": {"q": query, "num": top_k, "type": "search"}, "organic": rows}
 
@@ -1135,9 +1359,9 @@ class Server:
         corpus = self.require(self.corpus, "corpus")
         rows = []
         for position, picture in enumerate(corpus.search_images(query, top_k), 1):
-            url = f"{base}/image/{quote(picture.path)}"
+            url = f"{base}/image/{quote(os.fsencode(picture.path))}"
             pages = corpus.search(picture.title, 1)
-            link = f"{base}/page/{quote(pages[0][0].path)}" if pages else url
+            link = f"{base}/page/{quote(os.fsencode(pages[0][0].path))}" if pages else url
             rows.append({"title": picture.title, "imageUrl": url, "link": link, "position": position})
         return {"searchParameters": {"q": query, "num": top_k, "type": "images"}, "images": rows}
 
@@ -1175,11 +1399,13 @@ class Server:
         """(content type, bytes) of a path."""
         if path == "/health":
             return "application/json", b'{"status": "ok"}'
+        entry = {"id": self.model, "object": "model", "owned_by": "genevolve"}
         if path == "/v1/models":
-            models = {"object": "list", "data": [{"id": self.model, "object": "model"}]}
-            return "application/json", json.dumps(models).encode()
+            return "application/json", json.dumps({"object": "list", "data": [entry]}).encode()
+        if unquote(path) == f"/v1/models/{self.model}":
+            return "application/json", json.dumps(entry).encode()
 
-        kind, _, name = unquote(path).removeprefix("/").partition("/")
+        kind, _, name = unquote(path, errors="surrogateescape").removeprefix("/").partition("/")
         if kind not in ("page", "image") or not self.corpus:
             raise HttpError(404, "no such path")
         try:
@@ -1296,17 +1522,18 @@ def read_image(source):
 
 
 def decode_with_pillow(data, kind):
-    """JPEG or WebP -> uint8 (H, W, 3), transparency over white."""
+    """JPEG or WebP -> uint8 (H, W, 3), upright as its EXIF rotation says, transparency over white."""
     try:
-        from PIL import Image
+        from PIL import Image, ImageOps
     except ImportError:
         raise ToolError(f"a {kind.upper()} picture: reading it takes Pillow (pip install pillow)") from None
     try:
         with Image.open(io.BytesIO(data), formats=[kind.upper()]) as image:
-            image = image.convert("RGBA")
+            image = ImageOps.exif_transpose(image).convert("RGBA")
             white = Image.new("RGBA", image.size, "white")
             return np.array(Image.alpha_composite(white, image).convert("RGB"))
-    except (SyntaxError, struct.error) as error:  # what Pillow raises on damage, next to OSError and ValueError
+    except (SyntaxError, struct.error, EOFError, MemoryError, Image.DecompressionBombError) as error:
+        # what Pillow raises on damage, next to OSError and ValueError
         raise ToolError(f"a damaged {kind.upper()} picture ({error})") from None
 
 
@@ -1340,10 +1567,11 @@ def from_data_uri(uri):
 
 
 def from_base64(text):
-    """Base64 -> bytes. ToolError if it is anything else."""
+    """Base64 -> bytes. Line ends in it, missing padding and a data URI's head are fine; else ToolError."""
     try:
-        return base64.b64decode(text, validate=True)
-    except (ValueError, TypeError):
+        text = "".join(text.rpartition(",")[2].split())
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except (ValueError, TypeError, AttributeError):
         raise ToolError("an image that is not valid base64") from None
 
 
@@ -1457,8 +1685,8 @@ def origin_of(url):
 def check_url(url, own=None):
     """Whether a URL from a search result or a model may be fetched: returns it in canonical form or raises ToolError.
 
-    http and https only, no credentials, a public host in its plain spelling, every DNS answer public. ``own``: URL of
-    the local server; what lies on its origin (same scheme, host and port) passes, and nothing else that is private.
+    http and https only, no credentials, a public host in its plain spelling, every DNS answer public. ``own``: URL
+    that the user named; what lies on its origin (same scheme, host and port) passes, and nothing else that is private.
     """
     if not isinstance(url, str) or not url or len(url) > MAX_URL:
         raise ToolError(f"refused: a URL is text of 1 to {MAX_URL} characters")
@@ -1515,7 +1743,9 @@ class Tape:
                     for number, line in enumerate(file, 1):
                         self.read_line(line, f"{replay}, line {number}")
             if record:
-                self.file = open(record, "w", encoding="utf-8")
+                self.file = open(record, "x", encoding="utf-8")
+        except FileExistsError:
+            raise ToolError(f"{record}: exists; a recording is not overwritten, name another file") from None
         except OSError as error:
             raise ToolError(f"{record or replay}: {error.strerror}") from None
 
@@ -1747,7 +1977,7 @@ class HttpClient:
     name: str                       # how errors call the service
     secrets: tuple = ()             # keys that must not appear anywhere
     guarded: bool = False           # URLs come from outside: check_url, no proxy, redirects followed
-    own: str | None = None          # the local server, which the guard lets through
+    own: str | None = None          # a URL named by the user: the guard lets its origin through
     timeout: float = 30.0           # seconds for one attempt, from connecting to the last byte
     deadline: float = 90.0          # seconds for a call with all its attempts
     retries: int = 3                # attempts after the first
@@ -1798,7 +2028,7 @@ class HttpClient:
     def post_json(self, url, payload, headers=None, parse=unparsed, **options):
         """POST a JSON object; parse: JSON object -> value."""
         def parse_body(reply):
-            return parse(json_object(reply.body))
+            return parse(json_object(reply.body, repair=True))
 
         return self.request("POST", url, payload, headers, parse_body, **options)
 
@@ -1874,12 +2104,10 @@ class HttpClient:
                 if not self.guarded:
                     raise Refused(f"HTTP {status}: redirects are not followed here")
                 return urljoin(url, response.headers.get("Location", ""))
-            if status in (408, 425, 429) or status >= 500:
-                raise Transient(f"HTTP {status}", retry_after(response.headers.get("Retry-After")))
 
             # read no more than is of use: of an error page only the beginning, for the message
             succeeded = 200 <= status < 300
-            limit = self.max_bytes if succeeded else 1000
+            limit = self.max_bytes if succeeded else 4096
             body = bytearray()
             for chunk in response.iter_content(2**16):
                 body += chunk
@@ -1887,11 +2115,38 @@ class HttpClient:
                     break
 
             if not succeeded:
-                detail = " ".join(re.findall(r"[\w .,:;()'/-]+", body[:300].decode("utf-8", "replace")))
-                raise Refused(f"HTTP {status} {detail}".strip())
+                reason = body_reason(redact(bytes(body), self.secrets))
+                raise http_failure(status, reason, retry_after(response.headers.get("Retry-After")))
             if len(body) > limit:
                 raise Refused(f"an answer of more than {self.max_bytes >> 20} MB")
             return Reply(status, response.headers.get("Content-Type", ""), bytes(body))
+
+
+def http_failure(status, reason, wait=0.0):
+    """The error for a status and the reason that came with it. A quota that is used up does not come back soon."""
+    message = f"HTTP {status} {reason}".strip()
+    may_pass = status == 200 or status in (408, 425, 429) or status >= 500
+    if may_pass and "insufficient_quota" not in reason:
+        return Transient(message, wait)
+    return Refused(message)
+
+
+def body_reason(body):
+    """What the body of an error says, as plain words."""
+    try:
+        text = error_reason(json_object(body))
+    except ValueError:
+        text = body.decode("utf-8", "replace")
+    return " ".join(re.findall(r"[\w .,:;()'/-]+", text[:300]))
+
+
+def error_reason(value):
+    """The reason in {"error": {"message", "code", ...}} and its relatives; the whole object where there is none."""
+    error = value.get("error") or value.get("detail") or value
+    if isinstance(error, dict):
+        named = [str(error[name]) for name in ("code", "type", "message") if error.get(name)]
+        error = " ".join(named) if error.get("message") else error
+    return error if isinstance(error, str) else json.dumps(error)
 
 
 def retry_after(value):
@@ -1961,7 +2216,9 @@ def read_sampling(request):
         stop = [stop]
     if not isinstance(stop, list) or not all(isinstance(string, str) and string for string in stop):
         raise HttpError(400, "stop must be a text or a list of texts")
-    length = "max_completion_tokens" if "max_completion_tokens" in request else "max_tokens"
+    if number_field(request, "n", 1, 0, 2) != 1:
+        raise HttpError(400, "n must be 1: one answer is given")
+    length = "max_tokens" if request.get("max_completion_tokens") is None else "max_completion_tokens"
     return {"stop": stop,
             "max_tokens": number_field(request, length, MAX_NEW_TOKENS, 1, MAX_NEW_TOKENS, integer=True),
             "temperature": number_field(request, "temperature", 0.7, 0.0, 2.0),
@@ -2042,6 +2299,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.answer(self.answer_get)
 
+    do_HEAD = do_GET
+
+    def do_OPTIONS(self):
+        self.answer(self.answer_options)
+
     def do_POST(self):
         self.answer(self.answer_post)
 
@@ -2049,6 +2311,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Run an action that answers the request; errors become JSON. Of all paths only /health is never refused."""
         path = urlsplit(self.path).path
         self.body_read = False
+        # a body where none belongs must not be read as the next request
+        if self.command != "POST" and self.has_body():
+            self.close_connection = True
         limited = path != "/health"
         if limited and not self.owner.free_slots.acquire(blocking=False):
             return self.fail(503, "too many requests at once")
@@ -2068,13 +2333,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.owner.free_slots.release()
 
     def answer_get(self, path):
+        self.discard_body()
         self.reply(200, *self.owner.get(path))
+
+    def answer_options(self, path):
+        self.discard_body()
+        self.reply(200, "text/plain", b"")
+
+    def has_body(self):
+        return "Transfer-Encoding" in self.headers or self.headers.get("Content-Length", "0") != "0"
 
     def answer_post(self, path):
         """Read a POST request and answer it."""
         length = self.headers.get("Content-Length", "")
         if not re.fullmatch(r"\d{1,12}", length) or "Transfer-Encoding" in self.headers:
             raise HttpError(411, "a Content-Length is needed")
+        if len(self.headers.get_all("Content-Length")) > 1:
+            raise HttpError(400, "more than one Content-Length")
         if int(length) > self.owner.max_body:
             raise HttpError(413, f"a body of more than {self.owner.max_body} bytes")
         # all that can be refused is refused before the body is read
@@ -2142,10 +2417,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("X-Content-Type-Options", "nosniff")
         if status == 503:
             self.send_header("Retry-After", "1")
+        if self.command == "OPTIONS":
+            self.send_header("Allow", "GET, HEAD, POST, OPTIONS")
         if self.close_connection:
             self.send_header("Connection", "close")
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def fail(self, status, message):
         """Answer with an error."""
