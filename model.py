@@ -92,16 +92,18 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         y = F.linear(x, self.weight)
-        if not self.lora_A:
+        if not self.lora_A or not self.lora_scale:  # scale 0: switched off by `without_lora`
             return y
-        return y + torch.cat([self.delta(x, name, rows) for name, rows in self.parts], -1).to(y.dtype)
+        deltas = [self.delta(x, name, rows) for name, rows in self.parts]
+        return y + torch.cat(deltas, -1).to(y.dtype)
 
     def delta(self, x, name, rows):
         key = name.split(".")[-1]
         if key not in self.lora_A:
             return x.new_zeros(*x.shape[:-1], rows)
-        inner = F.linear(x.to(self.lora_A[key].dtype), self.lora_A[key])                  # (..., r)
-        return F.linear(inner, self.lora_B[key]) * self.lora_scale
+        A, B = self.lora_A[key], self.lora_B[key]
+        inner = F.linear(x.to(A.dtype), A)                                                # (..., r)
+        return F.linear(inner, B) * self.lora_scale
 
 
 class RMSNorm(nn.Module):
@@ -179,9 +181,10 @@ class Qwen3(nn.Module):
     def trunk(self, ids, positions, attend):
         """ids, positions (N,) int64 -> normalised hidden states (N, C). attend(layer, q (N, H, D), k, v (N, J, D))."""
         D = self.config.head_dim
-        frequency = self.config.rope_theta ** -(torch.arange(0, D, 2, device=ids.device).float() / D)  # (D / 2,)
-        angle = positions.float()[:, None, None] * frequency                              # (N, 1, D / 2)
         x = self.embed(ids)                                                               # (N, C)
+        exponents = torch.arange(0, D, 2, device=ids.device).float() / D                  # (D / 2,)
+        frequency = self.config.rope_theta ** -exponents
+        angle = positions.float()[:, None, None] * frequency                              # (N, 1, D / 2)
         cos, sin = angle.cos(), angle.sin()
         cos = torch.cat((cos, cos), -1).to(x.dtype)                                       # (N, 1, D)
         sin = torch.cat((-sin, sin), -1).to(x.dtype)                                      # (N, 1, D), see `rotate`
@@ -203,12 +206,16 @@ class Qwen3(nn.Module):
     def forward(self, ids):
         B, T = ids.shape
 
+        def by_row(x):  # (N, H | J, D) -> (B, H | J, T, D)
+            return x.view(B, T, -1, x.shape[-1]).transpose(1, 2)
+
         def attend(layer, q, k, v):
-            q, k, v = (t.view(B, T, -1, t.shape[-1]).transpose(1, 2) for t in (q, k, v))  # (B, H | J, T, D)
+            q, k, v = by_row(q), by_row(k), by_row(v)
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
         positions = torch.arange(T, device=ids.device).repeat(B)
-        return self.logits(self.trunk(ids.reshape(-1), positions, attend)).view(B, T, -1)
+        hidden = self.trunk(ids.reshape(-1), positions, attend)                           # (N, C)
+        return self.logits(hidden).view(B, T, -1)
 
 
 def attend_causal(q, k, v):
@@ -219,7 +226,8 @@ def attend_causal(q, k, v):
     if t not in (1, L):
         mask = torch.ones(t, L, dtype=torch.bool, device=q.device).tril(L - t)
     with torch.autocast("cpu", enabled=False):  # this kernel's backward is twice as fast in float32 as in bfloat16
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=t == L, enable_gqa=True)[0].transpose(0, 1)
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=t == L, enable_gqa=True)
+    return out[0].transpose(0, 1)
 
 
 # ---- Tokenizer -------------------------------------------------------------------------------------------------------
@@ -279,7 +287,8 @@ class Tokenizer:
             end = self.encode("\n")
 
             ids += head + body + end
-            mask += [False] * len(head) + [role == "assistant"] * len(body) + [False] * len(end)
+            written = [role == "assistant"] * len(body)
+            mask += [False] * len(head) + written + [False] * len(end)
         return ids, mask
 
     def observation(self, text, role="user", closed=True):
@@ -364,7 +373,8 @@ class PrefixTree:
     def __init__(self, sequences, device):
         ids, positions = [], []
         self.sizes, self.paths, self.token_rows = [], [], []
-        shared = [0] + [common_prefix(a, b) for a, b in zip(sequences, sequences[1:])] + [0]
+        neighbours = zip(sequences, sequences[1:])
+        shared = [0, *(common_prefix(a, b) for a, b in neighbours), 0]
 
         path, ends, rows = [], [], []  # of the sequence at hand: its segments, where in it they end, its stream rows
         for s, sequence in enumerate(sequences):
@@ -393,9 +403,14 @@ class PrefixTree:
         q, k, v = q.split(self.sizes), k.split(self.sizes), v.split(self.sizes)
 
         def along(path, parts):
-            return parts[path[0]] if len(path) == 1 else torch.cat([parts[i] for i in path])
+            if len(path) == 1:
+                return parts[path[0]]
+            return torch.cat([parts[i] for i in path])
 
-        return torch.cat([attend_causal(q[path[-1]], along(path, k), along(path, v)) for path in self.paths])
+        outs = []
+        for path in self.paths:
+            outs.append(attend_causal(q[path[-1]], along(path, k), along(path, v)))
+        return torch.cat(outs)
 
 
 def hidden_states(net, sequences):
@@ -450,6 +465,7 @@ class ChunkedLogprobs(torch.autograd.Function):
     def backward(ctx, g_logp, g_entropy):
         hidden, weight, targets, lse, entropy = ctx.saved_tensors
         temperature, tile, dtype = ctx.settings
+
         g_hidden, g_weight = (torch.zeros(x.shape, device=x.device) for x in (hidden, weight))  # float32 sums
         with_entropy = bool(g_entropy.any())
         for c in range(0, len(weight), tile):
@@ -552,9 +568,13 @@ def token_logprobs_and_entropy(net, sequences, temperature=1.0, masks=None):
         inverse = torch.full((len(row),), len(pairs), device=device)                      # elsewhere: the zero below
         inverse.masked_scatter_(wanted, inverse_wanted)
 
-    values = chunked_logprobs(hidden[pairs // V], net.output_weight, pairs % V, temperature)
+    logp, entropy = chunked_logprobs(hidden[pairs // V], net.output_weight, pairs % V, temperature)
     lengths = [len(s) - 1 for s in sequences]
-    return tuple(F.pad(v, (0, 1))[inverse].split(lengths) for v in values)
+
+    def by_sequence(values):
+        return F.pad(values, (0, 1))[inverse].split(lengths)
+
+    return by_sequence(logp), by_sequence(entropy)
 
 
 def embed(net, sequences):
@@ -564,7 +584,8 @@ def embed(net, sequences):
 
 def last_hidden(net, sequences):
     hidden, rows = hidden_states(net, sequences)
-    return F.normalize(hidden[torch.stack([r[-1] for r in rows])].float(), dim=-1)
+    last = torch.stack([r[-1] for r in rows])                                             # (S,)
+    return F.normalize(hidden[last].float(), dim=-1)
 
 
 def embed_words(net, sequences):
@@ -576,8 +597,11 @@ def embed_words(net, sequences):
 
 
 def mean_words(net, sequences):
-    device = net.embed.weight.device
-    return torch.stack([net.embed(torch.tensor(ids, device=device)).float().mean(0) for ids in sequences])
+    means = []
+    for ids in sequences:
+        words = net.embed(torch.tensor(ids, device=net.embed.weight.device))              # (T, C)
+        means.append(words.float().mean(0))
+    return torch.stack(means)
 
 
 # ---- Sampling --------------------------------------------------------------------------------------------------------
@@ -732,13 +756,14 @@ class KVCache:
 
     def swap(self, a, b):
         """Exchange two slots with all that they hold."""
-        n = max(owner.cached for owner in (self.slot_owner[a], self.slot_owner[b]) if owner)
+        owners = self.slot_owner[a], self.slot_owner[b]
+        n = max(owner.cached for owner in owners if owner)
         for cache in (self.keys, self.values):
             cache[:, [a, b], :, :n] = cache[:, [b, a], :, :n]
-        self.slot_owner[a], self.slot_owner[b] = self.slot_owner[b], self.slot_owner[a]
-        for slot in (a, b):
-            if self.slot_owner[slot]:
-                self.slot_owner[slot].slot = slot
+        for owner, slot in zip(owners, (b, a)):
+            self.slot_owner[slot] = owner
+            if owner:
+                owner.slot = slot
 
     def compact(self, owners, first):
         """Move owners so that they hold the slots first, first + 1, ...; in what order does not matter."""
@@ -775,7 +800,8 @@ class KVCache:
 def zeros(shape, like):
     """Zeros that take memory only where they are written (on a CPU)."""
     if like.device.type == "cpu":
-        return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * like.itemsize), dtype=like.dtype).view(shape)
+        memory = mmap.mmap(-1, math.prod(shape) * like.itemsize)
+        return torch.frombuffer(memory, dtype=like.dtype).view(shape)
     return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
 
@@ -888,12 +914,14 @@ class Engine:
         """Whether there is a slot: a free one, or that of a conversation which does not run and lends it."""
         if self.cache.allocate(sequence):
             return True
-        position = {waiting: i for i, waiting in enumerate(self.waiting)}
         idle = [owner for owner in self.cache.slot_owner[:self.slots] if owner not in self.running]
         if not idle:
             return False
-        # a conversation that waits for a tool comes before one that waits for its turn, of these the last in the queue
-        self.cache.lend(max(idle, key=lambda owner: position.get(owner, math.inf)))
+
+        # who waits for a tool can spare a slot most easily, then who is last in the queue
+        position = {waiting: i for i, waiting in enumerate(self.waiting)}
+        lender = max(idle, key=lambda owner: position.get(owner, math.inf))
+        self.cache.lend(lender)
         return self.cache.allocate(sequence)
 
     def attach_prefix(self, sequence):
@@ -936,12 +964,12 @@ class Engine:
             jobs = [job for job in jobs if job.computed < len(job.tokens)]
 
         # a sequence that is all shared prompt goes on from the prompt's last logits
-        logits = torch.stack([s.prefix.logits if s.logits is None else s.logits for s in admitted])   # (n, V)
+        logits = [s.prefix.logits if s.logits is None else s.logits for s in admitted]
+        params = torch.tensor([[s.temperature, s.top_p] for s in admitted], device=self.device)
+        counters = torch.tensor([[s.stream, len(s.tokens)] for s in admitted], device=self.device)
+        tokens, logp = sample(torch.stack(logits), *params.T, *counters.T)
         for s in admitted:
             s.logits = None
-        temperature, top_p = torch.tensor([[s.temperature, s.top_p] for s in admitted], device=self.device).T
-        streams, positions = torch.tensor([[s.stream, len(s.tokens)] for s in admitted], device=self.device).T
-        tokens, logp = sample(logits, temperature, top_p, streams, positions)
         return tokens.tolist(), logp.tolist()
 
     def next_wave(self, jobs):
@@ -966,8 +994,10 @@ class Engine:
         def in_common(other):
             return min(common_prefix(other.tokens, job.tokens), len(job.tokens) - 1)  # the last one's logits are needed
 
-        sources = [o for o in self.cache.slot_owner if o and o.cached and not o.prefix]
-        n, slot = max([(min(in_common(o), o.cached), o.slot) for o in sources], default=(0, -1))
+        n, slot = 0, -1
+        for other in self.cache.slot_owner:
+            if other and other.cached and not other.prefix:
+                n, slot = max((n, slot), (min(in_common(other), other.cached), other.slot))
         ahead = max([in_common(other) for other in wave if not other.prefix], default=0)
         if ahead >= n + SHORTEST_SHARED:
             return True
@@ -977,17 +1007,23 @@ class Engine:
 
     def prefill_wave(self, wave):
         """One pass over [(job, ids)] as a flat stream: fills the cache, and leaves each job its last logits."""
+        flat, positions = [], []
+        for job, ids in wave:
+            flat += ids
+            positions += range(job.computed, job.computed + len(ids))
+        flat = torch.tensor(flat, device=self.device)                                     # (N,)
+        positions = torch.tensor(positions, device=self.device)                           # (N,)
         sizes = [len(ids) for _, ids in wave]
-        flat = torch.tensor([i for _, ids in wave for i in ids], device=self.device)      # (N,)
-        positions = [job.computed + i for job, ids in wave for i in range(len(ids))]
 
         def attend(layer, q, k, v):
             outs = []
-            for (job, _), q_, k_, v_ in zip(wave, q.split(sizes), k.split(sizes), v.split(sizes)):
-                outs.append(attend_causal(q_, *self.cache.append(layer, job, k_, v_)))
+            parts = zip(wave, q.split(sizes), k.split(sizes), v.split(sizes))
+            for (job, _), q_job, k_job, v_job in parts:
+                keys, values = self.cache.append(layer, job, k_job, v_job)
+                outs.append(attend_causal(q_job, keys, values))
             return torch.cat(outs)
 
-        hidden = self.net.trunk(flat, torch.tensor(positions, device=self.device), attend)
+        hidden = self.net.trunk(flat, positions, attend)                                  # (N, C)
         last = torch.tensor(sizes, device=self.device).cumsum(0) - 1
         logits = self.net.logits(hidden[last])                                            # (wave, V)
         for (job, ids), row in zip(wave, logits):
@@ -1069,8 +1105,7 @@ class DecodeBatch:
         self.sampling_params[:, :n] = torch.tensor(params, device=self.device).T
         self.prefix_groups = None
         if groups:
-            keys = self.cache.keys
-            self.prefix_groups = PrefixGroups.build(self.cache.slots, self.shape[1], groups, keys.device, keys.dtype)
+            self.prefix_groups = PrefixGroups.build(self.cache, groups)
 
     def step(self, n, longest):
         """Sample n tokens -> (tokens (n,), logp (n,)). longest: L of the longest sequence, the new token included."""
@@ -1095,10 +1130,11 @@ class DecodeBatch:
             keys.view(-1, D).index_copy_(0, index, k.reshape(n * J, D))
             values.view(-1, D).index_copy_(0, index, v.reshape(n * J, D))
             q = q.view(n, J, H // J, D)                                                   # (B, J, R, D)
-            out, lse = attend_with_lse(q, keys[:n, :, :longest], values[:n, :, :longest], bias)
+            own_keys, own_values = keys[:n, :, :longest], values[:n, :, :longest]         # (B, J, L, D)
+            out, lse = attend_with_lse(q, own_keys, own_values, bias)
             if groups is not None:
-                first = self.cache.slots  # of those that hold shared prompts
-                shared, shared_lse = groups.attend(q, keys[first:], values[first:])
+                prompts = self.cache.slots  # the first slot of a shared prompt
+                shared, shared_lse = groups.attend(q, keys[prompts:], values[prompts:])
                 share = torch.sigmoid(shared_lse - lse).unsqueeze(-1).to(out.dtype)       # see `attend_with_lse`
                 out = torch.lerp(out, shared, share)
             return out
@@ -1162,27 +1198,30 @@ class PrefixGroups:
     no_prefix_bias: torch.Tensor  # (slots, 1, 1) 0, or -inf for a row without prefix
 
     @staticmethod
-    def build(slots, J, groups, device, dtype):
+    def build(cache, groups):
         """groups: {Prefix: batch rows}, in the order of the prefixes' slots in the cache."""
+        device, dtype, J = cache.keys.device, cache.keys.dtype, cache.keys.shape[2]
         G = len(groups)
         M = max(map(len, groups.values()))
         L = max(len(prefix.tokens) for prefix in groups)
         if device.type == "cuda":  # few shapes, few graphs
-            G, M, L = 1 << (G - 1).bit_length(), 1 << (M - 1).bit_length(), round_up(L, 256)
+            G, M, L = next_power_of_two(G), next_power_of_two(M), round_up(L, 256)
 
         heads = np.arange(J)
         query_index = np.zeros((G, J, M), np.int64)
-        inverse_index = np.zeros((slots, J), np.int64)
+        inverse_index = np.zeros((cache.slots, J), np.int64)
         bias = np.full((G, 1, 1, L), -np.inf, np.float32)
-        no_prefix_bias = np.full((slots, 1, 1), -np.inf, np.float32)
+        no_prefix_bias = np.full((cache.slots, 1, 1), -np.inf, np.float32)
         for g, (prefix, rows) in enumerate(groups.items()):
             query_index[g, :, :len(rows)] = np.array(rows) * J + heads[:, None]
             inverse_index[rows] = np.arange(len(rows))[:, None] + (g * J + heads) * M
             bias[g, ..., :len(prefix.tokens)] = 0
             no_prefix_bias[rows] = 0
+
         tables = query_index.reshape(-1), inverse_index.reshape(-1), bias, no_prefix_bias
-        query_index, inverse_index, bias, no_prefix_bias = (torch.from_numpy(x).to(device) for x in tables)
-        return PrefixGroups(query_index, inverse_index, bias.to(dtype), no_prefix_bias)
+        groups = PrefixGroups(*(torch.from_numpy(table).to(device) for table in tables))
+        groups.bias = groups.bias.to(dtype)
+        return groups
 
     def attend(self, q, keys, values):
         """q (B, J, R, D), prefix keys and values (slots, J, capacity, D) -> (out (B, J, R, D), lse (B, J, R))."""
@@ -1190,12 +1229,13 @@ class PrefixGroups:
         B, J, R, D = q.shape
         grouped = q.reshape(B * J, R * D).index_select(0, self.query_index)
         grouped = grouped.view(G, J, -1, D)                                               # (G, J, M R, D)
-        out, lse = attend_with_lse(grouped, keys[:G, :, :L], values[:G, :, :L], self.bias)
+        keys, values = keys[:G, :, :L], values[:G, :, :L]                                 # (G, J, L, D)
+        out, lse = attend_with_lse(grouped, keys, values, self.bias)
 
         index = self.inverse_index[:B * J]
-        out = out.reshape(-1, R * D).index_select(0, index).view(B, J, R, D)
-        lse = lse.reshape(-1, R).index_select(0, index).view(B, J, R)
-        return out, lse + self.no_prefix_bias[:B]
+        out = out.reshape(-1, R * D).index_select(0, index)                               # (B J, R D)
+        lse = lse.reshape(-1, R).index_select(0, index)                                   # (B J, R)
+        return out.view(B, J, R, D), lse.view(B, J, R) + self.no_prefix_bias[:B]
 
     @property
     def shape(self):
@@ -1217,6 +1257,10 @@ def round_up(n, step):
     return -(-n // step) * step
 
 
+def next_power_of_two(n):
+    return 1 << (n - 1).bit_length()
+
+
 @dataclass
 class Completion:
     tokens: list    # what was sampled, a stop id included
@@ -1224,21 +1268,28 @@ class Completion:
     finish: str     # "stop" or "length"
 
 
-def generate(net, prompts, max_new_tokens, temperature=0.7, top_p=0.95, stop_ids=(), seed=0, slots=64):
+def generate(net, prompts, max_new_tokens, temperature=0.7, top_p=0.95,
+             stop_ids=(), seed=0, slots=64):
     """One Completion for each prompt (token list), prompt i from the random stream of seed + i. Temperature 0: greedy.
 
     Equal prompts are computed and attended once, equal beginnings computed once; at most `slots` sequences run.
     """
     if not prompts:
         return []
-    engine = Engine(net, min(slots, len(prompts)), max(map(len, prompts)) + max_new_tokens)
+    capacity = max(map(len, prompts)) + max_new_tokens
+    engine = Engine(net, min(slots, len(prompts)), capacity)
     sequences = [engine.open(prompt, seed + i) for i, prompt in enumerate(prompts)]
     for sequence in sequences:
         engine.submit(sequence, max_new_tokens, temperature, top_p, stop_ids)
     while ended := engine.poll():
         for sequence in ended:
             engine.close(sequence)
-    return [Completion(s.tokens[len(prompt):], s.logprobs, s.finish) for s, prompt in zip(sequences, prompts)]
+
+    completions = []
+    for sequence, prompt in zip(sequences, prompts):
+        new_tokens = sequence.tokens[len(prompt):]
+        completions.append(Completion(new_tokens, sequence.logprobs, sequence.finish))
+    return completions
 
 
 # ==== Machine room ====================================================================================================
@@ -1293,6 +1344,7 @@ def read_config(path):
     text = raw.get("text_config", {}) if kind == "qwen3_vl" else raw
     if kind not in ("qwen3", "qwen3_vl", "qwen3_vl_text"):
         raise ValueError(f"{path}: architecture {kind!r}, expected qwen3 or qwen3_vl")
+
     rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
     if rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"):
         raise ValueError(f"{path}: rotary scaling {rope.get('rope_type')!r} is not supported")
@@ -1326,6 +1378,7 @@ def hf_config(c, dtype, tokenizer=None):
     ends = {}
     if tokenizer is not None:
         ends = {"eos_token_id": tokenizer.id("<|im_end|>"), "pad_token_id": tokenizer.id("<|endoftext|>")}
+
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
@@ -1341,6 +1394,7 @@ def hf_config(c, dtype, tokenizer=None):
         "rms_norm_eps": c.norm_eps,
         "tie_word_embeddings": c.tie_embeddings,
         "max_position_embeddings": c.max_positions,
+
         "hidden_act": "silu",
         "attention_bias": False,
         "use_cache": True,
@@ -1361,8 +1415,11 @@ def tensor_files(path):
     """{tensor name: file} of a checkpoint folder, single or sharded."""
     index = os.path.join(path, "model.safetensors.index.json")
     if os.path.exists(index):
-        names = read_json(index).get("weight_map", {})
-        return {name: os.path.join(path, os.path.basename(file)) for name, file in names.items()}
+        weight_map = read_json(index).get("weight_map", {})
+        return {
+            name: os.path.join(path, os.path.basename(file))  # a file of this folder, whatever the index says
+            for name, file in weight_map.items()
+        }
     single = os.path.join(path, "model.safetensors")
     with open_tensors(single) as file:
         return dict.fromkeys(file.keys(), single)
@@ -1432,17 +1489,18 @@ def save(path, net, tokenizer=None, shard_bytes=5 * 2**30):
         if size + tensor.data.nbytes > shard_bytes and shards[-1]:
             shards.append({})
             size = 0
-        shards[-1][tensor.name] = tensor.merged_weight()
+        shards[-1][tensor.name] = tensor.merged_weight().contiguous()
         size += tensor.data.nbytes
 
     names = ["model.safetensors"]
     if len(shards) > 1:
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for name, tensors in zip(names, shards):
-        write_tensors(os.path.join(path, name), {key: tensor.contiguous() for key, tensor in tensors.items()})
+        write_tensors(os.path.join(path, name), tensors)
     write_index(path, names, shards)
 
-    write_json(os.path.join(path, "config.json"), hf_config(net.config, net.embed.weight.dtype, tokenizer))
+    config = hf_config(net.config, net.embed.weight.dtype, tokenizer)
+    write_json(os.path.join(path, "config.json"), config)
     if tokenizer is not None:
         save_tokenizer(path, tokenizer)
 
@@ -1533,7 +1591,8 @@ def low_rank(linear, name):
     key = name.split(".")[-2]
     if key not in linear.lora_A:
         return 0.0
-    return (linear.lora_scale * linear.lora_B[key] @ linear.lora_A[key]).to(linear.weight.dtype)
+    scaled = linear.lora_scale * linear.lora_B[key]
+    return (scaled @ linear.lora_A[key]).to(linear.weight.dtype)
 
 
 def add_lora(net, rank=16, alpha=32, targets=TARGETS):
@@ -1548,9 +1607,10 @@ def add_lora(net, rank=16, alpha=32, targets=TARGETS):
     for linear, _, key, rows in projections(net):
         if key in targets:
             a = torch.empty(rank, linear.in_features, device=linear.weight.device)
+            b = torch.zeros(rows, rank, device=linear.weight.device)
             linear.lora_scale = alpha / rank
             linear.lora_A[key] = nn.Parameter(nn.init.kaiming_uniform_(a, 5**0.5))
-            linear.lora_B[key] = nn.Parameter(torch.zeros(rows, rank, device=linear.weight.device))
+            linear.lora_B[key] = nn.Parameter(b)
 
 
 def remove_lora(net):
@@ -1621,7 +1681,9 @@ def load_adapter(path, net):
     if config.get("peft_type") != "LORA" or unsupported or config.get("bias", "none") != "none":
         raise ValueError(f"{path}/adapter_config.json: only plain LoRA is supported {unsupported or ''}")
     targets = config["target_modules"]
-    add_lora(net, config["r"], config["lora_alpha"], (targets,) if isinstance(targets, str) else targets)
+    if isinstance(targets, str):
+        targets = (targets,)
+    add_lora(net, config["r"], config["lora_alpha"], targets)
 
     path = os.path.join(path, "adapter_model.safetensors")
     with open_tensors(path) as file:
@@ -1665,20 +1727,24 @@ class ProcessGroup:
 
     def shard_list(self, items):
         """This process's part of a list: neighbours stay together, and the parts in order are the list."""
-        start, stop = (len(items) * rank // self.size for rank in (self.rank, self.rank + 1))
+        start = len(items) * self.rank // self.size
+        stop = len(items) * (self.rank + 1) // self.size
         return items[start:stop]
 
     def all_gather_objects(self, value):
         """[value of every process], in order; anything JSON can hold (nan included)."""
         if self.size == 1:
             return [value]
-        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
+        message = bytearray(json.dumps(value).encode())
+        data = torch.frombuffer(message, dtype=torch.uint8).to(self.device)
         sizes = [torch.zeros(1, dtype=torch.long, device=self.device) for _ in range(self.size)]
         dist.all_gather(sizes, torch.tensor([len(data)], device=self.device))
 
-        parts = [data.new_empty(max(map(int, sizes))) for _ in sizes]  # all of the longest one's size
-        dist.all_gather(parts, F.pad(data, (0, len(parts[0]) - len(data))))
-        return [json.loads(bytes(part[:int(size)].cpu().numpy())) for part, size in zip(parts, sizes)]
+        longest = max(int(size) for size in sizes)
+        parts = [data.new_empty(longest) for _ in sizes]
+        dist.all_gather(parts, F.pad(data, (0, longest - len(data))))
+        messages = [part[:int(size)] for part, size in zip(parts, sizes)]
+        return [json.loads(bytes(message.cpu().numpy())) for message in messages]
 
     def barrier(self):
         """Go on when every process is here."""
@@ -1781,8 +1847,10 @@ def load_training_tensors(tensors, net, optimizer, **networks):
         optimizer.state[p] = {}
         for key in keys.get(name, ()):
             entry = f"optimizer.{name}.{key}"
-            is_number = tensors[entry].dim() == 0  # AdamW's step: it stays on the CPU
-            optimizer.state[p][key] = (tensors[entry] if is_number else tensor_like(p, entry)).clone()
+            value = tensors[entry]
+            if value.dim() > 0:  # a number (AdamW's step) stays on the CPU
+                value = tensor_like(p, entry)
+            optimizer.state[p][key] = value.clone()
 
     for keyword, network in networks.items():
         for name, p in network.named_parameters():
@@ -1799,7 +1867,8 @@ def save_checkpoint(folder, step, tensors, state, processes=None, keep=2):
     damaged one, whose steps are done again).
     """
     processes = processes or ProcessGroup()
-    unfinished, final = os.path.join(folder, "unfinished"), os.path.join(folder, f"{step:06d}")
+    unfinished = os.path.join(folder, "unfinished")
+    final = os.path.join(folder, f"{step:06d}")
     if processes.is_main:
         shutil.rmtree(unfinished, ignore_errors=True)
         os.makedirs(unfinished)
@@ -1810,8 +1879,9 @@ def save_checkpoint(folder, step, tensors, state, processes=None, keep=2):
     checksums = dict(processes.all_gather_objects([os.path.basename(path), checksum(path)]))
 
     if processes.is_main:
-        write_json(os.path.join(unfinished, "state.json"), {**state, "step": step, "checksums": checksums})
-        flush(os.path.join(unfinished, "state.json"))
+        state_file = os.path.join(unfinished, "state.json")
+        write_json(state_file, {**state, "step": step, "checksums": checksums})
+        flush(state_file)
         flush(unfinished)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(unfinished, final)
@@ -1834,7 +1904,8 @@ def latest_checkpoint(folder, processes=None):
     if newest is None:
         return None
     state = read_json(os.path.join(newest, "state.json"))
-    return state, read_shards([os.path.join(newest, name) for name in state["checksums"]])
+    paths = [os.path.join(newest, name) for name in state["checksums"]]
+    return state, read_shards(paths)
 
 
 def newest_whole_checkpoint(folder):
@@ -1843,7 +1914,8 @@ def newest_whole_checkpoint(folder):
         path = os.path.join(folder, name)
         try:
             expected = read_json(os.path.join(path, "state.json"))["checksums"]
-            if expected == {file: checksum(os.path.join(path, file)) for file in expected}:
+            found = {file: checksum(os.path.join(path, file)) for file in expected}
+            if found == expected:
                 return path
             reason = "its checksum does not match"
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -1874,10 +1946,18 @@ def flush(path):
 
 def write_shards(processes, stem, tensors):
     """This process's parts of the tensors, as stem-00001-of-0000N.safetensors; what is not sharded goes into the first.
-    Returns the file's path."""
-    mine = {k: v.to_local() if is_sharded(v) else v for k, v in tensors.items() if processes.is_main or is_sharded(v)}
+
+    Returns the file's path.
+    """
+    local = {}
+    for name, tensor in tensors.items():
+        if is_sharded(tensor):
+            tensor = tensor.to_local()
+        elif not processes.is_main:
+            continue
+        local[name] = tensor.detach().cpu().contiguous()
     path = f"{stem}-{processes.rank + 1:05d}-of-{processes.size:05d}.safetensors"
-    write_tensors(path, {k: v.detach().cpu().contiguous() for k, v in mine.items()})
+    write_tensors(path, local)
     return path
 
 
@@ -1886,9 +1966,9 @@ def read_shards(paths):
     parts = {}
     for path in sorted(paths):
         with open_tensors(path) as file:
-            for key in file.keys():
-                parts.setdefault(key, []).append(file.get_tensor(key))
-    return {k: v[0] if len(v) == 1 else torch.cat(v) for k, v in parts.items()}
+            for name in file.keys():
+                parts.setdefault(name, []).append(file.get_tensor(name))
+    return {name: found[0] if len(found) == 1 else torch.cat(found) for name, found in parts.items()}
 
 
 # ---- Files of a run --------------------------------------------------------------------------------------------------
