@@ -1,21 +1,39 @@
 """GenEvolve-Bench: what the embedded world is worth, how good the agent is, and how fast the code runs.
 
     python bench.py world       the Atlas itself: judge, renderer, skills, oracle, cold-started policy
-    python bench.py quality     ablations of the training, with intervals
+    python bench.py quality     ablations of the training, with intervals (--suite FILE: one policy on any requests)
     python bench.py speed       side by side with peers (pip install -r requirements-peers.txt)
     python bench.py released    the authors' own agent, renderer script and evaluator, unchanged, against serve
 
-Every command prints a table and writes the same numbers as JSON under --out. KScore is the paper's, with the text term
-dropped and the rest renormalised where no text is wanted, unless a table says otherwise. What is measured on bench
-requests is never used for training or for choosing a setting.
+Every command prints a table and writes the same numbers as JSON: to results/, whose files are committed, to out/ with
+--quick, or to --out. KScore is the paper's, with the text term dropped and the rest renormalised where no text is
+wanted, unless a table says otherwise. Measurements on bench requests are never used for training or for choosing a
+setting: those take the validation requests.
+
+Letters: S training seeds, P bench requests, U updates of a run.
+
+Contents, in reading order:
+
+    table_row, bootstrap    one policy's columns; the difference of two and its 95 % interval
+    AtlasSuite, world       the Atlas measured: does the judge see faults, do skills and references matter
+    Ablation                the experiment's controls, as an evolution with three overridden methods
+    ARMS, train             what is compared, and one training run
+    quality                 tune, train and measure every arm; summarize_quality compares them
+    suite_rows              one policy on a file of requests, WISE's included
+    rollout_row ...         one row of the speed table each, ours beside a peer
+    speed                   the table, with the share of the machine that was used
+    released                the released runtime against our server
+    Machine room            smoke runs and folders, tables, figures, timing and memory, peers
 """
 import copy
 import ctypes
 import dataclasses
 import gc
+import html
 import importlib
 import io
 import json
+import math
 import os
 import random
 import re
@@ -24,7 +42,8 @@ import sys
 import tempfile
 import time
 import zlib
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -40,109 +59,323 @@ from atlas import build
 from distill import average as mean
 from genevolve import HERE, Common, flag
 
+SCORES = ("kscore",) + distill.DIMENSIONS
+
 
 @dataclass
 class Bench(Common):
     """Flags of every benchmark."""
-    out: str = flag(os.path.join(HERE, "results"), "folder for the JSON of the results")
+    out: str = flag("", "folder for the JSON of the results (default: results, or out for a smoke run)")
     quick: bool = flag(False, "a smoke run on a few rows")
     policy: str = flag(os.path.join(HERE, "weights", "sft"), "policy folder that is measured")
     steps: int = flag(20, "sampling steps of the renderer")
     guidance: float = flag(1.0, "classifier-free guidance of the renderer")
 
 
-DIMENSION = {"spatial_layout": "visual_correctness", "quantity_counting": "visual_correctness",
-             "anatomy_body_coherence": "visual_correctness", "physical_material_consistency": "visual_correctness",
-             "attribute_binding": "visual_correctness", "text_rendering": "text_accuracy",
-             "creative_drawing": "faithfulness", "aesthetic_drawing": "aesthetics"}
+# ---- Aggregates ------------------------------------------------------------------------------------------------------
+
+def bench_row(request, scores, valid, tool_calls, reward=None):
+    """What is kept of one judged attempt at a request."""
+    return {
+        "id": request["id"],
+        "novel": request["novel"],
+        "eval_type": request["eval_type"],
+        "valid": valid,
+        "tool_calls": tool_calls,
+        "reward": reward,
+        **{name: scores[name] for name in SCORES},
+    }
 
 
-class Suite:
-    """Bench rows with their oracle programs, a renderer and the pixel judge; pictures are made in batches."""
+def mean_scores(rows):
+    """KScore and its four parts, means over rows that have them. A part that is None in a row is left out."""
+    return {name: mean([row[name] for row in rows]) for name in SCORES}
+
+
+def table_row(runs):
+    """Columns of the quality table. runs: for each training seed its bench rows; all seeds count alike."""
+    rows = [row for run in runs for row in run]
+    knowledge = [row["kscore"] for row in rows if row["eval_type"] == "knowledge"]
+    quality = [row["kscore"] for row in rows if row["eval_type"] == "quality"]
+    novel = [row["kscore"] for row in rows if row["novel"]]
+    return mean_scores(rows) | {
+        "knowledge": mean(knowledge),
+        "quality": mean(quality),
+        "novel": mean(novel),
+        "valid": mean([float(row["valid"]) for row in rows]),
+        "tool calls": mean([float(row["tool_calls"]) for row in rows]),
+    }
+
+
+def bootstrap(first, second, draws=4000):
+    """Mean of first - second and its 95 % interval, resampling seeds and prompts, both paired.
+
+    first, second: (S, P). An arm without seeds, (1, P), is compared with every seed of the other.
+    """
+    seeds = min((len(scores) for scores in (first, second) if len(scores) > 1), default=1)
+    change = repeat_seeds(first, seeds) - repeat_seeds(second, seeds)                               # (S, P)
+    prompts = change.shape[1]
+
+    # one draw of seeds and one of prompts for both sides: a prompt that is hard for both adds no spread
+    rng = np.random.default_rng(0)
+    means = []
+    for _ in range(draws):
+        seed_draw = rng.integers(0, seeds, seeds)
+        prompt_draw = rng.integers(0, prompts, prompts)
+        means.append(change[seed_draw][:, prompt_draw].mean())
+
+    low, high = np.quantile(means, (0.025, 0.975))
+    return [float(change.mean()), float(low), float(high)]
+
+
+def repeat_seeds(scores, seeds):
+    """(S, P) -> its first ``seeds`` rows; (1, P) -> its only row for each of them."""
+    return scores[:seeds] if len(scores) > 1 else np.repeat(scores, seeds, 0)
+
+
+def copied(request, trajectory):
+    """Whether a year or code word that an article stated stands in the program letter by letter, spelling included.
+
+    None: the request asks for none, no article stated it, or the program leaves it open.
+    """
+    wanted, program = request["recipe"]["wanted"], trajectory.program
+    fact = wanted["text"] if wanted["fact"] not in ("", "number") else ""
+    if not fact or program is None:
+        return None
+    if not any(fact in step.observation for step in trajectory.steps):
+        return None
+
+    written = set(re.findall(r'(?:text "|saying )(\w*)', program.gen_prompt))
+    spelled = set(re.findall(r"spelled ([\w-]*)", program.gen_prompt))
+    if not written:
+        return None
+    return written == {fact} and spelled <= {"-".join(fact)}
+
+
+WISE_SCORES = ("consistency", "realism", "aesthetic", "score")
+
+
+def wise_figures(rows):
+    """WiScore, both versions, of suite rows that hold "wise": scores, or None where the judgement is missing."""
+    scores = []
+    for row in rows:
+        if "wise" in row:
+            scores.append((row["wise"] or dict.fromkeys(WISE_SCORES)) | {"category": row["category"]})
+    if not scores:
+        return {}
+    return {f"WiScore, {version}": distill.wiscore(scores, version) for version in ("legacy", "verified")}
+
+
+# ---- World: is the Atlas what it claims to be? -----------------------------------------------------------------------
+
+# the dimension of KScore in which the judge punishes a violation of the skill
+DIMENSION = {
+    "spatial_layout": "visual_correctness",
+    "quantity_counting": "visual_correctness",
+    "anatomy_body_coherence": "visual_correctness",
+    "physical_material_consistency": "visual_correctness",
+    "attribute_binding": "visual_correctness",
+    "text_rendering": "text_accuracy",
+    "creative_drawing": "faithfulness",
+    "aesthetic_drawing": "aesthetics",
+}
+
+
+def suite_requests(settings, split="bench"):
+    """The requests of a split; for a smoke run 24, spread over it, so that both tracks have some."""
+    requests = atlas.world.requests(split)
+    return requests[::len(requests) // 24][:24] if settings.quick else requests
+
+
+class AtlasSuite:
+    """Requests of a split with their oracle programs, a renderer and the pixel judge.
+
+    A job is (request number, prompt, reference pictures); jobs are rendered in batches, one noise a request.
+    """
 
     def __init__(self, settings, split="bench"):
-        self.rows = atlas.world.requests(split)[:24 if settings.quick else None]
+        self.requests = suite_requests(settings, split)
         oracle = atlas.world.oracle()
-        self.oracle = [oracle[row["id"]] for row in self.rows]
-        weights = os.path.join(HERE, "weights")
-        self.renderer = diffusion.Renderer.load(os.path.join(weights, "renderer"), os.path.join(weights, "vae"))
+        self.oracle = [oracle[request["id"]] for request in self.requests]
+        renderer, vae = (os.path.join(HERE, "weights", name) for name in ("renderer", "vae"))
+        self.renderer = diffusion.Renderer.load(renderer, vae, model.pick_device(settings.device))
         self.judge = atlas.judge.PixelJudge(atlas.world.vocabulary())
-        self.steps, self.guidance = settings.steps, settings.guidance
+        self.steps = settings.steps
+        self.guidance = settings.guidance
 
     def references(self, number):
-        """The right reference pictures of a row."""
-        return [tools.read_image(os.path.join(HERE, "atlas", path)) for path in self.oracle[number]["references"]]
+        """The right reference pictures of a request."""
+        folder = os.path.join(HERE, "atlas")
+        return [tools.read_image(os.path.join(folder, path)) for path in self.oracle[number]["references"]]
 
-    def paint(self, jobs, steps=None):
-        """jobs: [(row number, prompt, reference pictures)] -> pictures."""
-        seeds = [genevolve.image_seed(self.rows[n]) for n, _, _ in jobs]
-        return self.renderer.render([p for _, p, _ in jobs], [r for _, _, r in jobs], seeds, steps=steps or self.steps,
-                                    guidance=self.guidance)
+    def oracle_jobs(self):
+        """Every request with its oracle program."""
+        return [(n, oracle["gen_prompt"], self.references(n)) for n, oracle in enumerate(self.oracle)]
+
+    def render(self, jobs, steps=None, seeds=None):
+        """Jobs -> pictures, uint8 (H, W, 3). seeds: one a job (default: the request's own)."""
+        if seeds is None:
+            seeds = [genevolve.image_seed(self.requests[number]) for number, _, _ in jobs]
+        prompts = [prompt for _, prompt, _ in jobs]
+        references = [pictures for _, _, pictures in jobs]
+        return self.renderer.render(prompts, references, list(seeds), steps=steps or self.steps, guidance=self.guidance)
+
+    def judge_picture(self, number, image):
+        """The judgement of a picture for a request."""
+        request = self.requests[number]
+        return self.judge(image, genevolve.truth_of(request), request["recipe"]["wanted"])
 
     def score(self, jobs, steps=None):
-        """The pictures' judgements, in order."""
-        images = self.paint(jobs, steps)
-        return [self.judge(image, genevolve.truth_of(self.rows[n]), self.rows[n]["recipe"]["wanted"])
-                for image, (n, _, _) in zip(images, jobs)]
-
-
-def means(scores):
-    """KScore and its four parts."""
-    return {k: mean([s[k] for s in scores]) for k in ("kscore",) + distill.DIMENSIONS}
-
-
-def print_row(label, values):
-    print(f"{label:<44} " + "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}"
-                                      for k, v in values.items()),
-          flush=True)
-
-
-# ---- world: is the Atlas what it claims to be? -----------------------------------------------------------------------
-
-def planted_violations(judge, count):
-    """Fresh scenes drawn with one requirement violated: {skill: [whether the judge lowered the skill's dimension]}."""
-    rng, caught = random.Random("planted"), {skill: [] for skill in DIMENSION}
-    entities, _ = build.make_entities("planted", build.split_words(0)["demos"], 4, 99)
-    for number in range(count):
-        row = build.make_request(rng, entities, 1 + number % 3, number, "planted", True)
-        truth, _, boxes = build.draw(row["_scene"], rng)
-        wanted = build.constraints(row, boxes)
-        for aspect in row["_scene"].aspects():
-            scene, skill = dataclasses.replace(row["_scene"], fault={}), build.SKILL[aspect]
-            while not scene.fault:
-                build.loosen(rng, scene, aspect)
-            caught[skill].append(judge(build.draw(scene, rng)[0], truth, wanted)[DIMENSION[skill]] < 1)
-    return caught
+        """Jobs -> judgements of their pictures, in order."""
+        images = self.render(jobs, steps)
+        return [self.judge_picture(number, image) for image, (number, _, _) in zip(images, jobs)]
 
 
 def judge_figures(suite, settings):
     """The judge on ground truth, and on fresh scenes with one planted violation."""
-    truth = [suite.judge(genevolve.truth_of(r), genevolve.truth_of(r), r["recipe"]["wanted"]) for r in suite.rows]
-    caught = planted_violations(suite.judge, 100 if len(suite.rows) < 100 else 400)
-    return {"ground truth": means(truth),
-            "planted violation lowers its dimension": {k: mean([float(c) for c in v]) for k, v in caught.items()}}
+    truth = [suite.judge_picture(n, genevolve.truth_of(request)) for n, request in enumerate(suite.requests)]
+    caught = planted_violations(suite.judge, 100 if settings.quick else 400)
+    return {
+        "ground truth": mean_scores(truth),
+        "planted violation lowers its dimension": {skill: mean([float(hit) for hit in hits])
+                                                   for skill, hits in caught.items()},
+    }
+
+
+def planted_violations(judge, count):
+    """Fresh scenes drawn with one requirement violated: {skill: [whether the judge lowered the skill's dimension]}."""
+    rng = random.Random("planted")
+    caught = {skill: [] for skill in DIMENSION}
+    entities, _ = build.make_entities("planted", build.split_words(0)["demos"], 4, 99)
+
+    for number in range(count):
+        request = build.make_request(rng, entities, 1 + number % 3, number, "planted", True)
+        scene = request["_scene"]
+        truth, _, boxes = build.draw(scene, rng)
+        wanted = build.constraints(request, boxes)
+        for aspect in scene.aspects():
+            skill = build.SKILL[aspect]
+            image = build.draw(violate(rng, scene, aspect), rng)[0]
+            scores = judge(image, truth, wanted)
+            caught[skill].append(scores[DIMENSION[skill]] < 1)
+    return caught
+
+
+def violate(rng, scene, aspect):
+    """A copy of the scene that breaks one aspect; a corruption may leave it intact by chance, hence the loop."""
+    scene = dataclasses.replace(scene, fault={})
+    while not scene.fault:
+        build.corrupt(rng, scene, aspect)
+    return scene
+
+
+def oracle_figures(suite, settings):
+    """The oracle's programs at several step counts, and how far two seeds lie apart."""
+    jobs = suite.oracle_jobs()
+    figures = {}
+    for steps in (1, 4, 12, 20):
+        figures[f"oracle, {steps} steps"] = mean_scores(suite.score(jobs, steps))
+
+    few = jobs[:32]
+    first = suite.render(few, seeds=range(1, 1 + len(few)))
+    second = suite.render(few, seeds=range(1001, 1001 + len(few)))
+    distances = [np.abs(a.astype(float) - b).mean() for a, b in zip(first, second)]
+    figures["two seeds, mean pixel difference"] = {"of 255": mean(distances)}
+    return figures
+
+
+def reference_figures(suite, settings):
+    """Single held-out subjects: with the right reference, with none, and with another subject's."""
+    subjects = [request["recipe"]["wanted"]["subjects"] for request in suite.requests]
+    single = [number for number, names in enumerate(subjects) if len(names) == 1]
+    others = single[1:] + single[:1]
+    right, without, wrong = [], [], []
+    for number, other in zip(single, others):
+        prompt = suite.oracle[number]["gen_prompt"].split(". ")[0].rstrip(".") + "."  # the subject, no requirements
+        right.append((number, prompt, suite.references(number)))
+        without.append((number, prompt.replace(" as in the first reference image", ""), []))
+        wrong.append((number, prompt, suite.references(other)))
+    return {"single subject, its look is right": {
+        "right reference": right_looks(suite.score(right)),
+        "no reference": right_looks(suite.score(without)),
+        "wrong reference": right_looks(suite.score(wrong)),
+    }}
+
+
+def right_looks(judgements):
+    """Share of pictures whose subject has the look of the ground truth."""
+    shares = []
+    for judgement in judgements:
+        checks = [c["passed"] for c in judgement["constraints"] if c["name"] == "subject look"]
+        shares.append(float(all(checks)))
+    return mean(shares)
+
+
+def skill_figures(suite, settings):
+    """Each skill's wording against plain wording of the same request, everything else exact.
+
+    Over the requests of all splits: the renderer has seen none of them, and the bench alone has only ten with a body.
+    """
+    suites = [suite]
+    if not settings.quick:
+        suites += [AtlasSuite(settings, split) for split in ("evolve", "validation")]
+    exact_scores = [s.score(s.oracle_jobs()) for s in suites]
+
+    figures = {}
+    for skill, dimension in DIMENSION.items():
+        exact, plain = [], []
+        for s, scores in zip(suites, exact_scores):
+            wordings = {n: oracle["probes"].get(skill) for n, oracle in enumerate(s.oracle)}
+            jobs = [(n, prompt, s.references(n)) for n, prompt in wordings.items() if prompt]
+            exact += [scores[n] for n, _, _ in jobs]
+            plain += s.score(jobs)
+        exact_means, plain_means = mean_scores(exact), mean_scores(plain)
+        figures[f"{skill}, exact minus plain"] = {
+            "KScore": exact_means["kscore"] - plain_means["kscore"],
+            dimension: exact_means[dimension] - plain_means[dimension],
+            "rows": len(plain),
+        }
+    return figures
 
 
 def jpeg_figures(suite, settings):
-    """Share of rendered pictures whose KScore survives JPEG at quality 100."""
+    """Share of rendered pictures whose KScore survives JPEG at quality 100, half of them from the raw request."""
+    label = "KScore unchanged by JPEG at quality 100"
     try:
         from PIL import Image
     except ImportError:
-        return {"KScore unchanged by JPEG at quality 100": {"needs": "pip install pillow"}}
-    jobs = [(n, r["question"] if n % 2 else suite.oracle[n]["gen_prompt"], suite.references(n))
-            for n, r in enumerate(suite.rows)]
-    images, figures = suite.paint(jobs), {}
-    for label, subsampling in (("full chroma", 0), ("chroma halved", 2)):
+        return {label: {"needs": "pip install pillow"}}
+    jobs = [(n, suite.requests[n]["question"] if n % 2 else prompt, references)
+            for n, prompt, references in suite.oracle_jobs()]
+    images = suite.render(jobs)
+
+    figures = {}
+    for name, subsampling in (("full chroma", 0), ("chroma halved", 2)):
         same = []
-        for image, (n, _, _) in zip(images, jobs):
+        for image, (number, _, _) in zip(images, jobs):
             data = io.BytesIO()
             Image.fromarray(image).save(data, "JPEG", quality=100, subsampling=subsampling)
-            again, row = np.asarray(Image.open(data).convert("RGB")), suite.rows[n]
-            first, second = (suite.judge(i, genevolve.truth_of(row), row["recipe"]["wanted"])["kscore"]
-                             for i in (image, again))
-            same.append(float(first == second))
-        figures[label] = mean(same)
-    return {"KScore unchanged by JPEG at quality 100": figures}
+            decoded = np.asarray(Image.open(data).convert("RGB"))
+            before, after = (suite.judge_picture(number, i)["kscore"] for i in (image, decoded))
+            same.append(float(before == after))
+        figures[name] = mean(same)
+    return {label: figures}
+
+
+def time_figures(suite, settings):
+    """One picture at batch 1, and a batch of sixteen, 20 steps with guidance."""
+    prompt, references = suite.oracle[0]["gen_prompt"], suite.references(0)
+
+    def render(count):
+        suite.renderer.render([prompt] * count, [references] * count, list(range(count)), steps=20, guidance=2.0)
+
+    seconds = []
+    for count in (1, 16):
+        render(count)  # warm-up
+        started = time.perf_counter()
+        render(count)
+        seconds.append(time.perf_counter() - started)
+    return {"seconds, 20 steps with guidance": {"one picture": seconds[0], "sixteen": seconds[1]}}
 
 
 def run_figures(suite, settings):
@@ -150,129 +383,258 @@ def run_figures(suite, settings):
     if not hasattr(os, "wait4"):
         return {}
     with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        process = subprocess.Popen([sys.executable, os.path.join(HERE, "genevolve.py"), "run", "--out", folder],
-                                   stdout=subprocess.DEVNULL)
+        started = time.perf_counter()
+        command = [sys.executable, os.path.join(HERE, "genevolve.py"), "run", "--out", folder]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - start
-        made = os.path.exists(os.path.join(folder, "image.png"))
-    return {"genevolve.py run": {"seconds": seconds, "MB": usage.ru_maxrss / 1024, "exit code": status,
-                                 "picture": made}}
-
-
-def oracle_figures(suite, settings):
-    """The oracle's programs at several step counts, and with a second seed."""
-    jobs = [(n, o["gen_prompt"], suite.references(n)) for n, o in enumerate(suite.oracle)]
-    figures = {f"oracle, {steps} steps": means(suite.score(jobs, steps)) for steps in (1, 4, 12, 20)}
-    a, b = (suite.renderer.render([j[1] for j in jobs[:32]], [j[2] for j in jobs[:32]],
-                                  [seed + n for n in range(len(jobs[:32]))], steps=suite.steps,
-                                  guidance=suite.guidance) for seed in (1, 1001))
-    apart = [np.abs(x.astype(float) - y).mean() for x, y in zip(a, b)]
-    figures["two seeds, mean pixel difference"] = {"of 255": mean(apart)}
-    return figures
-
-
-def reference_figures(suite, settings):
-    """Single held-out subjects: the right reference, none, and the early or present look taken for the other."""
-    single = [n for n, r in enumerate(suite.rows) if len(r["recipe"]["wanted"]["subjects"]) == 1]
-    prompt = {n: suite.oracle[n]["gen_prompt"].split(". ")[0].rstrip(".") + "." for n in single}
-    other = {n: suite.references(m) for n, m in zip(single, single[1:] + single[:1])}
-    look = lambda jobs: mean([float(all(c["passed"] for c in s["constraints"] if c["name"] == "subject look"))
-                              for s in suite.score(jobs)])
-    return {"single subject, its look is right": {
-        "right reference": look([(n, prompt[n], suite.references(n)) for n in single]),
-        "no reference": look([(n, prompt[n].replace(" as in the first reference image", ""), []) for n in single]),
-        "wrong reference": look([(n, prompt[n], other[n]) for n in single])}}
-
-
-def skill_figures(suite, settings):
-    """Each skill's wording against plain wording of the same request, everything else exact, over the requests of all
-    splits: the renderer has seen none of them, and the bench alone has only ten with a body."""
-    figures, suites = {}, [suite] + ([] if settings.quick else [Suite(settings, s) for s in ("evolve", "validation")])
-    whole = [s.score([(n, o["gen_prompt"], s.references(n)) for n, o in enumerate(s.oracle)]) for s in suites]
-    for skill, dimension in DIMENSION.items():
-        exact, plain = [], []
-        for s, scores in zip(suites, whole):
-            rows = [n for n, o in enumerate(s.oracle) if skill in o["probes"]]
-            exact += [scores[n] for n in rows]
-            plain += s.score([(n, s.oracle[n]["probes"][skill], s.references(n)) for n in rows])
-        told, loose = means(exact), means(plain)
-        figures[f"{skill}, exact minus plain"] = {
-            "KScore": told["kscore"] - loose["kscore"], dimension: told[dimension] - loose[dimension],
-            "rows": len(plain)}
-    return figures
-
-
-def on_bench(policy, settings, rows, guides=None):
-    """One attempt at every request with a policy folder, the same seeds each time: a ``bench_row`` each."""
-    with tempfile.TemporaryDirectory() as folder:
-        chosen = genevolve.Run(policy=policy, out=folder, sampling_steps=settings.steps, guidance=settings.guidance,
-                               device=settings.device)
-        with genevolve.Components(chosen, folder) as parts:
-            attempts = parts.agent().run(rows, [7919 * n for n in range(len(rows))], guides)
-            parts.scorer.render_and_score(attempts)
-    return [bench_row(row, t.judgement, t.program is not None, sum(s.kind == "tool_call" for s in t.steps), t.reward)
-            | {"copied": copied(row, t)} for t, row in zip(attempts, rows)]
-
-
-def copied(row, trajectory):
-    """Whether a year or code word that an article told stands in the program letter by letter, spelling included. None:
-    there was none to find, it was not found, or the program leaves it open."""
-    wanted, program = row["recipe"]["wanted"], trajectory.program
-    text = wanted["text"] if wanted["fact"] not in ("", "number") else ""
-    if not text or program is None or not any(text in s.observation for s in trajectory.steps):
-        return None
-    written = re.findall(r'(?:text "|saying )(\w*)', program.gen_prompt)
-    spelled = re.findall(r"spelled ([\w-]*)", program.gen_prompt)
-    return set(written) == {text} and set(spelled) <= {"-".join(text)} if written else None
-
-
-def bench_row(row, scores, valid, calls, reward=None):
-    return {"id": row["id"], "novel": row["novel"], "eval_type": row["eval_type"], "valid": valid, "tool_calls": calls,
-            "reward": reward, **{k: scores[k] for k in ("kscore",) + distill.DIMENSIONS}}
+        seconds = time.perf_counter() - started
+        picture = os.path.exists(os.path.join(folder, "image.png"))
+    return {"genevolve.py run": {
+        "seconds": seconds,
+        "MB": usage.ru_maxrss / 1024,
+        "exit code": status,
+        "picture": picture,
+    }}
 
 
 def policy_figures(suite, settings):
-    """Raw requests, the fixed workflow's floor; the cold-started policy without and with a perfect guide."""
-    raw = suite.score([(n, r["question"], []) for n, r in enumerate(suite.rows)])
-    figures = {"raw request to the renderer": means(raw)}
-    guides = [distill.Bundle.from_bullets(r["question"], o["guide"]) for r, o in zip(suite.rows, suite.oracle)]
+    """Raw requests to the renderer; the cold-started policy without a guide and with a perfect one."""
+    raw = suite.score([(n, request["question"], []) for n, request in enumerate(suite.requests)])
+    figures = {"raw request to the renderer": mean_scores(raw)}
+    guides = [distill.Bundle.from_bullets(request["question"], oracle["guide"])
+              for request, oracle in zip(suite.requests, suite.oracle)]
+
     for label, given in (("policy", None), ("policy with a perfect guide", guides)):
-        start = time.perf_counter()
-        done = on_bench(settings.policy, settings, suite.rows, given)
-        figures[label] = means(done) | {
-            "reward": mean([r["reward"] for r in done]), "valid programs": mean([float(r["valid"]) for r in done]),
-            "tool calls": mean([float(r["tool_calls"]) for r in done]),
-            "facts copied right": mean([float(r["copied"]) for r in done if r["copied"] is not None]),
-            "facts to copy": sum(r["copied"] is not None for r in done), "seconds": time.perf_counter() - start}
+        started = time.perf_counter()
+        rows = attempt_bench(settings.policy, settings, suite.requests, given)
+        facts = [row["copied"] for row in rows if row["copied"] is not None]
+        figures[label] = mean_scores(rows) | {
+            "reward": mean([row["reward"] for row in rows]),
+            "valid programs": mean([float(row["valid"]) for row in rows]),
+            "tool calls": mean([float(row["tool_calls"]) for row in rows]),
+            "facts copied right": mean([float(fact) for fact in facts]),
+            "facts to copy": len(facts),
+            "seconds": time.perf_counter() - started,
+        }
     return figures
 
 
-def time_figures(suite, settings):
-    """One picture at batch 1, and a batch of sixteen, 20 steps with guidance."""
-    job = (suite.oracle[0]["gen_prompt"], suite.references(0))
-    seconds = []
-    for count in (1, 16):
-        suite.renderer.render([job[0]] * count, [job[1]] * count, list(range(count)), steps=20, guidance=2.0)
-        start = time.perf_counter()
-        suite.renderer.render([job[0]] * count, [job[1]] * count, list(range(count)), steps=20, guidance=2.0)
-        seconds.append(time.perf_counter() - start)
-    return {"seconds, 20 steps with guidance": {"one picture": seconds[0], "sixteen": seconds[1]}}
+def attempt_bench(policy, settings, requests, guides=None):
+    """One attempt at every request with a policy folder, the same seeds each time: a ``bench_row`` each.
+
+    guides: distill.Bundle for each request's system prompt (default: none). "copied": see ``copied``.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        flags = genevolve.Run(policy=policy, out=folder, sampling_steps=settings.steps, guidance=settings.guidance,
+                              device=settings.device)
+        with genevolve.Components(flags, folder) as components:
+            seeds = [7919 * n for n in range(len(requests))]
+            attempts = components.agent().run(requests, seeds, guides)
+            components.scorer.render_and_score(attempts)
+
+    rows = []
+    for attempt, request in zip(attempts, requests):
+        calls = sum(step.kind == "tool_call" for step in attempt.steps)
+        row = bench_row(request, attempt.judgement, attempt.program is not None, calls, attempt.reward)
+        rows.append(row | {"copied": copied(request, attempt)})
+    return rows
+
+
+WORLD_PARTS = (judge_figures, oracle_figures, reference_figures, skill_figures, jpeg_figures, time_figures, run_figures,
+               policy_figures)
 
 
 def world(settings):
     """python bench.py world"""
-    suite, results = Suite(settings), {}
-    for part in (judge_figures, oracle_figures, reference_figures, skill_figures, jpeg_figures, time_figures,
-                 run_figures, policy_figures):
+    out = results_folder(settings)
+    suite = AtlasSuite(settings)
+    results = {}
+    for part in WORLD_PARTS:
         for label, values in part(suite, settings).items():
             results[label] = values
             print_row(label, values)
-    model.make_folder(settings.out)
-    model.write_json(os.path.join(settings.out, "world.json"), results)
+    write_json(os.path.join(out, "world.json"), results)
 
 
-# ---- quality: what each part of the training is worth ----------------------------------------------------------------
+# ---- Quality: the controls of the experiment -------------------------------------------------------------------------
+
+@dataclass
+class AblationFlags(genevolve.Evolve):
+    """Self-evolution with the controls of the experiment."""
+    imitate: str = flag("", "in place of experience: cross-entropy on each group's 'best' or on the 'memory' of the "
+                            "nearest request")
+    guides: str = flag("own", "what the teacher reads: own bundles, or the controls 'shuffled' and 'placebo'")
+    match_ratio: float = flag(0.0, "norm of the experience gradient over GRPO's, faded as the weight is (0: what the "
+                                   "recipe's weight makes it)")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.imitate not in ("", "best", "memory"):
+            raise ValueError("--imitate takes best or memory")
+        if self.guides not in ("own", "shuffled", "placebo"):
+            raise ValueError("--guides takes own, shuffled or placebo")
+
+
+class Ablation(genevolve.Evolution):
+    """An evolution with the experiment's controls, each of which asks where a gain comes from.
+
+    guides="shuffled"    the teacher reads another request's bundle: is it the advice, or just any advice?
+    guides="placebo"     it reads filler of the same length: is it the advice, or just a longer context?
+    match_ratio          L_SDL's gradient has the norm it has in the arm that a control is compared with
+    imitate="best"       cross-entropy on each group's best trajectory in place of L_SDL: is a teacher needed?
+    imitate="memory"     the same on the best trajectory behind the lesson that the memory finds
+
+    The three overridden methods are also the place for an idea of your own: which guide a teacher reads
+    (``choose_guides``), a further loss (``extra_gradients``), how two losses are weighed (``sdl_weight``).
+    """
+
+    def __init__(self, settings, components, processes=None):
+        super().__init__(settings, components, processes)
+        self.examples = {}  # prompt in the memory -> [tokens, mask] of its best trajectory
+
+    def choose_guides(self, requests, entries):
+        """[Bundle or None], one a request: what its teacher reads."""
+        if self.settings.imitate:
+            return [None] * len(requests)
+        guides = super().choose_guides(requests, entries)
+        if self.settings.guides == "shuffled":
+            bundles = [entry.bundle for entry in self.memory.entries]
+            return distill.shuffled(guides, bundles, f"{self.settings.seed} {self.steps_done}")
+        if self.settings.guides == "placebo":
+            return [distill.placebo(guide, self.count_tokens) if guide else None for guide in guides]
+        return guides
+
+    def count_tokens(self, text):
+        return len(self.tokenizer.encode(text))
+
+    def extra_gradients(self, batch, groups, entries):
+        """Imitation's gradients in place of L_SDL's: [tensor], one a trainable parameter, or None."""
+        examples = self.examples_to_imitate(groups, entries)
+        if not examples:
+            return None
+        return imitation_gradients(self.net, examples, self.settings.temperature, self.processes)
+
+    def examples_to_imitate(self, groups, entries):
+        """[(tokens, mask)]: the groups' best programs, or the best behind the lesson of the nearest request."""
+        if self.settings.imitate == "memory":
+            return [tuple(self.examples[entry.prompt]) for entry in entries if entry is not None]
+        if self.settings.imitate != "best":
+            return []
+        examples = []
+        for group in groups:
+            rated = [t for t in group if t.program and not math.isnan(t.reward)]
+            if rated:
+                best = max(rated, key=lambda t: t.reward)
+                examples.append((best.tokens, best.mask))
+        return examples
+
+    def sdl_weight(self, policy_norm, sdl_norm):
+        """The weight that gives L_SDL's gradient --match-ratio times the norm of GRPO's, or the recipe's."""
+        if not self.settings.match_ratio or not sdl_norm:
+            return super().sdl_weight(policy_norm, sdl_norm)
+        ratio = self.settings.match_ratio * self.recipe.fade(self.steps_done)
+        return ratio * policy_norm / sdl_norm
+
+    def remember(self, requests, groups):
+        """As in the evolution; the best trajectory behind each lesson is kept as long as the lesson is."""
+        pairs = super().remember(requests, groups)
+        learned = {entry.prompt for entry in self.memory.entries if entry.step == self.steps_done}
+        for request, group in zip(requests, groups):
+            if request["question"] in learned:
+                best, _ = distill.select_pair(group, self.recipe.min_reward_gap)
+                self.examples[request["question"]] = [best.tokens, best.mask]
+
+        remembered = {entry.prompt for entry in self.memory.entries}
+        self.examples = {prompt: example for prompt, example in self.examples.items() if prompt in remembered}
+        return pairs
+
+    def extra_state(self):
+        return {"examples": self.examples}
+
+    def load_extra_state(self, state):
+        self.examples = state["examples"]
+
+
+def imitation_gradients(net, examples, temperature, processes):
+    """Gradients of the mean cross-entropy on the examples, a sum over all processes.
+
+    examples: [(tokens, mask)]. Returns [tensor], one a trainable parameter. Weights that are sharded are gathered by
+    all processes at once, so a process without an example computes one that weighs nothing.
+    """
+    local = processes.shard_list(examples)
+    counts = bool(local)
+    tokens, masks = zip(*(local or examples[:1]))
+    scores = distill.score_actions(net, tokens, masks, temperature)
+
+    # FSDP averages gradients over processes, the denominator is the sum over all of them: hence processes.size
+    n_tokens = sum(sum(mask) for _, mask in examples)
+    loss = -distill.aggregate(scores.logp, scores.mask, normalizer=n_tokens)
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    gradients = [torch.zeros_like(p) for p in parameters]
+    distill.add_gradients(gradients, loss * counts * processes.size, parameters)
+    return gradients
+
+
+# ---- Quality: what is compared ---------------------------------------------------------------------------------------
+
+@dataclass
+class Arm:
+    """One way of training. A choice is a text of settings, such as "lr=2e-4,weight=1"."""
+    label: str                                   # in tables
+    flags: dict = field(default_factory=dict)    # of AblationFlags
+    choices: tuple = ()                          # tried on validation requests; the best one is trained
+    seeds: int = 3                               # training runs
+    control_of: str = ""                         # the arm whose choice a control takes
+
+
+PLAIN = ("lr=2e-4", "lr=1e-4", "lr=4e-4")  # choices of arms with one loss
+WEIGHTED = ("lr=2e-4,weight=1", "lr=2e-4,weight=3", "lr=4e-4,weight=1")  # of arms with two: as many
+SDL_ALONE = {"grpo": False, "set": "anneal=0"}
+BASE = "grpo-2e-4"  # the arm that others are compared with
+ARMS = {
+    "grpo": Arm("SFT + GRPO, lr as tuned", {"set": "weight=0"}, PLAIN, seeds=2),
+    # a tuning run favours a rate that is too high for twice as many updates; this one is the rate of the arms below
+    BASE: Arm("SFT + GRPO, lr 2e-4", {"set": "weight=0"}, ("lr=2e-4",), seeds=5),
+    "stable": Arm("SFT + GRPO + SDL, stable", {}, WEIGHTED, seeds=5),
+    "memory-imitation": Arm("SFT + GRPO + imitation of the memory's best", {"imitate": "memory"},
+                            ("lr=2e-4,weight=0.1", "lr=2e-4,weight=0.3", "lr=2e-4,weight=1"), seeds=5),
+    # the gate belongs to the embedder: 0.5 lets about as many keys with names through as 0.6 does without names
+    "paper": Arm("SFT + GRPO + SDL, paper", {"recipe": "paper", "set": "gate=0.5"},
+                 ("lr=2e-4,weight=0.01", "lr=2e-4,weight=0.1", "lr=2e-4,weight=2"), seeds=5),
+    "best-imitation": Arm("SFT + imitation of the group's best", {"imitate": "best", "grpo": False}, PLAIN),
+    # Adam does not see the weight of a loss that is alone
+    "sdl-alone": Arm("SFT + SDL alone, stable", SDL_ALONE, PLAIN),
+    "shuffled": Arm("stable, shuffled bundles", {"guides": "shuffled"}, control_of="stable"),
+    "placebo": Arm("stable, placebo bundles", {"guides": "placebo"}, control_of="stable"),
+    "sdl-shuffled": Arm("SDL alone, shuffled bundles", SDL_ALONE | {"guides": "shuffled"}, control_of="sdl-alone"),
+    "sdl-placebo": Arm("SDL alone, placebo bundles", SDL_ALONE | {"guides": "placebo"}, control_of="sdl-alone"),
+}
+DRAWN = (BASE, "stable", "memory-imitation", "paper")  # the arms in the figures
+COMPARED = (
+    *((arm, "SFT") for arm in ("grpo", BASE, "stable", "sdl-alone", "sdl-shuffled", "best-imitation")),
+    *((arm, BASE) for arm in ("stable", "memory-imitation", "paper", "shuffled", "placebo", "sdl-alone")),
+    ("stable", "grpo"), ("stable", "memory-imitation"), ("stable", "shuffled"), ("stable", "placebo"),
+    ("sdl-alone", "sdl-shuffled"),
+)
+SENSITIVITY = (  # stable with one change (and the changes that go with it), one seed each
+    "selection=all,threshold=none", "standard=true", "weight=0.3", "weight=3", "threshold=none", "threshold=1",
+    "score=entropy,threshold=none", "selection=sampled,threshold=none", "teacher=ema", "teacher=same",
+    "estimator=reverse_kl", "estimator=k3_live", "gate=0.4", "gate=0.8", "rollouts=3,prompts_per_step=16",
+    "rollouts=12,prompts_per_step=4", "entity_free=false,gate=0.5", "near_tie=0",
+    "aggregation=seq-mean-token-sum,weight=0.007",
+)
+
+
+def parse_choice(text):
+    """"lr=2e-4,weight=1" -> {"lr": "2e-4", "weight": "1"}."""
+    return dict(part.split("=") for part in text.split(",") if part)
+
+
+def format_choice(values):
+    return ",".join(f"{name}={value}" for name, value in values.items())
+
+
+# ---- Quality: training and measuring one arm -------------------------------------------------------------------------
 
 @dataclass
 class Quality(Bench, genevolve.ComponentFlags):
@@ -281,77 +643,174 @@ class Quality(Bench, genevolve.ComponentFlags):
     policy: str = flag("", "policy folder that every arm starts from (default: weights/rare; for --suite weights/sft)")
     suite: str = flag("", "measure --policy on this file instead: released bench or RL rows, WISE's prompts, or "
                           "what the released evaluator wrote")
-    runs: str = flag(os.path.join("runs", "quality"), "folder for the training runs")
+    runs: str = flag("", "folder for the training runs (default: runs/quality, or out/runs for a smoke run)")
     arms: str = flag("", "comma-separated arms, or sensitivity (default: all, in order)")
     seeds: int = flag(0, "training seeds of every arm (0: as many as the table of arms says)")
     train_steps: int = flag(60, "updates of a run")
     early_steps: int = flag(20, "updates after which every run is measured a first time, before it flattens out")
-    tune_steps: int = flag(30, "updates of a tuning run; every tuned arm tries three settings (0: take the first)")
-    memo: str = flag("", "file of judgements that the runs share (default: one in --runs)")
+    tune_steps: int = flag(30, "updates of a tuning run; every tuned arm tries three choices (0: take the first)")
 
 
-CHOICES = ("lr=2e-4", "lr=1e-4", "lr=4e-4")  # what arms without a second loss try
-WEIGHED = ("lr=2e-4,weight=1", "lr=2e-4,weight=3", "lr=4e-4,weight=1")  # what stable tries: as many
-LABELS = {"grpo": "SFT + GRPO, lr as tuned", "grpo-2e-4": "SFT + GRPO, lr 2e-4", "stable": "SFT + GRPO + SDL, stable",
-          "memory-imitation": "SFT + GRPO + imitation of the memory's best",
-          "paper": "SFT + GRPO + SDL, paper", "best-imitation": "SFT + imitation of the group's best",
-          "sdl-alone": "SFT + SDL alone, stable",
-          "shuffled": "stable, shuffled bundles", "placebo": "stable, placebo bundles",
-          "sdl-shuffled": "SDL alone, shuffled bundles", "sdl-placebo": "SDL alone, placebo bundles"}
-ARMS = {  # arm -> (flags of evolve, settings tried on validation requests, seeds)
-    "grpo": ({"set": "weight=0"}, CHOICES, 2),
-    # a tuning run favours a rate that is too high for twice as many updates; this one is the rate of the arms below
-    "grpo-2e-4": ({"set": "weight=0"}, ("lr=2e-4",), 5),
-    "stable": ({}, WEIGHED, 5),
-    "memory-imitation": ({"imitate": "memory"}, tuple(f"lr=2e-4,weight={w}" for w in (0.1, 0.3, 1)), 5),
-    # the gate belongs to the embedder: 0.5 lets about as many keys with names through as 0.6 does without names
-    "paper": ({"recipe": "paper", "set": "gate=0.5"}, tuple(f"lr=2e-4,weight={w}" for w in (0.01, 0.1, 2)), 5),
-    "best-imitation": ({"imitate": "best", "grpo": False}, CHOICES, 3),
-    # Adam does not see the weight of a loss that is alone
-    "sdl-alone": ({"grpo": False, "set": "anneal=0"}, CHOICES, 3),
-    # the settings of the arm that a control is of, beside GRPO at its gradient-norm ratio
-    "shuffled": ({"guides": "shuffled"}, (), 3),
-    "placebo": ({"guides": "placebo"}, (), 3),
-    "sdl-shuffled": ({"grpo": False, "set": "anneal=0", "guides": "shuffled"}, (), 3),
-    "sdl-placebo": ({"grpo": False, "set": "anneal=0", "guides": "placebo"}, (), 3)}
-CONTROLS = {"shuffled": "stable", "placebo": "stable", "sdl-shuffled": "sdl-alone", "sdl-placebo": "sdl-alone"}
-SENSITIVITY = (  # stable with one thing changed (and what no longer goes with it), one seed each
-    "selection=all,threshold=none", "standard=true", "weight=0.3", "weight=3", "threshold=none", "threshold=1",
-    "score=entropy,threshold=none", "selection=sampled,threshold=none", "teacher=ema", "teacher=same",
-    "estimator=reverse_kl", "estimator=k3_live", "gate=0.4", "gate=0.8", "rollouts=3,prompts_per_step=16",
-    "rollouts=12,prompts_per_step=4", "entity_free=false,gate=0.5", "near_tie=0",
-    "aggregation=seq-mean-token-sum,weight=0.007")
-EVOLVE = {"lr": float, "match_ratio": float, "rollouts": int, "prompts_per_step": int}  # what a setting may say to it
 TUNING_SEED = 1000
-WINDOW = 20  # updates whose rollouts are compared together
+CHECK_EVERY = 10          # updates between evaluations on validation requests
+UPDATE_ROLLOUTS = 48      # trajectories of an update: eight requests, six attempts each
+EVOLVE_FLAGS = {"lr": float, "match_ratio": float, "rollouts": int, "prompts_per_step": int}  # others: recipe fields
+COMPONENT_FLAGS = {f.name: f.default for f in dataclasses.fields(genevolve.ComponentFlags)
+                   if f.name not in {own.name for own in dataclasses.fields(Bench)}}
 
 
-def slug(text):
-    return "-".join("".join(c if c.isalnum() or c in ".=" else " " for c in text.lower()).split())
+def quality(settings):
+    """python bench.py quality"""
+    settings.policy = settings.policy or os.path.join(HERE, "weights", "sft" if settings.suite else "rare")
+    if settings.suite:
+        return suite_figures(settings)
+    for name, default in COMPONENT_FLAGS.items():
+        if getattr(settings, name) != default:
+            flag_name = name.replace("_", "-")
+            raise ValueError(f"--{flag_name} goes with --suite: the ablations measure the embedded world")
+    if settings.quick:
+        settings.train_steps, settings.tune_steps, settings.seeds = 2, 0, 1
+        settings.arms = settings.arms or f"{BASE},stable"
+    names = pick_names(settings.arms, [*ARMS, "sensitivity"], "arm")
 
-
-def evolution(settings, arm, choice, seed, steps):
-    """Train one run (or go on with it). Returns the finished genevolve.Evolution; one that an earlier command has taken
-    further raises ValueError, for its policy is another one."""
-    flags, changes, recipe = dict(ARMS[arm][0]), flags_of(choice), []
-    for name, value in changes.items():  # a flag of evolve, or a field of the recipe
-        if name in EVOLVE:
-            flags[name] = EVOLVE[name](value)
+    folder = model.make_folder(os.path.join(results_folder(settings), "quality"))
+    requests = suite_requests(settings)
+    fixed = fixed_rows(settings, folder, requests)
+    for name in names:
+        if name == "sensitivity":
+            sensitivity(settings, folder)
         else:
-            recipe.append(f"{name}={value}")
-    flags["set"] = ",".join(filter(None, [flags.get("set", "")] + recipe))
-    out = os.path.join(settings.runs, f"{arm}-{slug(choice)}-{seed}")
-    memo = settings.memo or os.path.join(settings.runs, "memo.jsonl")
-    run = genevolve.evolve(genevolve.Evolve(out=out, policy=settings.policy, steps=steps, seed=seed,
-                                            eval_every=10, bf16=True, audit_every=0, memo=memo, device=settings.device,
-                                            **flags))
-    if run.steps_done > steps:
-        raise ValueError(f"{out} is at update {run.steps_done} and {steps} were asked for; remove it or name another --runs")
+            measure_arm(settings, name, folder, requests)
+    summarize_quality(folder, fixed)
+
+
+def fixed_rows(settings, folder, requests):
+    """Bench rows that no training made: raw request, fixed workflow, SFT, oracle. Kept in fixed.json."""
+    path = os.path.join(folder, "fixed.json")
+    found = read_json(path)
+    if found:
+        return found
+    suite = AtlasSuite(settings)
+    corpus = tools.Corpus(os.path.join(HERE, "atlas", "corpus"))
+
+    raw, workflow = [], []  # the fixed workflow asks one image search and takes the first picture
+    for number, request in enumerate(suite.requests):
+        hits = corpus.search_images(request["question"], 1)
+        pictures = [tools.read_image(os.path.join(HERE, "atlas", "corpus", hit.path)) for hit in hits]
+        raw.append((number, request["question"], []))
+        workflow.append((number, request["question"], pictures))
+
+    def judged(jobs, calls):
+        scores = suite.score(jobs)
+        return [bench_row(request, s, True, calls) for request, s in zip(suite.requests, scores)]
+
+    found = {
+        "raw request": judged(raw, 0),
+        "fixed workflow": judged(workflow, 1),
+        "SFT": attempt_bench(settings.policy, settings, requests),
+        "oracle": judged(suite.oracle_jobs(), 0),
+    }
+    write_json(path, found)
+    return found
+
+
+def measure_arm(settings, arm, folder, requests):
+    """Train the arm's seeds with its best choice and measure each on the bench, early and at the end: ARM-SEED.json."""
+    choice = tune(settings, arm, folder)["best"]
+    for seed in range(settings.seeds or ARMS[arm].seeds):
+        path = os.path.join(folder, f"{arm}-{seed}.json")
+        if os.path.exists(path):
+            continue
+
+        # a stopped command finds the early measurement in a file of its own and does not repeat it
+        early_path = path.replace(".json", "-early.json")
+        if not os.path.exists(early_path):
+            run = train(settings, arm, choice, seed, min(settings.early_steps, settings.train_steps))
+            write_json(early_path, attempt_bench(os.path.join(run.settings.out, "last"), settings, requests))
+
+        run = train(settings, arm, choice, seed, settings.train_steps)
+        final = attempt_bench(os.path.join(run.settings.out, "last"), settings, requests)
+        write_json(path, {"arm": arm, "setting": choice, "seed": seed} | run_figures_of(run)
+                   | {"bench": final, "early": read_json(early_path)})
+        os.remove(early_path)
+
+
+def train(settings, arm, choice, seed, steps):
+    """Train one run, or continue it, up to ``steps`` updates. Returns the finished Ablation.
+
+    Raises ValueError for a run that an earlier command has taken further, for its policy is another one.
+    """
+    # a choice names flags of evolve and fields of the recipe alike; the arm's own changes come first
+    flags, recipe_changes = dict(ARMS[arm].flags), []
+    for name, value in parse_choice(choice).items():
+        if name in EVOLVE_FLAGS:
+            flags[name] = EVOLVE_FLAGS[name](value)
+        else:
+            recipe_changes.append(f"{name}={value}")
+    if flags.get("set"):
+        recipe_changes.insert(0, flags["set"])
+    flags["set"] = ",".join(recipe_changes)
+
+    out = os.path.join(runs_folder(settings), f"{arm}-{slug(choice)}-{seed}")
+    check_every = min(CHECK_EVERY, settings.train_steps)
+    run = genevolve.evolve(
+        AblationFlags(out=out, policy=settings.policy, device=settings.device, seed=seed, steps=steps, bf16=True,
+                      audit_every=0, eval_every=check_every, **flags),
+        evolution=Ablation)
+    if run.steps_done > steps:  # weights of an earlier update are gone
+        raise ValueError(f"{out} is at update {run.steps_done} and {steps} were asked for; "
+                         f"remove it or name another --runs")
     return run
 
 
-def flags_of(choice):
-    return dict(part.split("=") for part in filter(None, choice.split(",")))
+def tune(settings, arm, folder):
+    """{"best": choice, "tried": {choice: validation KScore}} of an arm. Kept in ARM-tuning.json."""
+    if ARMS[arm].control_of:
+        return control_choice(settings, arm, folder)
+    path = os.path.join(folder, f"{arm}-tuning.json")
+    found = read_json(path)
+    if found:
+        return found
+
+    choices, tried = ARMS[arm].choices, {}
+    if settings.tune_steps and len(choices) > 1:
+        for choice in choices:
+            run = train(settings, arm, choice, TUNING_SEED, settings.tune_steps)
+            reached = [row["validation"]["kscore"] for row in run.log if row.get("validation")]
+            tried[choice] = mean(reached[-2:])
+    found = {"best": max(tried, key=tried.get) if tried else choices[0], "tried": tried}
+    write_json(path, found)
+    return found
+
+
+def control_choice(settings, arm, folder):
+    """A control has the choice of its arm, and beside GRPO the gradient-norm ratio that the arm had."""
+    original = ARMS[arm].control_of
+    best = tune(settings, original, folder)["best"]
+    if not ARMS[arm].flags.get("grpo", True):
+        return {"best": best, "tried": {}}
+    finished = read_json(os.path.join(folder, f"{original}-0.json"))
+    if finished is None:
+        raise ValueError(f"{arm}: needs a finished run of {original!r}, whose gradient-norm ratio it takes")
+    return {"best": f"{best},match_ratio={finished['unfaded_ratio']:.3g}", "tried": {}}
+
+
+def run_figures_of(run):
+    """What is kept of a finished training run."""
+    log = run.log
+    hits = [row["hit_rate"] for row in log]
+    return {
+        "steps": len(log),
+        "rollouts": sum(row["rollouts"] for row in log),
+        "seconds": sum(row["seconds"] for row in log),
+        "curve": validation_curve(log),
+        "online": [row["reward"] for row in log],
+        "unfaded_ratio": unfaded_ratio(run),
+        "hits": hits,
+        "hit_rate": mean(hits),
+        "right_advice": mean([row["right_advice"] for row in log]),
+        "rolled_back": [row["step"] for row in log if "rolled_back" in row],
+    }
 
 
 def validation_curve(log):
@@ -361,200 +820,169 @@ def validation_curve(log):
         rollouts += row["rollouts"]
         seconds += row["rollout_seconds"] + row["render_seconds"] + row["update_seconds"]
         if row.get("validation"):
-            points.append([rollouts, round(seconds, 1), row["validation"]["kscore"], row["validation"]["reward"]])
+            reached = row["validation"]
+            points.append([rollouts, round(seconds, 1), reached["kscore"], reached["reward"]])
     return points
 
 
-def tuned(settings, arm, folder):
-    """The arm's best setting on validation requests, all tried ones with what they reached."""
-    if arm in CONTROLS:
-        best = tuned(settings, CONTROLS[arm], folder)["best"]
-        if not ARMS[arm][0].get("grpo", True):
-            return {"best": best, "tried": {}}
-        ratio = read(os.path.join(folder, f"{CONTROLS[arm]}-0.json"))
-        if ratio is None:
-            raise ValueError(f"{arm}: needs a finished run of 'stable', whose gradient-norm ratio it takes")
-        return {"best": f"{best},match_ratio={ratio['unfaded_ratio']:.3g}", "tried": {}}
-    path = os.path.join(folder, f"{arm}-tuning.json")
-    if found := read(path):
-        return found
-    tried, choices = {}, ARMS[arm][1]
-    for choice in choices if settings.tune_steps and len(choices) > 1 else ():
-        run = evolution(settings, arm, choice, TUNING_SEED, settings.tune_steps)
-        reached = [row["validation"]["kscore"] for row in run.log if row.get("validation")]
-        tried[choice] = mean(reached[-2:])
-    found = {"best": max(tried, key=tried.get) if tried else choices[0], "tried": tried}
-    model.write_json(path, found)
-    return found
+def unfaded_ratio(run):
+    """Median ratio of the gradient norms, SDL's over GRPO's, as if the weight had not faded.
+
+    A mean is at the mercy of updates in which nearly every group is dead. None: no update has a ratio.
+    """
+    ratios = []
+    for update, row in enumerate(run.log):
+        fade = run.recipe.fade(update)
+        if row["gradient_ratio"] and fade:
+            ratios.append(row["gradient_ratio"] / fade)
+    return float(np.median(ratios)) if ratios else None
 
 
 def sensitivity(settings, folder):
     """sensitivity.json: what one change to ``stable`` does within a tuning run, beside stable and GRPO of that seed."""
     path = os.path.join(folder, "sensitivity.json")
-    found = read(path) or {}
+    found = read_json(path) or {}
     for name in (BASE, "stable"):
-        if run := read(os.path.join(folder, f"{name}-0.json")):
-            found[name] = {"reward of rollouts": run["online"][:settings.tune_steps],
-                           "validation": [p[2] for p in run["curve"] if p[0] <= 48 * settings.tune_steps]}
-    best = flags_of(tuned(settings, "stable", folder)["best"])
+        finished = read_json(os.path.join(folder, f"{name}-0.json"))
+        if finished:
+            points = [p for p in finished["curve"] if p[0] <= UPDATE_ROLLOUTS * settings.tune_steps]
+            found[name] = {"reward of rollouts": finished["online"][:settings.tune_steps],
+                           "validation": [kscore for _, _, kscore, _ in points]}
+
+    best = parse_choice(tune(settings, "stable", folder)["best"])
     for change in SENSITIVITY:
-        if change not in found:
-            choice = ",".join(f"{k}={v}" for k, v in (best | flags_of(change)).items())
-            log = (run := evolution(settings, "stable", choice, 0, settings.tune_steps)).log
-            found[change] = {"reward of rollouts": [r["reward"] for r in log],
-                             "validation": [p[2] for p in validation_curve(log)],
-                             "hit rate": mean([r["hit_rate"] for r in log]),
-                             "unfaded ratio": unfaded_ratio(run)}
-            model.write_json(path, found)
+        if change in found:
+            continue
+        run = train(settings, "stable", format_choice(best | parse_choice(change)), 0, settings.tune_steps)
+        found[change] = {
+            "reward of rollouts": [row["reward"] for row in run.log],
+            "validation": [kscore for _, _, kscore, _ in validation_curve(run.log)],
+            "hit rate": mean([row["hit_rate"] for row in run.log]),
+            "unfaded ratio": unfaded_ratio(run),
+        }
+        write_json(path, found)
+
     for name, row in found.items():
-        windows = [row["reward of rollouts"][n:n + WINDOW] for n in range(0, settings.tune_steps, WINDOW)]
-        print_row(name, {f"updates {n * WINDOW + 1} to {n * WINDOW + len(w)}": mean(w) for n, w in enumerate(windows)}
-                  | {"validation KScore": row["validation"][-1]})
+        columns = {}
+        for start in range(0, settings.tune_steps, CURVE_WINDOW):
+            rewards = row["reward of rollouts"][start:start + CURVE_WINDOW]
+            columns[f"updates {start + 1} to {start + len(rewards)}"] = mean(rewards)
+        columns["validation KScore"] = row["validation"][-1] if row["validation"] else None
+        print_row(name, columns)
 
 
-def unfaded_ratio(run):
-    """Median ratio of the gradient norms, SDL's over GRPO's, as if the weight had not faded. (A mean is at the mercy of
-    updates in which nearly every group is dead.)"""
-    ratios = [(row["gradient_ratio"], run.recipe.fade(n)) for n, row in enumerate(run.log)]
-    return median([ratio / fade for ratio, fade in ratios if ratio and fade])
+# ---- Quality: arms compared ------------------------------------------------------------------------------------------
+
+CURVE_WINDOW = 20  # updates whose rollouts are compared together
 
 
-def median(values):
-    """Median of the values that are there (not None), or None."""
-    kept = [v for v in values if v is not None]
-    return float(np.median(kept)) if kept else None
-
-
-def read(path):
-    if not os.path.exists(path):
-        return None
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
-
-
-def fixed_rows(settings, folder, rows):
-    """The rows that no training made: raw request, fixed workflow, SFT, oracle."""
-    path = os.path.join(folder, "fixed.json")
-    if found := read(path):
-        return found
-    suite = Suite(settings)
-    corpus = tools.Corpus(os.path.join(HERE, "atlas", "corpus"))
-    first = [[tools.read_image(os.path.join(HERE, "atlas", "corpus", hit.path))
-              for hit in corpus.search_images(r["question"], 1)] for r in suite.rows]
-
-    def judged(jobs, calls):
-        return [bench_row(r, s, True, calls) for r, s in zip(suite.rows, suite.score(jobs))]
-    found = {"raw request": judged([(n, r["question"], []) for n, r in enumerate(suite.rows)], 0),
-             "fixed workflow": judged([(n, r["question"], first[n]) for n, r in enumerate(suite.rows)], 1),
-             "SFT": on_bench(settings.policy, settings, rows),
-             "oracle": judged([(n, o["gen_prompt"], suite.references(n)) for n, o in enumerate(suite.oracle)], 0)}
-    model.write_json(path, found)
-    return found
-
-
-def table_row(runs):
-    """Columns of the table from the bench rows of one or more seeds."""
-    flat = [r for rows in runs for r in rows]
-    part = lambda keep: mean([r["kscore"] for r in flat if keep(r)])
-    return {k: mean([r[k] for r in flat]) for k in ("kscore",) + distill.DIMENSIONS} | {
-        "knowledge": part(lambda r: r["eval_type"] == "knowledge"),
-        "quality": part(lambda r: r["eval_type"] == "quality"),
-        "novel": part(lambda r: r["novel"]), "valid": mean([float(r["valid"]) for r in flat]),
-        "tool calls": mean([float(r["tool_calls"]) for r in flat])}
-
-
-def bootstrap(first, second, draws=4000):
-    """Mean of first - second and its 95 % interval, resampling seeds and prompts, both paired. (seeds, prompts) arrays;
-    an arm without seeds (1, prompts) is compared with every seed."""
-    seeds = min(len(x) for x in (first, second) if len(x) > 1) if max(len(first), len(second)) > 1 else 1
-    take = lambda x: x[:seeds] if len(x) > 1 else np.repeat(x, seeds, 0)
-    change, rng = take(first) - take(second), np.random.default_rng(0)                             # (seeds, prompts)
-    means = [change[rng.integers(0, seeds, seeds)][:, rng.integers(0, change.shape[1], change.shape[1])].mean()
-             for _ in range(draws)]
-    return [float(change.mean()), *(float(q) for q in np.quantile(means, (0.025, 0.975)))]
-
-
-BASE = "grpo-2e-4"  # what the other arms are compared with
-MAIN = (BASE, "stable", "memory-imitation", "paper")  # the arms that are drawn
-COMPARED = (*((arm, "SFT") for arm in ("grpo", BASE, "stable", "sdl-alone", "sdl-shuffled", "best-imitation")),
-            *((arm, BASE) for arm in ("stable", "memory-imitation", "paper", "shuffled", "placebo", "sdl-alone")),
-            ("stable", "grpo"), ("stable", "memory-imitation"), ("stable", "shuffled"), ("stable", "placebo"),
-            ("sdl-alone", "sdl-shuffled"))
+@dataclass
+class Measured:
+    """What is compared of an arm, or of a row without training (S = 1)."""
+    final: np.ndarray           # (S, P) KScore on the bench at the end
+    early: np.ndarray           # (S, P) after the first updates
+    online: np.ndarray = None   # (S, U) mean reward of each update's rollouts; None without training
 
 
 def summarize_quality(folder, fixed):
-    """quality.json from everything that is finished, and the table on the terminal."""
-    rows, scores, details = {}, {}, {}
-    early, online = {}, {}  # on the bench after the first updates; of the rollouts themselves
-    points = lambda bench: [r["kscore"] for r in bench]
+    """quality.json from everything that is finished, and the table on the terminal. fixed: {name: [bench row]}."""
+    rows, measured, arms = {}, {}, {}
     for name, bench in fixed.items():
-        rows[name], scores[name] = table_row([bench]), np.array([points(bench)])
-        early[name] = scores[name]
+        kscores = np.array([kscores_of(bench)])
+        rows[name] = table_row([bench])
+        measured[name] = Measured(kscores, kscores)
     for arm in ARMS:
-        runs = [r for n in range(10) if (r := read(os.path.join(folder, f"{arm}-{n}.json")))]
+        runs = finished_runs(folder, arm)
         if runs:
-            rows[arm] = table_row([r["bench"] for r in runs]) | {
-                "seeds": len(runs), "rollouts": runs[0]["rollouts"], "seconds": mean([r["seconds"] for r in runs])}
-            scores[arm] = np.array([points(r["bench"]) for r in runs])
-            early[arm] = np.array([points(r["early"]) for r in runs])
-            online[arm] = np.array([r["online"] for r in runs])                                    # (seeds, updates)
-            rows[arm]["early"] = float(early[arm].mean())
-            tuning = read(os.path.join(folder, f"{arm}-tuning.json")) or {}
-            details[arm] = {"setting": runs[0]["setting"], "tried": tuning.get("tried"),
-                            "kscore by seed": [float(s.mean()) for s in scores[arm]],
-                            "curves": [r["curve"] for r in runs], "hits": [r.get("hits", []) for r in runs],
-                            "unfaded ratio": [r["unfaded_ratio"] for r in runs],
-                            "hit rate": [r["hit_rate"] for r in runs],
-                            "right advice": [r["right_advice"] for r in runs],
-                            "rolled back": [r["rolled_back"] for r in runs]}
-    pairs = {}
-    for a, b in COMPARED:
-        if a in scores and b in scores:  # trained arms by the seeds that both have; the others have none
-            seeds = min(len(scores[x]) for x in (a, b) if x in ARMS)
-            pairs[f"{a} - {b}"] = {when: bootstrap(found[a][:seeds], found[b][:seeds])
-                                   for when, found in (("early", early), ("at the end", scores))}
-        if a in online and b in online:  # a seed settles which requests come when: only the same seeds compare
-            seeds = min(len(online[a]), len(online[b]))
-            windows = [slice(n, n + WINDOW) for n in range(0, online[a].shape[1], WINDOW)]
-            pairs[f"{a} - {b}"]["reward of rollouts"] = [bootstrap(online[a][:seeds, w], online[b][:seeds, w])
-                                                         for w in windows]
-    for name, row in rows.items():
-        print_row(LABELS.get(name, name), row)
-    for name, pair in pairs.items():
-        for when in ("early", "at the end"):
-            print("{:<60} {:+.3f}  [{:+.3f}, {:+.3f}]".format(f"{name}, {when}", *pair[when]))
-    saved = {}
-    if BASE in details and "stable" in details:
-        for column, unit in enumerate(("rollouts", "seconds")):
-            target = mean_curve(details[BASE], column)[-1][1]
-            cost = cost_to_reach(details[BASE], target, column)
-            took = cost_to_reach(details["stable"], target, column)
-            saved |= {"GRPO's last validation KScore": target, f"GRPO's {unit}": cost, f"stable's {unit}": took,
-                      f"share of {unit}": took and took / cost}
-        print_row("stable reaches GRPO's last score", saved)
+            measured[arm] = measure_runs(runs)
+            rows[arm] = trained_row(runs, measured[arm])
+            tuning = read_json(os.path.join(folder, f"{arm}-tuning.json")) or {}
+            arms[arm] = arm_details(runs, measured[arm], tuning)
+
+    differences = {}
+    for first, second in COMPARED:
+        if first in measured and second in measured:
+            differences[f"{first} - {second}"] = compare(measured[first], measured[second])
+    saved = rollouts_saved(arms)
+
+    print_quality(rows, differences, saved)
     results = os.path.dirname(folder)
-    model.write_json(os.path.join(results, "quality.json"),
-                     {"rows": rows, "differences": pairs, "rollouts saved": saved, "arms": details})
-    write_quality(results, rows, pairs, details)
+    write_json(os.path.join(results, "quality.json"),
+               {"rows": rows, "differences": differences, "rollouts saved": saved, "arms": arms})
+    write_quality(results, rows, differences, arms)
 
 
-COLUMNS = {"early": "early", "KScore": "kscore", "F": "faithfulness", "V": "visual_correctness", "T": "text_accuracy",
-           "A": "aesthetics",
-           "knowledge": "knowledge", "quality": "quality", "novel": "novel", "valid": "valid", "calls": "tool calls",
-           "rollouts": "rollouts", "seconds": "seconds", "seeds": "seeds"}
+def finished_runs(folder, arm):
+    """The results of the arm's seeds that are finished."""
+    found = [read_json(os.path.join(folder, f"{arm}-{seed}.json")) for seed in range(10)]
+    return [run for run in found if run]
+
+
+def kscores_of(bench):
+    return [row["kscore"] for row in bench]
+
+
+def measure_runs(runs):
+    return Measured(final=np.array([kscores_of(run["bench"]) for run in runs]),
+                    early=np.array([kscores_of(run["early"]) for run in runs]),
+                    online=np.array([run["online"] for run in runs]))
+
+
+def trained_row(runs, measured):
+    """Columns of a trained arm."""
+    return table_row([run["bench"] for run in runs]) | {
+        "seeds": len(runs),
+        "rollouts": runs[0]["rollouts"],
+        "seconds": mean([run["seconds"] for run in runs]),
+        "early": float(measured.early.mean()),
+    }
+
+
+def arm_details(runs, measured, tuning):
+    """What quality.json says about a trained arm beside its row."""
+    return {
+        "setting": runs[0]["setting"],
+        "tried": tuning.get("tried"),
+        "kscore by seed": [float(scores.mean()) for scores in measured.final],
+        "curves": [run["curve"] for run in runs],
+        "hits": [run.get("hits", []) for run in runs],
+        "unfaded ratio": [run["unfaded_ratio"] for run in runs],
+        "hit rate": [run["hit_rate"] for run in runs],
+        "right advice": [run["right_advice"] for run in runs],
+        "rolled back": [run["rolled_back"] for run in runs],
+    }
+
+
+def compare(first, second):
+    """Differences first - second, each [mean, low, high]: early, at the end, and of the rollouts' rewards by window."""
+    trained = [m for m in (first, second) if m.online is not None]
+    seeds = min(len(m.final) for m in trained)  # the seeds that both have; a row without training has none
+    found = {"early": bootstrap(first.early[:seeds], second.early[:seeds]),
+             "at the end": bootstrap(first.final[:seeds], second.final[:seeds])}
+    if len(trained) == 2:
+        # a seed settles which requests come when: only the same seeds compare
+        a, b = first.online[:seeds], second.online[:seeds]                                          # (S, U)
+        windows = [slice(start, start + CURVE_WINDOW) for start in range(0, a.shape[1], CURVE_WINDOW)]
+        found["reward of rollouts"] = [bootstrap(a[:, window], b[:, window]) for window in windows]
+    return found
 
 
 def mean_curve(arm, column=0):
     """[(rollouts (column 0) or seconds (1), validation KScore)], means over the arm's seeds."""
-    points = min(len(c) for c in arm["curves"])
-    return [tuple(mean([c[i][k] for c in arm["curves"]]) for k in (column, 2)) for i in range(points)]
+    points = min(len(curve) for curve in arm["curves"])
+    means = []
+    for point in range(points):
+        cost = mean([curve[point][column] for curve in arm["curves"]])
+        kscore = mean([curve[point][2] for curve in arm["curves"]])
+        means.append((cost, kscore))
+    return means
 
 
 def cost_to_reach(arm, target, column=0):
     """Rollouts (column 0) or seconds (1) after which the mean validation curve reaches ``target``, straight lines
     between checks, or None."""
     curve = mean_curve(arm, column)
-    if curve[0][1] >= target:
+    if curve and curve[0][1] >= target:
         return curve[0][0]
     for (x0, y0), (x1, y1) in zip(curve, curve[1:]):
         if y1 >= target:
@@ -562,407 +990,401 @@ def cost_to_reach(arm, target, column=0):
     return None
 
 
-def write_quality(results, rows, pairs, details):
-    """quality.md and quality.svg, the README's table and figure."""
-    cell = lambda v: "" if v is None else f"{v:.3f}" if isinstance(v, float) and v < 10 else f"{v:.0f}"
-    lines = ["| | " + " | ".join(COLUMNS) + " |", "| --- |" + " --- |" * len(COLUMNS)]
-    lines += [f"| {LABELS.get(name, name)} | " + " | ".join(cell(row.get(k)) for k in COLUMNS.values()) + " |"
-              for name, row in rows.items()]
-    told = lambda change, low, high: f"{change:+.3f} ({low:+.3f} to {high:+.3f})"
-    windows = max((len(pair.get("reward of rollouts", ())) for pair in pairs.values()), default=0)
-    heads = [f"reward of the rollouts, updates {n * WINDOW + 1} to {(n + 1) * WINDOW}" for n in range(windows)]
-    lines += ["", f"| difference (95 % interval) | {' | '.join(heads + ['KScore, early', 'KScore, at the end'])} |",
-              "| --- |" + " --- |" * (windows + 2)]
-    for name, pair in pairs.items():
-        changes = [*pair.get("reward of rollouts", [None] * windows), pair["early"], pair["at the end"]]
-        lines.append(f"| {name} | " + " | ".join(told(*c) if c else "" for c in changes) + " |")
-    model.write_text(os.path.join(results, "quality.md"), "\n".join(lines) + "\n")
-    shown = {arm: details[arm] for arm in MAIN if arm in details}
-    for column, (name, across) in enumerate((("quality.svg", "rollouts"), ("quality-seconds.svg", "seconds"))):
-        drawing = genevolve.svg_lines({arm: mean_curve(said, column) for arm, said in shown.items()}, 720, 320,
-                                      {arm: [[(c[column], c[2]) for c in curve] for curve in said["curves"]]
-                                       for arm, said in shown.items()}, across)
-        model.write_text(os.path.join(results, name), drawing)
-    hits = {arm: [(n + 1, mean(step)) for n, step in enumerate(zip(*said["hits"]))] for arm, said in shown.items()}
-    model.write_text(os.path.join(results, "quality-hits.svg"),
-                     genevolve.svg_lines({arm: line for arm, line in hits.items() if line}, 720, 200, across="updates"))
+def rollouts_saved(arms):
+    """The cost at which ``stable`` reaches GRPO's last validation KScore, beside GRPO's own."""
+    saved = {}
+    if BASE not in arms or "stable" not in arms:
+        return saved
+    for column, unit in enumerate(("rollouts", "seconds")):
+        curve = mean_curve(arms[BASE], column)
+        if not curve:  # a run too short for an evaluation
+            continue
+        target = curve[-1][1]
+        base_cost = cost_to_reach(arms[BASE], target, column)
+        stable_cost = cost_to_reach(arms["stable"], target, column)
+        saved["GRPO's last validation KScore"] = target
+        saved[f"GRPO's {unit}"] = base_cost
+        saved[f"stable's {unit}"] = stable_cost
+        saved[f"share of {unit}"] = stable_cost and stable_cost / base_cost
+    return saved
 
 
-WISE_SCORES = ("consistency", "realism", "aesthetic", "score")
-WORLD = [f for f in dataclasses.fields(genevolve.ComponentFlags) if f.name not in {g.name for g in dataclasses.fields(Bench)}]
+# ---- Quality: one policy on any file of requests ---------------------------------------------------------------------
 
-
-def evaluated_rows(path):
-    """What the released evaluator wrote, as rows for distill.summarize; None where the file is something else."""
-    rows = read(path) if path.endswith(".json") else None
-    rows = [r for r in rows or [] if isinstance(r, dict) and "summary_type" not in r]
-    if not rows or not all("eval_success" in r for r in rows):
-        return None
-    found = []
-    for row in rows:
-        told, scores = row | (row.get("meta") or {}), row.get("scores")
-        if scores:
-            scores = {d: None if d == "text_accuracy" and scores.get("text_accuracy_na") else float(scores[d])
-                      for d in distill.DIMENSIONS}
-            scores |= {"kscore": distill.kscore(**scores)}
-        found.append({k: told.get(k, "unknown") for k in ("id", "eval_type", "category", "difficulty")}
-                     | {"judgement": scores or None})
-    return found
-
-
-def suite_rows(settings):
-    """Attempts at every request of --suite, judged, as rows for distill.summarize; goes on where it stopped."""
-    requests = tools.read_requests(settings.suite)
-    name = zlib.crc32(f"{os.path.abspath(settings.suite)} {settings.policy}".encode())  # another suite, another folder
-    folder = model.make_folder(os.path.join(settings.out, f"suite-{name:08x}"))
-    wise = [r for r in requests if "Prompt" in r and "prompt_id" in r]
-    if wise and not settings.judge:
-        raise ValueError("WISE's prompts have no ground truth: name a judge with --judge URL")
-    path = os.path.join(folder, "rows.jsonl")
-    done = [json.loads(line) for line in open(path, encoding="utf-8")] if os.path.exists(path) else []
-    left = [r for r in requests if r["id"] not in {d["id"] for d in done}][:8 if settings.quick else None]
-    chosen = {f.name: getattr(settings, f.name) for f in WORLD}
-    chosen |= {"sampling_steps": settings.steps, "guidance": settings.guidance, "device": settings.device}
-    with genevolve.Components(genevolve.Run(policy=settings.policy, out=folder, **chosen), folder) as parts:
-        parts.announce(len(left))
-        for start in range(0, len(left), 32):
-            rows = left[start:start + 32]
-            attempts = parts.agent().run(rows, [7919 * (start + n) for n in range(len(rows))])
-            parts.scorer.render_and_score(attempts)
-            for t, row in zip(attempts, rows):
-                told = {k: row.get(k, "unknown") for k in ("eval_type", "category", "difficulty")}
-                scores = t.judgement and {k: t.judgement[k] for k in ("kscore",) + distill.DIMENSIONS}
-                done.append({"id": t.id} | told
-                            | {"judgement": scores, "valid": t.program is not None, "error": t.error})
-                if "Prompt" in row and "prompt_id" in row:
-                    done[-1]["category"] = distill.wise_category(row)
-                    failed = t.program is None and t.termination != "error"
-                    try:
-                        done[-1]["wise"] = dict.fromkeys(WISE_SCORES, 0.0) if failed else \
-                            None if t.image is None else parts.scorer.judge.score_wise(t.image, row)
-                    except tools.ToolError as error:  # missing, not zero
-                        done[-1] |= {"wise": None, "error": str(error)}
-            model.write_lines(path, done)
-            print(f"{start + len(rows)}/{len(left)} requests", flush=True)
-    return done
+SUITE_BATCH = 32
+SUITE_COLUMNS = ("eval_type", "category", "difficulty")
 
 
 def suite_figures(settings):
     """python bench.py quality --suite FILE"""
     rows = evaluated_rows(settings.suite) or suite_rows(settings)
     results = {"suite": settings.suite, "requests": len(rows)}
-    if any(r["judgement"] for r in rows):
-        results |= {"KScore": distill.summarize(rows),
-                    "KScore, missing text counts 0.5": distill.summarize(rows, "half")}
-    if wise := [r for r in rows if "wise" in r]:
-        scores = [(r["wise"] or dict.fromkeys(WISE_SCORES)) | {"category": r["category"]} for r in wise]
-        results |= {f"WiScore, {v}": distill.wiscore(scores, v) for v in ("legacy", "verified")}
+    if any(row["judgement"] for row in rows):
+        results["KScore"] = distill.summarize(rows)
+        results["KScore, missing text counts 0.5"] = distill.summarize(rows, "half")
+    results |= wise_figures(rows)
     for label, values in results.items():
         if isinstance(values, dict):
             print_row(label, values.get("all", values))
-    model.write_json(os.path.join(model.make_folder(settings.out), "suite.json"), results)
+    write_json(os.path.join(results_folder(settings), "suite.json"), results)
 
 
-def quality(settings):
-    """python bench.py quality"""
-    settings.policy = settings.policy or os.path.join(HERE, "weights", "sft" if settings.suite else "rare")
-    if settings.suite:
-        return suite_figures(settings)
-    if strange := [f.name for f in WORLD if getattr(settings, f.name) != f.default]:
-        name = strange[0].replace("_", "-")
-        raise ValueError(f"--{name} goes with --suite: the ablations measure the embedded world")
-    if settings.quick:
-        settings.train_steps, settings.tune_steps, settings.seeds = 2, 0, 1
-        settings.out, settings.runs = (os.path.join(x, "quick") for x in (settings.out, settings.runs))
-        settings.arms = settings.arms or f"{BASE},stable"
-    names = [a.strip() for a in settings.arms.split(",")] if settings.arms else [*ARMS, "sensitivity"]
-    if unknown := [a for a in names if a not in ARMS and a != "sensitivity"]:
-        raise ValueError(f"unknown arm {unknown[0]!r}: must be of {', '.join(ARMS)}, sensitivity")
-    folder = model.make_folder(os.path.join(settings.out, "quality"))
-    rows = atlas.world.requests("bench")[:24 if settings.quick else None]
-    fixed = fixed_rows(settings, folder, rows)
-    for arm in names:
-        if arm == "sensitivity":
-            sensitivity(settings, folder)
-            continue
-        setting = tuned(settings, arm, folder)["best"]
-        for seed in range(settings.seeds or ARMS[arm][2]):
-            path = os.path.join(folder, f"{arm}-{seed}.json")
-            if os.path.exists(path):
-                continue
-            early = path.replace(".json", "-early.json")
-            if not os.path.exists(early):
-                run = evolution(settings, arm, setting, seed, min(settings.early_steps, settings.train_steps))
-                model.write_json(early, on_bench(os.path.join(run.out, "last"), settings, rows))
-            run = evolution(settings, arm, setting, seed, settings.train_steps)
-            log, last = run.log, os.path.join(run.out, "last")
-            curve = validation_curve(log)
-            model.write_json(path, {
-                "arm": arm, "setting": setting, "seed": seed, "steps": len(log),
-                "rollouts": sum(r["rollouts"] for r in log),
-                "seconds": sum(r["seconds"] for r in log), "curve": curve, "bench": on_bench(last, settings, rows),
-                "early": read(early), "online": [r["reward"] for r in log],
-                "unfaded_ratio": unfaded_ratio(run),
-                "hits": [r["hit_rate"] for r in log],
-                "hit_rate": mean([r["hit_rate"] for r in log]), "right_advice": mean([r["right_advice"] for r in log]),
-                "rolled_back": [r["step"] for r in log if "rolled_back" in r]})
-            os.remove(early)
-    summarize_quality(folder, fixed)
+def suite_rows(settings):
+    """Attempts at every request of --suite, judged, as rows for distill.summarize; continues where it stopped."""
+    requests = tools.read_requests(settings.suite)
+    if any(is_wise(request) for request in requests) and not settings.judge:
+        raise ValueError("WISE's prompts have no ground truth: name a judge with --judge URL")
+    name = zlib.crc32(f"{os.path.abspath(settings.suite)} {settings.policy}".encode())  # another suite, another folder
+    folder = model.make_folder(os.path.join(results_folder(settings), f"suite-{name:08x}"))
+    path = os.path.join(folder, "rows.jsonl")
+    done = read_lines(path)
+
+    # a request keeps its number, and with it its seed, wherever an earlier command stopped
+    finished = {row["id"] for row in done}
+    left = [(number, request) for number, request in enumerate(requests) if request["id"] not in finished]
+    left = left[:8 if settings.quick else None]
+    flags = {name: getattr(settings, name) for name in COMPONENT_FLAGS}
+    flags |= {"sampling_steps": settings.steps, "guidance": settings.guidance, "device": settings.device}
+
+    with genevolve.Components(genevolve.Run(policy=settings.policy, out=folder, **flags), folder) as components:
+        components.announce(len(left))
+        for start in range(0, len(left), SUITE_BATCH):
+            batch = left[start:start + SUITE_BATCH]
+            seeds = [7919 * number for number, _ in batch]
+            attempts = components.agent().run([request for _, request in batch], seeds)
+            components.scorer.render_and_score(attempts)
+            for attempt, (_, request) in zip(attempts, batch):
+                done.append(suite_row(attempt, request, components.scorer.judge))
+            model.write_lines(path, done)
+            print(f"{start + len(batch)}/{len(left)} requests", flush=True)
+    return done
 
 
-# ---- speed: side by side with peers ----------------------------------------------------------------------------------
+def suite_row(attempt, request, judge):
+    """A judged attempt as a row for distill.summarize and ``wise_figures``."""
+    row = {"id": attempt.id}
+    row |= {name: request.get(name, "unknown") for name in SUITE_COLUMNS}
+    judgement = attempt.judgement
+    row["judgement"] = judgement and {name: judgement[name] for name in SCORES}
+    row["valid"] = attempt.program is not None
+    row["error"] = attempt.error
+    if is_wise(request):
+        row["category"] = distill.wise_category(request)
+        try:
+            row["wise"] = wise_scores(attempt, request, judge)
+        except tools.ToolError as error:  # missing, not zero
+            row["wise"] = None
+            row["error"] = str(error)
+    return row
+
+
+def is_wise(request):
+    """Whether the request comes from WISE's prompt files."""
+    return "Prompt" in request and "prompt_id" in request
+
+
+def wise_scores(attempt, request, judge):
+    """The judge's scores of the picture; 0 where the policy wrote no program, None where a service failed."""
+    if attempt.program is None and attempt.termination != "error":
+        return dict.fromkeys(WISE_SCORES, 0.0)
+    if attempt.image is None:
+        return None
+    return judge.score_wise(attempt.image, request)
+
+
+def evaluated_rows(path):
+    """The file of the released evaluator as rows for distill.summarize; None where the file is something else."""
+    found = read_json(path) if path.endswith(".json") else None
+    rows = [row for row in found or [] if isinstance(row, dict) and "summary_type" not in row]
+    if not rows or not all("eval_success" in row for row in rows):
+        return None
+    return [evaluated_row(row) for row in rows]
+
+
+def evaluated_row(row):
+    """One row of the released evaluator, whose fields may stand under "meta"."""
+    fields = row | (row.get("meta") or {})
+    found = {name: fields.get(name, "unknown") for name in ("id",) + SUITE_COLUMNS}
+    found["judgement"] = None
+    scores = row.get("scores")
+    if scores:
+        judgement = {}
+        for name in distill.DIMENSIONS:
+            missing = name == "text_accuracy" and scores.get("text_accuracy_na")
+            judgement[name] = None if missing else float(scores[name])
+        found["judgement"] = judgement | {"kscore": distill.kscore(**judgement)}
+    return found
+
+
+# ---- Speed: side by side with peers ----------------------------------------------------------------------------------
 
 @dataclass
 class Speed(Common):
     """Ours and the peers in one process, alternating."""
-    out: str = flag(os.path.join(HERE, "results"), "folder for speed.json")
+    out: str = flag("", "folder for speed.json (default: results, or out for a smoke run)")
     quick: bool = flag(False, "a smoke run on small sizes")
     rows: str = flag("", "comma-separated rows (default: all)")
     repeats: int = flag(3, "runs of each side")
 
 
-def memory_mb(name):
-    """A field of /proc/self/status in MB, None where there is no such file."""
-    try:
-        with open("/proc/self/status", encoding="ascii") as file:
-            return next(int(line.split()[1]) / 1024 for line in file if line.startswith(name + ":"))
-    except (OSError, StopIteration):
-        return None
+PROMPT, OBSERVATION, GUIDE = 600, 120, 120  # tokens
+GROUPS, GROUP_SIZE = 8, 6                   # requests of an update, attempts at each
+VOCABULARY = 2048
 
 
-def release_memory():
-    """Give what the allocator holds of freed memory back to the system (glibc), so that the next peak counts it."""
-    gc.collect()
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
-
-
-def timed(work):
-    """(seconds, peak memory in MB above what was there before, result)."""
-    release_memory()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() / 2**20
-    else:
-        try:
-            with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-                file.write("5")  # Linux: the peak starts again from what is resident now
-        except OSError:
-            pass
-        before = memory_mb("VmRSS")
-    start = time.perf_counter()
-    result = work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    after = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else memory_mb("VmHWM")
-    return seconds, None if before is None else after - before, result
-
-
-def side_by_side(ours, peer, repeats):
-    """Alternating runs after one of each that is not counted; ratios are peer / ours of neighbouring runs."""
-    ours(), peer()
-    runs = [(timed(ours), timed(peer)) for _ in range(repeats)]
-    ratios = sorted(b[0] / a[0] for a, b in runs)
-    middle = lambda values: float(np.median([v for v in values]))
-    row = {"ours s": middle([a[0] for a, _ in runs]), "peer s": middle([b[0] for _, b in runs]),
-           "ratio": middle(ratios), "ratio low": ratios[0], "ratio high": ratios[-1]}
-    if runs[0][0][1] is not None:
-        a, b = (max(1.0, *(run[side][1] for run in runs)) for side in (0, 1))
-        row |= {"ours MB": a, "peer MB": b, "memory ratio": b / a}
-    return row
-
-
-def machine(device):
-    """Measured matrix-product peak (float32, float operations a second) and memory bandwidth (bytes a second)."""
-    a, x = torch.randn(2048, 2048, device=device), torch.randn(2**26, device=device)
-    best = lambda work: min(timed(work)[0] for _ in range(8))
-    return {"matrix product, GFLOP/s": 2 * 2048**3 / best(lambda: a @ a) / 1e9,
-            "memory, GB/s": x.nbytes / best(lambda: x.sum()) / 1e9}
-
-
-def need(package):
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        raise tools.ToolError(f"{package} is not installed: pip install -r requirements-peers.txt") from None
-
-
-def small_policy(quick):
+def small_policy(settings):
     """The 5.2 M-parameter Qwen3 of the table, random weights."""
     torch.manual_seed(0)
-    layers = 2 if quick else 6
-    return model.Qwen3(model.Config(vocab_size=2048, hidden_size=256, layers=layers, heads=4, kv_heads=2, head_dim=64,
-                                    mlp_size=768))
+    config = model.Config(vocab_size=VOCABULARY, hidden_size=256, layers=2 if settings.quick else 6, heads=4,
+                          kv_heads=2, head_dim=64, mlp_size=768)
+    return model.Qwen3(config).to(model.pick_device(settings.device))
 
 
-def peer_policy(net):
-    """The same weights in transformers."""
-    transformers = need("transformers")
-    with tempfile.TemporaryDirectory() as folder:
-        model.save(folder, net)
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+def random_prompts(groups, generator):
+    """``groups`` prompts, each as often as a group has attempts: [[token]]."""
+    prompts = torch.randint(0, VOCABULARY, (groups, PROMPT), generator=generator).tolist()
+    return [prompt for prompt in prompts for _ in range(GROUP_SIZE)]
 
 
 def decode_flops(net, prompt, new, sequences, groups):
     """Multiply-adds, twice, of a group's prompts (once each) and of every decoded token, attention included."""
     c = net.config
     weights = sum(p.numel() for p in net.parameters())  # tied: the embedding's row lookup stands for the output layer
-    attention = lambda length: 4 * c.layers * c.heads * c.head_dim * length
+
+    def attention(length):
+        return 4 * c.layers * c.heads * c.head_dim * length
+
     prefill = groups * prompt * (2 * (weights - c.vocab_size * c.hidden_size) + attention(prompt / 2))
     return prefill + sequences * new * (2 * weights + attention(prompt + new / 2))
 
 
+def decode_bytes(net, prompt, new, sequences, groups):
+    """Bytes that decoding reads: every weight and the mean cache once a step, a group's prompt once; float32."""
+    c = net.config
+    weights = sum(p.numel() for p in net.parameters()) * 4
+    cache_of_token = 2 * 4 * c.layers * c.kv_heads * c.head_dim
+    return new * (weights + cache_of_token * (groups * prompt + sequences * new / 2))
+
+
 def rollout_row(s):
     """8 prompts x 6 rollouts x 128 new tokens."""
-    net, new = small_policy(s.quick), 16 if s.quick else 128
-    peer, g = peer_policy(net), torch.Generator().manual_seed(0)
-    prompts = [p for p in torch.randint(0, 2048, (8, 600), generator=g).tolist() for _ in range(6)]
+    new = 16 if s.quick else 128
+    net = small_policy(s)
+    peer = peer_policy(net)
+    prompts = random_prompts(GROUPS, torch.Generator().manual_seed(0))
     ids = torch.tensor(prompts)
 
-    @torch.no_grad()
+    def ours():
+        model.generate(net, prompts, new)
+
     def theirs():
-        peer.generate(input_ids=ids, max_new_tokens=new, do_sample=True, temperature=0.7, top_p=0.95, top_k=0,
-                      eos_token_id=None, pad_token_id=0)
-    row = side_by_side(lambda: model.generate(net, prompts, new), theirs, s.repeats)
-    row["tokens/s"] = 48 * new / row["ours s"]
-    row["GFLOP"] = decode_flops(net, 600, new, 48, 8) / 1e9
-    weights = sum(p.numel() for p in net.parameters()) * 4
-    cache = 2 * 4 * net.config.layers * net.config.kv_heads * net.config.head_dim  # bytes a token
-    row["GB moved"] = new * (weights + cache * (8 * 600 + 48 * new / 2)) / 1e9
+        peer_generate(peer, ids, new)
+
+    row = side_by_side(ours, theirs, s)
+    row["tokens/s"] = len(prompts) * new / row["ours s"]
+    row["GFLOP"] = decode_flops(net, PROMPT, new, len(prompts), GROUPS) / 1e9
+    row["GB moved"] = decode_bytes(net, PROMPT, new, len(prompts), GROUPS) / 1e9
     return row
 
 
 def turns_row(s, new=128):
     """4 turns of ``new`` tokens with observations of 120 between them, 48 at once."""
-    net, new, turns = small_policy(s.quick), 16 if s.quick else new, 4
-    peer, g = peer_policy(net), torch.Generator().manual_seed(0)
-    prompts = [p for p in torch.randint(0, 2048, (8, 600), generator=g).tolist() for _ in range(6)]
-    seen = torch.randint(0, 2048, (turns - 1, 48, 120), generator=g)
+    turns = 4
+    new = 16 if s.quick else new
+    net = small_policy(s)
+    peer = peer_policy(net)
+    generator = torch.Generator().manual_seed(0)
+    prompts = random_prompts(GROUPS, generator)
+    observations = torch.randint(0, VOCABULARY, (turns - 1, len(prompts), OBSERVATION), generator=generator)
 
     def ours():
-        engine = model.Engine(net, 48, 600 + turns * new + (turns - 1) * 120)
-        live = [engine.open(p, i) for i, p in enumerate(prompts)]
+        engine = model.Engine(net, len(prompts), PROMPT + turns * new + (turns - 1) * OBSERVATION)
+        live = [engine.open(prompt, seed) for seed, prompt in enumerate(prompts)]
         for turn in range(turns):
             for sequence in live:
                 engine.submit(sequence, new, 0.7, 0.95)
             while engine.poll():
                 pass
             if turn < turns - 1:
-                for sequence, ids in zip(live, seen[turn].tolist()):
+                for sequence, ids in zip(live, observations[turn].tolist()):
                     engine.extend(sequence, ids)
 
-    @torch.no_grad()
     def theirs():
         ids = torch.tensor(prompts)
         for turn in range(turns):
-            ids = peer.generate(input_ids=ids, max_new_tokens=new, do_sample=True, temperature=0.7, top_p=0.95, top_k=0,
-                                eos_token_id=None, pad_token_id=0)
+            ids = peer_generate(peer, ids, new)
             if turn < turns - 1:
-                ids = torch.cat((ids, seen[turn]), 1)
-    return side_by_side(ours, theirs, s.repeats)
+                ids = torch.cat((ids, observations[turn]), 1)
+
+    return side_by_side(ours, theirs, s)
+
+
+def short_turns_row(s):
+    """The same with turns as long as the embedded policy's."""
+    return turns_row(s, new=45)
 
 
 def logprob_row(s):
-    """Log-probs and their gradient, 4,096 tokens, hidden 1,024, vocabulary 151,936: with weights known beforehand (SFT)
-    and, "any loss", with the gradient that comes from a loss on top (GRPO, SDL). The gradients, which both sides have
-    to deliver, are taken off the memory."""
-    n, c, v = (256, 64, 5000) if s.quick else (4096, 1024, 151936)
-    torch.manual_seed(0)
-    hidden, target = torch.randn(n, c).requires_grad_(), torch.randint(v, (n,))
-    weight, share = (torch.randn(v, c) * c**-0.5).requires_grad_(), torch.full((n,), 1 / n)
+    """Log-probs and their gradient, 4,096 tokens, hidden 1,024, vocabulary 151,936.
 
-    def run(logps):
-        logps().sum().backward()
+    Once with weights known beforehand (SFT) and, "any loss", with the gradient that comes from a loss on top (GRPO,
+    SDL). The gradients, which both sides have to deliver, are taken off the memory.
+    """
+    n, c, v = (256, 64, 5000) if s.quick else (4096, 1024, 151936)
+    device = model.pick_device(s.device)
+    torch.manual_seed(0)
+    hidden = torch.randn(n, c).to(device).requires_grad_()                                          # (N, C)
+    target = torch.randint(v, (n,)).to(device)                                                      # (N,)
+    weight = (torch.randn(v, c) * c**-0.5).to(device).requires_grad_()                              # (V, C)
+    share = torch.full((n,), 1 / n, device=device)                                                  # (N,)
+
+    def backward(logps):
+        logps.sum().backward()
         hidden.grad = weight.grad = None  # so that the next run starts without them
-    theirs = lambda: run(lambda: (hidden @ weight.T).log_softmax(-1).gather(1, target[:, None]))
-    row = side_by_side(lambda: run(lambda: model.weighted_logprobs(hidden, weight, target, share)), theirs, s.repeats)
-    other = side_by_side(lambda: run(lambda: model.chunked_logprobs(hidden, weight, target)[0]), theirs, 1)
-    row |= {f"any loss, {k}": other[k] for k in ("ours s", "ratio", "ours MB")}
-    row["the gradients, MB"] = gradients = (hidden.nbytes + weight.nbytes) / 2**20
-    row["memory ratio"] = (row["peer MB"] - gradients) / max(row["ours MB"] - gradients, 1)
+
+    def known_weights():
+        backward(model.weighted_logprobs(hidden, weight, target, share))
+
+    def any_loss():
+        backward(model.chunked_logprobs(hidden, weight, target)[0])
+
+    def theirs():
+        backward((hidden @ weight.T).log_softmax(-1).gather(1, target[:, None]))
+
+    row = side_by_side(known_weights, theirs, s)
+    other = side_by_side(any_loss, theirs, dataclasses.replace(s, repeats=1))
+    for name in ("ours s", "ratio", "ours MB"):
+        row[f"any loss, {name}"] = other.get(name)
+    gradients = (hidden.nbytes + weight.nbytes) / 2**20
+    row["the gradients, MB"] = gradients
+    if "ours MB" in row:
+        row["memory ratio"] = (row["peer MB"] - gradients) / max(row["ours MB"] - gradients, 1)
+    return row
+
+
+def training_row(s):
+    """One GRPO + SDL step: old, reference, teacher forward, student forward and backward, AdamW."""
+    net, rows = small_policy(s), training_batch(s.quick)
+    recipe = distill.RECIPES["paper"]
+    row = side_by_side(our_update(net, rows, recipe), padded_update(peer_policy(net), rows, recipe), s)
+    row["GFLOP"] = training_flops(net, rows) / 1e9
     return row
 
 
 def training_batch(quick):
     """8 groups x 6, prompt 600, guide 120, responses of 50 to 500 tokens: [distill.TrainingRow]."""
     rng, rows = np.random.default_rng(0), []
-    for _ in range(2 if quick else 8):
-        prompt, guide = rng.integers(0, 2048, 600).tolist(), rng.integers(0, 2048, 120).tolist()
-        for _ in range(6):
-            answer = rng.integers(0, 2048, rng.integers(50, 501)).tolist()
-            mask = [True] * len(answer)
-            rows.append(distill.TrainingRow(prompt + answer, [False] * 600 + mask, float(rng.normal()), guide + prompt + answer,
-                                    [False] * 720 + mask))
+    for _ in range(2 if quick else GROUPS):
+        prompt = rng.integers(0, VOCABULARY, PROMPT).tolist()
+        guide = rng.integers(0, VOCABULARY, GUIDE).tolist()
+        for _ in range(GROUP_SIZE):
+            answer = rng.integers(0, VOCABULARY, rng.integers(50, 501)).tolist()
+            spoken = [True] * len(answer)
+            rows.append(distill.TrainingRow(
+                tokens=prompt + answer,
+                mask=[False] * PROMPT + spoken,
+                advantage=float(rng.normal()),
+                teacher_tokens=guide + prompt + answer,
+                teacher_mask=[False] * (GUIDE + PROMPT) + spoken,
+            ))
     return rows
 
 
-def training_row(s):
-    """One GRPO + SDL step: old, reference, teacher forward, student forward and backward, AdamW."""
-    net, recipe, rows = small_policy(s.quick), distill.RECIPES["paper"], training_batch(s.quick)
-    frozen, peer = copy.deepcopy(net).requires_grad_(False), peer_policy(net)
-    peer_frozen = copy.deepcopy(peer).requires_grad_(False)
-    first, second = (torch.optim.AdamW(n.parameters(), 1e-6) for n in (net, peer))
+def our_update(net, rows, recipe):
+    """A callable: one update of distill.py, packed, shared prompts once."""
+    reference = copy.deepcopy(net).requires_grad_(False)
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-6)
 
-    def ours():
+    def update():
         with torch.no_grad():
-            old = distill.score_actions(net, [r.tokens for r in rows], [r.mask for r in rows])
-        told = [dataclasses.replace(r, logp_old=x[m]) for r, x, m in zip(rows, old.logp, old.mask)]
-        together, _, _ = distill.update_gradients(net, frozen, net, told, recipe, together=True)
-        for p, g in zip(net.parameters(), together):
-            p.grad = g
-        first.step()
-        first.zero_grad()
+            old = distill.score_actions(net, [row.tokens for row in rows], [row.mask for row in rows])
+        rows_old = []
+        for row, logp, mask in zip(rows, old.logp, old.mask):
+            rows_old.append(dataclasses.replace(row, logp_old=logp[mask]))
+        gradients, _, _ = distill.update_gradients(net, reference, net, rows_old, recipe, together=True)
+        for p, gradient in zip(net.parameters(), gradients):
+            p.grad = gradient
+        optimizer.step()
+        optimizer.zero_grad()
 
-    def padded(net, part, teacher=False):
-        """log p of the actions, (B, T), from full logits over the padded batch."""
-        tokens, masks = ([r.teacher_tokens if teacher else r.tokens for r in part],
-                         [r.teacher_mask if teacher else r.mask for r in part])
-        ids, mask = (distill.pad_rows([torch.tensor(x) for x in xs]) for xs in (tokens, masks))
-        lengths = torch.tensor([len(t) for t in tokens])
-        there = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-        logits = net(input_ids=ids, attention_mask=there).logits[:, :-1].float()
-        logp = logits.log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
-        return distill.pad_rows([x[m] for x, m in zip(logp, mask[:, 1:])])
+    return update
 
-    def theirs():
-        counts = distill.step_counts(rows, recipe)
-        for at in range(0, len(rows), 6):  # a group at a time: all at once would not fit into the memory of a laptop
-            part = rows[at:at + 6]
-            mask, advantages = distill.pad_rows([torch.ones(sum(r.mask), dtype=torch.bool)
-                                                 for r in part]), torch.tensor([r.advantage for r in part])
+
+def padded_update(peer, rows, recipe):
+    """A callable: the same update as it is usually written, from full logits over padded batches, a group at a time
+    (all at once would not fit into the memory of a laptop)."""
+    reference = copy.deepcopy(peer).requires_grad_(False)
+    optimizer = torch.optim.AdamW(peer.parameters(), 1e-6)
+    live_count, token_count, distilled_count = distill.step_counts(rows, recipe)
+
+    def update():
+        for start in range(0, len(rows), GROUP_SIZE):
+            group = rows[start:start + GROUP_SIZE]
+            spoken = [torch.ones(sum(row.mask), dtype=torch.bool) for row in group]
+            mask = distill.pad_rows(spoken).to(peer.device)                                          # (N, T)
+            advantages = torch.tensor([row.advantage for row in group], device=peer.device)          # (N,)
             with torch.no_grad():
-                old, ref, wise = padded(peer, part), padded(peer_frozen, part), padded(peer, part, True)
-            logp = padded(peer, part)
-            loss = distill.grpo_loss(logp, old, ref, advantages, mask, normalizer=counts[:2])
-            (loss + recipe.weight * distill.sdl_loss(logp, old, wise, mask, normalizer=counts[2])).backward()
-        second.step()
-        second.zero_grad()
-    row = side_by_side(ours, theirs, s.repeats)
-    def products(prompt):
-        """Floating-point operations of one forward pass over the trunk, a group's prompt once, attention included."""
-        c, groups = net.config, len(rows) // 6
-        inner = sum(p.numel() for n, p in net.named_parameters() if "embed" not in n)
-        lengths = [sum(r.mask) for r in rows]
-        seen = groups * prompt * (prompt + 1) / 2 + sum(n * prompt + n * (n + 1) / 2 for n in lengths)  # (query, key)
-        return 2 * inner * (groups * prompt + sum(lengths)) + 4 * c.layers * c.heads * c.head_dim * seen
-    spoken = sum(sum(r.mask) for r in rows) * net.config.vocab_size * net.config.hidden_size
-    # old, reference, teacher; student forward and backward, twice a forward
-    row["GFLOP"] = (products(600) * (2 + 3) + products(720) + 2 * spoken * (3 + 3)) / 1e9
-    return row
+                logp_old = padded_logprobs(peer, group)
+                logp_ref = padded_logprobs(reference, group)
+                logq = padded_logprobs(peer, group, teacher=True)
+
+            # both losses divide by counts over all groups, so the groups' gradients add up to the batch's
+            logp = padded_logprobs(peer, group)
+            grpo = distill.grpo_loss(logp, logp_old, logp_ref, advantages, mask, normalizer=(live_count, token_count))
+            sdl = distill.sdl_loss(logp, logp_old, logq, mask, normalizer=distilled_count)
+            (grpo + recipe.weight * sdl).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return update
+
+
+def padded_logprobs(net, rows, teacher=False):
+    """log p of the action tokens, (N, T), from full logits over the padded batch of a transformers model."""
+    tokens = [torch.tensor(row.teacher_tokens if teacher else row.tokens) for row in rows]
+    masks = [torch.tensor(row.teacher_mask if teacher else row.mask) for row in rows]
+    lengths = torch.tensor([len(ids) for ids in tokens])
+    ids = distill.pad_rows(tokens).to(net.device)
+    mask = distill.pad_rows(masks).to(net.device)
+    there = torch.arange(ids.shape[1]) < lengths[:, None]                                           # (N, T)
+    attention_mask = there.long().to(net.device)
+
+    logits = net(input_ids=ids, attention_mask=attention_mask).logits[:, :-1].float()               # (N, T, V)
+    logp = logits.log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)                            # (N, T)
+    return distill.pad_rows([row[m] for row, m in zip(logp, mask[:, 1:])])
+
+
+def training_flops(net, rows):
+    """Multiply-adds, twice, of one update: trunk and output layer, a group's prompt once, attention included."""
+    c = net.config
+    groups = len(rows) // GROUP_SIZE
+    lengths = [sum(row.mask) for row in rows]
+    trunk_weights = sum(p.numel() for name, p in net.named_parameters() if "embed" not in name)
+
+    def trunk(prompt):
+        """One forward pass."""
+        tokens = groups * prompt + sum(lengths)
+        pairs = groups * prompt * (prompt + 1) / 2  # of query and key
+        pairs += sum(n * prompt + n * (n + 1) / 2 for n in lengths)
+        return 2 * trunk_weights * tokens + 4 * c.layers * c.heads * c.head_dim * pairs
+
+    output = 2 * sum(lengths) * c.vocab_size * c.hidden_size
+    # old, reference and teacher forward; student forward and backward, which is twice a forward
+    return trunk(PROMPT) * (2 + 3) + trunk(PROMPT + GUIDE) + output * (3 + 3)
 
 
 @torch.inference_mode()
 def sampler_row(s):
     """20 guided steps, batch 16, the committed renderer; the peer encodes its conditions each step, in two passes."""
-    diffusers = need("diffusers")
-    suite = Suite(Bench(quick=True))
-    net, renderer, count = suite.renderer.net, suite.renderer, 4 if s.quick else 16
-    prompts, pictures = [o["gen_prompt"] for o in suite.oracle[:count]], [suite.references(n) for n in range(count)]
+    diffusers = require("diffusers")
+    count = 4 if s.quick else 16
+    suite = AtlasSuite(Bench(device=s.device))
+    renderer, net = suite.renderer, suite.renderer.net
+    prompts = [oracle["gen_prompt"] for oracle in suite.oracle[:count]]
+    pictures = [suite.references(n) for n in range(count)]
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000)
     rows = renderer.conditions(prompts, pictures)
-    empty = [(row[0][:0], row[1][:0], row[2][:0]) for row in rows]
+    empty = [row.drop() for row in rows]
     made = {}
 
     def ours():
@@ -970,66 +1392,179 @@ def sampler_row(s):
 
     def theirs():
         scheduler.set_timesteps(sigmas=diffusion.schedule(20)[:-1])
-        x = torch.stack([torch.randn(net.config.tokens, 4 * net.config.channels,
-                                     generator=torch.Generator().manual_seed(i))
-                         for i in range(count)])
+        shape = (net.config.tokens, 4 * net.config.channels)
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in range(count)]
+        x = torch.stack(noise).to(model.pick_device(s.device))                                      # (N, tokens, 4 C)
         renderer.conditions(prompts, pictures)
         for t, sigma in zip(scheduler.timesteps, scheduler.sigmas):
-            time_ = torch.full((count,), float(sigma))
-            with_prompt, without = (net(x, time_, net.encode(diffusion.pack(r))) for r in (rows, empty))
-            x0 = without + 2.0 * (with_prompt - without)
+            level = torch.full((count,), float(sigma), device=x.device)
+            x0_cond = net(x, level, net.encode(diffusion.pack(rows, x.device)))
+            x0_uncond = net(x, level, net.encode(diffusion.pack(empty, x.device)))
+            x0 = x0_uncond + 2.0 * (x0_cond - x0_uncond)
             x = scheduler.step((x - x0) / sigma, t, x, return_dict=False)[0]
-        made["peer"] = list(renderer.vae.to_images(diffusion.unpatchify(x)).numpy())
-    row = side_by_side(ours, theirs, s.repeats)
-    row["greatest pixel difference"] = int(max(np.abs(a.astype(int) - b).max()
-                                               for a, b in zip(made["ours"], made["peer"])))
+        made["peer"] = list(renderer.vae.to_images(diffusion.unpatchify(x)).cpu().numpy())
+
+    row = side_by_side(ours, theirs, s)
+    differences = np.stack(made["ours"]).astype(int) - np.stack(made["peer"])
+    row["greatest pixel difference"] = int(np.abs(differences).max())
     return row
 
 
 def scaling_row(s):
     """16 to 512 rollouts in 64 slots: tokens a second, peak memory."""
-    net, g, row = small_policy(s.quick), torch.Generator().manual_seed(0), {}
+    new = 128
+    net, generator, row = small_policy(s), torch.Generator().manual_seed(0), {}
     for count in (16, 48) if s.quick else (16, 48, 128, 512):
-        prompts = [p for p in torch.randint(0, 2048, (-(-count // 6), 600), generator=g).tolist()
-                   for _ in range(6)][:count]
-        seconds, memory, _ = timed(lambda: model.generate(net, prompts, 128))
-        row |= {f"{count}: tokens/s": count * 128 / seconds, f"{count}: MB": memory}
+        groups = -(-count // GROUP_SIZE)
+        prompts = random_prompts(groups, generator)[:count]
+        measured = timed(lambda prompts=prompts: model.generate(net, prompts, new), s.device)
+        row[f"{count}: tokens/s"] = count * new / measured.seconds
+        row[f"{count}: MB"] = measured.megabytes
     return row
 
 
-SPEED = {"rollouts": rollout_row, "turns": turns_row,
-         "short turns": lambda s: turns_row(s, 45),  # what the embedded policy says in a turn
-         "log-probs": logprob_row, "training step": training_row,
-         "sampler": sampler_row, "scaling": scaling_row}
+class SlowSession(tools.ToolSession):
+    """A trajectory's tools, each call ``delay`` seconds slower."""
+
+    def __init__(self, box, delay):
+        super().__init__(box)
+        self.delay = delay
+
+    def call(self, name, arguments):
+        time.sleep(self.delay)
+        return super().call(name, arguments)
+
+
+class SlowTools:
+    """A tool box like that of a service on the network: its local answers come ``delay`` seconds later."""
+
+    def __init__(self, box, delay):
+        self.box = box
+        self.delay = delay
+
+    def session(self):
+        return SlowSession(self.box, self.delay)
+
+
+def tools_row(s):
+    """64 requests with tools that answer after 1 s: turns taken as they come against turns in order ("peer").
+
+    One run of each: the seconds are mostly the tools', which do not vary.
+    """
+    requests = atlas.world.requests("bench")[:8 if s.quick else 64]
+    with tempfile.TemporaryDirectory() as folder:
+        flags = genevolve.Run(out=folder, device=s.device)
+        with genevolve.Components(flags, folder) as components:
+            box = SlowTools(components.toolbox, 0.1 if s.quick else 1.0)
+
+            def run(ordered):
+                agent = genevolve.Agent(components.policy, box, ordered=ordered, live=flags.live)
+                return agent.run(requests, list(range(len(requests))))
+
+            free = timed(lambda: run(ordered=False), s.device)
+            ordered = timed(lambda: run(ordered=True), s.device)
+    return {
+        "ours s": free.seconds,
+        "peer s": ordered.seconds,
+        "ratio": ordered.seconds / free.seconds,
+        "requests a minute": 60 * len(requests) / free.seconds,
+        "requests a minute, in order": 60 * len(requests) / ordered.seconds,
+        "turns a request": mean([float(trajectory.rounds) for trajectory in free.result]),
+    }
+
+
+def lora_row(s):
+    """A training step of layers with the 8 B policy's shape: adapters of rank 16 against all weights.
+
+    Each in a process of its own, so that its peak of memory is its own. "peer" is full training.
+    """
+    layers = 1 if s.quick else 2
+    ours = run_alone("training_step", 16, layers, s.repeats, s.quick, s.device)
+    full = run_alone("training_step", 0, layers, s.repeats, s.quick, s.device)
+    row = {
+        "ours s": ours["seconds"],
+        "peer s": full["seconds"],
+        "ratio": full["seconds"] / ours["seconds"],
+        "layers": layers,
+        "parameters": full["trained"],
+        "trained": ours["trained"],
+    }
+    if ours["MB"] is not None:
+        row |= {"ours MB": ours["MB"], "peer MB": full["MB"], "memory ratio": full["MB"] / ours["MB"]}
+    return row
+
+
+def training_step(rank, layers, repeats, quick, device):
+    """Seconds (median) and peak memory of an AdamW step on 2 x 512 tokens. rank 0: all weights train."""
+    device = model.pick_device(device)
+    shape = dict(hidden_size=256, mlp_size=768) if quick else dict(hidden_size=4096, mlp_size=12288)
+    config = model.Config(vocab_size=VOCABULARY, layers=layers, heads=32, kv_heads=8, head_dim=128, **shape)
+    sequences = torch.randint(0, VOCABULARY, (2, 64 if quick else 512)).tolist()
+
+    def build_and_train():
+        """The first step allocates the optimizer's state and is not timed."""
+        torch.manual_seed(0)
+        net = model.Qwen3(config).to(device)
+        if rank:
+            model.add_lora(net, rank, 2 * rank)
+        trained = [p for p in net.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, 1e-4)
+        seconds = []
+        for _ in range(1 + repeats):
+            started = time.perf_counter()
+            loss = -torch.cat(model.token_logprobs(net, sequences)).mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            loss.item()  # on a GPU, wait for the backward pass
+            seconds.append(time.perf_counter() - started)
+        return float(np.median(seconds[1:])), sum(p.numel() for p in trained)
+
+    measured = timed(build_and_train, device)
+    seconds, trained = measured.result
+    return {"seconds": seconds, "MB": measured.megabytes, "trained": trained}
+
+
+SPEED = {"rollouts": rollout_row, "turns": turns_row, "short turns": short_turns_row, "log-probs": logprob_row,
+         "training step": training_row, "sampler": sampler_row, "scaling": scaling_row, "slow tools": tools_row,
+         "low-rank adapters": lora_row}
 TARGETS = {"rollouts": 6, "turns": 8, "short turns": 8, "log-probs": 1.2, "training step": 2.5, "sampler": 1.3}
 
 
 def speed(settings):
     """python bench.py speed"""
-    names = [n.strip() for n in settings.rows.split(",")] if settings.rows else list(SPEED)
-    if unknown := [n for n in names if n not in SPEED]:
-        raise ValueError(f"unknown row {unknown[0]!r}: must be of {', '.join(SPEED)}")
-    path = os.path.join(model.make_folder(settings.out), "speed.json")
-    found = (read(path) or {}) | {"machine": machine(model.pick_device(settings.device))
-                                  | {"threads": torch.get_num_threads(), "torch": torch.__version__,
-                                     "quick": settings.quick}}
-    peak, band = found["machine"]["matrix product, GFLOP/s"], found["machine"]["memory, GB/s"]
+    names = pick_names(settings.rows, SPEED, "row")
+    path = os.path.join(results_folder(settings), "speed.json")
+    found = read_json(path) or {}
+    found["machine"] = measure_machine(model.pick_device(settings.device)) | {
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "quick": settings.quick,
+    }
     print_row("machine", found["machine"])
+
     for name in names:
         try:
             row = SPEED[name](settings)
-        except tools.ToolError as error:
+        except tools.ToolError as error:  # a peer is not installed
             print(f"{name}: {error}")
             continue
-        if "GFLOP" in row:  # the least time that the measured peaks allow, over the time it took
-            row["share of the machine"] = (row["GFLOP"] / peak + row.get("GB moved", 0) / band) / row["ours s"]
-        row |= {"target": TARGETS[name]} if name in TARGETS else {}
+        if "GFLOP" in row:
+            row["share of the machine"] = least_seconds(row, found["machine"]) / row["ours s"]
+        if name in TARGETS:
+            row["target"] = TARGETS[name]
         found[name] = row
         print_row(name, row)
-        model.write_json(path, found)
+        write_json(path, found)
 
 
-# ---- released: the authors' runtime against the local server ---------------------------------------------------------
+def least_seconds(row, machine):
+    """The least time that the measured peaks of the machine allow."""
+    compute = row["GFLOP"] / machine["matrix product, GFLOP/s"]
+    return compute + row.get("GB moved", 0) / machine["memory, GB/s"]
+
+
+# ---- Released: the authors' runtime against the local server ---------------------------------------------------------
 
 @dataclass
 class Released(Bench):
@@ -1044,41 +1579,411 @@ def released(settings):
     if not settings.runtime or not os.path.isfile(os.path.join(scripts, "run_agent.py")):
         raise ValueError("--runtime takes the folder of a checkout that has scripts/run_agent.py")
     for package in ("openai", "tqdm", "PIL"):
-        need(package)
-    rows, out = atlas.world.requests("bench")[:settings.requests], model.make_folder(settings.out)
+        require(package)
+    out = results_folder(settings)
+    count = min(4, settings.requests) if settings.quick else settings.requests
+    requests = atlas.world.requests("bench")[:count]
+
     with tempfile.TemporaryDirectory() as folder:
-        requests = os.path.join(folder, "requests.jsonl")
-        model.write_lines(requests, [{k: v for k, v in r.items() if k not in ("recipe", "_folder")} for r in rows])
-        command = [sys.executable, os.path.join(HERE, "genevolve.py"), "serve", "--port", "0", "--policy",
-                   settings.policy, "--out", folder]
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        try:
-            url = server.stdout.readline().split()[2].rstrip(":")
-            environment = os.environ | {"OPENAI_API_KEY": "none", "SERPER_API_KEY": "none", "SERPER_BASE_URL": url,
-                                        "IMAGE_DOWNLOAD_DIR": os.path.join(folder, "found")}
-            results = os.path.join(folder, "results.json")
-            for name, *flags in (
-                    ("run_agent.py", "--input", requests, "--output-dir", folder, "--base-url", f"{url}/v1"),
-                    ("generate_images.py", "--input", results, "--output-dir", folder, "--backend",
-                     "qwen-image-edit-service", "--service-url", url),
-                    ("evaluate_images.py", "--results", results, "--gt-root", os.path.join(HERE, "atlas"),
-                     "--api-base", f"{url}/v1")):
-                done = subprocess.run([sys.executable, os.path.join(scripts, name), *flags], env=environment,
-                                      capture_output=True, text=True)
-                if done.returncode:
-                    raise ValueError(f"{name} ended with {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
-        finally:
-            server.terminate()
-            server.wait()
-        records, judged = read(results), read(os.path.join(folder, "results_eval.json"))
-        summary = read(os.path.join(folder, "summary.json"))
-        ours = distill.summarize(evaluated_rows(os.path.join(folder, "results_eval.json")))
-    figures = {"requests": len(rows), "records": len(records), "programs": sum(bool(r["gen_prompt"]) for r in records),
-               "rendered": sum(bool(r["success"]) for r in records),
-               "judged": sum(bool(r.get("eval_success")) for r in judged if "summary_type" not in r),
-               "its overall": summary["all"]["overall"], "KScore of its scores": ours["all"]["overall"]}
+        model.write_lines(os.path.join(folder, "requests.jsonl"), [without_recipe(request) for request in requests])
+        with local_server(settings.policy, folder) as url:
+            run_released_scripts(scripts, folder, url)
+        figures = released_figures(folder)
+    figures = {"requests": len(requests)} | figures
     print_row("the released runtime", figures)
-    model.write_json(os.path.join(out, "released.json"), figures)
+    write_json(os.path.join(out, "released.json"), figures)
+
+
+def without_recipe(request):
+    """What the released runtime gets to read of a request."""
+    return {name: value for name, value in request.items() if name not in ("recipe", "_folder")}
+
+
+@contextmanager
+def local_server(policy, folder):
+    """``genevolve.py serve`` in a process of its own; gives its URL."""
+    command = [sys.executable, os.path.join(HERE, "genevolve.py"), "serve", "--port", "0", "--policy", policy,
+               "--out", folder]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        words = server.stdout.readline().split()  # serving on URL: ...
+        if len(words) < 3:
+            raise ValueError("genevolve.py serve ended before it served")
+        yield words[2].rstrip(":")
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def run_released_scripts(scripts, folder, url):
+    """Agent, renderer client and evaluator, one after another; each reads what the one before wrote."""
+    environment = os.environ | {"OPENAI_API_KEY": "none", "SERPER_API_KEY": "none", "SERPER_BASE_URL": url,
+                                "IMAGE_DOWNLOAD_DIR": os.path.join(folder, "found")}
+    requests, results = (os.path.join(folder, name) for name in ("requests.jsonl", "results.json"))
+    agent = ["run_agent.py", "--input", requests, "--output-dir", folder, "--base-url", f"{url}/v1"]
+    renderer = ["generate_images.py", "--input", results, "--output-dir", folder,
+                "--backend", "qwen-image-edit-service", "--service-url", url]
+    evaluator = ["evaluate_images.py", "--results", results, "--gt-root", os.path.join(HERE, "atlas"),
+                 "--api-base", f"{url}/v1"]
+    for name, *arguments in (agent, renderer, evaluator):
+        command = [sys.executable, os.path.join(scripts, name), *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(f"{name} ended with {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
+
+
+def released_figures(folder):
+    """What the three scripts made of the requests, and our KScore of their scores."""
+    records = read_json(os.path.join(folder, "results.json"))
+    judged = read_json(os.path.join(folder, "results_eval.json"))
+    theirs = read_json(os.path.join(folder, "summary.json"))
+    ours = distill.summarize(evaluated_rows(os.path.join(folder, "results_eval.json")))
+    return {
+        "records": len(records),
+        "programs": sum(bool(record["gen_prompt"]) for record in records),
+        "rendered": sum(bool(record["success"]) for record in records),
+        "judged": sum(bool(row.get("eval_success")) for row in judged if "summary_type" not in row),
+        "its overall": theirs["all"]["overall"],
+        "KScore of its scores": ours["all"]["overall"],
+    }
+
+
+# ==== Machine room ====================================================================================================
+
+# ---- Folders and files -----------------------------------------------------------------------------------------------
+
+RESULTS = os.path.join(HERE, "results")
+
+
+def results_folder(settings):
+    """--out, or results/; a smoke run writes to out/, and never into results/, whose files are committed."""
+    folder = settings.out or ("out" if settings.quick else RESULTS)
+    path, committed = (os.path.realpath(f) + os.sep for f in (folder, RESULTS))
+    if settings.quick and path.startswith(committed):
+        raise ValueError("a --quick run must not replace the committed figures in results: name another --out")
+    return model.make_folder(folder)
+
+
+def runs_folder(settings):
+    """--runs, or runs/quality; a smoke run trains in a folder beside its results."""
+    if settings.runs:
+        return settings.runs
+    if settings.quick:
+        return os.path.join(results_folder(settings), "runs")
+    return os.path.join("runs", "quality")
+
+
+def read_json(path):
+    """The value in a file, None where there is no such file."""
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def read_lines(path):
+    """The values in a file of JSON lines, [] where there is no such file."""
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def write_json(path, value):
+    """A file of results, whole or not at all; a figure that is not a number is null."""
+    model.write_json(path, without_nan(value))
+
+
+def without_nan(value):
+    """The value with None for every nan in it: JSON has no nan."""
+    if isinstance(value, dict):
+        return {name: without_nan(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(part) for part in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def slug(text):
+    """A text as part of a file's name."""
+    kept = [c if c.isalnum() or c in ".=" else " " for c in text.lower()]
+    return "-".join("".join(kept).split())
+
+
+def pick_names(text, allowed, kind):
+    """Names of a comma-separated flag, or all that are allowed. ValueError names one that is not."""
+    names = [name.strip() for name in text.split(",")] if text else list(allowed)
+    unknown = [name for name in names if name not in allowed]
+    if unknown:
+        raise ValueError(f"unknown {kind} {unknown[0]!r}: must be of {', '.join(allowed)}")
+    return names
+
+
+# ---- Tables and figures ----------------------------------------------------------------------------------------------
+
+QUALITY_COLUMNS = {
+    "early": "early", "KScore": "kscore", "F": "faithfulness", "V": "visual_correctness", "T": "text_accuracy",
+    "A": "aesthetics", "knowledge": "knowledge", "quality": "quality", "novel": "novel", "valid": "valid",
+    "calls": "tool calls", "rollouts": "rollouts", "seconds": "seconds", "seeds": "seeds",
+}
+
+
+def label_of(name):
+    return ARMS[name].label if name in ARMS else name
+
+
+def print_row(label, values):
+    """A row of a table on the terminal."""
+    cells = [f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items()]
+    print(f"{label:<44} " + "  ".join(cells), flush=True)
+
+
+def print_quality(rows, differences, saved):
+    for name, row in rows.items():
+        print_row(label_of(name), row)
+    for name, difference in differences.items():
+        for when in ("early", "at the end"):
+            change, low, high = difference[when]
+            title = f"{name}, {when}"
+            print(f"{title:<60} {change:+.3f}  [{low:+.3f}, {high:+.3f}]")
+    if saved:
+        print_row("stable reaches GRPO's last score", saved)
+
+
+def write_quality(results, rows, differences, arms):
+    """quality.md and the three figures of the README."""
+    figures = [(label_of(name), [format_figure(row.get(column)) for column in QUALITY_COLUMNS.values()])
+               for name, row in rows.items()]
+    lines = markdown_table("", QUALITY_COLUMNS, figures) + [""] + difference_table(differences)
+    model.write_text(os.path.join(results, "quality.md"), "\n".join(lines) + "\n")
+
+    drawn = {name: arms[name] for name in DRAWN if name in arms}
+    for column, (file, unit) in enumerate((("quality.svg", "rollouts"), ("quality-seconds.svg", "seconds"))):
+        curves = {name: mean_curve(arm, column) for name, arm in drawn.items()}
+        seeds = {name: [pick_columns(curve, column) for curve in arm["curves"]] for name, arm in drawn.items()}
+        drawing = svg_lines(curves, 720, 320, seeds, unit)
+        model.write_text(os.path.join(results, file), drawing)
+
+    hits = {}
+    for name, arm in drawn.items():
+        means = [mean(update) for update in zip(*arm["hits"])]
+        if means:
+            hits[name] = list(enumerate(means, 1))
+    model.write_text(os.path.join(results, "quality-hits.svg"), svg_lines(hits, 720, 200, across="updates"))
+
+
+def pick_columns(curve, column):
+    """The points of a validation curve as [(rollouts (column 0) or seconds (1), KScore)]."""
+    return [(point[column], point[2]) for point in curve]
+
+
+def difference_table(differences):
+    """Lines of Markdown: rewards of the rollouts by window, KScore early and at the end."""
+    lengths = [len(difference.get("reward of rollouts", ())) for difference in differences.values()]
+    windows = max(lengths, default=0)
+    columns = [f"reward of the rollouts, updates {n * CURVE_WINDOW + 1} to {(n + 1) * CURVE_WINDOW}"
+               for n in range(windows)]
+    columns += ["KScore, early", "KScore, at the end"]
+    rows = []
+    for name, difference in differences.items():
+        rewards = difference.get("reward of rollouts", [None] * windows)
+        changes = [*rewards, difference["early"], difference["at the end"]]
+        rows.append((name, [format_interval(*change) if change else "" for change in changes]))
+    return markdown_table("difference (95 % interval)", columns, rows)
+
+
+def markdown_table(title, columns, rows):
+    """Lines of Markdown. rows: [(label, [text of a cell])]."""
+    lines = [f"| {title}".rstrip() + f" | {' | '.join(columns)} |",
+             "| --- |" + " --- |" * len(columns)]
+    return lines + [f"| {label} | {' | '.join(cells)} |" for label, cells in rows]
+
+
+def format_figure(value):
+    if value is None or math.isnan(value):
+        return ""
+    return f"{value:.3f}" if isinstance(value, float) and value < 10 else f"{value:.0f}"
+
+
+def format_interval(change, low, high):
+    return f"{change:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+INKS = ("#b33", "#36a", "#386", "#a60", "#738", "#088", "#777", "#c59")
+
+
+def svg_lines(series, width, height, faint=None, across=""):
+    """SVG of {label: [(x, y)]}, missing values (None) left out; the axis labels are the extremes.
+
+    faint: {label: lines} drawn thinly in the label's ink, such as the single runs behind a mean. across: what x is.
+    Returns "" if there is nothing to draw.
+    """
+    faint = faint or {}
+    lines = [*series.values(), *(line for runs in faint.values() for line in runs)]
+    points = [(x, y) for line in lines for x, y in line if y is not None]
+    if not points:
+        return ""
+    xs, ys = zip(*points)
+    left, right = min(xs), max(xs)
+    low, high = min(ys), max(ys)
+
+    def place(x, y):
+        """Data to pixels: 40 at the left and 18 below are left to the labels, 12 above to the names."""
+        over = (x - left) / max(right - left, 1e-9)
+        up = (y - low) / max(high - low, 1e-9)
+        return f"{40 + over * (width - 50):.1f},{height - 18 - up * (height - 30):.1f}"
+
+    def polyline(line, ink, style):
+        corners = " ".join(place(x, y) for x, y in line if y is not None)
+        return f'<polyline fill="none" stroke="{ink}" {style} points="{corners}"/>'
+
+    inks = dict(zip(series, INKS))
+    drawn = [polyline(line, inks[label], 'stroke-width="0.8" opacity="0.35"')
+             for label, runs in faint.items() for line in runs]
+    drawn += [polyline(line, inks[label], 'stroke-width="1.5"') for label, line in series.items()]
+    names = [f'<tspan fill="{inks[label]}">{html.escape(label.replace("_", " "))}</tspan>' for label in series]
+    texts = [
+        (40, 9, " ".join(names)),
+        (0, 20, f"{high:.3g}"),
+        (0, height - 18, f"{low:.3g}"),
+        (40, height - 4, f"{left:g}"),
+        (f"{width / 2:g}", height - 4, html.escape(across)),
+        (width - 30, height - 4, f"{right:.4g}"),
+    ]
+    title, *labels = [f'<text x="{x}" y="{y}">{text}</text>' for x, y, text in texts]
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-size="10" '
+            f'font-family="sans-serif">{title}{"".join(drawn)}{"".join(labels)}</svg>')
+
+
+# ---- Time and memory -------------------------------------------------------------------------------------------------
+
+@dataclass
+class Timed:
+    """A measured call."""
+    seconds: float
+    megabytes: float | None     # peak of memory above what was there before; None: this system does not say
+    result: object
+
+
+def timed(work, device="cpu"):
+    """Call work() and measure it. device: where its tensors are, as --device says it."""
+    release_memory()
+    if model.pick_device(device) == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        started = time.perf_counter()
+        result = work()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+        return Timed(seconds, (torch.cuda.max_memory_allocated() - before) / 2**20, result)
+
+    # without a GPU: the peak of the process's resident memory
+    reset_peak_memory()
+    before = memory_mb("VmRSS")
+    started = time.perf_counter()
+    result = work()
+    seconds = time.perf_counter() - started
+    return Timed(seconds, None if before is None else memory_mb("VmHWM") - before, result)
+
+
+def release_memory():
+    """Give what the allocator holds of freed memory back to the system (glibc), so that the next peak counts it."""
+    gc.collect()
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)
+
+
+def reset_peak_memory():
+    """Linux: the peak of this process starts again from what is resident now."""
+    try:
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+            file.write("5")
+    except OSError:
+        pass
+
+
+def memory_mb(name):
+    """A field of /proc/self/status in MB, None where there is no such file or field."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            for line in file:
+                if line.startswith(name + ":"):
+                    return int(line.split()[1]) / 1024
+    except OSError:
+        pass
+    return None
+
+
+def side_by_side(ours, peer, settings):
+    """Alternating runs after one of each that is not counted; ratios are peer / ours of neighbouring runs."""
+    ours()
+    peer()
+    runs = []  # neighbours in time, so that a busy spell of the machine meets both
+    for _ in range(settings.repeats):
+        runs.append((timed(ours, settings.device), timed(peer, settings.device)))
+    ratios = [theirs.seconds / own.seconds for own, theirs in runs]
+    row = {
+        "ours s": float(np.median([own.seconds for own, _ in runs])),
+        "peer s": float(np.median([theirs.seconds for _, theirs in runs])),
+        "ratio": float(np.median(ratios)),
+        "ratio low": min(ratios),
+        "ratio high": max(ratios),
+    }
+    if runs[0][0].megabytes is not None:
+        own_peak = max(1.0, *(own.megabytes for own, _ in runs))
+        peer_peak = max(1.0, *(theirs.megabytes for _, theirs in runs))
+        row |= {"ours MB": own_peak, "peer MB": peer_peak, "memory ratio": peer_peak / own_peak}
+    return row
+
+
+def measure_machine(device):
+    """Measured matrix-product peak (float32, float operations a second) and memory bandwidth (bytes a second)."""
+    matrix = torch.randn(2048, 2048, device=device)
+    vector = torch.randn(2**26, device=device)
+
+    def least(work):
+        return min(timed(work, device).seconds for _ in range(8))
+
+    return {"matrix product, GFLOP/s": 2 * 2048**3 / least(lambda: matrix @ matrix) / 1e9,
+            "memory, GB/s": vector.nbytes / least(lambda: vector.sum()) / 1e9}
+
+
+def run_alone(name, *arguments):
+    """A function of this file in a process of its own. Arguments and result are plain values."""
+    code = f"import bench, json; print(json.dumps(bench.{name}(*{arguments!r})))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"{name}{arguments} ended with {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# ---- Peers -----------------------------------------------------------------------------------------------------------
+
+def require(package):
+    """The package; ToolError if it is not installed."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise tools.ToolError(f"{package} is not installed: pip install -r requirements-peers.txt") from None
+
+
+def peer_policy(net):
+    """The same weights in transformers."""
+    transformers = require("transformers")
+    with tempfile.TemporaryDirectory() as folder:
+        model.save(folder, net)
+        peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return peer.eval().to(next(net.parameters()).device)
+
+
+@torch.no_grad()
+def peer_generate(peer, ids, new):
+    """ids (N, T) with ``new`` sampled tokens behind them, without an end."""
+    made = peer.generate(input_ids=ids.to(peer.device), max_new_tokens=new, do_sample=True, temperature=0.7, top_p=0.95,
+                         top_k=0, eos_token_id=None, pad_token_id=0)
+    return made.cpu()
 
 
 COMMANDS = {"world": (Bench, world), "quality": (Quality, quality), "speed": (Speed, speed),

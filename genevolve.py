@@ -16,6 +16,21 @@ distill.py (from trajectories to a gradient), and this file, which ties them int
 Departures from the paper: the embedded policy (two million parameters) sees tools, guides and observations in a
 compact form of the same protocol; any other policy sees the full form. Which one is written in the policy folder's
 genevolve.json.
+
+Contents, in reading order:
+
+    system_prompt                what the policy is told
+    LocalPolicy, RolloutPolicy, ChatPolicy    who writes a turn: our engine, an SGLang server, any chat endpoint
+    Agent                        requests -> trajectories: turns in one batch, tools in threads
+    Scorer                       programs -> pictures -> judgements -> rewards
+    Evolution.step               one update, one line for each arrow of the chain above
+    evolve                       the loop around it
+    ComponentFlags, Evolve, ...  every flag is a field of a dataclass
+    Components                   opens policy, tools, renderer and judge (machine room)
+    record, write_report         what is written for other programs and for people (machine room)
+    COMMANDS, main               the command line (machine room)
+
+Letters: G requests of a step, K rollouts of a request (a group), T turns, N rows, C hidden size.
 """
 import argparse
 import copy
@@ -23,16 +38,17 @@ import dataclasses
 import difflib
 import functools
 import hashlib
-import html
+import itertools
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import threading
 import time
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, fields
 
@@ -48,7 +64,8 @@ import model
 import tools
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-MAX_ROUNDS = 11           # model calls in a trajectory; before the last one a message forbids tools
+MAX_ROUNDS = 11  # model calls in a trajectory; before the last one a message forbids tools
+
 # ---- Prompts ---------------------------------------------------------------------------------------------------------
 
 FULL_SYSTEM = """You plan a picture. You do not draw: you find out what has to be seen, collect reference images, and \
@@ -75,54 +92,78 @@ FORMAT_ERROR = "Format error: {error}. Write <think>...</think>, then one <tool_
 
 def system_prompt(compact):
     """The system message. The full form lists the tools' JSON schemas, as function-calling models expect."""
-    return atlas.world.COMPACT_SYSTEM if compact else FULL_SYSTEM + "\n".join(json.dumps(tool) for tool in tools.TOOL_SCHEMAS)
+    if compact:
+        return atlas.world.COMPACT_SYSTEM
+    return FULL_SYSTEM + "\n".join(json.dumps(tool) for tool in tools.tool_schemas(skill_guides()))
 
 
-# ---- The agent loop: many requests at once ---------------------------------------------------------------------------
+# ---- Policies: who writes a turn -------------------------------------------------------------------------------------
 
 @dataclass
 class Sampling:
     """How a policy writes (method, section 5)."""
     temperature: float = 0.7
     top_p: float = 0.95
-    max_new_tokens: int = 256   # per turn
+    max_new_tokens: int = 256  # per turn
+
+
+def protocol_name(is_compact):
+    return "compact" if is_compact else "full"
+
+
+def end_ids(tokenizer):
+    """The tokens that end a turn."""
+    return tokenizer.id("<|im_end|>"), tokenizer.id("<|endoftext|>")
 
 
 class LocalPolicy:
-    """A model of ours behind the engine. One conversation is one live sequence; nothing is ever re-tokenised."""
+    """A network of ours behind the engine. One conversation is one sequence; nothing is ever re-tokenised."""
 
     def __init__(self, net, tokenizer, sampling, slots=64, capacity=1536, compact=True):
-        self.net, self.tokenizer, self.sampling, self.compact = net, tokenizer, sampling, compact
-        self.engine = model.Engine(net, slots=slots, capacity=capacity)
-        self.owner = {}
-        self.stop_ids = (tokenizer.id("<|im_end|>"), tokenizer.id("<|endoftext|>"))
+        self.net, self.tokenizer = net, tokenizer
+        self.sampling, self.compact = sampling, compact
+        self.stop_ids = end_ids(tokenizer)
+        self.new_engine = functools.partial(model.Engine, net, slots=slots, capacity=capacity)
+        self.reset()
+
+    def reset(self):
+        """Begin with an empty cache; there must be no open conversation."""
+        self.engine = self.new_engine()
+        self.trajectories, self.writing = {}, 0  # Sequence -> Trajectory; turns that have not ended
 
     def start(self, trajectory):
         """Open a conversation: system and user message are in ``trajectory.messages``."""
         ids = self.tokenizer.apply_chat(trajectory.messages, add_generation_prompt=True)
-        sequence = self.engine.open(ids, trajectory.seed)
-        trajectory.prompt_length, trajectory.mask = len(ids), [False] * len(ids)
+        trajectory.handle = self.engine.open(ids, trajectory.seed)
+        self.trajectories[trajectory.handle] = trajectory
+
+        trajectory.prompt_length = len(ids)
+        trajectory.mask = [False] * len(ids)
         trajectory.logprobs = [math.nan] * len(ids)
-        self.owner[id(sequence)] = (trajectory, sequence)
-        trajectory.handle = sequence
         self.submit(trajectory)
 
     def submit(self, trajectory):
         s = self.sampling
         self.engine.submit(trajectory.handle, s.max_new_tokens, s.temperature, s.top_p, self.stop_ids)
+        self.writing += 1
 
-    def poll(self):
-        """Decode until at least one turn has ended; returns [(trajectory, text, finish)]."""
-        ended = []
-        for sequence in self.engine.poll():
-            trajectory, _ = self.owner[id(sequence)]
-            start = len(trajectory.mask)
-            new = sequence.tokens[start:]
-            trajectory.mask += [True] * len(new)
-            trajectory.logprobs += sequence.logprobs[-len(new):] if new else []
-            text = self.tokenizer.decode([t for t in new if t not in self.stop_ids])
-            ended.append((trajectory, text, sequence.finish))
-        return ended
+    def poll(self, tool_calls=(), when=FIRST_COMPLETED):
+        """Decode until a turn has ended or one of the tool calls. Returns turns: [(trajectory, text, finish)]."""
+        if not self.writing:
+            wait(tool_calls, return_when=when)
+        sequences = []
+        while self.writing and not sequences and not any(call.done() for call in tool_calls):
+            sequences = self.engine.step()
+        return [self.take(sequence) for sequence in sequences]
+
+    def take(self, sequence):
+        """A turn that has ended, noted in its trajectory: (trajectory, text, finish)."""
+        trajectory = self.trajectories[sequence]
+        new = sequence.tokens[len(trajectory.mask):]
+        trajectory.mask += [True] * len(new)
+        trajectory.logprobs += sequence.logprobs[-len(new):] if new else []
+        self.writing -= 1
+        return trajectory, self.decode(new), sequence.finish
 
     def observe(self, trajectory, text):
         """Append an observation (a user message) and ask for the next turn."""
@@ -132,193 +173,255 @@ class LocalPolicy:
         trajectory.logprobs += [math.nan] * len(ids)
         self.submit(trajectory)
 
+    def end(self, trajectory):
+        trajectory.tokens = list(trajectory.handle.tokens)
+        del self.trajectories[trajectory.handle]
+        self.engine.close(trajectory.handle)
+        trajectory.handle = None
+
+    def decode(self, ids):
+        return self.tokenizer.decode([i for i in ids if i not in self.stop_ids])
+
     def reply(self, request):
-        """One turn for a conversation from outside (the chat endpoint). Returns tools.ChatReply."""
+        """One turn of a conversation from outside (the chat endpoint): yields tools.ChatReply as tokens are decoded."""
         messages = [m | {"role": "system" if m["role"] == "developer" else m["role"]} for m in request["messages"]]
         if self.compact:
             messages = atlas.world.compact_messages(messages, skill_guides(), atlas.world.known_requests())
         ids = self.tokenizer.apply_chat(messages, add_generation_prompt=True)
+        if len(ids) >= self.engine.capacity:
+            raise ValueError(f"the prompt has {len(ids)} tokens; the context holds {self.engine.capacity}")
+
         sequence = self.engine.open(ids, request["seed"])
         self.engine.submit(sequence, min(request["max_tokens"], self.sampling.max_new_tokens), request["temperature"],
                            request["top_p"], self.stop_ids)
-        while not any(s is sequence for s in self.engine.poll()):
-            pass
-        new = sequence.tokens[len(ids):]
-        self.engine.close(sequence)
-        text = self.tokenizer.decode([t for t in new if t not in self.stop_ids])
-        for stop in request["stop"]:
-            text = text.split(stop)[0]
-        return tools.ChatReply(text, sequence.finish, len(ids), len(new))
+        sent, ended, stopped = "", False, False
+        try:
+            while not ended and not stopped:
+                ended = sequence in self.engine.step()
+                new = sequence.tokens[len(ids):]
+                text, stopped = tools.stable_text(self.decode(new), request["stop"], ended)
+                finish = "stop" if stopped else sequence.finish
+                yield tools.ChatReply(text[len(sent):], finish, len(ids), len(new))
+                sent = text
+        finally:  # also where the client has gone away
+            self.engine.close(sequence)
+
+
+class RemotePolicy:
+    """A service writes the turns; they run side by side in threads.
+
+    A subclass asks for a turn in ``submit`` and says in ``read`` what an answer holds.
+    """
+
+    def __init__(self, client, sampling, compact, workers):
+        self.client, self.sampling, self.compact = client, sampling, compact
+        self.pool, self.writing = ThreadPoolExecutor(workers), {}  # Future -> Trajectory
+
+    def poll(self, tool_calls=(), when=FIRST_COMPLETED):
+        """Wait until a turn has ended or one of the tool calls. Returns turns: [(trajectory, text, finish)].
+
+        when: ALL_COMPLETED waits for all of them, so that the order of the answers decides nothing.
+        """
+        wait([*self.writing, *tool_calls], return_when=when)
+        return [self.take(future) for future in list(self.writing) if future.done()]
+
+    def take(self, future):
+        """A turn that has ended: (trajectory, text, finish); a failed one has no text."""
+        trajectory = self.writing.pop(future)
+        try:
+            return trajectory, *self.read(trajectory, future.result())
+        except (tools.ToolError, ValueError, OSError) as error:
+            return trajectory, "", f"error: {error}"
+
+    def reset(self):
+        """Nothing is kept here between turns."""
 
     def end(self, trajectory):
-        trajectory.tokens = list(trajectory.handle.tokens)
-        del self.owner[id(trajectory.handle)]
-        self.engine.close(trajectory.handle)
         trajectory.handle = None
 
 
-class RolloutPolicy:
-    """A serving engine (SGLang) writes the tokens, a network of ours learns from them. Conversations are kept as token
-    ids here and sent whole; the server's prefix cache makes that cheap. Nothing is re-tokenised."""
+class RolloutPolicy(RemotePolicy):
+    """A serving engine (SGLang) writes the tokens, a network of ours learns from them.
+
+    Conversations are kept as token ids here and sent whole; the server's prefix cache makes that cheap. Nothing is
+    re-tokenised.
+    """
 
     def __init__(self, client, net, tokenizer, sampling, compact, workers=64):
-        self.client, self.net, self.tokenizer, self.sampling, self.compact = client, net, tokenizer, sampling, compact
-        self.pool, self.running = ThreadPoolExecutor(workers), {}
-        self.stop_ids = (tokenizer.id("<|im_end|>"), tokenizer.id("<|endoftext|>"))
+        super().__init__(client, sampling, compact, workers)
+        self.net, self.tokenizer = net, tokenizer
+        self.stop_ids = end_ids(tokenizer)
 
     def start(self, trajectory):
         ids = self.tokenizer.apply_chat(trajectory.messages, add_generation_prompt=True)
-        trajectory.prompt_length, trajectory.tokens, trajectory.mask, trajectory.logprobs = len(ids), [], [], []
+        trajectory.prompt_length = len(ids)
+        trajectory.tokens, trajectory.mask, trajectory.logprobs = [], [], []
         self.append(trajectory, ids)
         self.submit(trajectory)
 
     def append(self, trajectory, ids, logprobs=None):
+        """Tokens of the policy with their log-probs, or tokens that it only reads."""
         trajectory.tokens += ids
         trajectory.mask += [logprobs is not None] * len(ids)
         trajectory.logprobs += logprobs or [math.nan] * len(ids)
 
     def submit(self, trajectory):
-        s, seed = self.sampling, zlib.crc32(f"{trajectory.seed} {trajectory.rounds}".encode())
-        self.running[self.pool.submit(self.client.generate, list(trajectory.tokens), s.max_new_tokens, s.temperature,
-                                      s.top_p, self.stop_ids, seed)] = trajectory
+        s = self.sampling
+        seed = zlib.crc32(f"{trajectory.seed} {trajectory.rounds}".encode())
+        future = self.pool.submit(self.client.generate, list(trajectory.tokens), s.max_new_tokens, s.temperature,
+                                  s.top_p, self.stop_ids, seed)
+        self.writing[future] = trajectory
 
-    def poll(self):
-        """All turns that are being written: the order of the answers decides nothing."""
-        ended = []
-        wait(self.running, return_when=ALL_COMPLETED)
-        for future, trajectory in list(self.running.items()):
-            del self.running[future]
-            try:
-                done = future.result()
-            except tools.ToolError as error:
-                ended.append((trajectory, "", f"error: {error}"))
-                continue
-            self.append(trajectory, done.tokens, done.logprobs)
-            ended.append((trajectory, self.tokenizer.decode([t for t in done.tokens if t not in self.stop_ids]),
-                          done.finish))
-        return ended
+    def read(self, trajectory, rollout):
+        """(text, finish) of a tools.Rollout, whose tokens the trajectory takes over."""
+        self.append(trajectory, rollout.tokens, rollout.logprobs)
+        text = self.tokenizer.decode([i for i in rollout.tokens if i not in self.stop_ids])
+        return text, rollout.finish
 
     def observe(self, trajectory, text):
         self.append(trajectory, self.tokenizer.observation(text, closed=trajectory.tokens[-1] in self.stop_ids))
         self.submit(trajectory)
 
-    def end(self, trajectory):
-        trajectory.handle = None
+    def load_weights(self, folder, step):
+        """Hand the network's weights to the server, in a new folder each time; one that goes on with the old weights is
+        an error."""
+        folder = model.make_folder(os.path.abspath(folder))
+        path = os.path.join(folder, f"{step:06d}-{len(os.listdir(folder))}")
+        model.save_policy(path, self.net, self.tokenizer, protocol_name(self.compact), {"step": step})
+        self.client.update_weights(path)
+        for old in os.listdir(folder):
+            if os.path.join(folder, old) != path:
+                shutil.rmtree(os.path.join(folder, old))
 
 
-class ChatPolicy:
-    """Any OpenAI-compatible endpoint. Conversations are sent whole; turns run side by side in threads."""
+class ChatPolicy(RemotePolicy):
+    """Any OpenAI-compatible endpoint. Conversations are sent whole."""
 
     def __init__(self, client, sampling, workers=8):
-        self.client, self.sampling, self.compact = client, sampling, False
-        self.pool, self.running = ThreadPoolExecutor(workers), {}
+        super().__init__(client, sampling, compact=False, workers=workers)
 
     def start(self, trajectory):
         s = self.sampling
-        self.running[self.pool.submit(self.client.complete, trajectory.messages, temperature=s.temperature,
-                                      top_p=s.top_p, max_tokens=4096, seed=trajectory.seed % 2 ** 31)] = trajectory
+        future = self.pool.submit(self.client.complete, trajectory.messages, temperature=s.temperature, top_p=s.top_p,
+                                  max_tokens=4096, seed=trajectory.seed % 2 ** 31)
+        self.writing[future] = trajectory
 
-    def poll(self):
-        if not self.running:
-            return []
-        done, _ = wait(self.running, return_when=FIRST_COMPLETED)
-        ended = []
-        for future in sorted(done, key=lambda f: self.running[f].seed):
-            trajectory, error = self.running.pop(future), future.exception()
-            ended.append((trajectory, "" if error else future.result(), f"error: {error}" if error else "stop"))
-        return ended
+    def read(self, trajectory, text):
+        return text, "stop"
 
     def observe(self, trajectory, text):
-        self.start(trajectory)
+        self.start(trajectory)  # the observation stands in the messages
 
-    def end(self, trajectory):
-        trajectory.handle = None
 
+# ---- Agent: requests to trajectories ---------------------------------------------------------------------------------
 
 class Agent:
     """Runs requests to programs: policy turns in one batch, tools in threads (h_t -> a_t -> o_t, section 1).
 
-    ``orderly``: after every poll wait for all tools that were called, so that the order in which turns enter the
-    batch depends on nothing but the tokens, and a run repeats bit for bit. Otherwise whatever is ready goes on.
+    live: conversations that are open at a time; they may be more than the engine has slots, for one that waits for a
+    tool needs none. ordered: all tools that were called answer before the next turn, so that the order in which turns
+    enter the batch depends on nothing but the tokens, and a run repeats bit for bit. Otherwise whatever is ready goes
+    on, and a trajectory still depends on its seed alone.
     """
 
-    def __init__(self, policy, toolbox, orderly=True, listen=None, system=None, live=64):
-        self.policy, self.toolbox, self.orderly, self.live = policy, toolbox, orderly, live
+    def __init__(self, policy, toolbox, ordered=False, listen=None, system=None, live=64):
+        self.policy, self.toolbox = policy, toolbox
+        self.ordered, self.live = ordered, live
         self.listen = listen or (lambda trajectory, step: None)
         self.system = system or system_prompt(policy.compact)
 
-    def run(self, rows, seeds, guides=None):
-        """rows: dicts with "id" and "question". guides: optional Markdown for each row's system prompt. Returns
-        one finished Trajectory a row, in order."""
-        trajectories = []
-        for number, (row, seed) in enumerate(zip(rows, seeds)):
-            messages = [{"role": "system", "content": self.system}, {"role": "user", "content": row["question"]}]
-            if guides and guides[number]:
-                messages = distill.teacher_messages(messages, guides[number])
-            trajectories.append(distill.Trajectory(id=row["id"], question=row["question"], row=row, messages=messages,
-                                                   seed=seed, session=self.toolbox.session()))
-        waiting, futures, running = list(reversed(trajectories)), {}, 0
-        with ThreadPoolExecutor(16) as pool:
-            while waiting or running:
-                while waiting and running < self.live:
-                    self.policy.start(waiting.pop())
-                    running += 1
-                for trajectory, text, finish in self.policy.poll():
-                    futures[pool.submit(self.act, trajectory, text, finish)] = trajectory
-                if futures:
-                    when = ALL_COMPLETED if self.orderly else FIRST_COMPLETED
-                    done, _ = wait(futures, return_when=when)
-                    for future in sorted(done, key=lambda f: trajectories.index(futures[f])):
-                        trajectory, observation = futures.pop(future), future.result()
-                        if observation is None:
-                            self.policy.end(trajectory)
-                            running -= 1
-                        else:
-                            self.policy.observe(trajectory, observation)
+    def run(self, requests, seeds, guides=None):
+        """requests: dicts with "id" and "question". guides: a Bundle or None for each request's system prompt.
+
+        Returns one finished Trajectory a request, in order.
+        """
+        guides = guides or [None] * len(requests)
+        trajectories = [self.open(*each) for each in zip(requests, seeds, guides)]
+        for _ in self.play(trajectories):
+            pass
         return trajectories
 
+    def open(self, request, seed, guide=None):
+        """The Trajectory of a request before its first turn."""
+        messages = [{"role": "system", "content": self.system}, {"role": "user", "content": request["question"]}]
+        if guide:
+            messages = distill.teacher_messages(messages, guide)
+        return distill.Trajectory(request["id"], request["question"], request, messages, seed, self.toolbox.session())
+
+    def play(self, trajectories):
+        """Take every trajectory to its end; yields each as it ends."""
+        order = {trajectory: i for i, trajectory in enumerate(trajectories)}
+        waiting, tool_calls, running = deque(trajectories), {}, 0
+        when = ALL_COMPLETED if self.ordered else FIRST_COMPLETED
+        with ThreadPoolExecutor(max(16, self.live)) as pool:
+            while waiting or running:
+                while waiting and running < self.live:
+                    self.policy.start(waiting.popleft())
+                    running += 1
+
+                # turns that have ended call their tools
+                for trajectory, text, finish in self.policy.poll(tool_calls, when):
+                    tool_calls[pool.submit(self.act, trajectory, text, finish)] = trajectory
+                if self.ordered:
+                    wait(tool_calls)
+
+                # observations that are there go back to the policy
+                ended = [call for call in tool_calls if call.done()]
+                for call in sorted(ended, key=lambda call: order[tool_calls[call]]):
+                    trajectory, observation = tool_calls.pop(call), call.result()
+                    if observation is None:
+                        self.policy.end(trajectory)
+                        running -= 1
+                        yield trajectory
+                    else:
+                        self.policy.observe(trajectory, observation)
+
     def act(self, trajectory, text, finish):
-        """Take one finished turn: record it, call its tool. Returns the observation, or None if the end is reached."""
+        """Record a finished turn and call its tool. Returns the observation, or None where the trajectory ends."""
         trajectory.messages.append({"role": "assistant", "content": text})
         trajectory.rounds += 1
         if finish.startswith("error"):
             trajectory.termination, trajectory.error = "error", finish
             return None
+
         turn = tools.parse_turn(text)
         observation = self.respond(trajectory, turn)
         trajectory.steps.append(distill.Step(turn.think, turn.kind, turn.name, turn.arguments, observation or ""))
         self.listen(trajectory, trajectory.steps[-1])
+
         if trajectory.program is not None:
             trajectory.termination = "answer"
             return None
         if trajectory.rounds == MAX_ROUNDS:
             trajectory.termination = "no_answer" if turn.kind == "answer" else "max_rounds_reached"
             return None
-        if trajectory.rounds == MAX_ROUNDS - 1:
-            observation += "\n" + FINAL_STEP
         if finish == "length" and self.policy.compact:  # the context is full
             trajectory.termination, trajectory.error = "no_answer", "the turn was cut off"
             return None
+
+        if trajectory.rounds == MAX_ROUNDS - 1:
+            observation += "\n" + FINAL_STEP
         message = f"<tool_response>\n{observation}\n</tool_response>"
         trajectory.messages.append({"role": "user", "content": message})
         return message
 
     def respond(self, trajectory, turn):
-        """The observation that answers a turn; a valid answer sets ``trajectory.program`` instead."""
+        """The observation that answers a turn; a valid answer sets ``trajectory.program`` and has none (None)."""
         if turn.kind == "format_error":
             return FORMAT_ERROR.format(error=turn.error)
         if turn.kind == "tool_call":
             if trajectory.rounds == MAX_ROUNDS:
                 return FORMAT_ERROR.format(error="no tools in the last turn")
             return trajectory.session.call(turn.name, turn.arguments)
-        program, errors = distill.parse_program(turn.arguments, trajectory.session)
+
+        program, errors = tools.parse_program(turn.arguments, trajectory.session)
         if errors:
             return "The program was refused: " + "; ".join(errors) + "."
         trajectory.program = program
         return None
 
 
-# ---- From programs to judged pictures -------------------------------------------------------------------------------
+# ---- Scorer: programs to judged pictures -----------------------------------------------------------------------------
 
 class Scorer:
     """Renders programs and judges the pictures; what was rendered and judged once is remembered.
@@ -328,44 +431,63 @@ class Scorer:
     A row without ground truth is rendered and left unjudged: its reward is missing (nan), not zero.
     """
 
-    def __init__(self, renderer, judge=None, steps=20, alpha=0.5, guidance=1.0):
-        self.renderer, self.judge, self.steps, self.alpha = renderer, judge, steps, alpha
-        self.scores, self.images = {}, {}  # by ``key``; scores may come from a file, so they need no picture
-        local = isinstance(renderer, diffusion.Renderer)
-        self.open = tools.read_image if local else lambda path: path  # a remote renderer gets the files untouched
-        self.options = {"steps": steps, "guidance": guidance} if local else {"steps": steps}
+    def __init__(self, renderer, judge=None, steps=20, alpha=0.5, guidance=1.0, sampler="euler"):
+        self.renderer, self.judge, self.alpha = renderer, judge, alpha
+        self.images = {}       # key -> uint8 (H, W, 3)
+        self.score_cache = {}  # key -> scores or None
+        is_local = isinstance(renderer, diffusion.Renderer)
+        self.open = tools.read_image if is_local else lambda path: path  # a remote renderer gets the files untouched
+        self.options = {"steps": steps}  # of a request to the renderer; an outside one has its own guidance
+        if is_local:
+            self.options |= {"guidance": guidance, "sampler": sampler}
 
     def render_and_score(self, trajectories, pictures=True):
-        """Set image (where pictures are wanted), judgement and reward of every trajectory; what is new is rendered in
-        one batch."""
-        keys = [self.key(t) if t.program is not None else None for t in trajectories]
-        known = self.images if pictures else self.scores
-        todo = {key: t for key, t in zip(keys, trajectories) if key and key not in known}
-        references = [[self.open(t.images[r["img_id"]]["local_path"]) for r in t.program.references[:2]]
-                      for t in todo.values()]
-        images = self.renderer.render([t.program.gen_prompt for t in todo.values()], references,
-                                      [image_seed(t.row) for t in todo.values()], **self.options) if todo else []
-        for (key, trajectory), image in zip(todo.items(), images):
+        """Set image (where pictures are wanted), judgement and reward of every trajectory.
+
+        Programs that are new are rendered in one batch.
+        """
+        keys = [None if t.program is None else self.key(t) for t in trajectories]
+        known = self.images if pictures else self.score_cache
+        new = {key: t for key, t in zip(keys, trajectories) if key and key not in known}
+
+        images = self.render(list(new.values()))
+        for (key, trajectory), image in zip(new.items(), images):
             if isinstance(image, tools.ToolError):  # this picture failed: missing, and asked for again next time
                 trajectory.error = str(image)
                 continue
             if pictures:
                 self.images[key] = image
-            if key not in self.scores:
+            if key not in self.score_cache:
                 try:
-                    self.scores[key] = self.score_image(image, trajectory.row)
-                except tools.ToolError as error:  # this judgement failed: missing too
+                    self.score_cache[key] = self.score_image(image, trajectory.row)
+                except tools.ToolError as error:  # this judgement failed: missing, too
                     trajectory.error = str(error)
-        for key, t in zip(keys, trajectories):
-            t.image, scores = self.images.get(key), self.scores.get(key)
-            failed = t.program is None and t.termination != "error"  # an error is the policy's service, not its deed
-            if failed and self.judge and t.row.get("gt_image"):
-                scores = distill.FAILED_SCORES
-            t.judgement, t.reward = None, math.nan
-            if scores:
-                text, checks = self.judge_text(t)
-                t.judgement = scores | {"text_reward": text, "program_checks": checks}
-                t.reward = distill.mixed_reward(scores["kscore"], text, self.alpha)
+
+        for key, trajectory in zip(keys, trajectories):
+            trajectory.image = self.images.get(key)
+            self.set_reward(trajectory, self.score_cache.get(key))
+
+    def render(self, trajectories):
+        """Pictures of programs, uint8 (H, W, 3) each, or the ToolError that there was."""
+        if not trajectories:
+            return []
+        prompts = [t.program.gen_prompt for t in trajectories]
+        references = [[self.open(path) for path in reference_files(t)[:2]] for t in trajectories]
+        seeds = [image_seed(t.row) for t in trajectories]
+        return self.renderer.render(prompts, references, seeds, **self.options)
+
+    def set_reward(self, trajectory, scores):
+        """R = (1 - alpha) R_img + alpha R_text, nan if either half is missing. scores: the picture's, None: missing."""
+        has_failed = trajectory.program is None and trajectory.termination != "error"  # "error": its service failed
+        if has_failed and self.judge and trajectory.row.get("gt_image"):
+            scores = distill.FAILED_SCORES
+
+        trajectory.judgement = None
+        trajectory.reward = math.nan
+        if scores:
+            text, checks = self.judge_text(trajectory)
+            trajectory.judgement = scores | {"text_reward": text, "program_checks": checks}
+            trajectory.reward = distill.mixed_reward(scores["kscore"], text, self.alpha)
 
     def judge_text(self, trajectory):
         """(R_text, checks); None if nobody can say, or the judge failed."""
@@ -377,22 +499,27 @@ class Scorer:
 
     def score_image(self, image, row):
         """The picture's scores, or None where there is nothing to judge it against."""
-        return self.judge.score(image, truth_of(row), row) if self.judge and row.get("gt_image") else None
+        if not self.judge or not row.get("gt_image"):
+            return None
+        return self.judge.score(image, truth_of(row), row)
 
-    def fingerprint(self):
-        """What a file of judgements belongs to: renderer, steps, judge."""
-        weights = self.renderer.net.state_dict().values() if isinstance(self.renderer, diffusion.Renderer) else []
-        crc = 0
-        for tensor in weights:
-            crc = zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy(), crc)
-        return [type(self.renderer).__name__, crc, self.options, type(self.judge).__name__]
+    def forget(self):
+        """Drop what was remembered."""
+        self.images.clear()
+        self.score_cache.clear()
 
     @staticmethod
     def key(trajectory):
         """Identifies request, prompt and references; a picture's file is named by its content."""
-        files = [os.path.basename(trajectory.images[r["img_id"]]["local_path"]) for r in trajectory.program.references]
-        told = [trajectory.id, trajectory.question, trajectory.program.gen_prompt, *files]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
+        files = map(os.path.basename, reference_files(trajectory))
+        key_parts = [trajectory.id, trajectory.question, trajectory.program.gen_prompt, *files]
+        return hashlib.sha256(json.dumps(key_parts).encode()).hexdigest()[:32]
+
+
+def reference_files(trajectory):
+    """Paths of the program's reference pictures."""
+    chosen = [reference["img_id"] for reference in trajectory.program.references]
+    return [trajectory.images[img_id]["local_path"] for img_id in chosen]
 
 
 def image_seed(row):
@@ -405,126 +532,741 @@ def truth_of(row):
     return tools.read_image(os.path.join(row["_folder"], row["gt_image"]))
 
 
-# ---- Requests in, records out ----------------------------------------------------------------------------------------
+# ---- Evolution: from its own attempts to a better policy -------------------------------------------------------------
 
-def record(trajectory, image_path):
-    """One entry of results.json, in the released format, with the row's own fields passed through."""
-    t, program = trajectory, trajectory.program
-    references = [r | t.images[r["img_id"]] for r in program.references] if program else []
-    passed = {k: v for k, v in t.row.items() if not k.startswith("_") and k not in ("id", "prompt", "recipe")}
-    return passed | {
-        "id": t.id, "prompt": t.question, "gen_prompt": program.gen_prompt if program else "",
-        "reference_images": references, "messages": t.messages, "termination": t.termination, "rounds": t.rounds,
-        "error": t.error, "image_path": image_path, "output_path": image_path, "success": bool(image_path),
-        "image_status": "success" if image_path else "no_program", "judgement": t.judgement,
-        "reward": None if math.isnan(t.reward) else t.reward}
+KEPT = ("lr_scale", "window_start", "promoted_rewards", "first_validation")  # what a checkpoint's state.json holds
 
 
-# ---- What a person sees: terminal and report -------------------------------------------------------------------------
+class Evolution:
+    """A run of self-evolution: everything that a checkpoint holds, and the step that changes it.
 
-def print_step(step, file=sys.stdout):
-    """A turn as it happens: thought dim, action and observation short."""
-    dim, bold, plain = ("\033[2m", "\033[1m", "\033[0m") if file.isatty() else ("", "", "")
-    print(f"{dim}{step.think}{plain}", file=file)
-    if step.kind == "tool_call":
-        arguments = ", ".join(str(v) if not isinstance(v, list) else "; ".join(map(str, v))
-                              for v in step.arguments.values())
-        print(f"  {bold}{step.name}{plain} {arguments}", file=file)
-    elif step.kind == "format_error":
-        print(f"  {bold}format error{plain}", file=file)
-    for line in step.observation.splitlines()[:6]:
-        print(f"    {line[:110]}", file=file)
-    file.flush()
+    Randomness derives from the seed and the step's number alone, so a checkpoint holds no generator. A subclass that
+    tries an idea overrides ``choose_guides``, ``extra_gradients`` or ``sdl_weight``; what it keeps of its own goes into
+    the checkpoints by ``extra_state`` and ``load_extra_state``.
+    """
+
+    def __init__(self, settings, components, processes=None):
+        """components: its policy, scorer, summarizer, budget, device and agent(), see ``Components``."""
+        self.settings, self.components = settings, components
+        self.processes = processes or model.ProcessGroup()
+        self.recipe = read_recipe(settings.recipe, settings.set)
+        self.data = tools.read_requests(settings.data)
+        self.validation = tools.read_requests(settings.validation)
+
+        self.net, self.reference, self.teacher = open_networks(settings, self.recipe, components, self.processes)
+        self.optimizer = torch.optim.AdamW(self.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        self.memory = open_memory(self.recipe, self.reference, components.policy, self.data)
+
+        self.steps_done, self.log = 0, []  # rows of log.jsonl
+        self.lr_scale = 1.0           # a rollback halves it
+        self.window_start = 0         # ``collapse`` reads log[window_start:]
+        self.first_validation = None  # figures of the policy that the run began with
+        self.promoted_rewards = None  # of the best policy so far on the validation requests
+        self.example = None           # (trajectory, bundle) for the report
+
+    def parameters(self):
+        """What is trained: every parameter of the net, or its adapters alone."""
+        return [p for p in self.net.parameters() if p.requires_grad]
+
+    @property
+    def tokenizer(self):
+        return self.components.policy.tokenizer
+
+    def step(self):
+        """One update: roll out, render, judge, compare, remember, teach, learn. Returns the log's row."""
+        s = self.settings
+        started = time.perf_counter()
+        self.components.scorer.forget()  # a resumed run starts the step without earlier judgements, too
+        requests = step_requests(self.data, s.prompts_per_step, s.seed, self.steps_done)
+        groups, render_seconds = self.roll_out_groups(requests)                     # G groups of K trajectories
+        rollout_seconds = time.perf_counter() - started - render_seconds
+        check_budget(self.components.budget, self.steps_done)  # else some rewards are missing for want of calls
+
+        update_started = time.perf_counter()
+        rewards = torch.tensor([[t.reward for t in group] for group in groups], dtype=torch.float64)       # (G, K)
+        lessons = self.remember(requests, groups)  # before the look-up, so that a group learns from its own lesson, too
+        entries = self.memory.lookup([request["question"] for request in requests])
+        guides = self.choose_guides(requests, entries)
+        batch = training_batch(groups, rewards, guides, self.recipe.at(self.steps_done), self.tokenizer)
+        audit = audit_lessons(self, requests, entries, rewards) if self.is_due(s.audit_every) else {}
+        update = self.update(batch, groups, entries)
+        self.steps_done += 1
+        self.sync_weights()
+        update_seconds = time.perf_counter() - update_started
+
+        row = {"step": self.steps_done, **rollout_metrics(groups, rewards), **lessons, "memory": len(self.memory),
+               **guide_metrics(requests, entries, guides), **update, **audit,
+               "rollout_seconds": rollout_seconds,
+               "render_seconds": render_seconds,
+               "update_seconds": update_seconds}
+        if s.eval_every and self.steps_done % s.eval_every == 0:
+            row["validation"] = self.evaluate()
+        row = without_nan(row)
+        self.log.append(row)
+        if reason := collapse(self.log[self.window_start:]):
+            row["rolled_back"] = reason
+            self.restore_promoted()
+        row["seconds"] = time.perf_counter() - started
+        return row
+
+    def is_due(self, every):
+        """Whether the step at hand is one of every so many (0: none is)."""
+        return every > 0 and (self.steps_done + 1) % every == 0
+
+    # -- roll out, render, judge --
+
+    def roll_out_groups(self, requests, stream=0, guides=None):
+        """([[Trajectory] * K] * G, judged; seconds of rendering). stream: tells apart uses of randomness in a step.
+
+        guides: a Bundle or None for the system prompt of each request's group.
+        """
+        K = self.settings.rollouts
+        rows = [request for request in requests for _ in range(K)]
+        guides = [guide for guide in guides for _ in range(K)] if guides else None
+        base = zlib.crc32(f"{self.settings.seed} {self.steps_done} {stream}".encode()) << 16
+        seeds = [base + i for i in range(len(rows))]
+        trajectories, seconds = self.sample_trajectories(rows, seeds, guides)
+        return list(chunks(trajectories, K)), seconds
+
+    def sample_trajectories(self, requests, seeds, guides=None):
+        """(judged trajectories, one a request; seconds of rendering). Every process writes its share and sees all."""
+        share = self.processes.shard_list
+        agent = self.components.agent(ordered=True)
+        local = agent.run(share(requests), share(seeds), share(guides) if guides else None)
+        started = time.perf_counter()
+        self.components.scorer.render_and_score(local, pictures=False)
+        seconds = time.perf_counter() - started
+        return gather_trajectories(local, requests, self.processes), seconds
+
+    # -- compare, remember, teach --
+
+    def remember(self, requests, groups):
+        """Compare best and worst of every group, keep what the widest gaps teach. Returns the log's part of the row."""
+        pairs = []
+        for request, group in zip(requests, groups):
+            if pair := distill.select_pair(group, self.recipe.min_reward_gap):
+                pairs.append((request["question"], *pair))
+        pairs.sort(key=lambda pair: pair[2].reward - pair[1].reward)  # stable: of equals, the first
+
+        kept = pairs[:self.recipe.pairs]
+        bundles, metrics = summarize_pairs(kept, self.components, self.processes)
+        for (question, best, worst), bundle in zip(kept, bundles):
+            if bundle is None:
+                continue
+            if not self.recipe.standard:
+                bundle = bundle.differing()
+            attempts = lesson_record(best, worst)
+            self.memory.add(question, bundle, best.reward, worst.reward, self.steps_done, attempts)
+        return {"pairs": len(pairs), **metrics}
+
+    def choose_guides(self, requests, entries):
+        """[Bundle or None], one a request: what its teacher reads. entries: what the memory found, Entry or None."""
+        return [entry.bundle if entry else None for entry in entries]
+
+    # -- learn --
+
+    def update(self, batch, groups, entries):
+        """One optimizer step, or one a minibatch. Returns the update's part of the log's row."""
+        if not batch:
+            raise tools.ToolError(f"step {self.steps_done + 1}: no trajectory was written "
+                                  f"({groups[0][0].error or 'no tokens'})")
+
+        s, recipe = self.settings, self.recipe.at(self.steps_done)
+        minibatches = list(chunks(batch, math.ceil(len(batch) / s.minibatches)))
+        with self.autocast():
+            if len(minibatches) > 1:  # the first step changes the policy that wrote the rows of the others
+                for minibatch in minibatches:
+                    set_old_logprobs(minibatch, self.net, s.temperature, self.processes)
+            cosine = math.nan
+            if self.is_due(s.audit_every):  # a second forward and backward pass for one figure
+                guided = spread_subset([row for row in batch if row.teacher_tokens])
+                cosine = distill.reverse_kl_cosine(self.net, self.teacher, guided, recipe, s.temperature)
+
+        sums, norms, ratios = Counter(), [], []
+        for minibatch in minibatches:
+            policy_grads, sdl_grads, metrics = self.gradients(minibatch, groups, entries)
+            ratios.append(self.combine_gradients(policy_grads, sdl_grads))
+            norms.append(self.optimizer_step())
+            sums.update(metrics)
+        return update_metrics(sums, len(minibatches), recipe, s.grpo) | {
+            "gradient_norm": distill.average(norms), "gradient_ratio": distill.average(ratios),
+            "reverse_kl_cosine": cosine, "lr": s.lr * self.lr_scale}
+
+    def gradients(self, minibatch, groups, entries):
+        """(gradients of L_GRPO, gradients of L_SDL or of what takes its place, sums for the log)."""
+        s = self.settings
+        with self.autocast():
+            policy_grads, sdl_grads, metrics = distill.update_gradients(
+                self.net, self.reference, self.teacher, minibatch, self.recipe.at(self.steps_done), s.temperature,
+                s.grpo, s.micro_tokens, processes=self.processes)
+            replacement = self.extra_gradients(minibatch, groups, entries)
+        return policy_grads, sdl_grads if replacement is None else replacement, metrics
+
+    def extra_gradients(self, batch, groups, entries):
+        """None, or gradients that take the place of L_SDL's: one tensor a trainable parameter, in their order."""
+        return None
+
+    def combine_gradients(self, policy_grads, sdl_grads):
+        """p.grad = grad L_GRPO + weight grad L_SDL. Returns the ratio of the terms' norms (nan: no policy gradient)."""
+        policy_norm = distill.gradient_norm(policy_grads)
+        sdl_norm = distill.gradient_norm(sdl_grads)
+        weight = self.sdl_weight(policy_norm, sdl_norm)
+        for parameter, policy_grad, sdl_grad in zip(self.parameters(), policy_grads, sdl_grads):
+            parameter.grad = policy_grad.add_(sdl_grad, alpha=weight)
+        return weight * sdl_norm / policy_norm if policy_norm else math.nan
+
+    def sdl_weight(self, policy_norm, sdl_norm):
+        """The weight of L_SDL beside L_GRPO, given the norms of both gradients."""
+        return self.recipe.at(self.steps_done).weight
+
+    def optimizer_step(self):
+        """Clip, step, let an EMA teacher follow. Returns the gradient's norm before clipping."""
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.lr * self.lr_scale
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)  # the next backward pass adds to the gradients that it finds
+        if self.recipe.teacher == "ema":
+            distill.ema_update(self.teacher, self.net, self.recipe.ema_decay)
+        return float(model.full_tensor(norm))
+
+    def autocast(self):
+        return torch.autocast(self.components.device, torch.bfloat16, enabled=self.settings.bf16)
+
+    @torch.no_grad()
+    def sync_weights(self):
+        """Hand the weights to whatever writes the trajectories."""
+        rollout_net = self.components.policy.net
+        for target, trained in zip(rollout_net.parameters(), self.net.parameters()):
+            if target is not trained and trained.requires_grad:
+                target.copy_(model.full_tensor(trained))
+        if self.settings.rollouts_url and self.processes.is_main:
+            self.components.policy.load_weights(os.path.join(self.settings.out, "served"), self.steps_done)
+        self.processes.barrier()
+
+    # -- evaluate, promote, roll back --
+
+    def evaluate(self):
+        """Rewards on the validation requests, the same seeds each time; promotes a policy that is no worse."""
+        seeds = [7919 * i + 1 for i in range(len(self.validation))]
+        trajectories, _ = self.sample_trajectories(self.validation, seeds)
+        self.example = keep_examples(self, trajectories)
+        rewards = [t.reward for t in trajectories]
+        figures = validation_figures(trajectories)
+        if self.promoted_rewards is not None:
+            figures |= paired_change(rewards, self.promoted_rewards)
+
+        # no worse than the best so far, on the same requests with the same seeds, than chance alone would have it
+        is_first = self.promoted_rewards is None
+        figures["promoted"] = is_first or figures["change"] >= -figures["standard_error"]
+        if figures["promoted"]:
+            if is_first or figures["change"] > 0:
+                self.promoted_rewards = rewards
+            self.save_promoted()
+            self.write_policy("policy", figures)
+        return figures
+
+    def save_promoted(self):
+        """Keep the training state that a collapse goes back to."""
+        tensors = model.training_tensors(self.net, self.optimizer, **self.averages())
+        folder = os.path.join(self.settings.out, "promoted")
+        model.save_checkpoint(folder, self.steps_done, tensors, {}, self.processes)
+
+    def restore_promoted(self):
+        """Back to the promoted weights and their optimizer, with half the learning rate. Memory and data go on."""
+        _, tensors = model.latest_checkpoint(os.path.join(self.settings.out, "promoted"), self.processes)
+        model.load_training_tensors(tensors, self.net, self.optimizer, **self.averages())
+        self.lr_scale /= 2
+        self.window_start = len(self.log)
+        self.components.policy.reset()  # its cache may hold what is not a number
+        self.sync_weights()
+
+    def write_policy(self, name, figures=None):
+        """The policy as a folder of the run."""
+        if self.processes.is_main:
+            policy = self.components.policy
+            folder = os.path.join(self.settings.out, name)
+            training = {"command": model.command_line(), "step": self.steps_done, "validation": figures}
+            model.save_policy(folder, policy.net, policy.tokenizer, protocol_name(policy.compact), training,
+                              base=model.portable(self.settings.policy))
+
+    # -- checkpoints --
+
+    def extra_state(self):
+        """What a subclass keeps in a checkpoint, as JSON."""
+        return {}
+
+    def load_extra_state(self, state):
+        """The inverse of ``extra_state``."""
+
+    def averages(self):
+        """Networks that follow the trained one and are kept with it: an EMA teacher."""
+        return {"teacher": self.teacher} if self.recipe.teacher == "ema" else {}
+
+    def save(self, row):
+        """A checkpoint of the finished step; then the log's line, which ``resume`` mends if a kill comes between."""
+        memory, keys = self.memory.state_dict()
+        tensors = model.training_tensors(self.net, self.optimizer, **self.averages())
+        tensors["memory.keys"] = keys["keys"]
+        state = {"settings": run_identity(self.settings, self.recipe), "row": row, "memory": memory,
+                 "extra": self.extra_state(), **{name: getattr(self, name) for name in KEPT}}
+        folder = os.path.join(self.settings.out, "checkpoints")
+        model.save_checkpoint(folder, self.steps_done, tensors, state, self.processes)
+        if self.processes.is_main:
+            with open(os.path.join(self.settings.out, "log.jsonl"), "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def resume(self):
+        """Go on from the newest whole checkpoint, if there is one."""
+        log = os.path.join(self.settings.out, "log.jsonl")
+        found = model.latest_checkpoint(os.path.join(self.settings.out, "checkpoints"), self.processes)
+        if found is None:
+            if os.path.exists(log) and self.processes.is_main:
+                os.remove(log)
+            return
+
+        state, tensors = found
+        check_same_run(self.settings.out, state["settings"], run_identity(self.settings, self.recipe))
+        model.load_training_tensors(tensors, self.net, self.optimizer, **self.averages())
+        self.memory.load_state(state["memory"], {"keys": tensors["memory.keys"]})
+        self.steps_done = state["step"]
+        for name in KEPT:
+            setattr(self, name, state[name])
+        self.load_extra_state(state["extra"])
+        self.log = [row for row in model.read_lines(log) if row["step"] < self.steps_done] + [state["row"]]
+        if self.processes.is_main:
+            model.write_lines(log, self.log)
+            print(f"resuming after step {self.steps_done}", flush=True)
 
 
-def print_picture(image, file=sys.stdout):
-    """The picture itself in half blocks, where the terminal shows 24-bit colour."""
-    if not file.isatty() or os.environ.get("COLORTERM") not in ("truecolor", "24bit"):
-        return
-    for upper, lower in zip(image[0::2], image[1::2]):
-        print("".join(f"\033[38;2;{a[0]};{a[1]};{a[2]}m\033[48;2;{b[0]};{b[1]};{b[2]}m▀" for a, b in zip(upper, lower))
-              + "\033[0m", file=file)
+def evolve(s, evolution=Evolution):
+    """python genevolve.py evolve
+
+    evolution: the class of the run, for a subclass that tries an idea. Returns the finished run.
+    """
+    started = time.perf_counter()
+    run = open_evolution(s, evolution)
+    is_main = run.processes.is_main
+    say = functools.partial(print, flush=True) if is_main else lambda text: None
+    with run.components, run.processes:
+        if is_main:
+            announce_calls(run)
+        if run.steps_done == 0 and s.eval_every:
+            first = run.first_validation = run.evaluate()
+            say(f"before: validation reward {first['reward']:.3f}, KScore {first['kscore']:.3f}")
+        elif run.steps_done == 0:
+            run.save_promoted()
+
+        first_step = run.steps_done
+        while run.steps_done < s.steps:
+            row = run.step()
+            try:
+                run.save(row)
+            except OSError as error:
+                raise ValueError(f"step {run.steps_done} could not be kept ({error}); everything before it is on disk")
+            seconds_a_step = (time.perf_counter() - started) / (run.steps_done - first_step)
+            say(f"{step_line(row)}  {seconds_a_step * (s.steps - run.steps_done):.0f} s left")
+            if "validation" in row:
+                report(run)
+
+        report(run)
+        run.write_policy("last")
+    say(f"wrote {os.path.join(s.out, 'log.jsonl')}, {os.path.join(s.out, 'report.html')}, "
+        f"{os.path.join(s.out, 'last')} and what was promoted, {os.path.join(s.out, 'policy')} "
+        f"({time.perf_counter() - started:.0f} s)")
+    return run
 
 
-def print_result(trajectory, file=sys.stdout):
-    """Program, picture, scores."""
-    t = trajectory
-    if t.program is None:
-        print(f"no program ({t.termination}{': ' + t.error if t.error else ''})", file=file)
-        return
-    print(f"  program: {t.program.gen_prompt}", file=file)
-    for reference in t.program.references:
-        print(f"    {reference['img_id']}: {t.images[reference['img_id']]['title']}", file=file)
-    print_picture(t.image, file)
-    if t.judgement:
-        j = t.judgement
-        text = "n/a" if j["text_accuracy"] is None else j["text_accuracy"]
-        print(f"KScore {j['kscore']:.2f} (faithfulness {j['faithfulness']}, visual correctness "
-              f"{j['visual_correctness']}, "
-              f"text {text}, aesthetics {j['aesthetics']}); program {j['text_reward']}; reward {t.reward:.2f}",
-              file=file)
-        failed = [f"{c['name']}: {c['detail']}" for c in j["constraints"] if not c["passed"]]
-        print("failed: " + ("; ".join(failed) or "nothing"), file=file)
+def open_evolution(settings, evolution=Evolution):
+    """The run in --out, new or where the stopped one was, with the processes and components that its flags name."""
+    model.make_folder(settings.out)
+    settings.policy = settings.policy or os.path.join(HERE, "weights", "sft")
+    device = model.pick_device(settings.device)
+    processes = model.ProcessGroup.from_env(device)
+    if processes.size > 1 and (settings.record or settings.replay):
+        raise ValueError("--record and --replay follow one process, not several")
+    if device == "cpu":  # else threads add into one place in any order (an index's backward)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+
+    components = Components(settings, settings.out)
+    if isinstance(components.policy, ChatPolicy):
+        raise ValueError("evolve trains a policy folder; --policy URL is only for run")
+    if settings.rollouts_url:
+        components.policy = components.rollout_policy(settings.rollouts_url)
+    if settings.summarizer:
+        client = components.chat_client(settings.summarizer, settings.summarizer_model, "summarizer", timeout=90.0)
+        components.summarizer = client.complete
+    run = evolution(settings, components, processes)
+    run.resume()
+    run.sync_weights()
+    return run
 
 
-STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;
-background:#fcfbf8}
-img{image-rendering:pixelated;border-radius:4px;border:1px solid #ccc}figure{display:inline-block;margin:0 1rem 1rem 0}
-figcaption{font-size:.8rem;color:#666;max-width:16rem}pre{background:#f1efe9;padding:.6rem;border-radius:4px;
-white-space:pre-wrap;font-size:.85rem;margin:.3rem 0}.think{color:#777;font-style:italic}.ok{color:#276}.no{color:#b33}
-section{border-top:1px solid #ddd;margin-top:2rem}
-td,th{padding:.1rem .8rem .1rem 0;text-align:left;font-size:.9rem}h1,h2{font-weight:600}"""
+def report(run):
+    """report.html of an evolution; all processes help to read their part of the weights, the first one writes."""
+    view = evolution_view(run)
+    if run.processes.is_main:
+        write_report(os.path.join(run.settings.out, "report.html"), view)
 
 
-def figure(image, caption, width=192):
-    return (f'<figure><img src="{tools.data_uri(image)}" width="{width}" alt="{html.escape(caption)}">'
-            f"<figcaption>{html.escape(caption)}</figcaption></figure>")
+# ---- What a step is made of ------------------------------------------------------------------------------------------
+
+def chunks(items, size):
+    """Yields lists of ``size`` items as they come; the last may be shorter."""
+    items = iter(items)
+    while chunk := list(itertools.islice(items, size)):
+        yield chunk
 
 
-def report_section(trajectory):
-    """One request: pictures, every turn, every constraint."""
-    t, parts = trajectory, [f"<section><h2>{html.escape(trajectory.question)}</h2>"]
-    if t.image is not None:
-        parts.append(figure(t.image, "rendered"))
-    if t.row.get("gt_image"):
-        parts.append(figure(truth_of(t.row), "ground truth"))
-    for number, reference in enumerate(t.program.references[:2] if t.program else []):
-        source = t.images[reference["img_id"]]
-        parts.append(figure(tools.read_image(source["local_path"]),
-                            f"{('first', 'second')[number]} reference: {source['title']}", 96))
-    if t.judgement:
-        j = t.judgement
-        scores = [("KScore", j["kscore"])] + [(k.replace("_", " "), j[k]) for k in distill.DIMENSIONS]
-        scores += [("program", j["text_reward"]), ("reward", t.reward)]
-        parts.append("<table><tr>" + "".join(f"<th>{k}</th>" for k, _ in scores) + "</tr><tr>" + "".join(
-            f"<td>{'n/a' if v is None else format(v, '.2f')}</td>" for _, v in scores) + "</tr></table><table>")
-        parts += [f'<tr><td class="{"ok" if c["passed"] else "no"}">{"pass" if c["passed"] else "fail"}</td>'
-                  f"<td>{html.escape(c['name'])}</td><td>{html.escape(c['detail'])}</td></tr>"
-                  for c in j["constraints"] + j["program_checks"]]
-        parts.append("</table>")
-    for number, step in enumerate(t.steps, 1):
-        parts.append(f'<h3>Turn {number}</h3><p class="think">{html.escape(step.think)}</p>')
-        parts.append(f"<pre>{html.escape(step.name or step.kind)} "
-                     f"{html.escape(json.dumps(step.arguments, ensure_ascii=False))}</pre>")
-        if step.observation:
-            parts.append(f"<pre>{html.escape(step.observation)}</pre>")
-    if t.error or t.program is None:
-        parts.append(f'<p class="no">{html.escape(t.termination)} {html.escape(t.error or "")}</p>')
-    return "\n".join(parts) + "</section>"
+def step_requests(data, count, seed, step):
+    """The ``count`` requests of a step: every epoch goes through all of them in an order of its own."""
+    requests = []
+    for number in range(step * count, (step + 1) * count):  # counted through all epochs
+        epoch, place = divmod(number, len(data))
+        order = np.random.default_rng([seed, epoch]).permutation(len(data))
+        requests.append(data[order[place]])
+    return requests
 
 
-def write_report(path, trajectories, title="GenEvolve"):
-    """report.html of a run."""
-    write_page(path, title, "\n".join(report_section(t) for t in trajectories))
+def open_networks(settings, recipe, components, processes):
+    """(net that is trained, reference, teacher), sharded over the processes.
+
+    The policy's own net writes the trajectories and is whole in every process; one process alone trains it, too.
+    """
+    rollout_net = components.policy.net
+    if settings.lora:
+        torch.manual_seed(settings.seed)  # the same adapters in all processes
+        model.add_lora(rollout_net, settings.lora, alpha=2 * settings.lora)
+
+    def frozen_copy():
+        net = copy.deepcopy(rollout_net).to(components.device)
+        return processes.shard(net.requires_grad_(False))
+    net = rollout_net
+    if processes.size > 1:
+        net = processes.shard(copy.deepcopy(rollout_net))
+        if settings.rollouts_url:
+            rollout_net.to("cpu")  # it only hands the weights over
+    net.checkpointing = settings.checkpointing
+
+    reference = WithoutAdapters(net) if settings.lora else frozen_copy()
+    teachers = {"same": net, "frozen": reference}
+    return net, reference, teachers.get(recipe.teacher) or frozen_copy()
 
 
-def write_page(path, title, body):
-    """One self-contained file."""
-    model.write_text(path, f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-                     f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>{body}</html>")
+class WithoutAdapters:
+    """The policy without its adapters, as ``distill`` reads a network: a LoRA run needs no second copy of it."""
+
+    def __init__(self, net):
+        self.net = net
+
+    def forward_with(self, work, *arguments):
+        with model.without_lora(self.net):
+            return self.net.forward_with(work, *arguments)
 
 
-# ---- Settings and commands: every flag is a field, every default stands once -----------------------------------------
+class RequestEmbedder:
+    """Requests -> unit rows (N, C), by a network that does not change, so that the memory's keys never age.
+
+    The embedded policy's are bags of words, less the mean of all training requests: what they have in common says
+    nothing about which of them are alike.
+    """
+
+    def __init__(self, net, tokenizer, is_bag, questions):
+        self.net, self.tokenizer, self.is_bag = net, tokenizer, is_bag
+        self.mean = self.bags(questions).mean(0) if is_bag else None                                       # (C,)
+
+    @torch.no_grad()
+    def bags(self, texts):
+        return model.embed_words(self.net, [self.tokenizer.encode(text) for text in texts])                # (N, C)
+
+    @torch.no_grad()
+    def __call__(self, texts):
+        if self.is_bag:
+            return F.normalize(self.bags(texts) - self.mean, dim=-1)
+        return model.embed(self.net, [self.tokenizer.encode(text) for text in texts])
+
+
+def open_memory(recipe, reference, policy, data):
+    """An empty memory whose keys the reference embeds."""
+    names = distill.entity_names if recipe.entity_free else None
+    memory = distill.Memory(None, recipe.capacity, recipe.gate, names, recipe.near_tie)
+    questions = memory.keyed([row["question"] for row in data])
+    memory.embed = RequestEmbedder(reference, policy.tokenizer, policy.compact, questions)
+    return memory
+
+
+def gather_trajectories(local, requests, processes):
+    """The trajectories of all processes, one a request, from those of each."""
+    if processes.size == 1:
+        return local
+    parts = processes.all_gather_objects([t.to_json() for t in local])
+    values = itertools.chain.from_iterable(parts)
+    return [distill.Trajectory.from_json(*each) for each in zip(values, requests)]
+
+
+def set_old_logprobs(rows, net, temperature, processes):
+    """Note log p of the rows' actions under the policy that wrote them: the denominator of the importance ratio."""
+    local, counted = distill.local_rows(rows, processes)
+    with torch.no_grad():
+        scores = distill.score_actions(net, [row.tokens for row in local], [row.mask for row in local], temperature)
+
+    values = []
+    for logp, mask, counts in zip(scores.logp, scores.mask, counted):
+        if counts:
+            values.append(logp[mask].tolist())
+    gathered = itertools.chain.from_iterable(processes.all_gather_objects(values))
+    for row, logp in zip(rows, gathered):
+        row.logp_old = torch.tensor(logp)
+
+
+def check_budget(budget, steps_done):
+    """Raise tools.BudgetExceeded if all calls to outside services have been made. budget: tools.Budget or None."""
+    if budget and budget.spent >= budget.max_calls:
+        raise tools.BudgetExceeded(f"the budget of {budget.max_calls} calls is used up; the steps up to {steps_done} "
+                                   "are kept, and the same command with a larger one goes on")
+
+
+def summarize_pairs(pairs, components, processes):
+    """([Bundle or None], metrics) of [(question, best, worst)]: by rules, or by a language model."""
+    if components.summarizer:
+        return summarize_by_model(components.summarizer, pairs, processes)
+    phrases = atlas.world.phrases() if components.policy.compact else None  # the words in which it states decisions
+    return [distill.summarize_pair(*pair, phrases) for pair in pairs], {}
+
+
+def training_batch(groups, rewards, guides, recipe, tokenizer):
+    """[TrainingRow]: every trajectory in which the policy wrote something, with its advantage and its teacher's view.
+
+    rewards (G, K). guides: a Bundle or None for each group; a teacher without weight reads none.
+    """
+    advantages = distill.group_advantages(rewards, recipe.std).tolist()                                    # (G, K)
+    batch = []
+    for group, group_advantages, guide in zip(groups, advantages, guides):
+        for trajectory, advantage in zip(group, group_advantages):
+            if not any(trajectory.mask):
+                continue
+            row = distill.TrainingRow(trajectory.tokens, trajectory.mask, advantage)
+            if guide is not None and recipe.weight:
+                row.teacher_tokens, row.teacher_mask = teacher_view(trajectory, guide, tokenizer)
+            batch.append(row)
+    return batch
+
+
+def teacher_view(trajectory, guide, tokenizer):
+    """(tokens, mask) of the trajectory as the teacher reads it, under a system prompt that contains the guide."""
+    messages = distill.teacher_messages(trajectory.messages[:2], guide)
+    opening = tokenizer.apply_chat(messages, add_generation_prompt=True)
+    return distill.teacher_tokens(trajectory.tokens, trajectory.mask, trajectory.prompt_length, opening)
+
+
+def summarize_by_model(chat, pairs, processes):
+    """([Bundle or None], metrics) of [(question, best, worst)]; a failed summary costs its pair alone.
+
+    One process asks, side by side in threads, and all processes get the same bundles.
+    """
+    def ask(pair):
+        try:
+            return distill.summarize_pair_llm(chat, *pair).to_dict()
+        except (tools.ToolError, ValueError) as error:
+            return f"{pair[0]}: {error}"
+    answers = []
+    if processes.is_main and pairs:
+        with ThreadPoolExecutor(len(pairs)) as pool:
+            answers = list(pool.map(ask, pairs))
+    answers = processes.all_gather_objects(answers)[0]
+
+    bundles = [distill.Bundle.from_dict(answer) if isinstance(answer, dict) else None for answer in answers]
+    failures = [answer for answer in answers if isinstance(answer, str)]
+    return bundles, {"failed_summaries": failures} if failures else {}
+
+
+def spread_subset(rows, count=4, limit=2048):
+    """A few rows, spread over the groups, of at most ``limit`` action tokens together: their whole logits fit."""
+    kept = []
+    for row in rows[::max(1, len(rows) // count)][:count]:
+        limit -= sum(row.mask)
+        kept += [row] * (limit >= 0)
+    return kept
+
+
+def audit_lessons(run, requests, entries, rewards):
+    """How a group's reward moves with its guide and with a placebo of the same length; lessons that hurt go.
+
+    Before the update, so that all three are written by the same weights. rewards (G, K): without a guide.
+    """
+    audited = [i for i, entry in enumerate(entries) if entry]
+    if not audited:
+        return {}
+    placebo = functools.partial(distill.placebo, length=lambda text: len(run.tokenizer.encode(text)))
+
+    without = [distill.average(rewards[i].tolist()) for i in audited]
+    means = []
+    for stream, change in ((1, lambda bundle: bundle), (2, placebo)):
+        guides = [change(entries[i].bundle) for i in audited]
+        groups, _ = run.roll_out_groups([requests[i] for i in audited], stream, guides)
+        means.append([distill.average([t.reward for t in group]) for group in groups])
+    with_guide, with_placebo = means
+
+    for i, *rewards_of_entry in zip(audited, with_guide, without, with_placebo):
+        distill.Memory.record_audit(entries[i], *rewards_of_entry)
+    return {"lesson_audit": {
+        "lessons": len(audited),
+        "with_guide": distill.average(with_guide),
+        "without": distill.average(without),
+        "placebo": distill.average(with_placebo),
+        "retired": len(run.memory.retire()),
+        "rollouts": 2 * run.settings.rollouts * len(audited)}}
+
+
+# shares of the run's own first (validity, entropy) or best (reward) window below which a policy has collapsed
+COLLAPSE = {"validity": 0.7, "entropy": 0.1, "reward": 0.6}
+COLLAPSE_WINDOW = 5  # steps
+
+
+def collapse(rows):
+    """What fell past its bound within the last of these rows of the log, or ""."""
+    if len(rows) < 2 * COLLAPSE_WINDOW:
+        return ""
+
+    def window(key, end):
+        return distill.average([row[key] for row in rows[end - COLLAPSE_WINDOW:end]])
+    for key in ("validity", "entropy"):
+        first = window(key, COLLAPSE_WINDOW)
+        last = window(key, len(rows))
+        if last < COLLAPSE[key] * first:
+            return f"{key} fell to {last:.3f} from {first:.3f}"
+    best = max(window("reward", end) for end in range(COLLAPSE_WINDOW, len(rows) + 1))
+    last = window("reward", len(rows))
+    if last < COLLAPSE["reward"] * best:
+        return f"reward fell to {last:.3f} from {best:.3f}"
+    return ""
+
+
+def keep_examples(run, trajectories):
+    """Keep pictures of a few validation attempts; returns one with its guide for the report's microscope, or None."""
+    if run.processes.is_main:
+        run.components.scorer.render_and_score(trajectories[:6])
+        save_gallery(run.settings.out, "after" if run.steps_done else "before", trajectories[:6])
+    entries = run.memory.lookup([t.question for t in trajectories], count=False)
+    guided = [(t, entry.bundle) for t, entry in zip(trajectories, entries) if entry and t.program]
+    return guided[0] if guided else None
+
+
+def validation_figures(trajectories):
+    """Means with standard errors, and the share of the attempts that take each decision."""
+    reward, reward_error = mean_and_error([t.reward for t in trajectories])
+    kscore, kscore_error = mean_and_error([t.judgement["kscore"] for t in trajectories if t.judgement])
+    return {"reward": reward, "reward_error": reward_error,
+            "kscore": kscore, "kscore_error": kscore_error,
+            "validity": distill.average([float(t.program is not None) for t in trajectories]),
+            "decisions": decision_shares(trajectories)}
+
+
+def mean_and_error(values):
+    """Mean of the values that are not missing, and the mean's standard error (nan below two)."""
+    kept = [value for value in values if not math.isnan(value)]
+    mean = distill.average(kept)
+    if len(kept) < 2:
+        return mean, math.nan
+    variance = sum((value - mean) ** 2 for value in kept) / (len(kept) - 1)
+    return mean, math.sqrt(variance / len(kept))
+
+
+def paired_change(rewards, before):
+    """Mean change of the reward over the same requests, and its standard error; missing ones are left out."""
+    change = np.array(rewards) - np.array(before)
+    change = change[~np.isnan(change)]
+    count = max(len(change), 1)
+    return {"change": distill.average(change.tolist()), "standard_error": float(change.std() / count ** 0.5)}
+
+
+# ---- What the log says of a step -------------------------------------------------------------------------------------
+
+def rollout_metrics(groups, rewards):
+    """Of the trajectories. rewards (G, K), nan: missing."""
+    trajectories = [t for group in groups for t in group]
+
+    def mean(values):
+        return distill.average([float(value) for value in values])
+    spread = spreads(rewards)                                                                              # (G,)
+    is_missing = rewards.isnan()
+    return {"reward": mean(rewards[~is_missing]),
+            "spread": mean(spread),
+            "dead_groups": mean(spread <= 1e-6),
+            "missing": int(is_missing.sum()),
+            "kscore": mean(t.judgement["kscore"] for t in trajectories if t.judgement),
+            "validity": mean(t.program is not None for t in trajectories),
+            "tool_calls": mean(len([s for s in t.steps if s.kind == "tool_call"]) for t in trajectories),
+            "response_tokens": mean(sum(t.mask) for t in trajectories),
+            "rollouts": len(trajectories)}
+
+
+def spreads(rewards):
+    """Greatest minus smallest reward of every group, missing ones left out (0 for fewer than two). (G, K) -> (G,)"""
+    low = rewards.nan_to_num(math.inf).amin(1)
+    high = rewards.nan_to_num(-math.inf).amax(1)
+    return (high - low).clamp(min=0)
+
+
+def guide_metrics(requests, entries, guides):
+    """How much of the step was taught, and by which lessons."""
+    sources = [entry.prompt if entry else None for entry in entries]
+    hits = [source is not None for source in sources]
+    own = [source == request["question"] for source, request in zip(sources, requests)]
+    return {"hit_rate": sum(hits) / len(hits),
+            "own_lessons": sum(own) / len(own),
+            "right_advice": atlas.world.right_advice(requests, guides)}
+
+
+def update_metrics(sums, minibatches, recipe, has_grpo):
+    """Means of an update out of the sums over all tokens; nan where there was nothing to average."""
+    tokens = sums["tokens"]
+    guided = sums["guided_tokens"] or math.nan
+    selected = sums["selected"] or math.nan
+    grpo = 1.0 if has_grpo else math.nan
+    is_k3 = "k3" in recipe.estimator
+    is_sampled = recipe.estimator in distill.SAMPLED_ESTIMATORS
+    return {"entropy": sums["entropy"] / tokens,
+            "reference_kl": grpo * sums["reference_kl"] / tokens,
+            "grpo_loss": grpo * sums["grpo_loss"] / minibatches,
+            "sdl_loss": sums["sdl_loss"] / minibatches if sums["guided_tokens"] else math.nan,
+            "selected": sums["selected"] / guided,
+            "gap": sums["gap"] / guided,
+            "saturated": sums["saturated"] / selected if is_k3 else math.nan,
+            "capped": sums["capped"] / selected if is_sampled else math.nan,
+            "clipped": grpo * sums["clipped"] / tokens,
+            "weight": recipe.weight}
+
+
+def without_nan(value):
+    """A log's row with null for what is missing, at any depth."""
+    if isinstance(value, dict):
+        return {key: without_nan(part) for key, part in value.items()}
+    is_missing = isinstance(value, float) and math.isnan(value)
+    return None if is_missing else value
+
+
+def step_line(row):
+    """A step in one line."""
+    text = (f"step {row['step']}  reward {fmt(row['reward'])}  KScore {fmt(row['kscore'])}  valid "
+            f"{fmt(row['validity'])}  entropy {fmt(row['entropy'])}  hits {fmt(row['hit_rate'])}  "
+            f"sdl {fmt(row['sdl_loss'])}  ratio {fmt(row['gradient_ratio'])}  {row['seconds']:.1f} s")
+    if "validation" in row:
+        v = row["validation"]
+        text += f"\n  validation reward {v['reward']:.3f}, KScore {v['kscore']:.3f}" + ", promoted" * v["promoted"]
+    for failure in row.get("failed_summaries", []):
+        text += f"\n  no lesson from {failure}"
+    if "rolled_back" in row:
+        text += f"\n  rolled back: {row['rolled_back']}"
+    return text
+
+
+def fmt(value):
+    return "-" if value is None else f"{value:.3f}"
+
+
+# ---- Flags: every one is a field, every default stands once ----------------------------------------------------------
 
 def flag(default, help, **more):
     return field(default=default, metadata={"help": help, **more})
@@ -551,6 +1293,7 @@ class ComponentFlags(Common):
     judge_model: str = flag("judge", "model name sent to a judge URL")
     corpus: str = flag(os.path.join(HERE, "atlas", "corpus"), "folder of texts and images that the local search reads")
     sampling_steps: int = flag(20, "sampling steps of the renderer")
+    sampler: str = flag("euler", "euler, midpoint (two calls a step) or ancestral: how the embedded renderer samples")
     guidance: float = flag(1.0, "classifier-free guidance of the embedded renderer (1: none; more hides what a loose "
                                 "wording costs)")
     temperature: float = flag(0.7, "temperature of the policy")
@@ -584,13 +1327,14 @@ class Sft(Common):
     data: str = flag(os.path.join(HERE, "atlas", "sft.jsonl"), "rows {\"messages\": [...]}")
     vocabulary: str = flag(os.path.join(HERE, "atlas", "vocabulary.txt"), "text that a new tokenizer is trained on")
     init: str = flag("", "policy folder to start from (default: a new network and tokenizer)")
+    lora: int = flag(0, "rank of low-rank adapters that are trained in place of the whole policy of --init (0: none)")
     vocab_size: int = flag(1152, "tokenizer size of a new policy")
     hidden: int = flag(160, "width of a new policy")
     layers: int = flag(4, "depth of a new policy")
     heads: int = flag(4, "query heads of a new policy (two key-value heads)")
     copy_weight: float = flag(0.3, "weight of the copying loss beside the demonstrations' (0 for a pretrained policy)")
-    copied_worth: float = flag(4.0, "what a token that has to be copied counts beside another (1 for a pretrained "
-                                    "policy)")
+    copy_token_weight: float = flag(4.0, "loss weight of a token that has to be copied, beside 1 for any other (1 for "
+                                         "a pretrained policy)")
     copy_steps: int = flag(500, "warm-up steps on repeated random segments, which teach copying")
     steps: int = flag(900, "optimizer steps on demonstrations")
     batch_tokens: int = flag(8192, "tokens a step")
@@ -599,6 +1343,12 @@ class Sft(Common):
     weight_decay: float = flag(1e-6, "decoupled weight decay")
     save_every: int = flag(200, "steps between checkpoints; a stopped run goes on from the last one")
     bf16: bool = flag(True, "matrix products in bfloat16 (weights stay float32)")
+
+    def __post_init__(self):
+        if self.lora < 0:
+            raise ValueError(f"--lora {self.lora}: must not be negative")
+        if self.lora and not self.init:
+            raise ValueError("--lora adapts a policy: name its folder with --init")
 
 
 @dataclass
@@ -612,26 +1362,121 @@ class TrainRenderer(Common):
     compile: bool = flag(False, "torch.compile its layers (two minutes, then twice as fast; needs a C++ compiler)")
 
 
+@dataclass
+class Evolve(ComponentFlags):
+    """Self-evolution: roll out, render, judge, compare, remember, teach, update. Resumes by itself."""
+    out: str = flag(os.path.join("runs", "evolve"), "folder of the run; the same command goes on where it stopped")
+    data: str = flag(os.path.join(HERE, "atlas", "evolve.jsonl"), "requests to learn from")
+    validation: str = flag(os.path.join(HERE, "atlas", "validation.jsonl"), "requests that decide about promotion")
+    steps: int = flag(100, "updates")
+    prompts_per_step: int = flag(8, "requests a step")
+    rollouts: str = flag("6", "trajectories a request (K); or as --rollouts-url, and six of them")
+    rollouts_url: str = flag("", "URL of a running SGLang server that writes the trajectories (default: the engine of "
+                                 "model.py)")
+    summarizer: str = flag("", "URL of an OpenAI-compatible model that writes the lessons (default: rules)")
+    summarizer_model: str = flag("summarizer", "model name sent to a summarizer URL")
+    recipe: str = flag("stable", "stable or paper: how experience becomes a gradient")
+    set: str = flag("", "changes to the recipe, for instance weight=1,teacher=ema")
+    lr: float = flag(2e-4, "learning rate of AdamW (1e-6 for a pretrained policy)")
+    lora: int = flag(0, "rank of low-rank adapters that are trained in place of the whole policy (0: none)")
+    grpo: bool = flag(True, "the group-relative policy gradient")
+    minibatches: int = flag(1, "updates a batch of trajectories is split into")
+    micro_tokens: int = flag(0, "tokens a forward pass of one process, a shared beginning once (0: 6,144 on a CPU, "
+                                "65,536 on a GPU)")
+    checkpointing: bool = flag(False, "recompute activations in the backward pass instead of keeping them")
+    bf16: bool = flag(False, "matrix products of the update in bfloat16")
+    sampling_steps: int = flag(6, "sampling steps of the renderer")
+    eval_every: int = flag(20, "steps between evaluations on validation requests (0: never)")
+    audit_every: int = flag(10, "steps between lesson audits, which cost rollouts of their own (0: never)")
+
+    def __post_init__(self):
+        if str(self.rollouts).startswith(("http://", "https://")):
+            self.rollouts, self.rollouts_url = 6, self.rollouts
+        try:
+            self.rollouts = int(self.rollouts)
+        except ValueError:
+            raise ValueError(f"--rollouts {self.rollouts}: a number, or the URL of a rollout engine")
+        for name in ("steps", "prompts_per_step", "rollouts", "minibatches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+        if self.lora < 0:
+            raise ValueError(f"--lora {self.lora}: must not be negative")
+
+
+@dataclass
+class Promote(Common):
+    """Make the policy of an evolution run the one that run uses."""
+    run: str = flag("", "folder of the run, or a policy folder", positional=True)
+    undo: bool = flag(False, "take the last promotion back")
+    weights: str = flag(os.path.join(HERE, "weights"), "folder that holds policy/")
+
+
+@dataclass
+class Export(Common):
+    """Write trained text weights back into a full qwen3_vl folder."""
+    policy: str = flag("", "policy folder that was trained")
+    base: str = flag("", "the qwen3_vl folder it came from")
+
+
+def read_recipe(name, changes):
+    """A named recipe with changes "field=value,...". Raises ValueError."""
+    if name not in distill.RECIPES:
+        raise ValueError(f"--recipe {name}: must be one of {', '.join(distill.RECIPES)}")
+    recipe, values = distill.RECIPES[name], {}
+    known = asdict(recipe)
+    for change in filter(None, changes.split(",")):
+        key, _, text = change.partition("=")
+        if key not in known:
+            raise ValueError(f"--set {change}: no such field{suggest(key, known)}")
+        kind = type(known[key])
+        try:
+            values[key] = read_value(text, kind)
+        except (TypeError, ValueError):
+            raise ValueError(f"--set {change}: not a {kind.__name__}")
+    return dataclasses.replace(recipe, **values)
+
+
+def read_value(text, kind):
+    """The value of a recipe's field; a field that may be None (kind is then its default's type) takes a number."""
+    if kind is bool:
+        return text == "true"
+    if kind is str:
+        return text
+    if text == "none":
+        return None
+    return kind(text) if kind in (int, float) else float(text)
+
+
+# ==== Machine room ====================================================================================================
+
+# ---- Components ------------------------------------------------------------------------------------------------------
+
 # calls of one trajectory: about five turns, whose tools ask about four queries; a judge sees picture and program
-CALLS = {"policy": 5, "search": 4, "renderer": 1, "judge": 2}
+CALLS = {"policy": 5, "search": 4, "judge": 2, "renderer": 1}
+
+
+def is_url(text):
+    return text.startswith(("http://", "https://"))
 
 
 class Components:
-    """The pieces a command asked for, local or remote, opened together and closed together."""
+    """The pieces that a command's flags name, local or remote, opened together and closed together."""
 
     def __init__(self, settings, out):
         self.settings = s = settings
+        if s.sampler not in diffusion.SAMPLERS:
+            raise ValueError(f"--sampler {s.sampler}: must be one of {', '.join(diffusion.SAMPLERS)}")
         self.device = model.pick_device(s.device)
         self.tape = tools.Tape(record=s.record or None, replay=s.replay or None)
         self.budget = tools.Budget(s.max_calls) if s.max_calls else None
-        self.server = None if s.search or s.replay else tools.Server(tools.Corpus(s.corpus)).start()
-        local = self.server.url if self.server else "http://127.0.0.1:1"  # a replay asks nobody
+        self.server = None
+        if not s.search and not s.replay:
+            self.server = tools.Server(tools.Corpus(s.corpus)).start()
         self.policy = self.open_policy()
-        self.toolbox = tools.ToolBox(s.search or local, os.path.join(HERE, "skills"),
-                                     os.environ.get("IMAGE_DOWNLOAD_DIR") or os.path.join(out, "cache"),
-                                     api_key=os.environ.get("SERPER_API_KEY", ""), compact=self.policy.compact,
-                                     allow_private=not s.search, **(self.paid() if s.search else {"tape": self.tape}))
-        self.scorer = Scorer(self.open_renderer(), self.open_judge(), s.sampling_steps, guidance=s.guidance)
+        self.toolbox = self.open_toolbox(out)
+        renderer, judge = self.open_renderer(), self.open_judge()
+        self.scorer = Scorer(renderer, judge, s.sampling_steps, guidance=s.guidance, sampler=s.sampler)
+        self.summarizer = None  # callable (messages, temperature=, max_tokens=) -> text; None: rules write lessons
 
     def __enter__(self):
         return self
@@ -641,58 +1486,86 @@ class Components:
             self.server.stop()
         self.tape.close()
 
-    def paid(self):
+    def agent(self, ordered=False, listen=None, live=64):
+        system = None
+        if self.settings.system_prompt:
+            with open(self.settings.system_prompt, encoding="utf-8") as file:
+                system = file.read()
+        return Agent(self.policy, self.toolbox, ordered, listen, system, live)
+
+    def announce(self, requests, **more):
+        """Say, before the first call, how many calls to outside services so many requests are likely to take.
+
+        more: calls of a service that do not depend on the requests, by its name.
+        """
+        s = self.settings
+        expected = {name: requests * calls for name, calls in CALLS.items() if self.is_outside(name)} | more
+        if expected and not s.replay:
+            parts = ", ".join(f"{name} {count}" for name, count in expected.items())
+            limit = f"; --max-calls stops at {s.max_calls}" if s.max_calls else ""
+            print(f"about {sum(expected.values())} outside calls expected ({parts}{limit})", file=sys.stderr,
+                  flush=True)
+
+    def is_outside(self, name):
+        """Whether a piece is a service: "policy", "search", "renderer" or "judge"."""
+        value = getattr(self.settings, name)
+        if name in ("search", "judge"):
+            return bool(value)
+        return is_url(value) or value == "gemini"
+
+    def client_options(self):
         """What the clients of outside services have in common: one recording, one budget, and a limit for each."""
         limiter = tools.Limiter(self.settings.per_minute) if self.settings.per_minute else None
         return {"tape": self.tape, "budget": self.budget, "limiter": limiter}
 
-    def announce(self, requests):
-        """Say, before the first call, how many calls to outside services so many requests are likely to take."""
-        s = self.settings
-        outside = {"policy": s.policy.startswith(("http://", "https://")), "search": s.search, "judge": s.judge,
-                   "renderer": not isinstance(self.scorer.renderer, diffusion.Renderer)}
-        expected = {name: requests * CALLS[name] for name, there in outside.items() if there}
-        if expected and not s.replay:
-            limit = f"; --max-calls stops at {s.max_calls}" if s.max_calls else ""
-            print(f"about {sum(expected.values())} outside calls expected "
-                  f"({', '.join(f'{name} {n}' for name, n in expected.items())}{limit})", file=sys.stderr, flush=True)
+    def chat_client(self, url, model_name, service="chat model", **http):
+        """A client of an OpenAI-compatible endpoint. service: its name in messages."""
+        key = os.environ.get("OPENAI_API_KEY", "")
+        return tools.ChatClient(url, key, model_name, service, **self.client_options() | http)
 
     def open_policy(self):
         s = self.settings
         sampling = Sampling(s.temperature, s.top_p)
-        if s.policy.startswith(("http://", "https://")):
-            client = tools.ChatClient(s.policy, os.environ.get("OPENAI_API_KEY", ""), s.policy_model, **self.paid())
-            return ChatPolicy(client, sampling)
+        if is_url(s.policy):
+            return ChatPolicy(self.chat_client(s.policy, s.policy_model), sampling)
         path = s.policy or os.path.join(HERE, "weights", "policy")
         net, tokenizer = model.load(path, self.device)
         if tokenizer is None:
             raise ValueError(f"{path}: no tokenizer.json")
         return LocalPolicy(net, tokenizer, sampling, compact=model.read_protocol(path) == "compact")
 
+    def rollout_policy(self, url):
+        """The policy of a folder, with an SGLang server that writes its turns."""
+        local = self.policy
+        client = tools.SGLangClient(url, os.environ.get("OPENAI_API_KEY", ""))
+        client.health()
+        return RolloutPolicy(client, local.net, local.tokenizer, local.sampling, local.compact)
+
+    def open_toolbox(self, out):
+        s = self.settings
+        local_url = self.server.url if self.server else "http://127.0.0.1:1"  # a replay asks nobody
+        options = self.client_options() if s.search else {"tape": self.tape}
+        images = os.environ.get("IMAGE_DOWNLOAD_DIR") or os.path.join(out, "cache")
+        key = os.environ.get("SERPER_API_KEY", "")
+        return tools.ToolBox(s.search or local_url, os.path.join(HERE, "skills"), images, api_key=key,
+                             compact=self.policy.compact, allow_private=not s.search, **options)
+
     def open_renderer(self):
         s = self.settings
         if s.renderer == "gemini":
             key = os.environ.get("GOOGLE_API_KEY") or os.environ.get("GEMINI_API_KEY", "")
-            return tools.GoogleRenderer(key, **self.paid())
-        if s.renderer.startswith(("http://", "https://")):
-            return tools.RemoteRenderer(s.renderer.split(","), **self.paid())
-        weights = os.path.join(HERE, "weights")
-        return diffusion.Renderer.load(s.renderer or os.path.join(weights, "renderer"), os.path.join(weights, "vae"),
-                                       self.device)
+            return tools.GoogleRenderer(key, **self.client_options())
+        if is_url(s.renderer):
+            return tools.RemoteRenderer(s.renderer.split(","), **self.client_options())
+        path = s.renderer or os.path.join(HERE, "weights", "renderer")
+        return diffusion.Renderer.load(path, os.path.join(HERE, "weights", "vae"), self.device)
 
     def open_judge(self):
-        if self.settings.judge:
-            client = tools.ChatClient(self.settings.judge, os.environ.get("OPENAI_API_KEY", ""),
-                                      self.settings.judge_model, **self.paid())
-            return distill.ModelJudge(client.complete)
+        s = self.settings
+        if s.judge:
+            return distill.ModelJudge(self.chat_client(s.judge, s.judge_model).complete)
         return atlas.judge.PixelJudge(atlas.world.vocabulary())
 
-    def agent(self, listen=None):
-        system = open(self.settings.system_prompt, encoding="utf-8").read() if self.settings.system_prompt else None
-        return Agent(self.policy, self.toolbox, listen=listen, system=system)
-
-
-# ---- run -------------------------------------------------------------------------------------------------------------
 
 @functools.cache
 def skill_guides():
@@ -700,50 +1573,723 @@ def skill_guides():
     return tools.read_skills(os.path.join(HERE, "skills"))
 
 
+def announce_calls(run):
+    """Say how many calls to outside services the rest of an evolution is likely to take."""
+    s = run.settings
+    steps = s.steps - run.steps_done
+    evaluations = 0
+    if s.eval_every:
+        evaluations = s.steps // s.eval_every - run.steps_done // s.eval_every + (run.steps_done == 0)
+    trajectories = steps * s.prompts_per_step * s.rollouts + evaluations * len(run.validation)
+    more = {}
+    if s.summarizer:
+        more["summarizer"] = steps * min(run.recipe.pairs, s.prompts_per_step)  # at most
+    run.components.announce(trajectories, **more)
+
+
+# ---- Files of an evolution -------------------------------------------------------------------------------------------
+
+FREE_SETTINGS = ("steps", "out", "device", "record", "replay", "max_calls", "per_minute", "checkpointing")
+
+
+def run_identity(settings, recipe):
+    """The settings that make it this run; how long it goes on and where it runs may change."""
+    identity = {name: value for name, value in asdict(settings).items() if name not in FREE_SETTINGS}
+    for name, value in asdict(recipe).items():  # what a recipe's name means may change between versions
+        identity[f"set {name}"] = list(value) if isinstance(value, tuple) else value  # as JSON has it
+    return identity
+
+
+def check_same_run(out, before, now):
+    """Raise ValueError if the run in ``out`` was begun with another setting."""
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise ValueError(f"{out} holds a run with another --{name.replace('_', '-')} ({before.get(name)!r}); "
+                             "choose another --out")
+
+
+# ---- Records and views -----------------------------------------------------------------------------------------------
+
+def record(trajectory, image_path):
+    """One entry of results.json, in the released format, with the row's own fields passed through."""
+    t = trajectory
+    prompt, references = "", []
+    if t.program is not None:
+        prompt = t.program.gen_prompt
+        references = [reference | t.images[reference["img_id"]] for reference in t.program.references]
+
+    own = ("id", "prompt", "recipe")
+    passed = {name: value for name, value in t.row.items() if not name.startswith("_") and name not in own}
+    return passed | {
+        "id": t.id,
+        "prompt": t.question,
+        "gen_prompt": prompt,
+        "reference_images": references,
+        "messages": t.messages,
+        "termination": t.termination,
+        "rounds": t.rounds,
+        "error": t.error,
+        "image_path": image_path,
+        "output_path": image_path,
+        "success": bool(image_path),
+        "image_status": "success" if image_path else "no_program",
+        "judgement": t.judgement,
+        "reward": None if math.isnan(t.reward) else t.reward}
+
+
+# ---- What a person sees in the terminal ------------------------------------------------------------------------------
+
+def print_step(step, file=sys.stdout):
+    """A turn as it happens: thought dim, action and observation short."""
+    dim, bold, plain = ("\033[2m", "\033[1m", "\033[0m") if file.isatty() else ("", "", "")
+    print(f"{dim}{step.think}{plain}", file=file)
+    if step.kind == "tool_call":
+        asked = ["; ".join(map(str, v)) if isinstance(v, list) else str(v) for v in step.arguments.values()]
+        print(f"  {bold}{step.name}{plain} {', '.join(asked)}", file=file)
+    elif step.kind == "format_error":
+        print(f"  {bold}format error{plain}", file=file)
+    for line in step.observation.splitlines()[:6]:
+        print(f"    {line[:110]}", file=file)
+    file.flush()
+
+
+def print_picture(image, file=sys.stdout):
+    """The picture itself in half blocks, where the terminal shows 24-bit colour."""
+    if image is None or not file.isatty() or os.environ.get("COLORTERM") not in ("truecolor", "24bit"):
+        return
+    for upper, lower in zip(image[0::2], image[1::2]):
+        for (r, g, b), (r2, g2, b2) in zip(upper, lower):
+            print(f"\033[38;2;{r};{g};{b}m\033[48;2;{r2};{g2};{b2}m▀", end="", file=file)
+        print("\033[0m", file=file)
+
+
+def print_result(trajectory, file=sys.stdout):
+    """Program, picture, scores."""
+    t = trajectory
+    if t.program is None:
+        print(f"no program ({t.termination}{': ' + t.error if t.error else ''})", file=file)
+        return
+    print(f"  program: {t.program.gen_prompt}", file=file)
+    for reference in t.program.references:
+        print(f"    {reference['img_id']}: {t.images[reference['img_id']]['title']}", file=file)
+    print_picture(t.image, file)
+    if t.judgement:
+        j = t.judgement
+        text = "n/a" if j["text_accuracy"] is None else j["text_accuracy"]
+        print(f"KScore {j['kscore']:.2f} (faithfulness {j['faithfulness']}, visual correctness "
+              f"{j['visual_correctness']}, "
+              f"text {text}, aesthetics {j['aesthetics']}); program {j['text_reward']}; reward {t.reward:.2f}",
+              file=file)
+        failed = [f"{c['name']}: {c['detail']}" for c in j["constraints"] if not c["passed"]]
+        print("failed: " + ("; ".join(failed) or "nothing"), file=file)
+
+
+# ---- Views: what web/report.html shows, as JSON ----------------------------------------------------------------------
+
+JUDGED_SIZE = 64       # side of the picture in which the pixel judge's boxes are measured (atlas.judge.SIZE)
+SHOWN_SIZE = 512       # longest side of an embedded picture
+THUMBNAIL_SIZE = 128   # longest side of a picture that a search found
+LESSON_PICTURES = 12   # lessons whose two attempts are drawn for the page
+NUMBER_WORDS = frozenset("one two three four five six seven eight nine ten eleven twelve".split())
+TURN_SLOTS = {  # tool of a turn ("": the answer) -> the slots of guidance that are decided in it
+    "search": ["search strategy"],
+    "image_search": ["search strategy"],
+    "query_knowledge": ["knowledge activation"],
+    "": ["reference selection", "prompt construction", "failure avoidance"]}
+SLOT_OF_FIELD = {"focus": "focus"} | {field: slot for slot, names in distill.SLOTS.items() for field in names}
+
+
+def run_view(trajectories, title="GenEvolve"):
+    """The JSON of a run: every request with its pictures, program, verdicts and turns."""
+    return {"title": title, "mode": "run", "requests": [request_view(t) for t in trajectories]}
+
+
+def request_view(t):
+    """One Trajectory as the page shows it."""
+    program = None
+    if t.program is not None:
+        notes = [reference["note"] for reference in t.program.references]
+        program = {"pieces": explain_prompt(t), "notes": notes}
+
+    scores = None
+    if t.judgement:
+        scores = {"reward": t.reward, "program": t.judgement["text_reward"]}
+        for name in ("kscore", *distill.DIMENSIONS):
+            scores[name] = t.judgement[name]
+
+    return {"id": t.id, "question": t.question, "termination": t.termination, "error": t.error or "",
+            "picture": picture(t.image), "truth": picture(ground_truth(t.row)),
+            "program": program, "found": found_pictures(t),
+            "scores": scores, "checks": check_views(t.judgement or {}),
+            "turns": [turn_view(step) for step in t.steps]}
+
+
+def turn_view(step):
+    """One Step of a trajectory; also what the playground shows while a request is answered."""
+    return {"think": step.think, "kind": step.kind, "name": step.name, "arguments": step.arguments,
+            "observation": step.observation}
+
+
+def picture(source, longest=SHOWN_SIZE):
+    """Path or uint8 (H, W, 3) -> {"src": data URI, "width", "height"}, scaled down where it is larger; None stays."""
+    if source is None:
+        return None
+    data, _ = tools.image_bytes(source)
+    _, width, height = tools.image_header(data)
+    scale = longest / max(width, height)
+    if scale < 1:
+        width, height = round(width * scale), round(height * scale)
+        data = diffusion.resize(tools.read_image(data), height, width)
+    return {"src": tools.data_uri(data), "width": width, "height": height}
+
+
+def ground_truth(row):
+    """The picture that a request's row names as its truth, or None."""
+    return truth_of(row) if row.get("gt_image") and "_folder" in row else None
+
+
+def found_pictures(t, limit=24):
+    """The pictures that a trajectory's searches found, with 1 or 2 where one is a reference (0: not)."""
+    chosen = [reference["img_id"] for reference in t.program.references] if t.program else []
+    others = [img_id for img_id in t.images if img_id not in chosen]
+
+    views = []
+    for img_id in sorted(chosen + others[:limit]):
+        source = t.images[img_id]
+        views.append({
+            "id": img_id,
+            "title": source.get("title") or "",
+            "chosen": chosen.index(img_id) + 1 if img_id in chosen else 0,
+            "picture": picture(source["local_path"], THUMBNAIL_SIZE)})
+    return views
+
+
+def check_views(judgement):
+    """Constraints of the picture, then checks of the program. box: [left, top, width, height], shares of the sides."""
+    views = []
+    for group, key in (("picture", "constraints"), ("program", "program_checks")):
+        for check in judgement.get(key, []):
+            box = None
+            if check.get("box"):
+                top, left, bottom, right = [edge / JUDGED_SIZE for edge in check["box"]]
+                box = [left, top, right - left, bottom - top]
+            kept = {name: check[name] for name in ("name", "passed", "detail")}
+            views.append(kept | {"group": group, "box": box})
+    return views
+
+
+# -- the program, explained --
+
+def explain_prompt(t):
+    """gen_prompt cut into pieces {"text", "skill", "fact", "reference"}.
+
+    skill: the guide whose quoted wording the piece follows. fact: the query whose answer holds the piece's word.
+    reference: 1 or 2 where an ordinal phrase stands. "" and 0 where none applies.
+    """
+    prompt = t.program.gen_prompt
+    labels = [{"skill": "", "fact": "", "reference": 0} for _ in prompt]  # one a character
+
+    def mark(spans, kind, value):
+        for start, end in spans:
+            for label in labels[start:end]:
+                label[kind] = value
+
+    for skill, guide in distill.skills_read(t).items():
+        mark(guide_spans(guide, prompt, t.question), "skill", skill)
+    for step in t.steps:
+        if step.name == "search":
+            mark(fact_spans(step.observation, prompt, t.question), "fact", "; ".join(distill.queries_of(step)))
+    for order, phrase in enumerate(tools.REFERENCE_PHRASES, 1):
+        mark([m.span() for m in re.finditer(re.escape(phrase), prompt, re.I)], "reference", order)
+
+    pieces = []
+    for character, label in zip(prompt, labels):
+        if pieces and all(pieces[-1][kind] == value for kind, value in label.items()):
+            pieces[-1]["text"] += character
+        else:
+            pieces.append({"text": character} | label)
+    return pieces
+
+
+def sentence_spans(text):
+    """[(start, end)] of a text's sentences."""
+    return [match.span() for match in re.finditer(r"\S.*?(?:[.!?](?=\s|$)|$)", text, re.S)]
+
+
+def guide_spans(guide, prompt, question):
+    """[(start, end)] of the prompt's sentences that follow a wording which the guide quotes (``distill.follows``)."""
+    return [(start, end) for start, end in sentence_spans(prompt)
+            if distill.follows(guide, prompt[start:end], question)]
+
+
+def fact_spans(observation, prompt, question):
+    """[(start, end)] of the prompt's names and numbers that are new to the request and stand in the observation."""
+    new = set(tools.words(observation)) - set(tools.words(question)) - distill.OPENERS
+    spans = []
+    for match in re.finditer(r"\w+", prompt):
+        word = match.group()
+        is_number = word.isdigit() and len(word) > 1  # single digits number the results
+        is_fact = is_number or word[0].isupper() or word.lower() in NUMBER_WORDS
+        if is_fact and word.lower() in new:
+            spans.append(match.span())
+    return spans
+
+
+# -- evolution --
+
+def evolution_view(run):
+    """The JSON of an evolution: curves, validation, gallery, lessons, microscope. run: Evolution."""
+    entries = sorted(run.memory.entries, key=lesson_rank)
+    drawn = {entry.prompt for entry in telling_entries(entries)}
+    lessons = []
+    for entry in entries:
+        pictures = lesson_pictures(run, entry) if entry.prompt in drawn else {}
+        lessons.append(lesson_view(entry, pictures))
+
+    return {"title": "GenEvolve: an evolution", "mode": "evolution", "log": run.log,
+            "validation": validation_points(run), "gallery": gallery_view(run), "lessons": lessons,
+            "memory": run.memory.counters | {"size": len(run.memory), "capacity": run.memory.capacity},
+            "microscope": [microscope_view(run, *run.example)] if run.example else []}
+
+
+def lesson_rank(entry):
+    """Sorts the lessons that were used most, then those with the widest gap, to the front."""
+    return -entry.retrieved, -entry.gap
+
+
+def telling_entries(entries):
+    """The entries whose attempts are drawn: the first three, and for each advice the one that teaches least beside."""
+    clearest = {}  # advice -> (number of advices, entry)
+    for entry in entries:
+        bullets = sum(entry.bundle.differing().guidance.values(), [])
+        for bullet in bullets:
+            if bullet not in clearest or len(bullets) < clearest[bullet][0]:
+                clearest[bullet] = (len(bullets), entry)
+    return entries[:3] + [entry for _, entry in clearest.values()][:LESSON_PICTURES]
+
+
+def validation_points(run):
+    """[{"step", "reward", "reward_error", "kscore", "kscore_error", ...}], step 0 first where it was measured."""
+    points = [{"step": 0} | run.first_validation] if run.first_validation else []
+    for row in run.log:
+        if row.get("validation"):
+            points.append({"step": row["step"]} | row["validation"])
+    return points
+
+
+def decision_shares(trajectories):
+    """{decision: share of the attempts that decide so}: how an evolution changes what its agent does."""
+    decided = [decisions_of(t) for t in trajectories]
+    names = decided[0] if decided else []
+    return {name: sum(row[name] for row in decided) / len(decided) for name in names}
+
+
+def decisions_of(t):
+    """What an attempt does, as the page words it: {decision: bool}."""
+    taken = distill.search_decisions(t, distill.entity_names) | distill.reference_decisions(t, distill.entity_names)
+    value = {decision: value for (_, decision, _), value in taken.items()}
+    prompt = t.program.gen_prompt if t.program else ""
+    guides = distill.skills_read(t).values()
+    return {
+        "searches for facts": value["text searches"] > 0,
+        "asks for the exact fact": value["queries"] == "fact",
+        "follows a lead to a second page": value["leads followed"] > 0,
+        "reads a guide": bool(guides),
+        "looks past the first picture found": value["place"] == "later",
+        "follows the wording of a guide": any(distill.follows(guide, prompt, t.question) for guide in guides),
+        "writes a program that is accepted": t.program is not None}
+
+
+# -- before and after --
+
+def gallery_record(t):
+    """What gallery/before.json and after.json keep of a validation attempt; its picture lies beside them."""
+    return {"id": t.id, "question": t.question,
+            "prompt": t.program.gen_prompt if t.program else "no program",
+            "picture": t.image is not None,
+            "kscore": t.judgement and t.judgement["kscore"],
+            "failed": sorted(distill.failed_constraints(t))}
+
+
+def save_gallery(out, when, trajectories):
+    """Keep validation pictures for the gallery. when: "before" or "after"."""
+    folder = model.make_folder(os.path.join(out, "gallery"))
+    for t in trajectories:
+        if t.image is not None:
+            diffusion.write_png(os.path.join(folder, f"{when}-{t.id}.png"), t.image)
+    model.write_json(os.path.join(folder, f"{when}.json"), [gallery_record(t) for t in trajectories])
+
+
+def gallery_view(run):
+    """[{"question", "before", "after", "truth"}] of the same validation requests; [] until there is an after."""
+    folder = os.path.join(run.settings.out, "gallery")
+    paths = [os.path.join(folder, name) for name in ("before.json", "after.json")]
+    if not all(map(os.path.exists, paths)):
+        return []
+    rows = {row["id"]: row for row in run.validation}
+
+    views = []
+    for before, after in zip(*map(read_list, paths)):
+        truth = ground_truth(rows.get(before["id"], {}))
+        views.append({
+            "question": before["question"], "truth": picture(truth),
+            "before": gallery_shot(os.path.join(folder, f"before-{before['id']}.png"), before, after),
+            "after": gallery_shot(os.path.join(folder, f"after-{after['id']}.png"), after, before)})
+    return views
+
+
+def gallery_shot(path, kept, other):
+    """One side of a gallery's pair. kept, other: ``gallery_record`` of this side and of the other one."""
+    shown = kept["picture"] and os.path.exists(path)
+    return {"picture": picture(path) if shown else None, "kscore": kept["kscore"],
+            "failed": kept.get("failed", []), "prompt": word_pieces(kept["prompt"], other["prompt"])}
+
+
+def read_list(path):
+    """A JSON file that holds a list."""
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+# -- lessons: what the best attempt did and the worst did not --
+
+def lesson_record(best, worst):
+    """What a memory entry keeps of the two attempts that it was made from: JSON of about two kilobytes.
+
+    {"best": attempt, "worst": attempt, "differences": [{"slot", "decision", "about", "best", "worst"}]}, see
+    ``attempt_record``. best, worst: Trajectory, as ``distill.select_pair`` gives them.
+    """
+    differences = [asdict(d) for d in distill.compare(best, worst) if d.differs]
+    return {"best": attempt_record(best), "worst": attempt_record(worst), "differences": differences}
+
+
+def attempt_record(t, limit=240):
+    """A Trajectory with a program in short: reward, failed checks, every turn, and what draws its picture again."""
+    chosen = [reference["img_id"] for reference in t.program.references]
+    references = [t.images[img_id] for img_id in chosen if img_id in t.images]
+    turns = []
+    for step in t.steps:
+        turns.append({"think": step.think[:limit], "action": action_text(step)[:limit],
+                      "observation": step.observation[:limit]})
+    return {"reward": t.reward, "kscore": t.judgement and t.judgement["kscore"],
+            "failed": sorted(distill.failed_constraints(t)), "turns": turns, "prompt": t.program.gen_prompt,
+            "references": [source.get("title") or "" for source in references],
+            "files": [source["local_path"] for source in references], "seed": image_seed(t.row)}
+
+
+def action_text(step):
+    """A turn's action in one line: the tool and what it is asked."""
+    if step.kind != "tool_call":
+        return step.kind.replace("_", " ")
+    asked = []
+    for value in step.arguments.values():
+        asked += value if isinstance(value, list) else [value]
+    return f"{step.name}: " + "; ".join(map(str, asked))
+
+
+def lesson_view(entry, pictures):
+    """A memory Entry as the page tells it. pictures: {"best": picture, "worst": picture}, or {}."""
+    advice = []
+    for name, bullets in entry.bundle.guidance.items():
+        for bullet in bullets:
+            advice.append({"slot": SLOT_OF_FIELD[name], "text": bullet.removeprefix(distill.STANDARD),
+                           "standard": bullet.startswith(distill.STANDARD)})
+
+    attempts, differences = None, []
+    record = entry.attempts
+    if record:
+        best, worst = record["best"], record["worst"]
+        attempts = {"best": marked_attempt(best, worst) | {"picture": pictures.get("best")},
+                    "worst": marked_attempt(worst, best) | {"picture": pictures.get("worst")}}
+        differences = [difference_view(d) for d in merged_differences(record["differences"])]
+
+    return {"request": entry.prompt, "trigger": entry.bundle.trigger, "step": entry.step,
+            "best": entry.best, "worst": entry.best - entry.gap, "retrieved": entry.retrieved,
+            "advice": advice, "attempts": attempts, "differences": differences,
+            "uses": entry.uses, "agreement": agreement_view(entry)}
+
+
+def agreement_view(entry):
+    """How far the lesson agreed with attempts at other requests: {"mean", "standard_error", "count"}, or None."""
+    measured = [use["agreement"] for use in entry.uses if use["agreement"] is not None]
+    if not measured:
+        return None
+    mean, error = mean_and_error(measured)
+    return {"mean": mean, "standard_error": error, "count": len(measured)}
+
+
+def marked_attempt(attempt, other):
+    """An attempt with marks where it differs from the other one, both as ``attempt_record`` gives them.
+
+    A turn "differs" if the other attempt has no such action or thought; thoughts and prompt are pieces.
+    """
+    other_actions = [turn["action"] for turn in other["turns"]]
+    other_sentences = {sentence for turn in other["turns"] for sentence in sentences_of(turn["think"])}
+    prompt = word_pieces(attempt["prompt"], other["prompt"])
+    program_differs = attempt["references"] != other["references"] or any(piece["differs"] for piece in prompt)
+
+    turns = []
+    for turn in attempt["turns"]:
+        think = [{"text": s, "differs": s not in other_sentences} for s in sentences_of(turn["think"])]
+        action_differs = program_differs if turn["action"] == "answer" else turn["action"] not in other_actions
+        differs = action_differs or any(piece["differs"] for piece in think)
+        turns.append(turn | {"think": think, "differs": differs})
+    kept = {name: attempt[name] for name in ("reward", "kscore", "failed", "references")}
+    return kept | {"prompt": prompt, "turns": turns}
+
+
+def sentences_of(text):
+    """The sentences of a thought."""
+    return [text[start:end] for start, end in sentence_spans(text)]
+
+
+def word_pieces(text, other):
+    """text cut into pieces {"text", "differs"}: which of its words the other text does not have at that place."""
+    words, others = text.split(), other.split()
+    matcher = difflib.SequenceMatcher(None, words, others, autojunk=False)
+    pieces = []
+    for kind, start, end, _, _ in matcher.get_opcodes():
+        if start < end:
+            pieces.append({"text": " ".join(words[start:end]), "differs": kind != "equal"})
+    return pieces
+
+
+DECISIONS = {  # decision -> how it was decided -> what the attempt did; "n": any other number, "words": title words
+    "text searches": {0: "makes no text search", 1: "makes one text search", "n": "makes {value} text searches"},
+    "leads followed": {0: "stops at the first page", "n": "follows what the first page names to another page"},
+    "image searches": {0: "looks for no pictures", 1: "looks for pictures once",
+                       "n": "looks for pictures {value} times"},
+    "queries": {"none": "asks no question", "fact": "asks for the exact fact", "name": "asks by the name alone",
+                "mixed": "asks by the name first, then for the fact"},
+    "skill": {True: "reads the guide on {about}", False: "leaves the guide on {about} alone"},
+    "place": {"first": "takes the first picture found", "later": "looks past the first picture found",
+              "none": "uses no picture of the search"},
+    "title words": {"words": "takes a picture titled {value}", "n": "takes a picture without a telling title"},
+    "wording": {True: "follows the wording of the guide on {about}", False: "keeps plain words for {about}"},
+    "quoted text": {True: "puts the text in quotation marks", False: "quotes no text"},
+    "ordinals": {0: "names no reference", "n": "names {value} of its references in order"},
+    "constraint": {True: "passes the check of {about}", False: "fails the check of {about}"}}
+
+
+def merged_differences(differences):
+    """The differences with those that say the same of several skills, or of several checks, put into one."""
+    merged = {}
+    for difference in differences:
+        key = json.dumps([difference[name] for name in ("slot", "decision", "best", "worst")])
+        merged.setdefault(key, difference | {"about": []})
+        merged[key]["about"].append(difference["about"].replace("_", " "))
+    return [difference | {"about": listing(difference["about"])} for difference in merged.values()]
+
+
+def listing(names):
+    """["a", "b", "c"] -> "a, b and c"."""
+    return ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else names[0]
+
+
+def difference_view(difference):
+    """One decision that two attempts took differently: {"slot", "outcome", "best", "worst"}, the last two in words.
+
+    outcome: whether it is a verdict of the judge, and so a consequence, not a decision.
+    """
+    is_outcome = difference["decision"] == "constraint"
+    best, worst = decision_text(difference, "best"), decision_text(difference, "worst")
+    if is_outcome:
+        worst = "passes it" if difference["worst"] else "fails it"
+    return {"slot": SLOT_OF_FIELD[difference["slot"]], "outcome": is_outcome, "best": best, "worst": worst}
+
+
+def decision_text(difference, which):
+    """What the best or the worst attempt did, from the table of decisions."""
+    table, value = DECISIONS[difference["decision"]], difference[which]
+    if isinstance(value, (list, tuple)):  # title words
+        phrase = table["words" if value else "n"]
+        value = f"“{' '.join(value[:4])}”"
+    else:
+        phrase = table.get(value, table.get("n", ""))
+    return phrase.format(value=value, about=difference["about"])
+
+
+def lesson_pictures(run, entry):
+    """{"best": picture, "worst": picture} of a lesson's attempts; {} for an entry that has no record of them.
+
+    Only a local renderer draws them: the page is no reason to ask a paid service.
+    """
+    record, scorer = entry.attempts, run.components.scorer
+    if not record or not run.processes.is_main or not isinstance(scorer.renderer, diffusion.Renderer):
+        return {}
+    folder = model.make_folder(os.path.join(run.settings.out, "gallery"))
+    return {which: attempt_picture(scorer, record[which], folder) for which in ("best", "worst")}
+
+
+def attempt_picture(scorer, attempt, folder):
+    """The picture of a lesson's attempt, drawn once and kept in the folder; None if a reference's file is gone."""
+    key = json.dumps([attempt["prompt"], attempt["files"], attempt["seed"]])
+    path = os.path.join(folder, f"lesson-{hashlib.sha256(key.encode()).hexdigest()[:16]}.png")
+    if not os.path.exists(path):
+        if not all(map(os.path.exists, attempt["files"])):
+            return None
+        references = [tools.read_image(file) for file in attempt["files"][:2]]
+        image = scorer.renderer.render([attempt["prompt"]], [references], [attempt["seed"]], **scorer.options)[0]
+        diffusion.write_png(path, image)
+    return picture(path)
+
+
+# -- the token microscope --
+
+@torch.no_grad()
+def microscope_view(run, t, bundle):
+    """A trajectory token by token: what the student, and the teacher with and without the guide, make of it.
+
+    A token is {"text", "p", "on", "off", "selected"}; on and off: {"gap": log q - log p in nats, "q", "prefers"} of
+    the teacher with and without the guide; prefers: the token it likes best, "" if that is the one that was written.
+    """
+    tokenizer = run.tokenizer
+    row = distill.TrainingRow(t.tokens, t.mask, 0.0, *teacher_view(t, bundle, run.tokenizer))
+    temperature, recipe = run.settings.temperature, run.recipe
+
+    # three views of the same action tokens: the student's, the teacher's without the guide, the teacher's with it
+    student = distill.score_actions(run.net, [t.tokens], [t.mask], temperature, True)
+    unguided = distill.score_actions(run.teacher, [t.tokens], [t.mask], temperature, True)
+    guided, score = distill.teacher_scores(run.teacher, student, [row], recipe, temperature, with_logits=True)
+    selected = distill.select_tokens(guided.logp - student.logp, student.mask, recipe, score)[0].tolist()
+
+    positions = [i for i, is_action in enumerate(t.mask) if is_action]
+    written = [t.tokens[i] for i in positions]
+    p = student.logp[0].exp().tolist()
+    on = teacher_tokens_view(tokenizer, written, student, guided)
+    off = teacher_tokens_view(tokenizer, written, student, unguided)
+
+    turns = []
+    for n, i in enumerate(positions):
+        starts_turn = n == 0 or i != positions[n - 1] + 1
+        if starts_turn:
+            step = t.steps[len(turns)] if len(turns) < len(t.steps) else None
+            turns.append(microscope_turn(step, bundle))
+        turns[-1]["tokens"].append({"text": tokenizer.decode([written[n]]), "p": p[n], "on": on[n], "off": off[n],
+                                    "selected": selected[n]})
+    return {"question": t.question, "guide": bundle.markdown(), "turns": turns}
+
+
+def teacher_tokens_view(tokenizer, written, student, teacher):
+    """[{"gap", "q", "prefers"}], one a written token. student, teacher: TokenScores with logits of one row."""
+    gaps = (teacher.logp - student.logp)[0].tolist()
+    q = teacher.logp[0].exp().tolist()
+    preferred = teacher.logits[0].argmax(-1).tolist()
+
+    views = []
+    for n, token in enumerate(written):
+        prefers = tokenizer.decode([preferred[n]]) if preferred[n] != token else ""
+        views.append({"gap": gaps[n], "q": q[n], "prefers": prefers})
+    return views
+
+
+def microscope_turn(step, bundle):
+    """The heading of a turn under the microscope: its slots and what the guide says about them."""
+    tool = step.name if step and step.kind == "tool_call" else ""
+    slots = TURN_SLOTS.get(tool, []) if step else []
+    advice = []
+    for slot in slots:
+        for name in distill.SLOTS[slot]:
+            advice += bundle.guidance[name]
+    return {"slots": slots, "advice": advice, "tokens": []}
+
+
+# -- the file --
+
+def write_report(path, view):
+    """One self-contained file: web/report.html with the view's JSON in it."""
+    with open(os.path.join(HERE, "web", "report.html"), encoding="utf-8") as file:
+        page = file.read()
+    opening = '<script type="application/json" id="data">'
+    head, _, rest = page.partition(opening)
+    _, closing, tail = rest.partition("</script>")
+
+    text = json.dumps(finite(view), ensure_ascii=False, allow_nan=False)
+    text = text.replace("<", "\\u003c")  # no tag in the data ends the element
+    model.write_text(path, head + opening + text + closing + tail)
+
+
+def finite(value):
+    """The value with None for every number that is nan or infinite."""
+    if isinstance(value, dict):
+        return {str(key): finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+# ---- Commands --------------------------------------------------------------------------------------------------------
+
 def run(s):
     """python genevolve.py run"""
-    start, out = time.perf_counter(), model.make_folder(s.out)
+    started, out = time.perf_counter(), model.make_folder(s.out)
+    model.make_folder(os.path.join(out, "images"))
+    rows = run_requests(s)
+    is_quiet = s.json or s.input
+    with Components(s, out) as components, ThreadPoolExecutor(1) as scoring:
+        if not is_quiet:
+            print(rows[0]["question"])
+        components.announce(len(rows))
+        listen = None if is_quiet else lambda trajectory, step: print_step(step)
+        agent = components.agent(listen=listen, live=s.live)
+        trajectories = [agent.open(row, s.seed * 1_000_003 + i) for i, row in enumerate(rows)]
+
+        def finish(batch):
+            components.scorer.render_and_score(batch)
+            finished.update(batch)
+            save_results(out, [t for t in trajectories if t in finished], single=not s.input)
+            if s.input and not s.json:
+                print_progress(finished, len(rows), time.perf_counter() - started)
+        finished, scores = set(), []
+        for batch in chunks(agent.play(trajectories), s.live):
+            scores.append(scoring.submit(finish, batch))
+            if not components.is_outside("renderer"):  # one device computes one thing at a time
+                scores[-1].result()
+        for score in scores:
+            score.result()
+
+    known = atlas.world.known_requests()
+    if any(row["question"] not in known for row in rows) and not s.policy and not s.search:
+        print("The embedded policy knows only the Atlas, an invented world; for other requests name a real model and a "
+              "real search: --policy URL --search URL --renderer URL", file=sys.stderr)
+    print_written(s, trajectories[0], time.perf_counter() - started)
+
+
+def print_written(s, trajectory, seconds):
+    """The end of ``run``: one JSON object, or what was made and where it lies. trajectory: the first."""
+    results, report, image = (os.path.join(s.out, name) for name in ("results.json", "report.html", "image.png"))
+    if s.json:
+        with open(results, encoding="utf-8") as file:
+            records = json.load(file)
+        print(json.dumps({"results": results, "report": report, "records": records}, ensure_ascii=False))
+        return
+    written = [results, report]
+    if not s.input:
+        print_result(trajectory)
+        written += [image] if trajectory.image is not None else []
+    print(f"wrote {', '.join(written)} ({seconds:.1f} s)")
+
+
+def run_requests(s):
+    """The rows that ``run`` is asked for. One that the Atlas knows gets what its judge needs."""
+    known = atlas.world.known_requests()
     if s.input:
         rows = tools.read_requests(s.input)
     elif s.request is None:
         rows = [atlas.world.default_request()]
     else:
         rows = [{"id": "image", "question": tools.check_request(s.request)}]
-    known = atlas.world.known_requests()
-    judged = ("recipe", "gt_image", "_folder")  # what the judge needs to know of an Atlas request
-    rows = [r | {k: known[r["question"]][k] for k in judged} if r["question"] in known else r for r in rows]
-    quiet = s.json or s.input
-    with Components(s, out) as parts:
-        if not quiet:
-            print(rows[0]["question"])
-        agent = parts.agent(None if quiet else lambda trajectory, step: print_step(step))
-        done, path = [], os.path.join(out, "results.json")
-        model.make_folder(os.path.join(out, "images"))
-        parts.announce(len(rows))
-        for at in range(0, len(rows), s.live):
-            batch = rows[at:at + s.live]
-            trajectories = agent.run(batch, [s.seed * 1_000_003 + at + i for i in range(len(batch))])
-            parts.scorer.render_and_score(trajectories)
-            done += trajectories
-            save_results(out, done, single=not s.input)
-            if s.input and not s.json:
-                elapsed = time.perf_counter() - start
-                left = elapsed / len(done) * (len(rows) - len(done))
-                print(f"{len(done)}/{len(rows)} requests, {sum(t.program is not None for t in done)} programs, "
-                      f"{elapsed:.0f} s, {left:.0f} s left", flush=True)
-    strangers = sum(r["question"] not in known for r in rows)
-    if strangers and not s.policy and not s.search:
-        print("The embedded policy knows only the Atlas, an invented world; for other requests name a real model and a "
-              "real search: --policy URL --search URL --renderer URL", file=sys.stderr)
-    if s.json:
-        print(json.dumps({"results": path, "report": os.path.join(out, "report.html"),
-                          "records": json.load(open(path, encoding="utf-8"))}, ensure_ascii=False))
-    elif not s.input:
-        print_result(done[0])
-    if not s.json:
-        print(f"wrote {path}, {os.path.join(out, 'report.html')}"
-              + (f", {os.path.join(out, 'image.png')}" if not s.input and done[0].image is not None else "")
-              + f" ({time.perf_counter() - start:.1f} s)")
+    for_judge = ("recipe", "gt_image", "_folder")
+    return [row | {key: known[row["question"]][key] for key in for_judge} if row["question"] in known else row
+            for row in rows]
+
+
+def print_progress(finished, total, seconds):
+    programs = sum(t.program is not None for t in finished)
+    left = seconds / len(finished) * (total - len(finished))
+    print(f"{len(finished)}/{total} requests, {programs} programs, {seconds:.0f} s, {left:.0f} s left", flush=True)
 
 
 def save_results(out, trajectories, single):
@@ -757,676 +2303,84 @@ def save_results(out, trajectories, single):
             t.saved = True
         records.append(record(t, path))
     model.write_json(os.path.join(out, "results.json"), records)
-    write_report(os.path.join(out, "report.html"), trajectories)
+    write_report(os.path.join(out, "report.html"), run_view(trajectories))
 
 
-# ---- sft: the cold start ---------------------------------------------------------------------------------------------
-
-# ---- evolve: from its own attempts to a better policy ----------------------------------------------------------------
-
-@dataclass
-class Evolve(ComponentFlags):
-    """Self-evolution: roll out, render, judge, compare, remember, teach, update. Resumes by itself."""
-    out: str = flag(os.path.join("runs", "evolve"), "folder of the run; the same command goes on where it stopped")
-    data: str = flag(os.path.join(HERE, "atlas", "evolve.jsonl"), "requests to learn from")
-    validation: str = flag(os.path.join(HERE, "atlas", "validation.jsonl"), "requests that decide about promotion")
-    steps: int = flag(100, "updates")
-    prompts_per_step: int = flag(8, "requests a step")
-    rollouts: str = flag("6", "trajectories a request (K); or as --rollouts-url, and six of them")
-    rollouts_url: str = flag("", "URL of a running SGLang server that writes the trajectories (default: the engine of "
-                                 "model.py)")
-    recipe: str = flag("stable", "stable or paper: how experience becomes a gradient")
-    set: str = flag("", "changes to the recipe, for instance weight=1,teacher=ema")
-    lr: float = flag(2e-4, "learning rate of AdamW (1e-6 for a pretrained policy)")
-    grpo: bool = flag(True, "the group-relative policy gradient")
-    imitate: str = flag("", "in place of experience: cross-entropy on each group's 'best' or on the 'memory' of the "
-                            "nearest request")
-    guides: str = flag("own", "what the teacher sees: own bundles, or the controls 'shuffled' and 'placebo'")
-    match_ratio: float = flag(0.0, "norm of the experience gradient over GRPO's, faded as the weight is (0: what the "
-                                   "recipe's weight makes it)")
-    minibatches: int = flag(1, "updates a batch of trajectories is split into")
-    micro_tokens: int = flag(0, "tokens a forward pass of one process, a shared beginning once (0: 6,144 on a CPU, "
-                                "65,536 on a GPU)")
-    checkpointing: bool = flag(False, "recompute activations in the backward pass instead of keeping them")
-    bf16: bool = flag(False, "matrix products of the update in bfloat16")
-    sampling_steps: int = flag(6, "sampling steps of the renderer")
-    eval_every: int = flag(20, "steps between evaluations on validation requests (0: never)")
-    audit_every: int = flag(10, "steps between lesson audits, which cost rollouts of their own (0: never)")
-    memo: str = flag("", "file of judgements that runs share (default: one in --out)")
-
-    def __post_init__(self):
-        if str(self.rollouts).startswith(("http://", "https://")):
-            self.rollouts, self.rollouts_url = 6, self.rollouts
-        try:
-            self.rollouts = int(self.rollouts)
-        except ValueError:
-            raise ValueError(f"--rollouts {self.rollouts}: a number, or the URL of a rollout engine")
-        for name in ("steps", "prompts_per_step", "rollouts", "minibatches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+def sft(s):
+    """python genevolve.py sft"""
+    distill.sft(s)
 
 
-# of its own first (validity, entropy) or best (reward) window
-COLLAPSE = {"validity": 0.7, "entropy": 0.1, "reward": 0.6}
-WINDOW = 5  # steps
+def train_renderer(s):
+    """python genevolve.py train-renderer"""
+    diffusion.train(s.data, s.out, seed=s.seed, device=model.pick_device(s.device), vae_steps=s.vae_steps,
+                    steps=s.steps, start=s.start, compile=s.compile)
 
 
-class Evolution:
-    """A run: everything that a checkpoint has to hold, and the step that changes it.
+def serve(s):
+    """python genevolve.py serve"""
+    out = model.make_folder(s.out)
+    with Components(s, out) as components:
+        lock = threading.Lock()  # one engine and one renderer, one caller at a time
 
-    Whatever is random derives from the seed and the step's number, so a checkpoint holds no generator.
-    """
+        def policy(request):
+            if isinstance(components.policy, LocalPolicy):
+                with lock:
+                    yield from components.policy.reply(request)
+            else:  # a finished text is one piece
+                yield components.policy.client.reply(**{k: v for k, v in request.items() if k != "stream"})
 
-    def __init__(self, settings):
-        self.settings = s = settings
-        if s.imitate not in ("", "best", "memory") or s.guides not in ("own", "shuffled", "placebo"):
-            raise ValueError("--imitate takes best or memory, --guides takes own, shuffled or placebo")
-        self.out, self.recipe = model.make_folder(s.out), read_recipe(s.recipe, s.set)
-        self.processes = model.ProcessGroup.from_env(model.pick_device(s.device))
-        if model.pick_device(s.device) == "cpu":  # else threads add into one place in any order (an index's backward)
-            torch.use_deterministic_algorithms(True, warn_only=True)
-            torch.utils.deterministic.fill_uninitialized_memory = False
-        if self.processes.size > 1 and (s.record or s.replay):
-            raise ValueError("--record and --replay follow one process, not several")
-        s.policy = s.policy or os.path.join(HERE, "weights", "sft")
-        self.rows, self.validation = tools.read_requests(s.data), tools.read_requests(s.validation)
-        self.components = Components(s, self.out)
-        if isinstance(self.components.policy, ChatPolicy):
-            raise ValueError("evolve trains a policy folder; --policy URL is only for run")
-        if s.rollouts_url:
-            local = self.components.policy
-            client = tools.SGLangClient(s.rollouts_url, os.environ.get("OPENAI_API_KEY", ""))
-            client.health()
-            self.components.policy = RolloutPolicy(client, local.net, local.tokenizer, local.sampling, local.compact)
-        self.scorer, self.agent, self.tokenizer = self.components.scorer, self.components.agent(), self.components.policy.tokenizer
-        # what writes the trajectories is whole in every process, what is trained is sharded; alone they are one
-        self.rollout_net, alone = self.components.policy.net, self.processes.size == 1
-        self.net = self.rollout_net if alone else self.processes.shard(copy.deepcopy(self.rollout_net))
-        if s.rollouts_url and not alone:
-            self.rollout_net.to("cpu")  # it only hands the weights over
-        self.net.checkpointing = s.checkpointing
-        other = lambda: self.processes.shard(copy.deepcopy(self.rollout_net).to(self.components.device).requires_grad_(False))
-        self.reference = other()  # reference, and embedder of the memory
-        self.teacher = {"same": self.net, "frozen": self.reference}.get(self.recipe.teacher) or other()
-        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=s.lr, betas=(0.9, 0.95), weight_decay=0.0)
-        r, self.mean_embedding = self.recipe, None  # the mean bag of words
-        self.memory = distill.Memory(self.embed, r.capacity, r.gate, distill.entity_names if r.entity_free else None,
-                                     r.near_tie)
-        self.phrases = atlas.world.vocabulary()["guide"] if self.components.policy.compact else None
-        self.advice = atlas.world.oracle()
-        self.steps_done, self.lr_scale, self.promoted_files, self.window_start = 0, 1.0, None, 0
-        # rows; prompt -> best (tokens, mask); validation rewards
-        self.log, self.examples, self.promoted, self.example = [], {}, None, None
-        self.memo_file, self.memo_kept = s.memo or os.path.join(self.out, "memo.jsonl"), 0
-        self.resume()
-        self.memo_seen = len(self.scorer.scores)
-        self.sync_weights()
+        def renderer(prompt, references, seed, steps, width, height):
+            options = components.scorer.options | {"steps": min(steps, 40)}
+            with lock:
+                image = components.scorer.renderer.render([prompt], [references], [seed], **options)[0]
+            return diffusion.resize(image, min(height, 256), min(width, 256))
 
-    @torch.no_grad()
-    def sync_weights(self):
-        """Hand the weights to what writes the trajectories; a server that goes on with the old ones is an error."""
-        for mine, p in zip(self.rollout_net.parameters(), self.net.parameters()):
-            if mine is not p:
-                mine.copy_(model.full_tensor(p))
-        if not self.settings.rollouts_url or not self.processes.is_main:
-            return self.processes.barrier()
-        folder = os.path.abspath(os.path.join(self.out, "served"))
-        path = os.path.join(folder, f"{self.steps_done:06d}-{len(os.listdir(folder)) if os.path.isdir(folder) else 0}")
-        model.save_policy(path, self.rollout_net, self.tokenizer, "compact" if self.components.policy.compact else "full", {"step": self.steps_done})
-        self.components.policy.client.update_weights(path)
-        for old in os.listdir(folder):
-            if os.path.join(folder, old) != path:
-                shutil.rmtree(os.path.join(folder, old))
-        self.processes.barrier()
-
-    @torch.no_grad()
-    def embed(self, texts):
-        """Requests -> unit rows, from the policy as it was at the start, so that keys never age.
-
-        The embedded policy's are bags of words, less what all requests have in common."""
-        ids = [self.tokenizer.encode(t) for t in texts]
-        if not self.components.policy.compact:
-            return model.embed(self.reference, ids)
-        if self.mean_embedding is None:
-            keyed = self.memory.keyed([row["question"] for row in self.rows])
-            self.mean_embedding = model.embed_words(self.reference, [self.tokenizer.encode(t) for t in keyed]).mean(0)   # (C,)
-        return F.normalize(model.embed_words(self.reference, ids) - self.mean_embedding, dim=-1)
-
-    # -- one step --
-
-    def requests(self, step):
-        """The step's requests: every epoch goes through all of them in an order of its own."""
-        n, size = self.settings.prompts_per_step, len(self.rows)
-        places = range(step * n, (step + 1) * n)
-        order = {e: np.random.default_rng([self.settings.seed, e]).permutation(size)
-                 for e in {p // size for p in places}}
-        return [self.rows[order[p // size][p % size]] for p in places]
-
-    def roll_out(self, rows, stream, guides=None):
-        """Judged trajectories, one a row. stream: int that tells apart the uses of randomness within a step."""
-        base = zlib.crc32(f"{self.settings.seed} {self.steps_done} {stream}".encode()) << 16
-        return self.sample_trajectories(rows, [base + i for i in range(len(rows))], guides)
-
-    def sample_trajectories(self, rows, seeds, guides=None):
-        """(judged trajectories, one a row; seconds of rendering). Every process writes its share and sees all."""
-        share = self.processes.shard_list
-        mine = self.agent.run(share(rows), share(seeds), share(guides) if guides else None)
-        written = time.perf_counter()
-        self.scorer.render_and_score(mine, pictures=False)
-        seconds = time.perf_counter() - written
-        if self.processes.size == 1:
-            return mine, seconds
-        fresh = dict(list(self.scorer.scores.items())[self.memo_seen:])
-        parts = self.processes.all_gather_objects([[t.to_json() for t in mine], fresh])
-        for _, scores in parts:  # in one order everywhere
-            self.scorer.scores = {k: v for k, v in self.scorer.scores.items() if k not in scores} | scores
-        self.memo_seen = len(self.scorer.scores)
-        return [distill.Trajectory.from_json(t, row)
-                for t, row in zip((t for told, _ in parts for t in told), rows)], seconds
-
-    def step(self):
-        """Rollouts -> pictures -> rewards -> lessons -> gradient -> new weights. Returns the log's row."""
-        s, r, begun = self.settings, self.recipe, time.perf_counter()
-        rows = self.requests(self.steps_done)
-        attempts, render_seconds = self.roll_out([row for row in rows for _ in range(s.rollouts)], 0)
-        rolled, budget = time.perf_counter(), self.components.budget
-        if budget and budget.spent >= budget.max_calls:  # what came back may be cut short: nothing to learn from
-            raise tools.BudgetExceeded(f"the budget of {budget.max_calls} calls is used up; the steps up to "
-                                       f"{self.steps_done} are kept, and the same command with a larger one goes on")
-        groups = [attempts[i:i + s.rollouts] for i in range(0, len(attempts), s.rollouts)]
-        rewards = torch.tensor([[t.reward for t in g] for g in groups], dtype=torch.float64)
-        advantages = distill.group_advantages(rewards, r.std).float()
-        pairs = self.remember(rows, groups)  # first, so that a group learns from its own lesson, too
-        entries = self.memory.lookup([row["question"] for row in rows])
-        guides = self.chosen_guides(entries)
-        batch = [self.learning_row(t, a.item(), guide) for g, line, guide in zip(groups, advantages, guides)
-                 for t, a in zip(g, line) if any(t.mask)]
-        if not batch:
-            raise tools.ToolError(f"step {self.steps_done + 1}: no trajectory was written "
-                                  f"({attempts[0].error or 'no tokens'})")
-        # before the update: with and without the guide by the same weights
-        audited = self.audit(rows, entries, rewards) if s.audit_every and (self.steps_done + 1) % s.audit_every == 0 else None
-        learned = self.update(batch, self.imitated(groups, entries))
-        valid = rewards[~rewards.isnan()]
-        row = {"step": self.steps_done + 1, "reward": distill.average(valid.tolist()),
-               "spread": distill.average((spread := spreads(rewards)).tolist()),
-               "dead_groups": float((spread <= 1e-6).double().mean()), "missing": int(rewards.isnan().sum()),
-               "kscore": distill.average([t.judgement["kscore"] for t in attempts if t.judgement]),
-               "validity": distill.average([float(t.program is not None) for t in attempts]),
-               "tool_calls": distill.average([float(sum(x.kind == "tool_call" for x in t.steps)) for t in attempts]),
-               "response_tokens": distill.average([float(sum(t.mask)) for t in attempts]), "rollouts": len(attempts),
-               "pairs": pairs, "memory": len(self.memory),
-               "hit_rate": distill.average([float(e is not None) for e in entries]),
-               "own_lessons": distill.average([float(e is not None and e.prompt == row["question"])
-                                               for row, e in zip(rows, entries)]),
-               "right_advice": self.right_advice(rows, guides)} | learned
-        if audited:
-            row["lesson_audit"] = audited
-        self.steps_done += 1
-        self.sync_weights()
-        row |= {"rollout_seconds": rolled - begun - render_seconds, "render_seconds": render_seconds,
-                "update_seconds": time.perf_counter() - rolled}
-        if s.eval_every and self.steps_done % s.eval_every == 0:
-            row["validation"] = self.evaluate()
-        row = without_nan(row)
-        self.log.append(row)
-        if reason := self.collapse():
-            row["rolled_back"] = reason
-            self.restore_promoted()
-        row["seconds"] = time.perf_counter() - begun
-        return row
-
-    def remember(self, rows, groups):
-        """Compare best and worst of every group, keep what the widest gaps teach. Returns how many there were."""
-        pairs = [(row, pair) for row, g in zip(rows, groups) if (pair := distill.select_pair(g, self.recipe.min_reward_gap))]
-        pairs.sort(key=lambda x: x[1][1].reward - x[1][0].reward)  # stable: of equals, the first
-        for row, (best, worst) in pairs[:self.recipe.pairs]:
-            bundle = distill.summarize_pair(row["question"], best, worst, self.phrases)
-            bundle = bundle if self.recipe.standard else bundle.differing()
-            if self.memory.add(row["question"], bundle, best.reward, worst.reward, self.steps_done):
-                self.examples[row["question"]] = [best.tokens, best.mask]
-        kept = {e.prompt for e in self.memory.entries}
-        self.examples = {k: v for k, v in self.examples.items() if k in kept}
-        return len(pairs)
-
-    def chosen_guides(self, entries):
-        """Bundles for the teacher, one a request (None: no guide), or their controls."""
-        guides = [e.bundle if e else None for e in entries]
-        if self.settings.guides == "shuffled":
-            return distill.shuffled(guides, [e.bundle for e in self.memory.entries],
-                                    f"{self.settings.seed} {self.steps_done}")
-        if self.settings.guides == "placebo":
-            return [distill.placebo(g, lambda t: len(self.tokenizer.encode(t))) if g else None for g in guides]
-        return guides
-
-    def learning_row(self, t, advantage, guide):
-        """What the update needs of a trajectory; with a guide, also the teacher's view of it."""
-        row = distill.TrainingRow(t.tokens, t.mask, advantage)
-        if guide is not None and not self.settings.imitate and self.recipe.at(self.steps_done).weight:
-            opening = self.tokenizer.apply_chat(distill.teacher_messages(t.messages[:2], guide),
-                                                add_generation_prompt=True)
-            row.teacher_tokens, row.teacher_mask = distill.teacher_tokens(t.tokens, t.mask, t.prompt_length, opening)
-        return row
-
-    def imitated(self, groups, entries):
-        """(tokens, mask) that an imitating arm copies: its groups' best, or the memory's nearest request's best."""
-        if self.settings.imitate == "best":
-            best = [max((t for t in g if t.program and t.reward == t.reward), key=lambda t: t.reward, default=None)
-                    for g in groups]
-            return [(t.tokens, t.mask) for t in best if t is not None]
-        if self.settings.imitate == "memory":
-            return [tuple(self.examples[e.prompt]) for e in entries if e is not None]
-        return []
-
-    def update(self, batch, imitated):
-        """One update, or one a minibatch. Returns what the log says about it."""
-        s, r = self.settings, self.recipe.at(self.steps_done)
-        size = -(-len(batch) // s.minibatches)
-        pieces = [batch[i:i + size] for i in range(0, len(batch), size)]
-        autocast = lambda: torch.autocast(self.components.device, torch.bfloat16, enabled=s.bf16)
-        if len(pieces) > 1:  # the first update changes what wrote the others
-            for piece in pieces:
-                mine, counted = distill.local_rows(piece, self.processes)
-                with torch.no_grad(), autocast():
-                    old = distill.score_actions(self.net, [b.tokens for b in mine], [b.mask for b in mine],
-                                                s.temperature)
-                told = [x[m].tolist() for x, m, c in zip(old.logp, old.mask, counted) if c]
-                for b, logp in zip(piece, sum(self.processes.all_gather_objects(told), [])):
-                    b.logp_old = torch.tensor(logp)
-        with autocast():
-            cosine = distill.reverse_kl_cosine(self.net, self.teacher, self.spread_subset([b for b in batch if b.teacher_tokens]), r,
-                                               s.temperature)
-        sums, ratios, norms, parameters = Counter(), [], [], list(self.net.parameters())
-        for piece in pieces:
-            with autocast():
-                first, second, said = distill.update_gradients(
-                    self.net, self.reference, self.teacher, piece, r, s.temperature, s.grpo, s.micro_tokens,
-                    imitated=imitated, processes=self.processes)
-            lengths = distill.gradient_norm(first), distill.gradient_norm(second)
-            matched = s.match_ratio * self.recipe.fade(self.steps_done)
-            weight = matched * lengths[0] / lengths[1] if s.match_ratio and lengths[1] else r.weight
-            ratios.append(weight * lengths[1] / lengths[0] if lengths[0] else math.nan)
-            for p, a, b in zip(parameters, first, second):
-                p.grad = a.add_(b, alpha=weight)
-            norms.append(float(model.full_tensor(torch.nn.utils.clip_grad_norm_(parameters, 1.0))))
-            for group in self.optimizer.param_groups:
-                group["lr"] = s.lr * self.lr_scale
-            self.optimizer.step()
-            sums.update(said)
-            if r.teacher == "ema":
-                distill.ema_update(self.teacher, self.net, r.ema_decay)
-        self.optimizer.zero_grad(set_to_none=True)
-        told, chosen = sums["guided_tokens"] or math.nan, sums["selected"] or math.nan
-        return {"entropy": sums["entropy"] / sums["tokens"],
-                "reference_kl": sums["reference_kl"] / sums["tokens"] if s.grpo else math.nan,
-                "grpo_loss": sums["grpo_loss"] / len(pieces) if s.grpo else math.nan,
-                "sdl_loss": sums["sdl_loss"] / len(pieces) if sums["guided_tokens"] else math.nan,
-                "selected": sums["selected"] / told, "gap": sums["gap"] / told,
-                "saturated": sums["saturated"] / chosen if "k3" in r.estimator else math.nan,
-                "capped": sums["capped"] / chosen if r.estimator in distill.SAMPLED_ESTIMATORS else math.nan,
-                "clipped": sums["clipped"] / sums["tokens"] if s.grpo else math.nan, "weight": r.weight,
-                "gradient_norm": distill.average(norms), "gradient_ratio": distill.average(ratios),
-                "reverse_kl_cosine": cosine, "lr": s.lr * self.lr_scale}
-
-    @staticmethod
-    def spread_subset(rows, count=4, limit=2048):
-        """A few rows, spread over the groups, of at most ``limit`` action tokens together: their whole logits fit."""
-        kept = []
-        for row in rows[::max(1, len(rows) // count)][:count]:
-            limit -= sum(row.mask)
-            kept += [row] * (limit >= 0)
-        return kept
-
-    def right_advice(self, rows, guides):
-        """Share of a guide's bullets that the world knows to be right for the request; nan where it knows nothing."""
-        shares = []
-        for row, guide in zip(rows, guides):
-            right = self.advice.get(row["id"], {}).get("guide")
-            bullets = [(f, b.removeprefix(distill.STANDARD)) for f, bs in guide.guidance.items()
-                       for b in bs] if guide else []
-            if right and bullets:
-                shares.append(sum(b in right.get(f, []) for f, b in bullets) / len(bullets))
-        return distill.average(shares)
-
-    def audit(self, rows, entries, rewards):
-        """How a group's reward moves with its guide and with a placebo of the same length; lessons that hurt go."""
-        K, told = self.settings.rollouts, [(row, e, line) for row, e, line in zip(rows, entries, rewards.tolist()) if e]
-        if not told:
-            return None
-        means = []
-        for stream, change in enumerate((lambda b: b,
-                                         lambda b: distill.placebo(b, lambda t: len(self.tokenizer.encode(t)))), 1):
-            guides = [g for _, e, _ in told for g in [change(e.bundle)] * K]
-            attempts, _ = self.roll_out([row for row, _, _ in told for _ in range(K)], stream, guides)
-            means.append([distill.average([t.reward for t in attempts[i:i + K]]) for i in range(0, len(attempts), K)])
-        without = [distill.average(line) for _, _, line in told]
-        for (_, entry, _), a, b, c in zip(told, means[0], without, means[1]):
-            distill.Memory.record_audit(entry, a, b, c)
-        return {"lessons": len(told), "with_guide": distill.average(means[0]), "without": distill.average(without),
-                "placebo": distill.average(means[1]),
-                "retired": len(self.memory.retire()), "rollouts": 2 * K * len(told)}
-
-    # -- promotion and collapse --
-
-    def evaluate(self):
-        """Rewards on validation requests, paired with the best promoted policy's; promotes what is not worse."""
-        # always the same seeds
-        attempts, _ = self.sample_trajectories(self.validation, [7919 * i + 1 for i in range(len(self.validation))])
-        rewards = [t.reward for t in attempts]
-        if self.processes.is_main:
-            self.scorer.render_and_score(attempts[:6])
-            show(self.out, "after" if self.steps_done else "before", attempts[:6])
-        entries = self.memory.lookup([t.question for t in attempts], count=False)
-        self.example = next(((t, e.bundle) for t, e in zip(attempts, entries) if e and t.program), None)
-        figures = {"reward": distill.average(rewards),
-                   "kscore": distill.average([t.judgement["kscore"] for t in attempts if t.judgement]),
-                   "validity": distill.average([float(t.program is not None) for t in attempts])}
-        if self.promoted is not None:
-            change = np.array(rewards) - np.array(self.promoted)
-            change = change[~np.isnan(change)]
-            figures |= {"change": distill.average(change.tolist()),
-                        "standard_error": float(change.std() / max(len(change), 1) ** 0.5)}
-        # no worse than the best so far, on the same requests with the same seeds, than chance alone would have it
-        if self.promoted is None or figures["change"] >= -figures["standard_error"]:
-            if self.promoted is None or figures["change"] > 0:
-                self.promoted = rewards
-            figures["promoted"] = True
-            self.save_promoted()
-            self.write_policy("policy", figures)
-        else:
-            figures["promoted"] = False
-        return figures
-
-    def save_promoted(self):
-        """Remember the weights that a collapse goes back to."""
-        path = model.write_shards(self.processes, os.path.join(self.out, f"good-{self.steps_done:06d}"), self.weights())
-        self.promoted_files = self.processes.all_gather_objects(os.path.basename(path))
-
-    def write_policy(self, name, figures=None):
-        """The policy as a folder of the run."""
-        if self.processes.is_main:
-            model.save_policy(os.path.join(self.out, name), self.rollout_net, self.tokenizer, "compact" if self.components.policy.compact else "full",
-                        {"command": model.command_line(), "step": self.steps_done, "validation": figures})
-
-    def collapse(self):
-        """What fell past its bound within the last steps, or ""."""
-        rows = self.log[self.window_start:]
-        if len(rows) < 2 * WINDOW:
-            return ""
-        def window(key, end):
-            return distill.average([row[key] for row in rows[end - WINDOW:end]])
-        for key in ("validity", "entropy"):
-            if window(key, len(rows)) < COLLAPSE[key] * window(key, WINDOW):
-                return f"{key} fell to {window(key, len(rows)):.3f} from {window(key, WINDOW):.3f}"
-        best = max(window("reward", end) for end in range(WINDOW, len(rows) + 1))
-        if window("reward", len(rows)) < COLLAPSE["reward"] * best:
-            return f"reward fell to {window('reward', len(rows)):.3f} from {best:.3f}"
-        return ""
-
-    def restore_promoted(self):
-        """Back to the promoted weights and their optimizer, with half the learning rate. Memory and data go on."""
-        self.load_weights(model.read_shards([os.path.join(self.out, name) for name in self.promoted_files]))
-        self.lr_scale, self.window_start = self.lr_scale / 2, len(self.log)
-        self.sync_weights()
-
-    # -- checkpoints --
-
-    def weights(self):
-        """Network, optimizer and teacher by name."""
-        tensors = {f"net.{k}": p.detach() for k, p in self.net.named_parameters()}
-        for name, p in self.net.named_parameters():
-            tensors |= {f"adam.{name}.{k}": torch.as_tensor(v) for k, v in self.optimizer.state[p].items()}
-        if self.recipe.teacher == "ema":
-            tensors |= {f"teacher.{k}": p for k, p in self.teacher.named_parameters()}
-        return tensors
-
-    @torch.no_grad()
-    def load_weights(self, tensors):
-        for name, p in self.net.named_parameters():
-            p.copy_(model.distribute_like(tensors[f"net.{name}"].to(p.device), p))
-            state = {k: tensors.get(f"adam.{name}.{k}") for k in ("step", "exp_avg", "exp_avg_sq")}
-            self.optimizer.state[p] = {
-                k: v.clone() if k == "step" else model.distribute_like(v.to(p.device, copy=True), p)
-                for k, v in state.items() if v is not None}
-        if self.recipe.teacher == "ema":
-            for name, p in self.teacher.named_parameters():
-                p.copy_(model.distribute_like(tensors[f"teacher.{name}"].to(p.device), p))
-
-    def save(self, row):
-        """A checkpoint of the finished step, whole or not at all; then the log's line; the last two stay."""
-        first, (memory, keys) = self.processes.is_main, self.memory.state_dict()
-        folder = os.path.join(self.out, "checkpoints")
-        temporary, final = os.path.join(folder, "unfinished"), os.path.join(folder, f"{self.steps_done:06d}")
-        if first:
-            fresh = list(self.scorer.scores.items())[self.memo_kept:]
-            with open(self.memo_file, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps([k, v]) + "\n" for k, v in fresh)
-            self.memo_kept += len(fresh)
-            shutil.rmtree(temporary, ignore_errors=True)
-            os.makedirs(temporary)
-        self.processes.barrier()
-        path = model.write_shards(self.processes, os.path.join(temporary, "state"),
-                                  self.weights() | {f"memory.{k}": v for k, v in keys.items()})
-        sums = dict(self.processes.all_gather_objects([os.path.basename(path), model.checksum(path)]))
-        if not first:
-            return self.processes.barrier()
-        model.write_json(os.path.join(temporary, "state.json"), {
-            "settings": self.identity(), "row": row, "checksums": sums, "step": self.steps_done,
-            "lr_scale": self.lr_scale, "promoted_files": self.promoted_files, "window_start": self.window_start, "promoted": self.promoted,
-            "memory": memory, "examples": self.examples, "memo": self.memo_kept})
-        for name in os.listdir(temporary):
-            with open(os.path.join(temporary, name), "rb") as file:
-                os.fsync(file.fileno())
-        shutil.rmtree(final, ignore_errors=True)  # a damaged one, of a step that was done again
-        os.rename(temporary, final)
-        with open(os.path.join(self.out, "log.jsonl"), "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        for old in sorted(os.listdir(folder))[:-2]:
-            shutil.rmtree(os.path.join(folder, old))
-        goods = sorted(name for name in os.listdir(self.out) if name.startswith("good-"))
-        steps = sorted({name[:len("good-000000")] for name in goods})[-2:]  # two checkpoints name two of them at most
-        for old in goods:
-            if not old.startswith(tuple(steps)):
-                os.remove(os.path.join(self.out, old))
-        self.processes.barrier()
-
-    def identity(self):
-        """The settings that make it this run; how long it goes on and where it runs may change."""
-        settings = {k: v for k, v in asdict(self.settings).items()
-                    if k not in ("steps", "out", "device", "memo", "record", "replay", "max_calls", "per_minute",
-                                 "checkpointing")}
-        recipe = asdict(self.recipe) | {"clip": list(self.recipe.clip)}  # as JSON has it
-        return settings | {f"set {k}": v for k, v in recipe.items()}  # a name's meaning may change between versions
-
-    def latest_checkpoint(self):
-        """state.json of the newest whole checkpoint with its "path", or None; damaged newer ones are said and removed,
-        for their steps are done again."""
-        folder = os.path.join(self.out, "checkpoints")
-        for name in sorted(os.listdir(folder), reverse=True) if os.path.isdir(folder) else []:
-            path = os.path.join(folder, name)
-            try:
-                with open(os.path.join(path, "state.json"), encoding="utf-8") as file:
-                    state = json.load(file)
-                sums = {file: model.checksum(os.path.join(path, file)) for file in state["checksums"]}
-                if name != "unfinished" and state["checksums"] == sums:
-                    return state | {"path": path}
-                error = "its checksum does not match"
-            except (OSError, ValueError, KeyError) as failure:
-                error = failure
-            if name != "unfinished":
-                print(f"{path}: damaged, skipped ({error})", file=sys.stderr)
-            shutil.rmtree(path)
-        return None
-
-    def resume(self):
-        """Go on from the newest whole checkpoint, if there is one."""
-        for turn in (True, False):  # the first process mends what is there before the others look at it
-            if self.processes.is_main == turn:
-                state = self.latest_checkpoint()
-                # judgements of a step that a kill undid are forgotten with it, unless other runs share the file
-                count = None if self.settings.memo else state["memo"] if state else 0
-                scores = read_memo(self.memo_file, self.components.scorer, count)
-            self.processes.barrier()
-        self.scorer.scores.update(scores)
-        self.memo_kept = len(scores)
-        log = os.path.join(self.out, "log.jsonl")
-        if state is None:
-            if os.path.exists(log) and self.processes.is_main:
-                os.remove(log)
-            return
-        changed = [k for k, v in self.identity().items() if state["settings"].get(k) != v]
-        if changed:
-            raise ValueError(f"{self.out} holds a run with another --{changed[0].replace('_', '-')} "
-                             f"({state['settings'].get(changed[0])!r}); choose another --out")
-        tensors = model.read_shards([os.path.join(state["path"], name) for name in state["checksums"]])
-        self.load_weights(tensors)
-        self.memory.load_state(state["memory"], {"keys": tensors["memory.keys"]})
-        self.steps_done, self.lr_scale, self.promoted_files, self.window_start = (state[k] for k in ("step", "lr_scale", "promoted_files", "window_start"))
-        self.promoted, self.examples = state["promoted"], state["examples"]
-        lines = []
-        if os.path.exists(log):  # a kill may have come between a checkpoint and its line
-            with open(log, encoding="utf-8") as file:
-                lines = [json.loads(line) for line in file if line.endswith("\n")]
-        self.log = [line for line in lines if line["step"] < self.steps_done] + [state["row"]]
-        if self.processes.is_main:
-            model.write_lines(log, self.log)
-            print(f"resuming after step {self.steps_done}", flush=True)
+        server = tools.Server(tools.Corpus(s.corpus), s.host, s.port, policy=policy, renderer=renderer,
+                              judge=functools.partial(judge_request, components.scorer.judge))
+        print(f"serving on {server.url}: /search /images /v1/chat/completions /v1/models /generate /health "
+              "(Ctrl-C ends)", flush=True)
+        server.forever()
 
 
-def evolve(s):
-    """python genevolve.py evolve"""
-    run, begun = Evolution(s), time.perf_counter()
-    say = functools.partial(print, flush=True) if run.processes.is_main else lambda text: None
-    with run.components, run.processes:
-        checks = s.steps // s.eval_every - run.steps_done // s.eval_every + (run.steps_done == 0) if s.eval_every else 0
-        if run.processes.is_main:
-            run.components.announce((s.steps - run.steps_done) * s.prompts_per_step * s.rollouts + checks * len(run.validation))
-        if run.steps_done == 0 and s.eval_every:
-            first = run.evaluate()
-            say(f"before: validation reward {first['reward']:.3f}, KScore {first['kscore']:.3f}")
-        elif run.steps_done == 0:
-            run.save_promoted()
-        start = run.steps_done
-        while run.steps_done < s.steps:
-            row = run.step()
-            try:
-                run.save(row)
-            except OSError as error:
-                raise ValueError(f"step {run.steps_done} could not be kept ({error}); everything before it is on disk")
-            left = (time.perf_counter() - begun) / (run.steps_done - start) * (s.steps - run.steps_done)
-            say(step_line(row) + f"  {left:.0f} s left")
-            if "validation" in row:
-                write_evolution_report(run)
-        write_evolution_report(run)
-        run.write_policy("last")
-    say(f"wrote {os.path.join(s.out, 'log.jsonl')}, {os.path.join(s.out, 'report.html')}, "
-        f"{os.path.join(s.out, 'last')} and what was promoted, {os.path.join(s.out, 'policy')} "
-        f"({time.perf_counter() - begun:.0f} s)")
-    return run
-
-
-def step_line(row):
-    """A step in one line."""
-    text = (f"step {row['step']}  reward {fmt(row['reward'])}  KScore {fmt(row['kscore'])}  valid "
-            f"{fmt(row['validity'])}  "
-            f"entropy {fmt(row['entropy'])}  hits {fmt(row['hit_rate'])}  sdl {fmt(row['sdl_loss'])}  "
-            f"ratio {fmt(row['gradient_ratio'])}  {row['seconds']:.1f} s")
-    if "validation" in row:
-        v = row["validation"]
-        text += f"\n  validation reward {v['reward']:.3f}, KScore {v['kscore']:.3f}" + ", promoted" * v["promoted"]
-    return text + (f"\n  rolled back: {row['rolled_back']}" if "rolled_back" in row else "")
-
-
-def without_nan(row):
-    """A log's row: what is missing is null, in its parts as well."""
-    value = lambda v: without_nan(v) if isinstance(v, dict) else None if isinstance(v, float) and math.isnan(v) else v
-    return {k: value(v) for k, v in row.items()}
-
-
-def fmt(value):
-    return "-" if value is None else f"{value:.3f}"
-
-
-def spreads(rewards):
-    """Greatest minus smallest reward of every group, missing ones left out (0 for fewer than two). (G, K) -> (G,)"""
-    low, high = rewards.nan_to_num(math.inf).amin(1), rewards.nan_to_num(-math.inf).amax(1)
-    return (high - low).clamp(min=0)
-
-
-def read_recipe(name, changes):
-    """A named recipe with changes "field=value,...". Raises ValueError."""
-    if name not in distill.RECIPES:
-        raise ValueError(f"--recipe {name}: must be one of {', '.join(distill.RECIPES)}")
-    values, known = {}, asdict(distill.RECIPES[name])
-    for part in filter(None, changes.split(",")):
-        key, _, value = part.partition("=")
-        if key not in known:
-            raise ValueError(f"--set {part}: no such field{suggest(key, known)}")
-        kind = type(known[key])
-        try:
-            values[key] = value == "true" if kind is bool else value if kind is str else \
-                None if value == "none" else kind(value) if kind in (int, float) else float(value)
-        except (TypeError, ValueError):
-            raise ValueError(f"--set {part}: not a {kind.__name__}")
-    return dataclasses.replace(distill.RECIPES[name], **values)
-
-
-def read_memo(path, scorer, count):
-    """Judgements that runs share: key -> scores. The first line names renderer and steps; another's is refused.
-    count: lines that the checkpoint knew (None: all); what a killed step wrote after them is cut off."""
-    if not os.path.exists(path):
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        model.write_lines(path, [scorer.fingerprint()])
-    with open(path, encoding="utf-8") as file:
-        head, *lines = [json.loads(line) for line in file if line.endswith("\n")]
-    if head != scorer.fingerprint():
-        raise ValueError(f"{path}: judgements of another renderer; remove it or name another --memo")
-    lines = lines[:count]
-    model.write_lines(path, [head, *lines])
-    return dict(lines)
-
-
-# ---- promote, export -------------------------------------------------------------------------------------------------
-
-@dataclass
-class Promote(Common):
-    """Make the policy of an evolution run the one that run uses."""
-    run: str = flag("", "folder of the run, or a policy folder", positional=True)
-    undo: bool = flag(False, "take the last promotion back")
-    weights: str = flag(os.path.join(HERE, "weights"), "folder that holds policy/")
+def judge_request(judge, text, images):
+    """The judge's endpoint: scores of a generated picture and the ground truth, for the Atlas request in the text."""
+    row = next((row for question, row in atlas.world.known_requests().items() if question in text), None)
+    if row is None or len(images) != 2:
+        raise ValueError("the pixel judge needs two pictures and the text of an Atlas request")
+    scores = judge.score(images[0], images[1], row)
+    failed = [c["detail"] for c in scores["constraints"] if not c["passed"]]
+    return {"rationale": "; ".join(failed) or "all constraints hold",
+            **{dimension: scores[dimension] or 0.0 for dimension in distill.DIMENSIONS},
+            "text_accuracy_na": scores["text_accuracy"] is None}
 
 
 def promote(s):
     """python genevolve.py promote DIR | --undo"""
-    here, before = os.path.join(s.weights, "policy"), os.path.join(s.weights, "policy.before")
+    path, before = os.path.join(s.weights, "policy"), os.path.join(s.weights, "policy.before")
     if s.undo:
         if not os.path.isdir(before):
             raise ValueError(f"{before}: nothing to take back")
-        model.replace_folder(before, here)
-        print(f"{here} is what it was before the last promotion")
+        model.replace_folder(before, path)
+        print(f"{path} is what it was before the last promotion")
         return
+
     if not s.run:
         raise ValueError("promote needs the folder of a run")
-    source = next((p for p in (os.path.join(s.run, "policy"), s.run) if os.path.isfile(os.path.join(p, "config.json"))),
-                  None)
+    candidates = (os.path.join(s.run, "policy"), s.run)
+    source = next((c for c in candidates if os.path.isfile(os.path.join(c, "config.json"))), None)
     if source is None:
         raise ValueError(f"{s.run}: no policy in it")
     model.load(source)  # raises if it is not whole
-    fresh = here + ".new"
-    shutil.rmtree(fresh, ignore_errors=True)
-    shutil.copytree(source, fresh)
+
+    staging = path + ".new"
+    shutil.rmtree(staging, ignore_errors=True)
+    shutil.copytree(source, staging)
     shutil.rmtree(before, ignore_errors=True)
-    if os.path.exists(here):
-        os.rename(here, before)
-    os.rename(fresh, here)
-    print(f"{here} is now {source} (python genevolve.py promote --undo takes it back)")
-
-
-@dataclass
-class Export(Common):
-    """Write trained text weights back into a full qwen3_vl folder."""
-    policy: str = flag("", "policy folder that was trained")
-    base: str = flag("", "the qwen3_vl folder it came from")
+    if os.path.exists(path):
+        os.rename(path, before)
+    os.rename(staging, path)
+    print(f"{path} is now {source} (python genevolve.py promote --undo takes it back)")
 
 
 def export(s):
@@ -1436,189 +2390,6 @@ def export(s):
     net, _ = model.load(s.policy)
     model.export(net, s.base, s.out)
     print(f"wrote {s.out}")
-
-
-# ---- The report of an evolution --------------------------------------------------------------------------------------
-
-CURVES = (("reward", "reward and spread", ("reward", "spread")), ("kscore", "KScore", ("kscore",)),
-          ("validity", "valid programs, dead groups", ("validity", "dead_groups")),
-          ("entropy", "entropy, nats a token", ("entropy",)),
-          ("memory", "memory hit rate, right advice", ("hit_rate", "right_advice")), ("sdl", "SDL loss", ("sdl_loss",)),
-          ("gradient", "SDL to GRPO gradient norm, cosine with the reverse KL",
-           ("gradient_ratio", "reverse_kl_cosine")),
-          ("tokens", "share of tokens distilled, saturated, clipped", ("selected", "saturated", "clipped")))
-INKS = ("#b33", "#36a", "#386", "#a60", "#738", "#088", "#777", "#c59")
-TURN_SLOTS = {"search": ("search strategy",), "image_search": ("search strategy",),
-              "query_knowledge": ("knowledge activation",),
-              "": ("reference selection", "prompt construction", "failure avoidance")}
-
-
-def curve(title, series, width=420, height=130):
-    """A figure with ``svg_lines``, "" if there is nothing to draw."""
-    drawing = svg_lines(series, width, height)
-    return f"<figure>{drawing}<figcaption>{html.escape(title)}</figcaption></figure>" if drawing else ""
-
-
-def svg_lines(series, width, height, faint=None, across=""):
-    """SVG of {label: [(x, y)]}, missing values (None) left out; the axis labels are the extremes. faint: {label: lines}
-    drawn thinly in the label's ink, such as the single runs behind a mean. across: what x is."""
-    thin = faint or {}
-    points = [p for line in [*series.values(), *sum(thin.values(), [])] for p in line if p[1] is not None]
-    if not points:
-        return ""
-    (left, right), (low, high) = ((min(v), max(v)) for v in zip(*points))
-    place = lambda x, y: (f"{40 + (x - left) / max(right - left, 1e-9) * (width - 50):.1f},"
-                          f"{height - 18 - (y - low) / max(high - low, 1e-9) * (height - 30):.1f}")
-    drawn = lambda line, ink, style: (f'<polyline fill="none" stroke="{ink}" {style} points="'
-                                      + " ".join(place(x, y) for x, y in line if y is not None) + '"/>')
-    inks = dict(zip(series, INKS))
-    lines = "".join(drawn(line, inks[label], 'stroke-width="0.8" opacity="0.35"')
-                    for label, runs in thin.items() for line in runs)
-    lines += "".join(drawn(line, inks[label], 'stroke-width="1.5"') for label, line in series.items())
-    keys = " ".join(f'<tspan fill="{inks[label]}">{html.escape(label.replace("_", " "))}</tspan>' for label in series)
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-size="10" '
-            f'font-family="sans-serif">'
-            f'<text x="40" y="9">{keys}</text>{lines}<text x="0" y="20">{high:.3g}</text><text x="0" '
-            f'y="{height - 18}">{low:.3g}</text>'
-            f'<text x="40" y="{height - 4}">{left:g}</text><text x="{width / 2:g}" y="{height - 4}">'
-            f'{html.escape(across)}</text><text x="{width - 30}" y="{height - 4}">{right:.4g}</text></svg>')
-
-
-def show(out, when, trajectories):
-    """Keep validation pictures for the gallery. when: "before" or "after"."""
-    folder = model.make_folder(os.path.join(out, "gallery"))
-    for t in trajectories:
-        if t.image is not None:
-            diffusion.write_png(os.path.join(folder, f"{when}-{t.id}.png"), t.image)
-    model.write_json(os.path.join(folder, f"{when}.json"), [
-        {"id": t.id, "question": t.question, "prompt": t.program.gen_prompt if t.program else "no program",
-         "picture": t.image is not None, "kscore": t.judgement and t.judgement["kscore"]} for t in trajectories])
-
-
-def gallery(out):
-    """The same validation requests before and after."""
-    parts = ["<h2>Before and after</h2>"]
-    both = []
-    for when in ("before", "after"):
-        path = os.path.join(out, "gallery", f"{when}.json")
-        both.append(json.load(open(path, encoding="utf-8")) if os.path.exists(path) else [])
-    for rows in zip(*both):
-        parts.append(f"<h3>{html.escape(rows[0]['question'])}</h3>")
-        for when, row in zip(("before", "after"), rows):
-            score = "not judged" if row["kscore"] is None else f"KScore {row['kscore']:.2f}"
-            path = os.path.join(out, "gallery", f"{when}-{row['id']}.png")
-            if row["picture"] and os.path.exists(path):
-                parts.append(figure(diffusion.read_png(path), f"{when}, {score}: {row['prompt']}"))
-            else:
-                parts.append(f"<p>{when}: no picture</p>")
-    return "\n".join(parts)
-
-
-@torch.no_grad()
-def microscope(run, t, bundle):
-    """A trajectory's tokens, coloured by log q - log p: what the teacher, who read the guide, likes more or less."""
-    opening = run.tokenizer.apply_chat(distill.teacher_messages(t.messages[:2], bundle), add_generation_prompt=True)
-    row = distill.TrainingRow(t.tokens, t.mask, 0.0, *distill.teacher_tokens(t.tokens, t.mask, t.prompt_length, opening))
-    student = distill.score_actions(run.net, [t.tokens], [t.mask], run.settings.temperature, True)
-    teacher, score = distill.teacher_scores(run.teacher, student, [row], run.recipe, run.settings.temperature,
-                                            with_logits=True)
-    gap = teacher.logp - student.logp
-    chosen = distill.select_tokens(gap, student.mask, run.recipe.selection, run.recipe.top_fraction, score,
-                                   run.recipe.threshold)[0].tolist()
-    liked, gap = teacher.logits[0].argmax(-1).tolist(), gap[0].tolist()
-    p, q = student.logp[0].exp().tolist(), teacher.logp[0].exp().tolist()
-    parts = ["<h2>Token microscope</h2><p>Green: the teacher, with the guide in its context, finds the student's token "
-             "more likely than the student does; red: less. Underlined: what the recipe distils of such a row. Small: "
-             "the token that the teacher prefers.</p>",
-             f"<p>{html.escape(t.question)}</p><pre>{html.escape(bundle.markdown())}</pre>"]
-    places, number, word = [i for i, m in enumerate(t.mask) if m], -1, run.tokenizer.decode
-    for n, i in enumerate(places):
-        if n == 0 or i != places[n - 1] + 1:  # a new turn
-            number += 1
-            step = t.steps[number] if number < len(t.steps) else None
-            slots = TURN_SLOTS.get(step.name if step and step.kind == "tool_call" else "", ())
-            said = [b for slot in slots for f in distill.SLOTS[slot] for b in bundle.guidance[f]]
-            parts.append(f"<h3>Turn {number + 1}: {html.escape(', '.join(slots))}</h3>"
-                         + "".join(f'<p class="think">{html.escape(b)}</p>' for b in said)
-                         + '<p style="line-height:2.4">')
-        shade = f"rgba({'40,140,80' if gap[n] > 0 else '190,50,50'},{min(abs(gap[n]) / 3, 0.85):.2f})"
-        other = f'<sub>{html.escape(word([liked[n]]))}</sub>' if liked[n] != t.tokens[i] else ""
-        text = html.escape(word([t.tokens[i]])).replace("\n", "⏎")
-        parts.append(f'<span style="background:{shade}{";border-bottom:2px solid #222" if chosen[n] else ""}" '
-                     f'title="student {p[n]:.3f}, teacher {q[n]:.3f}">{text}</span>{other}')
-        if n + 1 == len(places) or places[n + 1] != i + 1:
-            parts.append("</p>")
-    return "".join(parts)
-
-
-def write_evolution_report(run):
-    """report.html of an evolution: curves, gallery, microscope, lessons."""
-    parts = ["<h2>Curves</h2>"]
-    for _, title, keys in CURVES:
-        parts.append(curve(title, {k: [(row["step"], row.get(k)) for row in run.log] for k in keys}))
-    checks = [(row["step"], row["validation"]) for row in run.log if row.get("validation")]
-    parts.append(curve("validation", {k: [(step, v[k]) for step, v in checks] for k in ("reward", "kscore")}))
-    parts.append(gallery(run.out))
-    if run.example:
-        parts.append(microscope(run, *run.example))
-    parts.append("<h2>Lessons</h2><table><tr><th>kind of "
-                 "request</th><th>best</th><th>gap</th><th>step</th><th>retrieved</th><th>audits</th>"
-                 "<th>effect</th><th>placebo</th></tr>")
-    for e in sorted(run.memory.entries, key=lambda e: -e.retrieved)[:60]:
-        effect = f"{e.moved / e.audits:+.3f}</td><td>{e.moved_placebo / e.audits:+.3f}" if e.audits else "</td><td>"
-        parts.append(f"<tr><td>{html.escape(e.bundle.trigger[:90])}</td><td>{e.best:.2f}</td><td>{e.gap:.2f}</td>"
-                     f"<td>{e.step}</td>"
-                     f"<td>{e.retrieved}</td><td>{e.audits}</td><td>{effect}</td></tr>")
-    parts.append("</table>")
-    if run.processes.is_main:  # the others only helped to read their part of the weights
-        write_page(os.path.join(run.out, "report.html"), "GenEvolve: an evolution", "\n".join(parts))
-
-
-# ---- train-renderer, serve -------------------------------------------------------------------------------------------
-
-def train_renderer(s):
-    """python genevolve.py train-renderer"""
-    diffusion.train(s.data, s.out, seed=s.seed, device=model.pick_device(s.device), vae_steps=s.vae_steps, steps=s.steps,
-                    start=s.start, compile=s.compile)
-
-
-def serve(s):
-    """python genevolve.py serve"""
-    out = model.make_folder(s.out)
-    with Components(s, out) as parts:
-        lock, known = threading.Lock(), atlas.world.known_requests()
-
-        def policy(request):
-            if not isinstance(parts.policy, LocalPolicy):
-                return parts.policy.client.complete(**{k: v for k, v in request.items() if k != "stream"})
-            with lock:  # one engine, one caller at a time
-                return parts.policy.reply(request)
-
-        def renderer(prompt, references, seed, steps, width, height):
-            with lock:
-                image = parts.scorer.renderer.render([prompt], [references], [seed],
-                                                     **parts.scorer.options | {"steps": min(steps, 40)})[0]
-            return diffusion.resize(image, min(height, 256), min(width, 256))
-
-        def judge(text, images):
-            row = next((r for question, r in known.items() if question in text), None)
-            if row is None or len(images) != 2:
-                raise ValueError("the pixel judge needs two pictures and the text of an Atlas request")
-            scores = parts.scorer.judge.score(images[0], images[1], row)
-            failed = [c["detail"] for c in scores["constraints"] if not c["passed"]]
-            return {"rationale": "; ".join(failed) or "all constraints hold",
-                    **{k: scores[k] or 0.0 for k in distill.DIMENSIONS},
-                    "text_accuracy_na": scores["text_accuracy"] is None}
-
-        server = tools.Server(tools.Corpus(s.corpus), s.host, s.port, policy=policy, renderer=renderer, judge=judge)
-        print(f"serving on {server.url}: /search /images /v1/chat/completions /v1/models /generate /health "
-              "(Ctrl-C ends)", flush=True)
-        server.forever()
-
-
-def sft(s):
-    """python genevolve.py sft"""
-    distill.sft(s)
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
@@ -1635,6 +2406,10 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
+def flag_name(name):
+    return f"--{name.replace('_', '-')}"
+
+
 def build_parser(commands):
     """One sub-command per settings class; every flag is one of its fields."""
     parser = Parser(description=sys.modules["__main__"].__doc__, allow_abbrev=False,
@@ -1643,14 +2418,14 @@ def build_parser(commands):
     for name, (settings, _) in commands.items():
         sub = chosen.add_parser(name, help=settings.__doc__, description=settings.__doc__, allow_abbrev=False)
         for f in fields(settings):
+            help = f.metadata["help"]
             if f.metadata.get("positional"):
-                sub.add_argument(f.name, nargs="?", default=None, help=f.metadata["help"])
+                sub.add_argument(f.name, nargs="?", default=None, help=help)
             elif f.type in (bool, "bool"):
-                sub.add_argument(f"--{f.name.replace('_', '-')}", default=f.default, help=f.metadata["help"],
-                                 action=argparse.BooleanOptionalAction)
+                sub.add_argument(flag_name(f.name), default=f.default, help=help, action=argparse.BooleanOptionalAction)
             else:
-                sub.add_argument(f"--{f.name.replace('_', '-')}", type=f.type, default=f.default,
-                                 help=f"{f.metadata['help']} (default: {f.default!r})")
+                sub.add_argument(flag_name(f.name), type=f.type, default=f.default,
+                                 help=f"{help} (default: {f.default!r})")
     return parser
 
 
@@ -1663,13 +2438,13 @@ def parse(arguments, commands):
     name = arguments[0]
     if name not in commands:
         raise ValueError(f"unknown command {name!r}{suggest(name, commands)}")
+
     known, unknown = parser.parse_known_args(arguments)
     settings = commands[name][0]
+    names = [f.name for f in fields(settings)]
     if unknown:
-        flags = [f"--{f.name.replace('_', '-')}" for f in fields(settings)]
-        raise ValueError(f"unknown flag {unknown[0]}{suggest(unknown[0], flags)}")
-    values = {f.name: getattr(known, f.name) for f in fields(settings)}
-    return name, settings(**values)
+        raise ValueError(f"unknown flag {unknown[0]}{suggest(unknown[0], map(flag_name, names))}")
+    return name, settings(**{name: getattr(known, name) for name in names})
 
 
 def suggest(word, choices):

@@ -3,8 +3,21 @@
     python genevolve.py serve --corpus DIR                 a key-free search backend over your own texts and images
     curl -d '{"q": "founding year", "num": 3}' localhost:8765/search
 
-It reads from top to bottom: the turn format, images, the URL guard, record and replay, the HTTP client, the corpus with
-its BM25 index, the agent's three tools, clients of models and renderers, and the local server that answers all of them.
+    turn = tools.parse_turn(text)                                       # a thought, then one tool call or one answer
+    observation = session.call(turn.name, turn.arguments)               # session = toolbox.session(); never raises
+    program, errors = tools.parse_program(turn.arguments, session)      # the answer: z = (g, R)
+
+Contents, in reading order:
+
+    parse_turn                      what the policy wrote -> Turn
+    Program, check_program          what the renderer carries out, and everything that it has to satisfy
+    read_requests                   requests of a .json or .jsonl file
+    ToolSession                     search, image_search and query_knowledge, as one trajectory sees them
+    ToolBox                         the same three as HTTP clients, shared by all trajectories
+    Index, Corpus                   BM25 over any folder of texts and pictures
+    ChatClient, RemoteRenderer, GoogleRenderer, SGLangClient            services that other people run
+    Server                          search, pictures, chat, judge and renderer over HTTP, from a folder and callables
+    Machine room                    images, check_url (the guard), Tape (record and replay), HttpClient, HTTP server
 
 Where this differs from a plain reading of the method, and why:
 
@@ -15,13 +28,17 @@ Where this differs from a plain reading of the method, and why:
 4. Images are fetched without any proxy, because the guard has to see the address that is really connected to.
 
 Rules for every client here: a failure raises ToolError with one line that names no key; nothing outlives its deadline.
+Pictures are RGB, uint8 (H, W, 3), H and W in pixels. Times are seconds.
 """
 import base64
+import codecs
+import contextlib
 import hashlib
 import http.client
 import http.server
 import io
 import ipaddress
+import itertools
 import json
 import math
 import os
@@ -43,10 +60,11 @@ from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
 
 import numpy as np
 import requests
-import urllib3  # a part of requests; only here can the guard see the address that a socket connects to
+import urllib3  # requests stands on it; only here can the guard see the address that a socket connects to
 from urllib3.util.connection import create_connection
 
 import diffusion
+import model
 
 
 class ToolError(Exception):
@@ -57,16 +75,19 @@ class BudgetExceeded(ToolError):
     """The number of paid calls that was allowed is used up."""
 
 
-def load_json(text):
+def load_json(text, strict=True, repair=False):
     """Strict JSON: no NaN, no half surrogates, no bottomless nesting. Raises ValueError in one line.
 
-    text: str or bytes (UTF-8).
+    text: str or bytes (UTF-8). strict: if False, line ends and tabs may stand in strings as they are.
+    repair: half surrogates become U+FFFD, for replies in which one odd character must not cost all the rest.
     """
     def refuse(constant):
         raise ValueError(f"{constant} is not JSON")
+
     try:
         text = text.decode() if isinstance(text, bytes) else text
-        value = json.loads(text, parse_constant=refuse)
+        value = json.loads(text, parse_constant=refuse, strict=strict)
+        value = without_surrogates(value) if repair else value
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # no 1e999, no half of a surrogate pair
         return value
     except RecursionError:
@@ -75,28 +96,58 @@ def load_json(text):
         raise ValueError("not valid Unicode") from None
 
 
-# ---- The turn format ------------------------------------------------------------------------------------------------
+def without_surrogates(value):
+    """A JSON value in which each half of a surrogate pair is U+FFFD."""
+    if isinstance(value, str):
+        return re.sub("[\ud800-\udfff]", "\ufffd", value)
+    if isinstance(value, list):
+        return [without_surrogates(item) for item in value]
+    if isinstance(value, dict):
+        return {without_surrogates(name): without_surrogates(item) for name, item in value.items()}
+    return value
 
-SKILLS = ("aesthetic_drawing", "anatomy_body_coherence", "attribute_binding", "creative_drawing",
-          "physical_material_consistency", "quantity_counting", "spatial_layout", "text_rendering")
-TOP_K = {"type": "integer", "minimum": 1, "maximum": 10, "description": "Number of results wanted (default 5)."}
+
+def json_object(text, repair=False):
+    """As load_json; ValueError unless it is an object."""
+    value = load_json(text, repair=repair)
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
+
+
+# ---- The protocol: a turn -------------------------------------------------------------------------------------------
+
+ACTION = re.compile(r"\s*<(tool_call|answer)>(.*)</\1>\s*", re.DOTALL)
+TAG = re.compile(r"</?(?:think|tool_call|answer)>")
+FENCED = re.compile(r"\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)
+END_TOKENS = re.compile(r"(?:\s*(?:<\|\w+\|>|</s>))+\s*\Z")  # which some servers leave at the end of a text
+
+
+def tool_schemas(skills):
+    """The tools as JSON schemas, for the system prompt of a function-calling model. skills: see read_skills.
+
+    A new tool is one more entry here and a method of the same name in ToolSession.
+    """
+    queries = {"type": "array", "items": {"type": "string"}, "description": "What to look up."}
+    query = {"type": "string", "description": "What the picture should show."}
+    skill_name = {"type": "string", "enum": list(skills)}
+    top_k = {"type": "integer", "minimum": 1, "maximum": 10, "description": "Number of results wanted (default 5)."}
+    return [
+        tool_schema("search", "Look facts up in text pages. Several queries may be asked at once.",
+                    "queries", queries=queries, top_k=top_k),
+        tool_schema("image_search", "Find pictures that can serve as references. Each gets an id IMG_###.",
+                    "query", query=query, top_k=top_k),
+        tool_schema("query_knowledge", "Read the guide of one drawing skill before writing the program.",
+                    "skill_name", skill_name=skill_name)]
 
 
 def tool_schema(name, description, required, **properties):
-    return {"type": "function", "function": {"name": name, "description": description, "parameters": {
-        "type": "object", "properties": properties, "required": [required]}}}
+    parameters = {"type": "object", "properties": properties, "required": [required]}
+    return {"type": "function",
+            "function": {"name": name, "description": description, "parameters": parameters}}
 
 
-TOOL_SCHEMAS = (
-    tool_schema("search", "Look facts up in text pages. Several queries may be asked at once.", "queries",
-                queries={"type": "array", "items": {"type": "string"}, "description": "What to look up."}, top_k=TOP_K),
-    tool_schema("image_search", "Find pictures that can serve as references. Each gets an id IMG_###.", "query",
-                query={"type": "string", "description": "What the picture should show."}, top_k=TOP_K),
-    tool_schema("query_knowledge", "Read the guide of one drawing skill before writing the program.", "skill_name",
-                skill_name={"type": "string", "enum": list(SKILLS)}))
-TOOL_NAMES = tuple(schema["function"]["name"] for schema in TOOL_SCHEMAS)
-ACTION = re.compile(r"\s*<(tool_call|answer)>(.*)</\1>\s*", re.DOTALL)
-TAG = re.compile(r"</?(?:think|tool_call|answer)>")
+TOOL_NAMES = tuple(schema["function"]["name"] for schema in tool_schemas(skills=()))
 
 
 @dataclass
@@ -112,9 +163,11 @@ class Turn:
 def parse_turn(text):
     """`<think>...</think>` and then exactly one `<tool_call>{...}</tool_call>` or `<answer>{...}</answer>`.
 
-    The opening <think> may be missing (some chat templates write it into the prompt). Never raises.
+    The opening <think> may be missing (some chat templates write it into the prompt). Accepted, because models write
+    them and the meaning is plain: JSON in a ``` fence, line ends in its strings, arguments as a JSON text, further keys
+    beside name and arguments, special tokens at the end. Never raises.
     """
-    think, closed, rest = text.partition("</think>")
+    think, closed, rest = END_TOKENS.sub("", text).partition("</think>")
     think = think.strip().removeprefix("<think>").strip()
     try:
         if not closed:
@@ -132,47 +185,1297 @@ def parse_action(rest):
     action = ACTION.fullmatch(rest)
     if not action:
         raise ValueError("one closed <tool_call> or <answer> must follow </think>, and nothing else")
+
     kind, body = action.groups()
-    if TAG.search(body):
-        raise ValueError("more than one action in a turn")
+    fenced = FENCED.fullmatch(body)
     try:
-        value = load_json(body)
+        value = load_json(fenced.group(1) if fenced else body, strict=False)
     except ValueError as error:
+        if TAG.search(body):  # in a string of valid JSON, a tag is text
+            raise ValueError("more than one action in a turn") from None
         raise ValueError(f"<{kind}> does not hold valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"<{kind}> must hold a JSON object")
     if kind == "answer":
         return kind, "", value
-    if set(value) != {"name", "arguments"} or not isinstance(value["arguments"], dict):
-        raise ValueError('<tool_call> must hold {"name": ..., "arguments": {...}}')
-    if value["name"] not in TOOL_NAMES:
-        raise ValueError(f"unknown tool; the tools are {', '.join(TOOL_NAMES)}")
-    return kind, value["name"], value["arguments"]
+    return kind, *read_tool_call(value)
 
+
+def read_tool_call(value):
+    """{"name": ..., "arguments": {...}} -> (tool name, arguments). Raises ValueError with the reason."""
+    name = value.get("name")
+    arguments = value.get("arguments")
+    if isinstance(arguments, str):  # as OpenAI's function calls have it
+        try:
+            arguments = load_json(arguments, strict=False)
+        except ValueError as error:
+            raise ValueError(f"the arguments are not valid JSON ({error})") from None
+    if name is None or not isinstance(arguments, dict):
+        raise ValueError('<tool_call> must hold {"name": ..., "arguments": {...}}')
+    if name not in TOOL_NAMES:
+        raise ValueError(f"unknown tool; the tools are {', '.join(TOOL_NAMES)}")
+    return name, arguments
+
+
+# ---- The protocol: a program ----------------------------------------------------------------------------------------
+
+REFERENCE_PHRASES = ("the first reference image", "the second reference image")  # how gen_prompt names a reference
+REFERENCE_WORDS = re.compile(r"(?:\b(?:the first|the second) )?\breference (?:image|picture|photo)s?\b", re.I)
+REFERENCE_NUMBER = re.compile(r"\breference (image )?#?\d", re.I)
+
+
+@dataclass
+class Program:
+    """z = (g, R): what the renderer carries out."""
+    gen_prompt: str
+    references: list  # one or two {"img_id": "IMG_001", "note": str}, sorted by img_id
+
+
+def parse_program(answer, session):
+    """A policy's answer {"gen_prompt", "reference_images": [{"img_id", "note"}]} -> (Program or None, errors).
+
+    session: a ToolSession, or anything that has the ``images`` and ``queries`` of the trajectory.
+    """
+    prompt = answer.get("gen_prompt") if isinstance(answer, dict) else None
+    given = answer.get("reference_images") if isinstance(answer, dict) else None
+    if not isinstance(prompt, str) or not isinstance(given, list):
+        return None, ['the answer must be {"gen_prompt": text, "reference_images": [...]}']
+    if not all(isinstance(reference, dict) and isinstance(reference.get("img_id"), str) for reference in given):
+        return None, ['each reference image must be {"img_id": "IMG_001", "note": text}']
+
+    references = [{"img_id": reference["img_id"], "note": str(reference.get("note", ""))} for reference in given]
+    program = Program(prompt, references)
+    errors = check_program(program, session.images, session.queries)
+    return (None, errors) if errors else (program, [])
+
+
+def check_program(program, images, queries):
+    """Everything a program has to satisfy. Returns a list of errors, empty if there are none.
+
+    images: the img_ids known to the trajectory. queries: [(tool, query)] in the order in which they were asked.
+    """
+    errors = []
+    prompt = program.gen_prompt
+    img_ids = [reference["img_id"] for reference in program.references]
+    unknown = [img_id for img_id in img_ids if img_id not in images]
+
+    if not prompt.strip():
+        errors.append("gen_prompt is empty")
+
+    # R: an unknown id is an error; dropping it would turn "the first reference image" into another picture
+    if not 1 <= len(img_ids) <= 2:
+        errors.append(f"{len(img_ids)} reference images; one or two are used")
+    if unknown:
+        errors.append(f"unknown img_id {', '.join(unknown)}")
+    if img_ids != sorted(set(img_ids)):
+        errors.append("reference images must differ and be sorted by img_id")
+
+    # g: the renderer sees the pictures in their order, and neither ids nor pages
+    if re.search(r"IMG_\d", prompt):
+        errors.append("gen_prompt contains an img_id; write the first reference image")
+    if re.search(r"\b(https?://|www\.)", prompt, re.I):
+        errors.append("gen_prompt contains a URL")
+    phrases = REFERENCE_WORDS.findall(prompt)
+    if any(phrase.lower() not in REFERENCE_PHRASES for phrase in phrases) or REFERENCE_NUMBER.search(prompt):
+        errors.append("gen_prompt may name references only as the first reference image, the second reference image")
+    if REFERENCE_PHRASES[1] in prompt.lower() and len(img_ids) < 2:
+        errors.append("gen_prompt names the second reference image, but there is only one")
+
+    # the calls that led to the program
+    if not any(tool == "image_search" for tool, _ in queries):
+        errors.append("no image_search was made")
+    if len(set(queries)) < len(queries):
+        errors.append("a query was repeated")
+    return errors
+
+
+# ---- Requests files -------------------------------------------------------------------------------------------------
+
+MAX_REQUEST = 8000                                  # characters of a request
+QUESTION_FIELDS = ("question", "prompt", "Prompt")  # of bench rows, of RL rows, of WISE's prompts
+
+
+def read_requests(path):
+    """Rows of a .json (list) or .jsonl file, each with "id", "question" and the folder of its pictures, "_folder".
+
+    Reads the released bench and RL rows, WISE's prompts, or anybody's. Raises ValueError in one line.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: no such file")
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+
+    try:
+        if path.endswith(".json"):
+            numbered = list(enumerate(json.loads(text), 1))
+        else:
+            lines = enumerate(text.split("\n"), 1)
+            numbered = [(number, json.loads(line)) for number, line in lines if line.strip()]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+
+    if not numbered:
+        raise ValueError(f"{path}: no requests in it")
+    return [request_row(row, number, path) for number, row in numbered]
+
+
+def request_row(row, number, path):
+    """Check one row of a requests file. Its fields pass through; "id" is the row's, WISE's, or the line's number."""
+    where = f"{path}, line {number}"
+    texts = [row[name] for name in QUESTION_FIELDS if row.get(name)] if isinstance(row, dict) else []
+    if not texts or not isinstance(texts[0], str):
+        raise ValueError(f"{where}: no prompt or question")
+    question = check_request(texts[0], f"{where}: ")
+    default_id = str(row.get("prompt_id", f"{number:04d}"))
+    return {"id": default_id} | row | {"question": question, "_folder": os.path.dirname(path) or "."}
+
+
+def check_request(text, where=""):
+    """A request without blanks around it. ValueError if it is empty or too long; where: the message's beginning."""
+    if not text.strip():
+        raise ValueError(f"{where}the request is empty")
+    if len(text) > MAX_REQUEST:
+        raise ValueError(f"{where}the request has {len(text)} characters; at most {MAX_REQUEST} are taken")
+    return text.strip()
+
+
+# ---- The three tools ------------------------------------------------------------------------------------------------
+
+PUBLISHED_SKILLS = frozenset((  # the method's eight; a folder of guides may hold more, and these stand first
+    "aesthetic_drawing", "anatomy_body_coherence", "attribute_binding", "creative_drawing",
+    "physical_material_consistency", "quantity_counting", "spatial_layout", "text_rendering"))
+ONE_LINE = "## In one line"                           # the section of a guide that the compact form shows
+TOP_K_DEFAULT = 5
+COMPACT_TOP_K = {"search": 2, "image_search": 3}
+MAX_QUERIES, MAX_QUERY = 8, 400                       # in one call; characters of each
+MAX_TITLE, MAX_LINK, MAX_SNIPPET = 160, 300, 500      # characters that an observation shows
+
+
+def read_skills(folder):
+    """{skill name: its guide} from the Markdown files of a folder: the published skills, then all others, by name.
+
+    A new file is a new skill: query_knowledge and its schema offer what is read here. ToolError if one is unreadable.
+    """
+    try:
+        names = [name.removesuffix(".md") for name in os.listdir(folder) if name.endswith(".md")]
+        names.sort(key=lambda name: (name not in PUBLISHED_SKILLS, name))
+        return {name: read_bytes(os.path.join(folder, f"{name}.md")).decode() for name in names}
+    except (OSError, UnicodeError) as error:
+        raise ToolError(f"{folder}: the skill guides cannot be read ({error})") from None
+
+
+def sanitize(text, limit=MAX_SNIPPET):
+    """Text from outside as one line of data: no control characters, no tags of the turn format, no special tokens."""
+    text = " ".join(text.split()) if isinstance(text, str) else ""
+    text = "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
+    text = re.sub(r"<(?=\s*(?:\||/?\s*(?:think|tool_call|tool_response|answer)\b))", "‹", text, flags=re.IGNORECASE)
+    return text if len(text) <= limit else text[:limit - 1] + "…"
+
+
+class ToolSession:
+    """The tools as one trajectory sees them: its image ids and the queries that it has asked.
+
+    images: img_id -> {"local_path", "url", "title", "page_url"}. queries: [(tool, query)] that were answered.
+    box: finds pages and pictures for all sessions; a ToolBox (over HTTP) or a CorpusBox (in memory).
+    """
+
+    def __init__(self, box):
+        self.box = box
+        self.images = {}
+        self.queries = []
+        self.failures = Counter()  # (tool, query) -> how often it failed: the attempt_index of the next call
+
+    def call(self, name, arguments):
+        """The observation that answers a tool call. Never raises for anything a policy or a service may do: a failure
+        is an observation that starts with "Error:"."""
+        try:
+            if not isinstance(arguments, dict) or name not in TOOL_NAMES:
+                raise ToolError(f"unknown tool; the tools are {', '.join(TOOL_NAMES)}")
+            return getattr(self, name)(arguments)
+        except (ToolError, OSError) as error:
+            return f"Error: {sanitize(str(error))}"
+
+    def search(self, arguments):
+        """Titles, links and snippets for each query, numbered."""
+        top_k = self.check_arguments("search", arguments, "queries")
+        queries = arguments["queries"]
+        if not isinstance(queries, list) or not 1 <= len(queries) <= MAX_QUERIES:
+            raise ToolError(f"queries must be a list of 1 to {MAX_QUERIES} texts")
+        queries = self.new_queries("search", queries)
+
+        # one call may find answers for some queries and fail for others
+        attempt_indices = [self.failures["search", query] for query in queries]
+        observations = []
+        for query, hits in zip(queries, self.box.find_pages(queries, top_k, attempt_indices)):
+            if isinstance(hits, ToolError):  # not an answer: this query may be asked again
+                self.failures["search", query] += 1
+                observations.append(f"Error: {sanitize(str(hits))}")
+            else:
+                self.queries.append(("search", query))
+                observations.append(self.show_pages(query, hits))
+        return "\n".join(observations)
+
+    def show_pages(self, query, hits):
+        """The results of one query as text. hits: [{"title", "link", "snippet"}]."""
+        compact = self.box.compact
+        if not hits:
+            return "Nothing found." if compact else f'Nothing found for "{sanitize(query)}".'
+        lines = [] if compact else [f'Results for "{sanitize(query)}":']
+        for number, hit in enumerate(hits, 1):
+            title, snippet = sanitize(hit["title"], MAX_TITLE), sanitize(hit["snippet"])
+            if not compact:
+                link = sanitize(hit["link"], MAX_LINK)
+                lines.append(f"{number}. title: {title}\n   url: {link}\n   snippet: {snippet}")
+            elif title in snippet:  # need not be said twice
+                lines.append(f"{number}. {snippet}")
+            else:
+                lines.append(f"{number}. {title}: {snippet}")
+        return "\n".join(lines)
+
+    def image_search(self, arguments):
+        """Pictures with their ids. A picture that this trajectory has met before keeps its id."""
+        top_k = self.check_arguments("image_search", arguments, "query")
+        query, = self.new_queries("image_search", [arguments["query"]])
+        try:
+            found = self.box.find_images(query, top_k, self.failures["image_search", query])
+        except ToolError:
+            self.failures["image_search", query] += 1
+            raise
+        self.queries.append(("image_search", query))
+        if not found:
+            return "Nothing found."
+
+        # equal pictures have equal paths (a hash of their content), so a path stands for a picture
+        lines = [] if self.box.compact else [f'Images for "{sanitize(query)}":']
+        known_ids = {image["local_path"]: img_id for img_id, image in self.images.items()}
+        for image in found:
+            title = sanitize(image["title"], MAX_TITLE) or "untitled"
+            img_id = known_ids.setdefault(image["local_path"], f"IMG_{len(self.images) + 1:03d}")
+            self.images.setdefault(img_id, image | {"title": title})
+            lines.append(self.show_image(img_id))
+        return "\n".join(lines)
+
+    def show_image(self, img_id):
+        image = self.images[img_id]
+        if self.box.compact:
+            return f"{img_id} {image['title']}"
+        return (f"{img_id} title: {image['title']}\n"
+                f"  url: {sanitize(image['url'], MAX_LINK)}\n"
+                f"  local path: {os.path.basename(image['local_path'])}\n"
+                f"  page url: {sanitize(image['page_url'], MAX_LINK)}")
+
+    def query_knowledge(self, arguments):
+        """A skill's guide; in the compact form only its one line."""
+        name = arguments.get("skill_name")
+        if set(arguments) != {"skill_name"} or not isinstance(name, str) or name not in self.box.skills:
+            raise ToolError(f"skill_name must be one of {', '.join(self.box.skills)}")
+        guide = self.box.skills[name]
+        if self.box.compact:
+            guide = guide.rpartition(ONE_LINE)[2]
+        return guide.strip()
+
+    def check_arguments(self, tool, arguments, required):
+        """Check the names of a call's arguments and top_k; returns the latter."""
+        if required not in arguments or set(arguments) - {required, "top_k"}:
+            raise ToolError(f"{tool} takes {required} and top_k")
+        default = COMPACT_TOP_K[tool] if self.box.compact else TOP_K_DEFAULT
+        top_k = arguments.get("top_k", default)
+        if type(top_k) is not int or not 1 <= top_k <= 10:  # True is an int, too
+            raise ToolError("top_k must be a whole number from 1 to 10")
+        return top_k
+
+    def new_queries(self, tool, queries):
+        """The queries with blanks collapsed, if each is a text that was not asked before."""
+        asked = {(name, query.casefold()) for name, query in self.queries}
+        collapsed = []
+        for query in queries:
+            if not isinstance(query, str) or not query.strip():
+                raise ToolError("a query must be a text that is not empty")
+            query = " ".join(query.split())
+            if len(query) > MAX_QUERY:
+                raise ToolError(f"a query has at most {MAX_QUERY} characters")
+            if (tool, query.casefold()) in asked:
+                raise ToolError(f'repeated query "{query}"; ask something new')
+            asked.add((tool, query.casefold()))
+            collapsed.append(query)
+        return collapsed
+
+
+class CorpusBox:
+    """Finds in a corpus in memory, without HTTP and without files: for making demonstrations."""
+    compact = True
+
+    def __init__(self, corpus, skills):
+        self.corpus = corpus
+        self.skills = skills
+
+    def find_pages(self, queries, top_k, attempt_indices):
+        return [[{"title": page.title, "link": "", "snippet": snippet}
+                 for page, snippet in self.corpus.search(query, top_k)] for query in queries]
+
+    def find_images(self, query, top_k, attempt_index):
+        return [{"local_path": picture.path, "url": "", "title": picture.title, "page_url": ""}
+                for picture in self.corpus.search_images(query, top_k)]
+
+
+class CompactSession(ToolSession):
+    """A session on a corpus in memory that answers in exactly the compact form."""
+
+    def __init__(self, corpus, skills):
+        super().__init__(CorpusBox(corpus, skills))
+
+
+class ToolBox:
+    """The tools as HTTP clients of a Serper-compatible service, shared by all trajectories and threads.
+
+    search_url: named by the user, so pictures on exactly its origin may be fetched. Nothing else private is.
+    allow_private: has no effect any more (older callers pass it).
+    timeout, deadline, retries, backoff, tape, budget, limiter: see HttpClient; downloads have no budget and no limiter.
+    max_bytes: of a picture.
+    """
+
+    def __init__(self, search_url, skills_dir, image_dir, api_key="", compact=False, allow_private=True, tape=None,
+                 budget=None, limiter=None, timeout=15.0, deadline=60.0, retries=3, backoff=0.5, max_bytes=20 * 2**20):
+        self.search_url = service_url(search_url, "search")
+        self.skills = read_skills(skills_dir)
+        self.compact = compact
+        self.headers = {"X-API-KEY": api_key}
+        self.deadline = deadline
+        self.pool = ThreadPoolExecutor(16, "tools")
+
+        # two clients: the service gets the key; pictures come from anywhere and never see it
+        shared = {"timeout": timeout, "deadline": deadline, "retries": retries, "backoff": backoff, "tape": tape}
+        self.client = HttpClient("search", (api_key,), budget=budget, limiter=limiter, **shared)
+        self.downloader = HttpClient("download", guarded=True, own=self.search_url, max_bytes=max_bytes, **shared)
+
+        self.image_dir = image_dir
+        self.lock = threading.Lock()
+        self.paths = {}  # picture URL -> where it was stored
+        os.makedirs(image_dir, exist_ok=True)
+
+    def session(self):
+        return ToolSession(self)
+
+    def query(self, path, kind, query, top_k, attempt_index, until):
+        """One query to the service -> the list under ``kind`` of its reply, cut to top_k dicts."""
+        def parse(value):
+            found = value.get(kind, [])
+            if not isinstance(found, list) or not all(isinstance(hit, dict) for hit in found):
+                raise ValueError(f"no list of {kind}")
+            return found[:top_k]
+
+        payload = {"q": query, "num": top_k}
+        return self.client.post_json(f"{self.search_url}/{path}", payload, self.headers, parse, until=until,
+                                     attempt_index=attempt_index)
+
+    def find_pages(self, queries, top_k, attempt_indices):
+        """Per query a list of {"title", "link", "snippet"}, or the ToolError that there was."""
+        until = time.monotonic() + self.deadline
+
+        def find(query, attempt_index):
+            try:
+                hits = self.query("search", "organic", query, top_k, attempt_index, until)
+            except ToolError as error:
+                return error
+            return [{name: hit.get(name, "") for name in ("title", "link", "snippet")} for hit in hits]
+
+        if len(queries) == 1:
+            return [find(queries[0], attempt_indices[0])]
+        return list(self.pool.map(find, queries, attempt_indices))
+
+    def find_images(self, query, top_k, attempt_index):
+        """Pictures that could be fetched: [{"local_path", "url", "title", "page_url"}]. ToolError if there were
+        results, but none could be."""
+        until = time.monotonic() + self.deadline
+        hits = self.query("images", "images", query, top_k, attempt_index, until)
+        urls = [hit.get("imageUrl") for hit in hits]
+        paths = list(self.pool.map(lambda url: self.fetch(url, attempt_index, until), urls))
+
+        found = []
+        for hit, url, path in zip(hits, urls, paths):
+            if not isinstance(path, ToolError):
+                shown = "data:" if url.startswith("data:") else url
+                found.append({"local_path": path, "url": shown, "title": hit.get("title", ""),
+                              "page_url": hit.get("link", "")})
+        if hits and not found:
+            raise ToolError(f"none of {len(hits)} pictures could be fetched ({paths[0]})")
+        return found
+
+    def fetch(self, url, attempt_index, until):
+        """Download a picture into the cache -> its path, or the ToolError that there was."""
+        if not isinstance(url, str):
+            return ToolError("download: a result without a picture URL")
+        with self.lock:
+            path = self.paths.get(url)
+        if path and os.path.isfile(path):
+            return path
+        try:
+            if url.startswith("data:"):  # the picture itself
+                data = from_base64(unquote(url))
+            else:
+                reply = self.downloader.request("GET", picture_url(url), until=until, attempt_index=attempt_index)
+                data = reply.body
+            path = self.store(data)
+        except ToolError as error:
+            return error
+        with self.lock:
+            self.paths[url] = path
+        return path
+
+    def store(self, data):
+        """Write the bytes of a picture under a name made of their hash, so that equal pictures are one file.
+
+        ToolError for anything that is not a picture; a small PNG must be sound to the last byte.
+        """
+        kind, width, height = image_header(data)
+        if kind == "png" and width * height <= 2**20:
+            read_image(data)
+
+        def write(temporary):
+            with open(temporary, "wb") as file:
+                file.write(data)
+
+        path = os.path.join(self.image_dir, hashlib.sha256(data).hexdigest()[:40] + EXTENSION[kind])
+        with self.lock:  # the threads of a process share the name of the temporary file
+            if not os.path.isfile(path):
+                model.replace_file(path, write)
+        return path
+
+
+def picture_url(url):
+    """The URL of a picture as services write it, ready for the guard: blanks are escaped, //host is https://host."""
+    url = url.strip().replace(" ", "%20")
+    return "https:" + url if url.startswith("//") else url
+
+
+# ---- The corpus: any folder of texts and images, with BM25 ----------------------------------------------------------
+
+TEXTS = (".md", ".txt")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+SHORT = 200            # characters of a snippet
+MAX_TEXT = 2**20       # bytes read of one file
+
+
+CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"  # scripts without blanks, and Hangul
+WORD = re.compile(rf"[{CJK}]+|[^\W{CJK}]+")
+
+
+def words(text):
+    """Lower-case words, numbers included. Chinese, Japanese and Korean become pairs of neighbouring characters."""
+    found = []
+    for word in WORD.findall(unicodedata.normalize("NFKC", text).lower()):
+        if "\u3040" <= word[0] and len(word) > 2 and re.match(f"[{CJK}]", word):
+            found += [word[at:at + 2] for at in range(len(word) - 1)]
+        else:
+            found.append(word)
+    return found
+
+
+class Index:
+    """Plain inverted index, ranked by BM25:
+
+        score(q, d) = sum over words w of q: idf(w) * f (k1 + 1) / (f + k1 (1 - b + b |d| / mean |d|))
+
+    with f the count of w in d and idf(w) = log(1 + (N - n + 1/2) / (n + 1/2)), n of N documents holding w.
+    """
+
+    def __init__(self, texts, k1=1.2, b=0.75):
+        self.k1, self.b, self.postings, self.lengths = k1, b, defaultdict(list), []
+        for number, text in enumerate(texts):
+            found = words(text)
+            self.lengths.append(len(found))
+            for word, count in Counter(found).items():
+                self.postings[word].append((number, count))
+        self.mean = sum(self.lengths) / len(self.lengths) if self.lengths else 0.0
+
+    def idf(self, word):
+        n = len(self.postings.get(word, ()))
+        return math.log(1 + (len(self.lengths) - n + 0.5) / (n + 0.5))
+
+    def search(self, query, top_k):
+        """Numbers of the best documents, best first; equal scores keep the order of the documents."""
+        scores = defaultdict(float)
+        for word in dict.fromkeys(words(query)):
+            idf = self.idf(word)
+            for number, count in self.postings.get(word, ()):
+                norm = self.k1 * (1 - self.b + self.b * self.lengths[number] / self.mean)
+                scores[number] += idf * count * (self.k1 + 1) / (count + norm)
+        return sorted(scores, key=lambda number: (-round(scores[number], 9), number))[:top_k]
+
+
+@dataclass(frozen=True)
+class Page:
+    """What one search result shows: a page, or one section of it."""
+    title: str
+    section: str
+    text: str
+    path: str  # relative to the corpus folder, with "/"
+
+
+@dataclass(frozen=True)
+class Picture:
+    title: str
+    path: str
+
+
+class Corpus:
+    """Texts and pictures of a folder. A text's title is its first line (# heading or short line), else its file name,
+    and each of its `## sections` is a result of its own. A picture's title comes from titles.json beside it
+    ({file name: title}), else from a .txt file of the same name, else from the words of its file name.
+
+    skipped: number of files of other kinds (PDF, HTML). cut: number of texts of which only the first MB is read.
+    """
+
+    def __init__(self, folder):
+        if not os.path.isdir(folder):
+            raise ToolError(f"{folder}: no such folder")
+        self.root = os.path.realpath(folder)
+        pages, pictures = [], []
+        self.skipped = 0
+        self.cut = 0
+        for place, folders, names in os.walk(self.root):
+            # in place: os.walk goes on in what is left, in this order on every file system
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            names = sorted(name for name in names if self.belongs(os.path.join(place, name)))
+            pages += self.read_pages(place, names)
+            pictures += self.read_pictures(place, names)
+            used = [name for name in names if name.lower().endswith(TEXTS + PICTURES) or name == "titles.json"]
+            self.skipped += len(names) - len(used)
+        self.index(pages, pictures)
+
+    @classmethod
+    def from_texts(cls, pages, titles):
+        """A corpus without files. pages: [(title, section, text)]; titles: {picture file name: title}."""
+        corpus = cls.__new__(cls)
+        corpus.root = ""
+        corpus.skipped = 0
+        corpus.cut = 0
+        corpus.index([Page(title, section, text, "") for title, section, text in pages],
+                     [Picture(title, name) for name, title in titles.items()])
+        return corpus
+
+    def index(self, pages, pictures):
+        self.pages = pages
+        self.pictures = pictures
+        self.paths = {found.path for found in pages + pictures}  # all that is ever served
+        self.page_index = Index(f"{page.title} {page.section} {page.text}" for page in pages)
+        self.picture_index = Index(picture.title for picture in pictures)
+
+    def summary(self):
+        """What was read, in one line."""
+        texts = len({page.path for page in self.pages})
+        return f"{texts} texts, {len(self.pictures)} pictures, {self.skipped} skipped, {self.cut} cut"
+
+    # what a search asks
+
+    def search(self, query, top_k):
+        """The best pages for a query: [(Page, snippet)]."""
+        found = [self.pages[number] for number in self.page_index.search(query, top_k)]
+        return [(page, self.snippet(page.text, query)) for page in found]
+
+    def search_images(self, query, top_k):
+        """The best pictures for a query: [Picture]."""
+        return [self.pictures[number] for number in self.picture_index.search(query, top_k)]
+
+    def snippet(self, text, query):
+        """The whole text if it is short, else the sentence that holds most of the query, and what fits after it."""
+        text = " ".join(text.split())
+        if len(text) <= SHORT:
+            return text
+        # words that few pages hold count more (idf), so the sentence with the fact wins over one with the name alone
+        sentences = re.split(r"(?<=[.!?])\s+|(?<=[。！？])", text)
+        asked = set(words(query))
+        gains = [sum(self.page_index.idf(word) for word in asked & set(words(sentence))) for sentence in sentences]
+        start = gains.index(max(gains))
+
+        best = sentences[start]
+        if len(best) > SHORT:
+            return self.excerpt(best, asked)
+        for sentence in sentences[start + 1:]:
+            if len(best) + 1 + len(sentence) > SHORT:
+                break
+            best += " " + sentence
+        return best
+
+    def excerpt(self, sentence, asked):
+        """The part of a long sentence around its rarest word that was asked for; its beginning if that is there."""
+        found = sorted(asked & set(words(sentence)))
+        rarest = max(found, key=self.page_index.idf, default="")
+        at = max(0, sentence.lower().find(rarest))
+        if at + len(rarest) < SHORT:
+            return sentence[:SHORT - 1] + "…"
+        start = min(at - SHORT // 2, len(sentence) - SHORT + 1)
+        end = start + SHORT - 2
+        return "…" + sentence[start:end] + ("…" if end < len(sentence) else "")
+
+    def read(self, path):
+        """Bytes of a file of the corpus, by the relative path that a search gave. ToolError for anything else."""
+        full = os.path.join(self.root, *path.split("/"))
+        if path not in self.paths or not self.root or not self.belongs(full):
+            raise ToolError("no such file in the corpus")
+        return read_bytes(full)
+
+    # how a folder is read
+
+    def belongs(self, path):
+        """Whether a file lies in the folder, links resolved, and is not hidden."""
+        inside = os.path.realpath(path).startswith(os.path.join(self.root, ""))
+        return inside and not os.path.basename(path).startswith(".") and os.path.isfile(path)
+
+    def relative(self, place, name):
+        return os.path.relpath(os.path.join(place, name), self.root).replace(os.sep, "/")
+
+    def read_pages(self, place, names):
+        """Pages of the texts among the files of one folder."""
+        pages = []
+        for name in names:
+            if name.lower().endswith(TEXTS):
+                path = os.path.join(place, name)
+                self.cut += os.path.getsize(path) > MAX_TEXT
+                pages += sections(read_text(path), self.relative(place, name))
+        return pages
+
+    def read_pictures(self, place, names):
+        """The pictures among the files of one folder, with their titles."""
+        titles = read_titles(os.path.join(place, "titles.json")) if "titles.json" in names else {}
+        texts = {name for name in names if name.endswith(".txt")}
+        pictures = []
+        for name in names:
+            if name.lower().endswith(PICTURES):
+                stem = os.path.splitext(name)[0]
+                title = titles.get(name)
+                if not title and stem + ".txt" in texts:
+                    title = " ".join(read_text(os.path.join(place, stem + ".txt")).split())[:SHORT]
+                pictures.append(Picture(title or spaced(stem), self.relative(place, name)))
+        return pictures
+
+
+def read_text(path):
+    """The first MB of a text file: UTF-8, UTF-16, or else Windows' Western encoding."""
+    with open(path, "rb") as file:
+        data = file.read(MAX_TEXT)
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16", "replace")
+    if b"\0" in data[:1000]:  # UTF-16 without a mark: the zeros are the upper halves of letters
+        return data.decode("utf-16-le" if data[1::2].count(0) >= data[::2].count(0) else "utf-16-be", "replace")
+    try:
+        # incremental: where the file is cut, it may be in the middle of a character
+        return codecs.getincrementaldecoder("utf-8-sig")().decode(data)
+    except UnicodeDecodeError:
+        return data.decode("cp1252", "replace")
+
+
+def read_titles(path):
+    """{file name: title} of a titles.json. ToolError if it does not hold an object."""
+    try:
+        titles = json_object(read_bytes(path))
+    except ValueError as error:
+        raise ToolError(f"{path}: {error}") from None
+    return {name: title for name, title in titles.items() if isinstance(title, str)}
+
+
+def spaced(stem):
+    """A file name as a title. A name that is not UTF-8 keeps its readable part."""
+    stem = os.fsencode(stem).decode("utf-8", "replace")
+    return " ".join(re.split(r"[\s_-]+", stem))
+
+
+def sections(text, path):
+    """A text file -> its Pages: one per `## section` that says something."""
+    lines = text.strip().splitlines() or [""]
+    first = lines[0].lstrip("#").strip()
+    is_short = first and len(first) <= 120 and len(lines) > 1 and not first.endswith(".")
+    if lines[0].startswith("# ") or is_short:
+        title, lines = first, lines[1:]
+    else:
+        title = spaced(os.path.splitext(os.path.basename(path))[0])
+
+    # split with a group: text before, then heading and body in turn
+    before, *parts = re.split(r"^##[ \t]+(.*)$", "\n".join(lines), flags=re.MULTILINE)
+    pairs = [("", before), *zip(parts[::2], parts[1::2])]
+    pages = [Page(title, section.strip(), " ".join(body.split()), path) for section, body in pairs if body.strip()]
+    return pages or [Page(title, "", title, path)]
+
+
+# ---- Clients of models, renderers and rollout engines ---------------------------------------------------------------
+
+def bearer(api_key):
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+
+def service_url(url, name):
+    """A URL from the command line, without a closing slash. ToolError if it is none."""
+    try:
+        scheme, host, _ = origin_of(url)
+    except ValueError:  # the port
+        scheme, host = "", ""
+    if scheme not in ("http", "https") or not host:
+        raise ToolError(f"{name}: {url!r} is not an http or https URL")
+    return url.strip().rstrip("/")
+
+
+def chat_url(base_url, name):
+    """The chat endpoint of a base URL: with or without a path (then /v1), with or without a query (kept)."""
+    parts = urlsplit(service_url(base_url, name))
+    path = parts.path.rstrip("/") or "/v1"
+    if not path.endswith("/chat/completions"):
+        path += "/chat/completions"
+    return urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
+
+
+# how servers say that a prompt and max_tokens together are too long for them
+CONTEXT_LENGTH = re.compile(r"context (?:length|size|window)\D{0,20}(\d+)", re.I)
+PROMPT_LENGTH = re.compile(r"(\d+) input tokens|(\d+) (?:tokens )?(?:in|from) the (?:input )?(?:messages|prompt)", re.I)
+
+
+class ChatClient:
+    """Any OpenAI-compatible chat endpoint: a policy, a judge or a summariser. ``base_url`` with or without /v1.
+
+    A server that wants max_completion_tokens, or has too short a context for max_tokens, says so with status 400: the
+    client asks again in the way that the server wants, and does so from then on.
+    http: fields of HttpClient (timeout, deadline, retries, limiter, budget, tape), here as in the clients below.
+    """
+
+    def __init__(self, base_url, api_key="", model="", name="chat model", **http):
+        self.url = chat_url(base_url, name)
+        self.limit_name = "max_tokens"  # or "max_completion_tokens"
+        self.most_tokens = math.inf     # that the server's context leaves for a reply
+        self.model = model
+        self.headers = bearer(api_key)
+        # a model may think for minutes
+        defaults = {"timeout": 300.0, "deadline": 900.0}
+        self.client = HttpClient(name, (api_key,), **defaults | http)
+
+    def complete(self, messages, **options):
+        """messages -> the text of the reply. options: max_tokens, temperature, top_p, stop, seed; None is left out."""
+        return self.reply(messages, **options).text
+
+    def reply(self, messages, max_tokens=None, **options):
+        """As complete, with finish reason and counts of tokens: a ChatReply."""
+        payload = {"model": self.model, "messages": messages}
+        payload |= {name: value for name, value in options.items() if value not in (None, [])}
+        limit = max_tokens and min(max_tokens, self.most_tokens)
+        while True:
+            limits = {self.limit_name: limit} if limit else {}
+            try:
+                return self.client.post_json(self.url, payload | limits, self.headers, read_chat_reply)
+            except ToolError as error:
+                limit = self.adapt(str(error), limit)
+                if not limit:
+                    raise
+
+    def adapt(self, reason, limit):
+        """Learn from a refusal. Returns the limit of tokens for another try; None if there is nothing to change.
+
+        Each change happens once or lowers the limit, so the tries come to an end.
+        """
+        if "HTTP 400" not in reason or not limit:
+            return None
+
+        context = CONTEXT_LENGTH.search(reason)
+        if context:
+            length = int(context.group(1))
+            prompt = PROMPT_LENGTH.search(reason)
+            room = length - int(prompt.group(1) or prompt.group(2)) if prompt else length // 2
+            if not 0 < room < limit:
+                return None
+            # one long prompt must not shorten the replies to all others
+            self.most_tokens = min(self.most_tokens, max(room, length // 4))
+            return room
+
+        if "max_completion_tokens" in reason and self.limit_name == "max_tokens":
+            self.limit_name = "max_completion_tokens"
+            return limit
+        return None
+
+
+def read_chat_reply(value):
+    """An OpenAI chat completion -> ChatReply, its text in the project's turn format.
+
+    A thought in a field of its own becomes <think>...</think>, native tool calls become <tool_call>...</tool_call>.
+    A refusal, an error in place of an answer and a filtered answer raise ToolError; anything else without text
+    ValueError.
+    """
+    if value.get("error"):
+        raise http_failure(200, error_reason(value))
+    try:
+        choice = value["choices"][0]
+        message = choice["message"]
+        finish = choice.get("finish_reason") or "stop"
+        content = message.get("content")
+        calls = message.get("tool_calls") or []
+        thought = message.get("reasoning_content") or message.get("reasoning") or ""
+        text = content_text(content)
+        actions = "\n".join(tool_call_text(call["function"]) for call in calls)
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise ValueError("no choices[0].message.content") from None
+
+    if not text and not actions:
+        if message.get("refusal"):
+            raise Refused(f"the model refused: {message['refusal']}")
+        if finish == "content_filter":
+            raise Refused("the answer was stopped by a content filter")
+        if not thought and not isinstance(content, (str, list)):
+            raise ValueError("no choices[0].message.content")
+    return ChatReply(turn_text(thought, text, actions), "length" if finish == "length" else "stop",
+                     *token_counts(value))
+
+
+def content_text(content):
+    """The content of a message, text or parts -> its text. Parts of other types say nothing here."""
+    if isinstance(content, str):
+        return content
+    texts = [part["text"] for part in content or () if part.get("type", "text") in ("text", "output_text")]
+    return "".join(texts)
+
+
+def tool_call_text(function):
+    """A native tool call {"name", "arguments": JSON text} as the turn format writes it."""
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json_object(arguments or "{}")
+        except ValueError:
+            pass  # stays text: the parser of turns says what is wrong
+    call = {"name": function["name"], "arguments": arguments or {}}
+    return f"<tool_call>{json.dumps(call, ensure_ascii=False)}</tool_call>"
+
+
+def turn_text(thought, text, actions):
+    """Thought, text and native tool calls as one turn. What is said beside a call belongs to the thought."""
+    if actions and "</think>" not in text:
+        thought = "\n".join(part for part in (thought, text) if part)
+        return f"<think>{thought}</think>\n{actions}"
+    if thought and "</think>" not in text:
+        text = f"<think>{thought}</think>\n{text}"
+    return "\n".join(part for part in (text, actions) if part)
+
+
+def token_counts(value):
+    """(prompt, completion) tokens that a reply states; 0 where it does not."""
+    usage = value.get("usage")
+    counts = usage if isinstance(usage, dict) else {}
+    return [counts.get(name) or 0 for name in ("prompt_tokens", "completion_tokens")]
+
+
+class RemoteRenderer:
+    """A Qwen-Image-Edit HTTP service on one or more machines, asked in turn; what fails on one goes to the next.
+
+    side: the longer side of a picture, in pixels.
+    """
+
+    def __init__(self, urls, side=1024, **http):
+        self.urls = [service_url(url, "renderer") for url in urls or [""]]
+        self.side = side
+        defaults = {"timeout": 600.0, "deadline": 1800.0, "retries": 1, "max_bytes": 2**27}
+        self.client = HttpClient("renderer", **defaults | http)
+
+    def render(self, prompts, references, seeds, steps=40):
+        """prompts: [str]; references: per prompt a list of paths, bytes or uint8 (H, W, 3); seeds: [int].
+
+        Returns per prompt a picture uint8 (H, W, 3), or the ToolError that there was: one failure costs one picture.
+        """
+        numbers = range(len(prompts))
+        with ThreadPoolExecutor(2 * len(self.urls)) as pool:
+            return list(pool.map(self.render_one, numbers, prompts, references, seeds, itertools.repeat(steps)))
+
+    def render_one(self, number, prompt, references, seed, steps):
+        """One picture, or its ToolError. number: of the picture; the machines take turns."""
+        try:
+            width, height = self.output_size(references)
+            images = [data_uri(reference) for reference in references]
+        except ToolError as error:
+            return error
+        payload = {"image_urls": images, "prompt": prompt, "seed": seed, "true_cfg_scale": 4.0, "negative_prompt": " ",
+                   "num_inference_steps": steps, "guidance_scale": 1.0, "num_images_per_prompt": 1,
+                   "width": width, "height": height}
+
+        # a machine that fails passes the picture on; only a spent budget ends it
+        for turn in range(len(self.urls)):
+            url = self.urls[(number + turn) % len(self.urls)]
+            try:
+                # a recording keeps the outcome of each machine (two on one host look alike to it)
+                return self.client.post_json(f"{url}/generate", payload, parse=service_image, attempt_index=turn)
+            except BudgetExceeded as error:
+                return error
+            except ToolError as error:
+                failure = error
+        return failure
+
+    def output_size(self, references):
+        """(width, height): the first reference's shape with the long side as set, in multiples of 16."""
+        if not references:
+            return self.side, self.side
+        _, width, height = image_header(image_bytes(references[0])[0])
+        scale = self.side / max(width, height)
+        return tuple(max(16, round(length * scale / 16) * 16) for length in (width, height))
+
+
+def service_image(value):
+    """{"success": true, "image": base64} -> uint8 (H, W, 3)."""
+    if value.get("success") is not True or not isinstance(value.get("image"), str):
+        reason = str(value.get("error") or value.get("detail") or "")
+        raise ValueError(f"no picture: {reason[:200]}")
+    return read_image(from_base64(value["image"]))
+
+
+class GoogleRenderer:
+    """Google's image endpoint (generateContent)."""
+    BASE_URL = "https://generativelanguage.googleapis.com"
+    MODEL = "gemini-3-pro-image-preview"
+
+    def __init__(self, api_key, model=MODEL, base_url=BASE_URL, workers=4, **http):
+        self.url = f"{service_url(base_url, 'renderer')}/v1beta/models/{model}:generateContent"
+        self.headers = {"x-goog-api-key": api_key}
+        self.workers = workers
+        defaults = {"timeout": 300.0, "deadline": 900.0, "max_bytes": 2**27}
+        self.client = HttpClient("renderer", (api_key,), **defaults | http)
+        replaying = self.client.tape and self.client.tape.replaying
+        if not api_key and not replaying:
+            raise ToolError("the Google renderer needs a key: set GOOGLE_API_KEY or GEMINI_API_KEY")
+
+    def render(self, prompts, references, seeds, steps=None):
+        """As RemoteRenderer.render. The service takes no seed and no steps: an attempt_index tells equal prompts apart,
+        so that a recording keeps each."""
+        attempt_indices = [prompts[:number].count(prompt) for number, prompt in enumerate(prompts)]
+        with ThreadPoolExecutor(self.workers) as pool:
+            return list(pool.map(self.render_one, prompts, references, attempt_indices))
+
+    def render_one(self, prompt, references, attempt_index):
+        try:
+            parts = [{"text": prompt}]
+            for data, kind in map(image_bytes, references):
+                encoded = base64.b64encode(data).decode()
+                parts.append({"inline_data": {"mime_type": MIME[kind], "data": encoded}})
+            payload = {"contents": [{"parts": parts}]}
+            return self.client.post_json(self.url, payload, self.headers, google_image, attempt_index=attempt_index)
+        except ToolError as error:
+            return error
+
+
+def google_image(value):
+    """The first picture in candidates[].content.parts[] -> uint8 (H, W, 3). Pictures of a thought are only drafts.
+
+    ToolError with the reason if the prompt or every candidate was blocked.
+    """
+    reasons = []
+    try:
+        blocked = value.get("promptFeedback") or {}
+        if blocked.get("blockReason"):
+            raise Refused(f"the prompt was blocked: {blocked['blockReason']} {blocked.get('blockReasonMessage', '')}")
+
+        for candidate in value.get("candidates") or []:
+            for part in (candidate.get("content") or {}).get("parts") or []:
+                data = part.get("inlineData") or part.get("inline_data")
+                if data and not part.get("thought"):
+                    return read_image(from_base64(data["data"]))
+            if candidate.get("finishReason") not in (None, "STOP"):
+                reasons.append(f"{candidate['finishReason']} {candidate.get('finishMessage', '')}")
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError("no picture in it") from None
+    if reasons:
+        raise Refused(f"no picture: {'; '.join(reasons)}")
+    raise ValueError("no picture in it")
+
+
+@dataclass
+class Rollout:
+    """What a serving engine generated: token ids in, token ids out, nothing re-tokenised."""
+    tokens: list
+    logprobs: list   # of the sampled tokens, as the engine computed them
+    finish: str      # "stop" or "length"
+
+
+class SGLangClient:
+    """A running SGLang server as rollout engine."""
+
+    def __init__(self, base_url, api_key="", **http):
+        self.base = service_url(base_url, "rollout engine").removesuffix("/v1")
+        self.headers = bearer(api_key)
+        self.version = 0  # of the weights: an attempt_index, as the same prompt to new weights is another call
+        defaults = {"timeout": 600.0, "deadline": 1800.0, "max_bytes": 2**28}
+        self.client = HttpClient("rollout engine", (api_key,), **defaults | http)
+
+    def generate(self, input_ids, max_new_tokens, temperature=1.0, top_p=1.0, stop_ids=(), seed=None):
+        """One prompt as token ids -> Rollout. ``seed`` is sent as ``sampling_seed`` (honoured by servers that run with
+        deterministic inference; others ignore it)."""
+        sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
+                    "stop_token_ids": list(stop_ids)}
+        if seed is not None:
+            sampling["sampling_seed"] = seed
+        payload = {"input_ids": list(input_ids), "sampling_params": sampling, "return_logprob": True}
+        return self.client.post_json(f"{self.base}/generate", payload, self.headers, read_rollout,
+                                     attempt_index=self.version)
+
+    def health(self):
+        """Raises ToolError unless the server is up."""
+        self.client.request("GET", f"{self.base}/health", headers=self.headers)
+
+    def update_weights(self, path):
+        """Load a checkpoint folder that the server can see. ToolError if it refuses, or still names another one."""
+        self.version += 1
+        answer = self.client.post_json(f"{self.base}/update_weights_from_disk", {"model_path": path}, self.headers,
+                                       attempt_index=self.version)
+        if answer.get("success") is not True:
+            reason = sanitize(answer.get("message", ""))
+            raise ToolError(f"rollout engine: the new weights were not loaded ({reason})")
+
+        # success is not enough: a server behind a router may still hold the old weights
+        served = self.client.request("GET", f"{self.base}/get_model_info", headers=self.headers,
+                                     attempt_index=self.version, parse=lambda reply: json_object(reply.body))
+        if served.get("model_path") != path:
+            raise ToolError("rollout engine: the server still answers with the old weights")
+
+
+def read_rollout(value):
+    """SGLang's reply -> Rollout. ValueError unless every token has its log-probability.
+
+    ToolError if the server gave the generation up: such a turn has no reward, which is not a reward of 0.
+    """
+    try:
+        meta = value["meta_info"]
+        finish = meta["finish_reason"]["type"]
+        if finish == "abort":
+            raise Transient(f"the generation was aborted: {meta['finish_reason'].get('message') or 'no reason given'}")
+        pairs = [(float(entry[0]), int(entry[1])) for entry in meta["output_token_logprobs"]]
+        logprobs = [logprob for logprob, _ in pairs]
+        scored_tokens = [token for _, token in pairs]
+        tokens = [int(token) for token in value.get("output_ids", scored_tokens)]
+    except (KeyError, IndexError, TypeError):
+        raise ValueError("no output_ids with their log-probabilities") from None
+    if scored_tokens != tokens:
+        raise ValueError("output_ids and output_token_logprobs do not agree")
+    return Rollout(tokens, logprobs, "length" if finish == "length" else "stop")
+
+
+# ---- The local server -----------------------------------------------------------------------------------------------
+
+# what a request may ask for; more is clipped
+MAX_RESULTS = 100
+MAX_NEW_TOKENS = 4096
+MAX_STEPS, MAX_SIDE = 50, 2048     # denoising steps; pixels
+MAX_REFERENCES, MAX_JUDGED = 2, 8  # pictures for the renderer, for the judge
+MAX_SEED = 2**63 - 1
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+class HttpError(Exception):
+    """A request that is answered with an error status."""
+
+    def __init__(self, status, message):
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass
+class ChatReply:
+    """What a policy answers, or one piece of it. The answer's finish and counts are those of its last piece."""
+    text: str
+    finish: str = "stop"         # or "length"
+    prompt_tokens: int = 0
+    completion_tokens: int = 0   # up to and with this piece
+
+
+def reply_pieces(answer):
+    """Whatever a policy returned (str, ChatReply, or an iterable of these) as an iterator of ChatReply."""
+    if isinstance(answer, (str, ChatReply)):
+        answer = [answer]
+    for piece in answer:
+        yield ChatReply(piece) if isinstance(piece, str) else piece
+
+
+def stable_text(text, stop=(), ended=False):
+    """(the part of a text in progress that later tokens cannot change, whether a stop string ends it there).
+
+    A policy that streams may send this much. Held back until more is known: the bytes of a character that is not
+    complete (they decode to U+FFFD), and what may turn out to be the beginning of a stop string. ended: no more tokens.
+    """
+    found = [text.index(string) for string in stop if string in text]
+    if found:
+        return text[:min(found)], True
+    if ended:
+        return text, False
+    text = text.rstrip("\ufffd")
+    begun = [length for string in stop for length in range(1, len(string)) if text.endswith(string[:length])]
+    return text[:len(text) - max(begun, default=0)], False
+
+
+class Server:
+    """Search, pictures, chat, renderer and judge over HTTP, each answered by what is handed in (else 404).
+
+        with Server(Corpus(folder)) as server: requests.post(server.url + "/search", json={"q": "lamps"})
+
+    The callables are called from many threads at once:
+    policy(request) -> str, ChatReply, or an iterable of these: a client that streams gets each piece as it comes.
+        request: messages (contents are plain text), max_tokens, temperature, top_p, stop (list), seed, stream.
+    judge(text, images) -> dict or str; a chat request with pictures goes here: its text, and uint8 (H, W, 3) each.
+    renderer(prompt, references, seed, steps, width, height) -> uint8 (H, W, 3); references: at most two, likewise.
+    ValueError and ToolError from a callable become status 400, anything else 500.
+    """
+
+    def __init__(self, corpus=None, host="127.0.0.1", port=0, policy=None, judge=None, renderer=None,
+                 model="genevolve", max_body=64 * 2**20, max_requests=64, idle_seconds=30):
+        self.corpus = corpus
+        self.policy = policy
+        self.judge = judge
+        self.renderer = renderer
+        self.model = model
+        self.max_body = max_body
+        self.free_slots = threading.BoundedSemaphore(max_requests)
+        self.thread = None
+
+        # http.server makes an instance of a class per connection: the subclass carries the settings of this server
+        handler = type("Handler", (Handler,), {"owner": self, "timeout": idle_seconds})
+        try:
+            self.http = Listener((host, port), handler)
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", "") or str(error)
+            raise ToolError(f"cannot listen on {host}, port {port}: {reason}; choose another port") from None
+        if ":" in host:
+            host = f"[{host}]"
+        elif host in ("", "0.0.0.0"):
+            host = "127.0.0.1"
+        self.url = f"http://{host}:{self.http.server_port}"
+
+    def require(self, part, what):
+        if part is None:
+            raise HttpError(404, f"no {what} is served here")
+        return part
+
+    # POST. request: dict; base: URL of this server as the client wrote it
+
+    def search(self, request, base):
+        """Serper's text search."""
+        query, top_k = read_query(request)
+        rows = []
+        for position, (page, snippet) in enumerate(self.require(self.corpus, "corpus").search(query, top_k), 1):
+            link = f"{base}/page/{quote(os.fsencode(page.path))}"
+            rows.append({"title": page.title, "link": link, "snippet": snippet, "position": position})
+        return {"searchParameters": {"q": query, "num": top_k, "type": "search"}, "organic": rows}
+
+    def images(self, request, base):
+        """Serper's image search. A picture's page is the text that fits its title best."""
+        query, top_k = read_query(request)
+        corpus = self.require(self.corpus, "corpus")
+        rows = []
+        for position, picture in enumerate(corpus.search_images(query, top_k), 1):
+            url = f"{base}/image/{quote(os.fsencode(picture.path))}"
+            pages = corpus.search(picture.title, 1)
+            link = f"{base}/page/{quote(os.fsencode(pages[0][0].path))}" if pages else url
+            rows.append({"title": picture.title, "imageUrl": url, "link": link, "position": position})
+        return {"searchParameters": {"q": query, "num": top_k, "type": "images"}, "images": rows}
+
+    def generate(self, request, base):
+        """The renderer's endpoint."""
+        renderer = self.require(self.renderer, "renderer")
+        uris = request.get("image_urls") or []
+        if not isinstance(uris, list):
+            raise HttpError(400, "image_urls must be a list of data URIs")
+        image = renderer(
+            prompt=text_field(request, "prompt"),
+            references=[from_data_uri(uri) for uri in uris[:MAX_REFERENCES]],
+            seed=number_field(request, "seed", 0, 0, MAX_SEED, integer=True),
+            steps=number_field(request, "num_inference_steps", 20, 1, MAX_STEPS, integer=True),
+            width=number_field(request, "width", 1024, 16, MAX_SIDE, integer=True),
+            height=number_field(request, "height", 1024, 16, MAX_SIDE, integer=True))
+        return {"success": True, "image": base64.b64encode(diffusion.encode_png(image)).decode()}
+
+    def chat(self, request):
+        """OpenAI's chat completions -> an iterator of ChatReply pieces. Pictures go to the judge, all else to the
+        policy."""
+        messages, uris = read_messages(request)
+        if uris:
+            judge = self.require(self.judge, "judge")
+            text = "\n".join(message["content"] for message in messages if message["role"] == "user")
+            answer = judge(text, [from_data_uri(uri) for uri in uris[:MAX_JUDGED]])
+            return reply_pieces(answer if isinstance(answer, str) else json.dumps(answer))
+
+        asked = {"messages": messages, "stream": request.get("stream") is True, **read_sampling(request)}
+        return reply_pieces(self.require(self.policy, "policy")(asked))
+
+    # GET
+
+    def get(self, path):
+        """(content type, bytes) of a path."""
+        if path == "/health":
+            return "application/json", b'{"status": "ok"}'
+        entry = {"id": self.model, "object": "model", "owned_by": "genevolve"}
+        if path == "/v1/models":
+            return "application/json", json.dumps({"object": "list", "data": [entry]}).encode()
+        if unquote(path) == f"/v1/models/{self.model}":
+            return "application/json", json.dumps(entry).encode()
+
+        kind, _, name = unquote(path, errors="surrogateescape").removeprefix("/").partition("/")
+        if kind not in ("page", "image") or not self.corpus:
+            raise HttpError(404, "no such path")
+        try:
+            data = self.corpus.read(name)
+            content_type = MIME[image_header(data)[0]] if kind == "image" else "text/plain; charset=utf-8"
+        except (ToolError, OSError, ValueError):  # ValueError: a null byte in the path
+            raise HttpError(404, "no such file") from None
+        return content_type, data
+
+    # life cycle
+
+    def start(self):
+        """Serve in the background; returns the server."""
+        self.thread = threading.Thread(target=self.http.serve_forever, args=(0.05,), name="server", daemon=True)
+        self.thread.start()
+        return self
+
+    def forever(self):
+        """Serve in the foreground until interrupted."""
+        try:
+            self.http.serve_forever()
+        finally:
+            self.http.server_close()
+
+    def stop(self):
+        if self.thread:
+            self.http.shutdown()
+            self.thread.join()
+            self.thread = None
+        self.http.server_close()
+
+    def __enter__(self):
+        return self.start()
+
+    def __exit__(self, *_):
+        self.stop()
+
+
+POST_PATHS = {"/search": Server.search, "/images": Server.images, "/generate": Server.generate}
+CHAT_PATHS = ("/v1/chat/completions", "/chat/completions")
+
+
+# ==== Machine room ====================================================================================================
 
 # ---- Images: content decides the type, the header decides whether it is decoded -------------------------------------
 
-MAX_PIXELS = 64 * 2**20
 MIME = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 EXTENSION = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
-EVERY_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG markers that state the size
+FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG markers that state the size
 
 
 def image_header(data):
     """Bytes of a PNG, JPEG or WebP file -> (type, width, height), from the header alone. ToolError if it is none."""
     try:
-        if data[:8] == b"\x89PNG\r\n\x1a\n":
-            kind, (width, height) = "png", struct.unpack(">II", data[16:24])
+        if data[:8] == diffusion.PNG_SIGNATURE:
+            kind = "png"
+            width, height = struct.unpack(">II", data[16:24])
         elif data[:3] == b"\xff\xd8\xff":
-            kind, (width, height) = "jpeg", jpeg_size(data)
+            kind = "jpeg"
+            width, height = jpeg_size(data)
         elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-            kind, (width, height) = "webp", webp_size(data)
+            kind = "webp"
+            width, height = webp_size(data)
         else:
             raise ToolError("not a PNG, JPEG or WebP picture")
     except (struct.error, IndexError):
         raise ToolError("a picture whose header is cut off") from None
-    if not width or not height or width * height > MAX_PIXELS:
-        raise ToolError(f"a picture of {width:,} x {height:,} pixels; at most {MAX_PIXELS >> 20} megapixels are read")
+    limit = diffusion.MAX_PIXELS
+    if not width or not height or width * height > limit:
+        raise ToolError(f"a picture of {width:,} x {height:,} pixels; at most {limit >> 20} megapixels are read")
     return kind, width, height
 
 
@@ -182,9 +1485,11 @@ def jpeg_size(data):
     while True:
         if data[at] != 0xFF:
             raise ToolError("a JPEG picture with a broken header")
-        marker, length = data[at + 1], struct.unpack(">H", data[at + 2:at + 4])[0]
-        if marker in EVERY_FRAME:
-            return struct.unpack(">HH", data[at + 5:at + 9])[::-1]
+        marker = data[at + 1]
+        length, = struct.unpack(">H", data[at + 2:at + 4])
+        if marker in FRAME_MARKERS:
+            height, width = struct.unpack(">HH", data[at + 5:at + 9])
+            return width, height
         at += 1 if marker == 0xFF else 2 + max(length, 2)  # 0xFF 0xFF is padding
 
 
@@ -194,7 +1499,7 @@ def webp_size(data):
     if kind == b"VP8X":
         return 1 + int.from_bytes(bits[4:7], "little"), 1 + int.from_bytes(bits[7:10], "little")
     if kind == b"VP8L":
-        packed = struct.unpack("<I", bits[1:5])[0]
+        packed, = struct.unpack("<I", bits[1:5])
         return 1 + (packed & 0x3FFF), 1 + (packed >> 14 & 0x3FFF)
     width, height = struct.unpack("<HH", bits[6:10])
     return width & 0x3FFF, height & 0x3FFF
@@ -205,11 +1510,9 @@ def read_image(source):
 
     PNG needs nothing; the other formats need Pillow, the only optional package of the project.
     """
-    where, data = ("", source) if isinstance(source, bytes) else (f"{source}: ", b"")
+    where = "" if isinstance(source, bytes) else f"{source}: "
     try:
-        if where:
-            with open(source, "rb") as file:
-                data = file.read()
+        data = source if isinstance(source, bytes) else read_bytes(source)
         kind, _, _ = image_header(data)
         return diffusion.decode_png(data) if kind == "png" else decode_with_pillow(data, kind)
     except OSError as error:
@@ -219,17 +1522,18 @@ def read_image(source):
 
 
 def decode_with_pillow(data, kind):
-    """JPEG or WebP -> uint8 (H, W, 3), transparency over white."""
+    """JPEG or WebP -> uint8 (H, W, 3), upright as its EXIF rotation says, transparency over white."""
     try:
-        from PIL import Image
+        from PIL import Image, ImageOps
     except ImportError:
         raise ToolError(f"a {kind.upper()} picture: reading it takes Pillow (pip install pillow)") from None
     try:
         with Image.open(io.BytesIO(data), formats=[kind.upper()]) as image:
-            image = image.convert("RGBA")
+            image = ImageOps.exif_transpose(image).convert("RGBA")
             white = Image.new("RGBA", image.size, "white")
             return np.array(Image.alpha_composite(white, image).convert("RGB"))
-    except (SyntaxError, struct.error) as error:  # what Pillow raises on damage, next to OSError and ValueError
+    except (SyntaxError, struct.error, EOFError, MemoryError, Image.DecompressionBombError) as error:
+        # what Pillow raises on damage, next to OSError and ValueError
         raise ToolError(f"a damaged {kind.upper()} picture ({error})") from None
 
 
@@ -238,13 +1542,13 @@ def image_bytes(source):
     if isinstance(source, np.ndarray):
         return diffusion.encode_png(source), "png"
     try:
-        data = source if isinstance(source, bytes) else open_bytes(source)
+        data = source if isinstance(source, bytes) else read_bytes(source)
         return data, image_header(data)[0]
     except OSError as error:
         raise ToolError(f"{source}: cannot be read ({error.strerror or error})") from None
 
 
-def open_bytes(path):
+def read_bytes(path):
     with open(path, "rb") as file:
         return file.read()
 
@@ -263,10 +1567,11 @@ def from_data_uri(uri):
 
 
 def from_base64(text):
-    """Base64 -> bytes. ToolError if it is anything else."""
+    """Base64 -> bytes. Line ends in it, missing padding and a data URI's head are fine; else ToolError."""
     try:
-        return base64.b64decode(text, validate=True)
-    except (ValueError, TypeError):
+        text = "".join(text.rpartition(",")[2].split())
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except (ValueError, TypeError, AttributeError):
         raise ToolError("an image that is not valid base64") from None
 
 
@@ -275,7 +1580,7 @@ def image_part(source):
     return {"type": "image_url", "image_url": {"url": data_uri(source)}}
 
 
-# ---- The guard: which addresses may be fetched ----------------------------------------------------------------------
+# ---- The guard: which addresses may be fetched -----------------------------------------------------------------------
 
 PRIVATE_V4 = [ipaddress.ip_network(n) for n in (  # IANA's special-purpose registry; whatever is not global unicast
     "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24",
@@ -380,8 +1685,8 @@ def origin_of(url):
 def check_url(url, own=None):
     """Whether a URL from a search result or a model may be fetched: returns it in canonical form or raises ToolError.
 
-    http and https only, no credentials, a public host in its plain spelling, every DNS answer public. ``own``: URL of
-    the local server; what lies on its origin (same scheme, host and port) passes, and nothing else that is private.
+    http and https only, no credentials, a public host in its plain spelling, every DNS answer public. ``own``: URL
+    that the user named; what lies on its origin (same scheme, host and port) passes, and nothing else that is private.
     """
     if not isinstance(url, str) or not url or len(url) > MAX_URL:
         raise ToolError(f"refused: a URL is text of 1 to {MAX_URL} characters")
@@ -419,7 +1724,7 @@ class Reply:
 
 
 class Tape:
-    """Outside calls, kept by the hash of what was asked: JSON lines, no keys.
+    """A recording of outside calls: JSON lines, each with the hash of what was asked; no keys of services.
 
     record: every call goes out once, and its first outcome answers all equal calls (so that a replay, in whatever
     order its threads run, sees what the recording saw). replay: no call goes out; one that was not recorded raises.
@@ -428,22 +1733,28 @@ class Tape:
     def __init__(self, record=None, replay=None):
         if record and replay:
             raise ToolError("--record and --replay exclude each other")
-        self.lock, self.replies, self.replaying, self.file = threading.Lock(), {}, bool(replay), None
+        self.replaying = bool(replay)
+        self.replies = {}  # key -> Reply
+        self.lock = threading.Lock()
+        self.file = None
         try:
             if replay:
                 with open(replay, encoding="utf-8") as file:
                     for number, line in enumerate(file, 1):
                         self.read_line(line, f"{replay}, line {number}")
             if record:
-                self.file = open(record, "w", encoding="utf-8")
+                self.file = open(record, "x", encoding="utf-8")
+        except FileExistsError:
+            raise ToolError(f"{record}: exists; a recording is not overwritten, name another file") from None
         except OSError as error:
             raise ToolError(f"{record or replay}: {error.strerror}") from None
 
     def read_line(self, line, where):
         try:
             row = load_json(line)
-            self.replies[str(row["key"])] = Reply(int(row["status"]), str(row["content_type"]),
-                                                  base64.b64decode(row["body"]), str(row["error"]))
+            body = base64.b64decode(row["body"])
+            reply = Reply(int(row["status"]), str(row["content_type"]), body, str(row["error"]))
+            self.replies[str(row["key"])] = reply
         except (ValueError, KeyError, TypeError):
             raise ToolError(f"{where}: not a line of a recording") from None
 
@@ -480,13 +1791,15 @@ class Tape:
             return self.replies[key]
 
 
-# ---- HTTP: deadlines, retries, limits, budget -----------------------------------------------------------------------
+# ---- HTTP client: limits, deadlines, retries ------------------------------------------------------------------------
 
 class Limiter:
     """At most so many calls a minute, evenly spaced, over all threads that share it."""
 
     def __init__(self, per_minute):
-        self.gap, self.next, self.lock = 60.0 / per_minute, 0.0, threading.Lock()
+        self.gap = 60.0 / per_minute
+        self.next = 0.0  # time.monotonic of the next free turn
+        self.lock = threading.Lock()
 
     def wait(self, until):
         """Sleep until it is this call's turn; ToolError if that would be after ``until`` (time.monotonic)."""
@@ -502,7 +1815,9 @@ class Budget:
     """Counts calls that are sent, retries included; stops at ``max_calls``. All paid services may share one."""
 
     def __init__(self, max_calls):
-        self.max_calls, self.spent, self.lock = max_calls, 0, threading.Lock()
+        self.max_calls = max_calls
+        self.spent = 0
+        self.lock = threading.Lock()
 
     def spend(self):
         with self.lock:
@@ -527,7 +1842,9 @@ class Deadline:
     """Ends every transfer of a call when its time is over, whatever it is waiting for (a slow header, a slow body)."""
 
     def __init__(self, seconds):
-        self.seconds, self.sockets, self.expired = max(0.0, seconds), [], threading.Event()
+        self.seconds = max(0.0, seconds)
+        self.sockets = []
+        self.expired = threading.Event()
         self.timer = threading.Timer(self.seconds, self.cut)
         self.timer.daemon = True
 
@@ -561,7 +1878,8 @@ class Transport(requests.adapters.HTTPAdapter):
     """
 
     def __init__(self, guarded, own=None):
-        self.guarded, self.own = guarded, own and origin_of(own)[1:]
+        self.guarded = guarded
+        self.own = own and origin_of(own)[1:]
         self.current = threading.local()  # .deadline: of the call that the current thread is making
         self.pools = {"http": self.pool(urllib3.HTTPConnectionPool), "https": self.pool(urllib3.HTTPSConnectionPool)}
         super().__init__(pool_connections=16, pool_maxsize=64)
@@ -593,12 +1911,15 @@ class Transport(requests.adapters.HTTPAdapter):
                 if self.sock is not None:  # kept alive from an earlier call
                     transport.current.deadline.add(self.sock)
                 return super().request(*arguments, **options)
+
         return type("Pool", (base,), {"ConnectionCls": Connection})
 
     def open(self, connection):
         """Connect to one of the host's addresses, all of which are public; they share the time there is."""
-        host, port, end = connection.host.strip("[]"), connection.port, time.monotonic() + connection.timeout
-        trusted, failure = (host, port) == self.own, "no time left"
+        host, port = connection.host.strip("[]"), connection.port
+        end = time.monotonic() + connection.timeout
+        trusted = (host, port) == self.own
+        failure = "no time left"
         for address in [host] if trusted else public_addresses(host, port):
             if time.monotonic() >= end:
                 break
@@ -619,8 +1940,13 @@ class Transport(requests.adapters.HTTPAdapter):
 def redact(text, secrets):
     """Remove every key from a text (str or bytes), plain or percent-encoded. Under six characters it is no key."""
     for secret in secrets:
-        for form in (secret, quote(secret, safe="")) if len(secret) >= 6 else ():
-            text = text.replace(form, "***") if isinstance(text, str) else text.replace(form.encode(), b"***")
+        if len(secret) < 6:
+            continue
+        for form in (secret, quote(secret, safe="")):
+            if isinstance(text, str):
+                text = text.replace(form, "***")
+            else:
+                text = text.replace(form.encode(), b"***")
     return text
 
 
@@ -630,6 +1956,15 @@ def is_loopback(url):
     except ValueError:
         return False
     return host == "localhost" or is_literal(host) and ipaddress.ip_address(host).is_loopback
+
+
+def no_password(request):
+    """Authentication that adds nothing: requests would else send a password from ~/.netrc in the place of our key."""
+    return request
+
+
+def unparsed(reply):
+    return reply
 
 
 @dataclass
@@ -642,7 +1977,7 @@ class HttpClient:
     name: str                       # how errors call the service
     secrets: tuple = ()             # keys that must not appear anywhere
     guarded: bool = False           # URLs come from outside: check_url, no proxy, redirects followed
-    own: str | None = None          # the local server, which the guard lets through
+    own: str | None = None          # a URL named by the user: the guard lets its origin through
     timeout: float = 30.0           # seconds for one attempt, from connecting to the last byte
     deadline: float = 90.0          # seconds for a call with all its attempts
     retries: int = 3                # attempts after the first
@@ -659,25 +1994,30 @@ class HttpClient:
         self.session.mount("http://", self.transport)
         self.session.mount("https://", self.transport)
         self.session.trust_env = not self.guarded     # proxies and CA bundle of the environment
-        self.session.auth = lambda request: request   # but never a password from ~/.netrc
+        self.session.auth = no_password
         self.session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         self.session.headers.update({"User-Agent": "genevolve", "Accept-Encoding": "identity"})
 
-    def request(self, method, url, payload=None, headers=None, parse=None, until=math.inf, again=0):
-        """payload: JSON object for the body. parse: Reply -> value, ValueError if the response makes no sense.
-        until: time.monotonic at which the call is over, if earlier than its own deadline. again: how often the caller
-        has met a failure of this very call before (a recording keeps each)."""
+    def request(self, method, url, payload=None, headers=None, parse=unparsed, until=math.inf, attempt_index=0):
+        """One call, answered by the tape if it has this one.
+
+        payload: JSON object for the body. parse: Reply -> value, ValueError if the response makes no sense.
+        until: time.monotonic at which the call is over, if earlier than its own deadline. attempt_index: tells equal
+        calls apart that may be answered differently (after a failure, by other weights); a recording keeps each.
+        """
         until = min(until, time.monotonic() + self.deadline)
-        parse = parse or (lambda reply: reply)
         call = redact(f"{method} {url}", self.secrets)
-        key = self.key(method, url, payload, again)
+        # the tape is asked first: a replay sends nothing, a recording sends equal calls once
+        key = self.key(method, url, payload, attempt_index)
         reply = self.tape.find(key, f"{self.name}: {call[:300]}") if self.tape else None
         if reply is None:
-            reply, value = self.outcome(method, url, payload, headers, parse, until)
+            reply, value = self.send(method, url, payload, headers, parse, until)
             kept = self.tape.keep(key, call, reply) if self.tape else reply
             if kept is reply and not reply.error:
                 return value
             reply = kept
+
+        # an outcome of the tape may be a failure, too
         if reply.error:
             raise ToolError(reply.error)
         try:
@@ -685,17 +2025,26 @@ class HttpClient:
         except ValueError as error:
             raise ToolError(f"{self.name}: unusable answer ({error})") from None
 
-    def key(self, method, url, payload, again):
+    def post_json(self, url, payload, headers=None, parse=unparsed, **options):
+        """POST a JSON object; parse: JSON object -> value."""
+        def parse_body(reply):
+            return parse(json_object(reply.body, repair=True))
+
+        return self.request("POST", url, payload, headers, parse_body, **options)
+
+    def key(self, method, url, payload, attempt_index):
         """Hash of what is asked. Keys and the local server's port are left out: neither matters to the answer."""
-        parts = urlsplit(url) if is_loopback(url) else None
-        place = urlunsplit(("http", "local", parts.path, parts.query, "")) if parts else url
-        asked = json.dumps([method, place, payload, again], sort_keys=True)
+        if is_loopback(url):
+            parts = urlsplit(url)
+            url = urlunsplit(("http", "local", parts.path, parts.query, ""))
+        asked = json.dumps([method, url, payload, attempt_index], sort_keys=True)
         return hashlib.sha256(redact(asked, self.secrets).encode()).hexdigest()
 
-    def outcome(self, method, url, payload, headers, parse, until):
+    def send(self, method, url, payload, headers, parse, until):
         """Send until it works, is refused, or time or attempts run out. Returns (Reply, parsed value or None); raises
         only BudgetExceeded."""
         for attempt in range(self.retries + 1):
+            wished = 0.0
             try:
                 if self.limiter:
                     self.limiter.wait(until)
@@ -706,16 +2055,23 @@ class HttpClient:
                 return reply, parse(reply)
             except BudgetExceeded:
                 raise
-            except (Transient, ValueError) as error:
-                reason = str(error) if isinstance(error, Transient) else f"unusable answer ({error})"
-                pause = max(getattr(error, "wait", 0.0), self.backoff * 2 ** attempt * random.uniform(0.5, 1.5))
-                if attempt == self.retries or time.monotonic() + pause > until:
-                    break
-                time.sleep(pause)
+            except Transient as error:
+                reason = str(error)
+                wished = error.wait
+            except ValueError as error:
+                reason = f"unusable answer ({error})"
             except ToolError as error:
                 reason = str(error)
                 break
-        return Reply(error=redact(" ".join(f"{self.name}: {reason}".split())[:400], self.secrets)), None
+
+            # exponential backoff with jitter, so that many threads do not come back at once
+            pause = max(wished, self.backoff * 2 ** attempt * random.uniform(0.5, 1.5))
+            if attempt == self.retries or time.monotonic() + pause > until:
+                break
+            time.sleep(pause)
+
+        line = " ".join(f"{self.name}: {reason}".split())
+        return Reply(error=redact(line[:400], self.secrets)), None
 
     def attempt(self, method, url, payload, headers, until):
         """One attempt, redirects included, cut at its time limit. Returns a Reply."""
@@ -723,7 +2079,8 @@ class HttpClient:
             self.transport.current.deadline = deadline
             try:
                 for _ in range(MAX_REDIRECTS + 1):
-                    url = check_url(url, self.own) if self.guarded else url
+                    if self.guarded:
+                        url = check_url(url, self.own)
                     reply = self.exchange(method, url, payload, headers, deadline)
                     if deadline.expired.is_set():
                         raise Transient("timed out")
@@ -741,682 +2098,76 @@ class HttpClient:
         proxies = {"no_proxy": "localhost,127.0.0.1,::1"} if is_loopback(url) else None
         with self.session.request(method, url, json=payload, headers=headers, stream=True, allow_redirects=False,
                                   timeout=deadline.seconds + 0.1, proxies=proxies) as response:
+            # what the status decides needs no body
             status = response.status_code
             if status in (301, 302, 303, 307, 308):
                 if not self.guarded:
                     raise Refused(f"HTTP {status}: redirects are not followed here")
                 return urljoin(url, response.headers.get("Location", ""))
-            if status in (408, 425, 429) or status >= 500:
-                raise Transient(f"HTTP {status}", retry_after(response.headers.get("Retry-After")))
-            good, body = 200 <= status < 300, bytearray()
+
+            # read no more than is of use: of an error page only the beginning, for the message
+            succeeded = 200 <= status < 300
+            limit = self.max_bytes if succeeded else 4096
+            body = bytearray()
             for chunk in response.iter_content(2**16):
                 body += chunk
-                if len(body) > (self.max_bytes if good else 1000):
+                if len(body) > limit:
                     break
-            if not good:
-                detail = " ".join(re.findall(r"[\w .,:;()'/-]+", body[:300].decode("utf-8", "replace")))
-                raise Refused(f"HTTP {status} {detail}".strip())
-            if len(body) > self.max_bytes:
+
+            if not succeeded:
+                reason = body_reason(redact(bytes(body), self.secrets))
+                raise http_failure(status, reason, retry_after(response.headers.get("Retry-After")))
+            if len(body) > limit:
                 raise Refused(f"an answer of more than {self.max_bytes >> 20} MB")
             return Reply(status, response.headers.get("Content-Type", ""), bytes(body))
 
-    def post_json(self, url, payload, headers=None, parse=None, **options):
-        """POST a JSON object; parse: JSON object -> value."""
-        parse = parse or (lambda value: value)
-        return self.request("POST", url, payload, headers, lambda reply: parse(json_object(reply.body)), **options)
+
+def http_failure(status, reason, wait=0.0):
+    """The error for a status and the reason that came with it. A quota that is used up does not come back soon."""
+    message = f"HTTP {status} {reason}".strip()
+    may_pass = status == 200 or status in (408, 425, 429) or status >= 500
+    if may_pass and "insufficient_quota" not in reason:
+        return Transient(message, wait)
+    return Refused(message)
 
 
-def json_object(body):
-    value = load_json(body)
-    if not isinstance(value, dict):
-        raise ValueError("not a JSON object")
-    return value
+def body_reason(body):
+    """What the body of an error says, as plain words."""
+    try:
+        text = error_reason(json_object(body))
+    except ValueError:
+        text = body.decode("utf-8", "replace")
+    return " ".join(re.findall(r"[\w .,:;()'/-]+", text[:300]))
+
+
+def error_reason(value):
+    """The reason in {"error": {"message", "code", ...}} and its relatives; the whole object where there is none."""
+    error = value.get("error") or value.get("detail") or value
+    if isinstance(error, dict):
+        named = [str(error[name]) for name in ("code", "type", "message") if error.get(name)]
+        error = " ".join(named) if error.get("message") else error
+    return error if isinstance(error, str) else json.dumps(error)
 
 
 def retry_after(value):
     """Seconds in a Retry-After header: a number or an HTTP date; 0 where there is none."""
     try:
-        return max(0.0, float(value)) if re.fullmatch(r"\d{1,9}", value or "") else \
-            max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+        if re.fullmatch(r"\d{1,9}", value or ""):
+            return float(value)
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
     except (TypeError, ValueError):
         return 0.0
 
 
-# ---- The corpus: any folder of texts and images, with BM25 ----------------------------------------------------------
+# ---- HTTP server: what requests hold and answers look like -----------------------------------------------------------
 
-TEXTS = (".md", ".txt")
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-SHORT = 200            # characters of a snippet
-MAX_TEXT = 2**20       # characters read of one file
-
-
-def words(text):
-    return re.findall(r"\w+", text.lower())
-
-
-class Index:
-    """Plain inverted index, ranked by BM25:
-
-        score(q, d) = sum over words w of q: idf(w) * f (k1 + 1) / (f + k1 (1 - b + b |d| / mean |d|))
-
-    with f the count of w in d and idf(w) = log(1 + (N - n + 1/2) / (n + 1/2)), n of N documents holding w.
-    """
-
-    def __init__(self, texts, k1=1.2, b=0.75):
-        self.k1, self.b, self.postings, self.lengths = k1, b, defaultdict(list), []
-        for number, text in enumerate(texts):
-            found = words(text)
-            self.lengths.append(len(found))
-            for word, count in Counter(found).items():
-                self.postings[word].append((number, count))
-        self.mean = sum(self.lengths) / len(self.lengths) if self.lengths else 0.0
-
-    def idf(self, word):
-        n = len(self.postings.get(word, ()))
-        return math.log(1 + (len(self.lengths) - n + 0.5) / (n + 0.5))
-
-    def search(self, query, top_k):
-        """Numbers of the best documents, best first; equal scores keep the order of the documents."""
-        scores = defaultdict(float)
-        for word in dict.fromkeys(words(query)):
-            idf = self.idf(word)
-            for number, count in self.postings.get(word, ()):
-                norm = self.k1 * (1 - self.b + self.b * self.lengths[number] / self.mean)
-                scores[number] += idf * count * (self.k1 + 1) / (count + norm)
-        return sorted(scores, key=lambda number: (-round(scores[number], 9), number))[:top_k]
-
-
-@dataclass(frozen=True)
-class Page:
-    """What one search result shows: a page, or one section of it."""
-    title: str
-    section: str
-    text: str
-    path: str  # relative to the corpus folder, with "/"
-
-
-@dataclass(frozen=True)
-class Picture:
-    title: str
-    path: str
-
-
-class Corpus:
-    """Texts and pictures of a folder. A text's title is its first line (# heading or short line), else its file name,
-    and each of its `## sections` is a result of its own. A picture's title comes from titles.json beside it
-    ({file name: title}), else from a .txt file of the same name, else from the words of its file name."""
-
-    def __init__(self, folder):
-        if not os.path.isdir(folder):
-            raise ToolError(f"{folder}: no such folder")
-        self.root = os.path.realpath(folder)
-        pages, pictures = [], []
-        for place, folders, names in os.walk(self.root):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            names = sorted(name for name in names if self.belongs(os.path.join(place, name)))
-            titles = self.read_titles(place) if "titles.json" in names else {}
-            stems = {os.path.splitext(n)[0] for n in names if n.lower().endswith(PICTURES)}
-            for name in names:
-                full, stem = os.path.join(place, name), os.path.splitext(name)[0]
-                path = os.path.relpath(full, self.root).replace(os.sep, "/")
-                if name.lower().endswith(PICTURES):
-                    title = titles.get(name) or self.sidecar(place, stem, names) or spaced(stem)
-                    pictures.append(Picture(title, path))
-                elif name.lower().endswith(TEXTS) and not (name.endswith(".txt") and stem in stems):
-                    pages += sections(self.read_text(full), path)
-        self.index(pages, pictures)
-
-    @classmethod
-    def from_texts(cls, pages, titles):
-        """A corpus without files. pages: [(title, section, text)]; titles: {picture file name: title}."""
-        corpus = cls.__new__(cls)
-        corpus.root = ""
-        corpus.index([Page(title, section, text, "") for title, section, text in pages],
-                     [Picture(title, name) for name, title in titles.items()])
-        return corpus
-
-    def index(self, pages, pictures):
-        self.pages, self.pictures = pages, pictures
-        self.paths = {p.path for p in pages} | {p.path for p in pictures}  # all that is ever served
-        self.page_index = Index(f"{p.title} {p.section} {p.text}" for p in pages)
-        self.picture_index = Index(p.title for p in pictures)
-
-    def belongs(self, path):
-        """Whether a file lies in the folder, links resolved, and is not hidden."""
-        inside = os.path.realpath(path).startswith(os.path.join(self.root, ""))
-        return inside and not os.path.basename(path).startswith(".") and os.path.isfile(path)
-
-    @staticmethod
-    def read_text(path):
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read(MAX_TEXT)
-
-    def read_titles(self, place):
-        path = os.path.join(place, "titles.json")
-        try:
-            titles = json_object(open_bytes(path))
-        except ValueError as error:
-            raise ToolError(f"{path}: {error}") from None
-        return {name: title for name, title in titles.items() if isinstance(title, str)}
-
-    def sidecar(self, place, stem, names):
-        if stem + ".txt" not in names:
-            return ""
-        return " ".join(self.read_text(os.path.join(place, stem + ".txt")).split())[:SHORT]
-
-    def search(self, query, top_k):
-        """The best pages for a query: [(Page, snippet)]."""
-        found = [self.pages[number] for number in self.page_index.search(query, top_k)]
-        return [(page, self.snippet(page.text, query)) for page in found]
-
-    def search_images(self, query, top_k):
-        """The best pictures for a query: [Picture]."""
-        return [self.pictures[number] for number in self.picture_index.search(query, top_k)]
-
-    def snippet(self, text, query):
-        """The whole text if it is short, else the sentence that holds most of the query, and what fits after it."""
-        text = " ".join(text.split())
-        if len(text) <= SHORT:
-            return text
-        asked, sentences = set(words(query)), re.split(r"(?<=[.!?])\s+", text)
-        gains = [sum(self.page_index.idf(word) for word in asked & set(words(s))) for s in sentences]
-        start = gains.index(max(gains))
-        best = sentences[start]
-        for sentence in sentences[start + 1:]:
-            if len(best) + 1 + len(sentence) > SHORT:
-                break
-            best += " " + sentence
-        return best if len(best) <= SHORT else best[:SHORT - 1] + "…"
-
-    def read(self, path):
-        """Bytes of a file of the corpus, by the relative path that a search gave. ToolError for anything else."""
-        full = os.path.join(self.root, *path.split("/"))
-        if path not in self.paths or not self.root or not self.belongs(full):
-            raise ToolError("no such file in the corpus")
-        return open_bytes(full)
-
-
-def spaced(stem):
-    """A file name as a title."""
-    return " ".join(re.split(r"[\s_-]+", stem))
-
-
-def sections(text, path):
-    """A text file -> its Pages: one per `## section` that says something."""
-    lines = text.strip().splitlines() or [""]
-    first = lines[0].lstrip("#").strip()
-    if lines[0].startswith("# ") or (first and len(first) <= 120 and len(lines) > 1 and not first.endswith(".")):
-        title, lines = first, lines[1:]
-    else:
-        title = spaced(os.path.splitext(os.path.basename(path))[0])
-    parts = re.split(r"^##[ \t]+(.*)$", "\n".join(lines), flags=re.MULTILINE)
-    pairs = [("", parts[0])] + list(zip(parts[1::2], parts[2::2]))
-    pages = [Page(title, section.strip(), " ".join(body.split()), path) for section, body in pairs if body.strip()]
-    return pages or [Page(title, "", title, path)]
-
-
-# ---- The agent's three tools ----------------------------------------------------------------------------------------
-
-MAX_QUERIES, MAX_QUERY = 8, 400                       # in one call; characters of each
-MAX_TITLE, MAX_LINK, MAX_SNIPPET = 160, 300, 500      # characters that an observation shows
-ONE_LINE = "## In one line"
-COMPACT_TOP_K = {"search": 2, "image_search": 3}
-TOP_K_DEFAULT = 5
-
-
-def read_skills(folder):
-    """{skill name: its guide} from the Markdown files of a folder. ToolError if it is not there."""
-    try:
-        names = sorted(name for name in os.listdir(folder) if name.endswith(".md"))
-        return {name[:-3]: open_bytes(os.path.join(folder, name)).decode() for name in names}
-    except (OSError, UnicodeError) as error:
-        raise ToolError(f"{folder}: the skill guides cannot be read ({error})") from None
-
-
-def clean(text, limit=MAX_SNIPPET):
-    """Text from outside as one line of data: no control characters, no tags of the turn format, no special tokens."""
-    text = " ".join(text.split()) if isinstance(text, str) else ""
-    text = "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
-    text = re.sub(r"<(?=\s*(?:\||/?\s*(?:think|tool_call|tool_response|answer)\b))", "‹", text, flags=re.IGNORECASE)
-    return text if len(text) <= limit else text[:limit - 1] + "…"
-
-
-class ToolSession:
-    """The tools as one trajectory sees them: its image ids and the queries that it has asked.
-
-    images: img_id -> {"local_path", "url", "title", "page_url"}. queries: [(tool, query)] that were answered.
-    box: does the finding; see ToolBox and CorpusBox.
-    """
-
-    def __init__(self, box):
-        self.box, self.images, self.queries, self.failures = box, {}, [], Counter()
-
-    def call(self, name, arguments):
-        """The observation that answers a tool call. Never raises for anything a policy or a service may do: a failure
-        is an observation that starts with "Error:"."""
-        try:
-            if not isinstance(arguments, dict) or name not in TOOL_NAMES:
-                raise ToolError(f"unknown tool; the tools are {', '.join(TOOL_NAMES)}")
-            return {"search": self.search, "image_search": self.image_search,
-                    "query_knowledge": self.query_knowledge}[name](arguments)
-        except (ToolError, OSError) as error:
-            return f"Error: {clean(str(error))}"
-
-    def search(self, arguments):
-        """Titles, links and snippets for each query, numbered."""
-        top_k = self.check("search", arguments, "queries")
-        queries = arguments["queries"]
-        if not isinstance(queries, list) or not 1 <= len(queries) <= MAX_QUERIES:
-            raise ToolError(f"queries must be a list of 1 to {MAX_QUERIES} texts")
-        queries = self.new_queries("search", queries)
-        blocks, again = [], [self.failures["search", query] for query in queries]
-        for query, found in zip(queries, self.box.find_pages(queries, top_k, again)):
-            if isinstance(found, ToolError):
-                self.failures["search", query] += 1
-                blocks.append(f"Error: {clean(str(found))}")
-            else:
-                self.queries.append(("search", query))
-                blocks.append(self.page_lines(query, found))
-        return "\n".join(blocks)
-
-    def page_lines(self, query, found):
-        found = [(clean(h["title"], MAX_TITLE), clean(h["link"], MAX_LINK), clean(h["snippet"])) for h in found]
-        if not found:
-            return "Nothing found." if self.box.compact else f'Nothing found for "{clean(query)}".'
-        if self.box.compact:  # a title that the snippet repeats is left out
-            return "\n".join(f"{i}. {snippet}" if title in snippet else f"{i}. {title}: {snippet}"
-                             for i, (title, _, snippet) in enumerate(found, 1))
-        return "\n".join([f'Results for "{clean(query)}":'] + [
-            f"{i}. title: {title}\n   url: {link}\n   snippet: {snippet}"
-            for i, (title, link, snippet) in enumerate(found, 1)])
-
-    def image_search(self, arguments):
-        """Pictures with their ids. A picture that this trajectory has met before keeps its id."""
-        top_k = self.check("image_search", arguments, "query")
-        query, = self.new_queries("image_search", [arguments["query"]])
-        try:
-            found = self.box.find_images(query, top_k, self.failures["image_search", query])
-        except ToolError:
-            self.failures["image_search", query] += 1
-            raise
-        self.queries.append(("image_search", query))
-        lines = [] if self.box.compact else [f'Images for "{clean(query)}":']
-        known = {image["local_path"]: img_id for img_id, image in self.images.items()}
-        for image in found:
-            image = image | {"title": clean(image["title"], MAX_TITLE) or "untitled"}
-            img_id = known.setdefault(image["local_path"], f"IMG_{len(self.images) + 1:03d}")
-            shown = self.images.setdefault(img_id, image)
-            lines.append(f"{img_id} {shown['title']}" if self.box.compact else
-                         f"{img_id} title: {shown['title']}\n  url: {clean(shown['url'], MAX_LINK)}\n"
-                         f"  local path: {os.path.basename(shown['local_path'])}\n"
-                         f"  page url: {clean(shown['page_url'], MAX_LINK)}")
-        return "\n".join(lines) if found else "Nothing found."
-
-    def query_knowledge(self, arguments):
-        """A skill's guide; in the compact form only its one line."""
-        name = arguments.get("skill_name")
-        if set(arguments) != {"skill_name"} or not isinstance(name, str) or name not in self.box.skills:
-            raise ToolError(f"skill_name must be one of {', '.join(self.box.skills)}")
-        guide = self.box.skills[name]
-        return guide.rpartition(ONE_LINE)[2].strip() if self.box.compact else guide.strip()
-
-    def check(self, tool, arguments, required):
-        """Check the names of a call's arguments and top_k; returns the latter."""
-        if required not in arguments or set(arguments) - {required, "top_k"}:
-            raise ToolError(f"{tool} takes {required} and top_k")
-        top_k = arguments.get("top_k", COMPACT_TOP_K[tool] if self.box.compact else TOP_K_DEFAULT)
-        if type(top_k) is not int or not 1 <= top_k <= 10:
-            raise ToolError("top_k must be a whole number from 1 to 10")
-        return top_k
-
-    def new_queries(self, tool, queries):
-        """The queries with blanks collapsed, if each is a text that was not asked before."""
-        asked = {(name, query.casefold()) for name, query in self.queries}
-        cleaned = []
-        for query in queries:
-            if not isinstance(query, str) or not query.strip():
-                raise ToolError("a query must be a text that is not empty")
-            query = " ".join(query.split())
-            if len(query) > MAX_QUERY:
-                raise ToolError(f"a query has at most {MAX_QUERY} characters")
-            if (tool, query.casefold()) in asked:
-                raise ToolError(f'repeated query "{query}"; ask something new')
-            asked.add((tool, query.casefold()))
-            cleaned.append(query)
-        return cleaned
-
-
-class CorpusBox:
-    """Finds in a corpus in memory, without HTTP and without files: for making demonstrations."""
-    compact = True
-
-    def __init__(self, corpus, skills):
-        self.corpus, self.skills = corpus, skills
-
-    def find_pages(self, queries, top_k, _):
-        return [[{"title": page.title, "link": "", "snippet": snippet}
-                 for page, snippet in self.corpus.search(query, top_k)] for query in queries]
-
-    def find_images(self, query, top_k, _):
-        return [{"local_path": picture.path, "url": "", "title": picture.title, "page_url": ""}
-                for picture in self.corpus.search_images(query, top_k)]
-
-
-class CompactSession(ToolSession):
-    """A session on a corpus in memory that answers in exactly the compact form."""
-
-    def __init__(self, corpus, skills):
-        super().__init__(CorpusBox(corpus, skills))
-
-
-class ToolBox:
-    """The tools as HTTP clients of a Serper-compatible service, shared by all trajectories and threads.
-
-    allow_private: the search service is the local server; images on its origin may be fetched, nothing else private.
-    """
-
-    def __init__(self, search_url, skills_dir, image_dir, api_key="", compact=False, allow_private=False, tape=None,
-                 budget=None, limiter=None, timeout=15.0, deadline=60.0, retries=3, backoff=0.5, max_bytes=20 * 2**20):
-        self.search_url, self.compact, self.image_dir = service_url(search_url, "search"), compact, image_dir
-        self.skills, self.headers, self.deadline = read_skills(skills_dir), {"X-API-KEY": api_key}, deadline
-        shared = {"timeout": timeout, "deadline": deadline, "retries": retries, "backoff": backoff, "tape": tape}
-        self.client = HttpClient("search", (api_key,), budget=budget, limiter=limiter, **shared)
-        self.loader = HttpClient("download", guarded=True, own=self.search_url if allow_private else None,
-                                 max_bytes=max_bytes, **shared)
-        self.pool, self.lock, self.fetched = ThreadPoolExecutor(16, "tools"), threading.Lock(), {}
-        os.makedirs(image_dir, exist_ok=True)
-
-    def session(self):
-        return ToolSession(self)
-
-    def ask(self, path, kind, query, top_k, again, until):
-        """One query to the service -> the list under ``kind`` of its reply, cut to top_k dicts."""
-        def parse(value):
-            found = value.get(kind, [])
-            if not isinstance(found, list) or not all(isinstance(hit, dict) for hit in found):
-                raise ValueError(f"no list of {kind}")
-            return found[:top_k]
-        return self.client.post_json(f"{self.search_url}/{path}", {"q": query, "num": top_k}, self.headers, parse,
-                                     until=until, again=again)
-
-    def find_pages(self, queries, top_k, again):
-        """Per query a list of {"title", "link", "snippet"}, or the ToolError that there was."""
-        until = time.monotonic() + self.deadline
-
-        def one(query, count):
-            try:
-                hits = self.ask("search", "organic", query, top_k, count, until)
-                return [{name: hit.get(name, "") for name in ("title", "link", "snippet")} for hit in hits]
-            except ToolError as error:
-                return error
-        return [one(queries[0], again[0])] if len(queries) == 1 else list(self.pool.map(one, queries, again))
-
-    def find_images(self, query, top_k, again):
-        """Pictures that could be fetched: [{"local_path", "url", "title", "page_url"}]. ToolError if there were
-        results, but none could be."""
-        until = time.monotonic() + self.deadline
-        hits = self.ask("images", "images", query, top_k, again, until)
-        urls = [hit.get("imageUrl") for hit in hits]
-        paths = list(self.pool.map(lambda url: self.fetch(url, again, until), urls))
-        found = [{"local_path": path, "url": url, "title": hit.get("title", ""), "page_url": hit.get("link", "")}
-                 for hit, url, path in zip(hits, urls, paths) if isinstance(path, str)]
-        if hits and not found:
-            raise ToolError(f"none of {len(hits)} pictures could be fetched ({paths[0]})")
-        return found
-
-    def fetch(self, url, again, until):
-        """Download a picture into the cache -> its path, or the ToolError that there was. The name is a hash of the
-        content, so that equal pictures are one file; what is not a picture is not kept."""
-        with self.lock:
-            path = self.fetched.get(url) if isinstance(url, str) else None
-        if path and os.path.isfile(path):
-            return path
-        try:
-            if not isinstance(url, str):
-                raise ToolError("download: a result without a picture URL")
-            data = self.loader.request("GET", url, until=until, again=again).body
-            path = self.store(data)
-        except ToolError as error:
-            return error
-        with self.lock:
-            self.fetched[url] = path
-        return path
-
-    def store(self, data):
-        """Write the bytes of a picture under a name made of their hash. A small PNG must be sound to the last byte."""
-        kind, width, height = image_header(data)
-        if kind == "png" and width * height <= 2**20:
-            read_image(data)
-        path = os.path.join(self.image_dir, hashlib.sha256(data).hexdigest()[:40] + EXTENSION[kind])
-        if not os.path.isfile(path):
-            temporary = f"{path}.{threading.get_ident()}.part"
-            with open(temporary, "wb") as file:
-                file.write(data)
-            os.replace(temporary, path)
-        return path
-
-
-# ---- Clients of models ----------------------------------------------------------------------------------------------
-
-def bearer(api_key):
-    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
-
-
-def service_url(url, name):
-    """A URL from the command line, without a closing slash. ToolError if it is none."""
-    try:
-        scheme, host, _ = origin_of(url)
-    except ValueError:  # the port
-        scheme, host = "", ""
-    if scheme not in ("http", "https") or not host:
-        raise ToolError(f"{name}: {url!r} is not an http or https URL")
-    return url.strip().rstrip("/")
-
-
-class ChatClient:
-    """Any OpenAI-compatible chat endpoint: a policy, a judge or a summariser. ``base_url`` with or without /v1.
-
-    http: fields of HttpClient (timeout, deadline, retries, limiter, budget, tape), here as in the clients below.
-    """
-
-    def __init__(self, base_url, api_key="", model="", name="chat model", **http):
-        base = service_url(base_url, name)
-        self.url = (base if urlsplit(base).path else base + "/v1") + "/chat/completions"
-        self.model, self.headers = model, bearer(api_key)
-        self.client = HttpClient(name, (api_key,), **{"timeout": 300.0, "deadline": 900.0} | http)
-
-    def complete(self, messages, **options):
-        """messages -> the text of the reply. options: max_tokens, temperature, top_p, stop, seed; None is left out."""
-        payload = {"model": self.model, "messages": messages} | {k: v for k, v in options.items() if v is not None}
-        return self.client.post_json(self.url, payload, self.headers, reply_text)
-
-
-def reply_text(value):
-    """The text in an OpenAI chat completion. ValueError if there is none."""
-    try:
-        content = value["choices"][0]["message"]["content"]
-        return content if isinstance(content, str) else "".join(part["text"] for part in content or ())
-    except (KeyError, IndexError, TypeError):
-        raise ValueError("no choices[0].message.content") from None
-
-
-class RemoteRenderer:
-    """A Qwen-Image-Edit HTTP service on one or more machines, asked in turn; what fails on one goes to the next."""
-
-    def __init__(self, urls, side=1024, **http):
-        self.urls, self.side = [service_url(url, "renderer") for url in urls or [""]], side
-        defaults = {"timeout": 600.0, "deadline": 1800.0, "retries": 1, "max_bytes": 2**27}
-        self.client = HttpClient("renderer", **defaults | http)
-
-    def render(self, prompts, references, seeds, steps=40):
-        """prompts: [str]; references: per prompt a list of paths, bytes or uint8 (H, W, 3); seeds: [int].
-
-        Returns per prompt a picture uint8 (H, W, 3), or the ToolError that there was: one failure costs one picture.
-        """
-        with ThreadPoolExecutor(2 * len(self.urls)) as pool:
-            return list(pool.map(self.one, range(len(prompts)), prompts, references, seeds, [steps] * len(prompts)))
-
-    def one(self, number, prompt, references, seed, steps):
-        try:
-            width, height = self.size(references)
-            payload = {"image_urls": [data_uri(r) for r in references], "prompt": prompt, "seed": seed,
-                       "true_cfg_scale": 4.0, "negative_prompt": " ", "num_inference_steps": steps,
-                       "guidance_scale": 1.0, "num_images_per_prompt": 1, "width": width, "height": height}
-        except ToolError as error:
-            return error
-        for turn in range(len(self.urls)):
-            url = self.urls[(number + turn) % len(self.urls)]
-            try:
-                return self.client.post_json(f"{url}/generate", payload, parse=service_image)
-            except BudgetExceeded as error:
-                return error
-            except ToolError as error:
-                failure = error
-        return failure
-
-    def size(self, references):
-        """(width, height): the first reference's shape with the long side as set, in multiples of 16."""
-        if not references:
-            return self.side, self.side
-        _, width, height = image_header(image_bytes(references[0])[0])
-        scale = self.side / max(width, height)
-        return tuple(max(16, round(length * scale / 16) * 16) for length in (width, height))
-
-
-def service_image(value):
-    """{"success": true, "image": base64} -> uint8 (H, W, 3)."""
-    if value.get("success") is not True or not isinstance(value.get("image"), str):
-        raise ValueError(f"no picture: {str(value.get('error') or value.get('detail') or '')[:200]}")
-    return read_image(from_base64(value["image"]))
-
-
-class GoogleRenderer:
-    """Google's image endpoint (generateContent)."""
-    BASE_URL, MODEL = "https://generativelanguage.googleapis.com", "gemini-3-pro-image-preview"
-
-    def __init__(self, api_key, model=MODEL, base_url=BASE_URL, workers=4, **http):
-        self.url = f"{service_url(base_url, 'renderer')}/v1beta/models/{model}:generateContent"
-        self.headers, self.workers = {"x-goog-api-key": api_key}, workers
-        defaults = {"timeout": 300.0, "deadline": 900.0, "max_bytes": 2**27}
-        self.client = HttpClient("renderer", (api_key,), **defaults | http)
-        if not api_key and not (self.client.tape and self.client.tape.replaying):
-            raise ToolError("the Google renderer needs a key: set GOOGLE_API_KEY or GEMINI_API_KEY")
-
-    def render(self, prompts, references, seeds, steps=None):
-        """As RemoteRenderer.render. The service takes no seed and no steps; equal prompts are told apart by their
-        place among the equal ones, so that a recording keeps each."""
-        places, seen = [], Counter()
-        for prompt in prompts:
-            places.append(seen[prompt])
-            seen[prompt] += 1
-        with ThreadPoolExecutor(self.workers) as pool:
-            return list(pool.map(self.one, prompts, references, places))
-
-    def one(self, prompt, references, place):
-        try:
-            parts = [{"text": prompt}]
-            for data, kind in map(image_bytes, references):
-                parts.append({"inline_data": {"mime_type": MIME[kind], "data": base64.b64encode(data).decode()}})
-            payload = {"contents": [{"parts": parts}]}
-            return self.client.post_json(self.url, payload, self.headers, google_image, again=place)
-        except ToolError as error:
-            return error
-
-
-def google_image(value):
-    """candidates[].content.parts[].inlineData.data -> uint8 (H, W, 3), the first there is."""
-    try:
-        parts = [part for candidate in value["candidates"] for part in candidate["content"]["parts"]]
-        inline = [part.get("inlineData") or part.get("inline_data") for part in parts]
-        return read_image(from_base64(next(i["data"] for i in inline if i)))
-    except (KeyError, TypeError, AttributeError, StopIteration):
-        raise ValueError("no picture in it") from None
-
-
-@dataclass
-class Rollout:
-    """What a serving engine generated: token ids in, token ids out, nothing re-tokenised."""
-    tokens: list
-    logprobs: list   # of the sampled tokens, as the engine computed them
-    finish: str      # "stop" or "length"
-
-
-class SGLangClient:
-    """A running SGLang server as rollout engine."""
-
-    def __init__(self, base_url, api_key="", **http):
-        self.base, self.headers = service_url(base_url, "rollout engine").removesuffix("/v1"), bearer(api_key)
-        self.version = 0  # of the weights: the same question to new weights is another call
-        self.client = HttpClient("rollout engine", (api_key,),
-                                 **{"timeout": 600.0, "deadline": 1800.0, "max_bytes": 2**28} | http)
-
-    def generate(self, input_ids, max_new_tokens, temperature=1.0, top_p=1.0, stop_ids=(), seed=None):
-        """One prompt as token ids -> Rollout. ``seed`` is sent as ``sampling_seed`` (honoured by servers that run with
-        deterministic inference; others ignore it)."""
-        sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
-                    "stop_token_ids": list(stop_ids)} | ({} if seed is None else {"sampling_seed": seed})
-        payload = {"input_ids": list(input_ids), "sampling_params": sampling, "return_logprob": True}
-        return self.client.post_json(f"{self.base}/generate", payload, self.headers, rollout, again=self.version)
-
-    def health(self):
-        """Raises ToolError unless the server is up."""
-        self.client.request("GET", f"{self.base}/health", headers=self.headers)
-
-    def update_weights(self, path):
-        """Load a checkpoint folder that the server can see. ToolError if it refuses, or still names another one."""
-        self.version += 1
-        answer = self.client.post_json(f"{self.base}/update_weights_from_disk", {"model_path": path}, self.headers,
-                                       again=self.version)
-        if answer.get("success") is not True:
-            raise ToolError(f"rollout engine: the new weights were not loaded ({clean(answer.get('message', ''))})")
-        served = self.client.request("GET", f"{self.base}/get_model_info", headers=self.headers, again=self.version,
-                                     parse=lambda reply: json_object(reply.body).get("model_path"))
-        if served != path:
-            raise ToolError("rollout engine: the server still answers with the old weights")
-
-
-def rollout(value):
-    """SGLang's reply -> Rollout. ValueError unless every token has its log-probability."""
-    try:
-        meta = value["meta_info"]
-        pairs = [(float(entry[0]), int(entry[1])) for entry in meta["output_token_logprobs"]]
-        tokens = [int(token) for token in value.get("output_ids", [token for _, token in pairs])]
-        finish = meta["finish_reason"]["type"]
-    except (KeyError, IndexError, TypeError):
-        raise ValueError("no output_ids with their log-probabilities") from None
-    if [token for _, token in pairs] != tokens:
-        raise ValueError("output_ids and output_token_logprobs do not agree")
-    return Rollout(tokens, [logprob for logprob, _ in pairs], "length" if finish == "length" else "stop")
-
-
-# ---- The local server -----------------------------------------------------------------------------------------------
-
-MAX_STEPS, MAX_SIDE, MAX_NEW_TOKENS, MAX_REFERENCES = 50, 2048, 4096, 2  # what a request may ask for; more is clipped
-
-
-class HttpError(Exception):
-    """A request that is answered with an error status."""
-
-    def __init__(self, status, message):
-        super().__init__(message)
-        self.status = status
-
-
-@dataclass
-class ChatReply:
-    """What a policy callable returns. ``text``: str, or an iterable of pieces, sent on as they come if streaming."""
-    text: object
-    finish: str = "stop"
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-
-def number(request, name, default, low, high, whole=False):
+def number_field(request, name, default, low, high, integer=False):
     """A number of a request, clipped to [low, high]; None counts as absent."""
     value = request.get(name)
-    value = default if value is None else value
-    if type(value) not in ((int,) if whole else (int, float)):
-        raise HttpError(400, f"{name} must be a {'whole ' * whole}number")
+    if value is None:
+        value = default
+    if type(value) not in ((int,) if integer else (int, float)):  # True is an int, too
+        raise HttpError(400, f"{name} must be a {'whole ' if integer else ''}number")
     return min(max(value, low), high)
 
 
@@ -1427,170 +2178,24 @@ def text_field(request, name):
     return value
 
 
-class Server:
-    """Search, pictures, chat, renderer, judge and rollouts over HTTP, each answered by what is handed in (else 404).
-
-        with Server(Corpus(folder)) as server: requests.post(server.url + "/search", json={"q": "lamps"})
-
-    The callables are called from many threads at once:
-    policy(request) -> str or ChatReply; request: messages (contents are plain text), max_tokens, temperature, top_p,
-        stop (list), seed, stream.
-    judge(text, images) -> dict or str; a chat request with pictures goes here: its text, and uint8 (H, W, 3) each.
-    renderer(prompt, references, seed, steps, width, height) -> uint8 (H, W, 3); references: at most two, likewise.
-    rollout(input_ids, sampling_params) -> Rollout. load_weights(path) loads a checkpoint folder.
-    ValueError and ToolError from a callable become status 400, anything else 500.
-    """
-
-    def __init__(self, corpus=None, host="127.0.0.1", port=0, policy=None, judge=None, renderer=None, rollout=None,
-                 load_weights=None, model="genevolve", max_body=64 * 2**20, max_requests=64, idle_seconds=30):
-        self.corpus, self.policy, self.judge, self.renderer = corpus, policy, judge, renderer
-        self.rollout, self.load_weights, self.model, self.max_body = rollout, load_weights, model, max_body
-        self.busy, self.thread, self.served = threading.BoundedSemaphore(max_requests), None, model
-        handler = type("Handler", (Handler,), {"owner": self, "timeout": idle_seconds})
-        try:
-            self.http = Listener((host, port), handler, 4 * max_requests)
-        except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", "") or str(error)
-            raise ToolError(f"cannot listen on {host}, port {port}: {reason}; choose another port") from None
-        shown = f"[{host}]" if ":" in host else "127.0.0.1" if host in ("", "0.0.0.0") else host
-        self.url = f"http://{shown}:{self.http.server_port}"
-
-    def start(self):
-        """Serve in the background; returns the server."""
-        self.thread = threading.Thread(target=self.http.serve_forever, args=(0.05,), name="server", daemon=True)
-        self.thread.start()
-        return self
-
-    def forever(self):
-        """Serve in the foreground until interrupted."""
-        try:
-            self.http.serve_forever()
-        finally:
-            self.http.server_close()
-
-    def stop(self):
-        if self.thread:
-            self.http.shutdown()
-            self.thread.join()
-            self.thread = None
-        self.http.server_close()
-
-    def __enter__(self):
-        return self.start()
-
-    def __exit__(self, *_):
-        self.stop()
-
-    def need(self, part, what):
-        if part is None:
-            raise HttpError(404, f"no {what} is served here")
-        return part
-
-    # Each answer: request (dict), base (URL of this server as the client wrote it) -> dict
-
-    def search(self, request, base):
-        """Serper's text search."""
-        query, top_k = text_field(request, "q")[:2000], number(request, "num", 10, 1, 100, whole=True)
-        found = self.need(self.corpus, "corpus").search(query, top_k)
-        return {"searchParameters": {"q": query, "num": top_k, "type": "search"}, "organic": [
-            {"title": page.title, "link": f"{base}/page/{quote(page.path)}", "snippet": snippet, "position": i}
-            for i, (page, snippet) in enumerate(found, 1)]}
-
-    def images(self, request, base):
-        """Serper's image search. A picture's page is the text that fits its title best."""
-        query, top_k = text_field(request, "q")[:2000], number(request, "num", 10, 1, 100, whole=True)
-        corpus, rows = self.need(self.corpus, "corpus"), []
-        for i, picture in enumerate(corpus.search_images(query, top_k), 1):
-            url, pages = f"{base}/image/{quote(picture.path)}", corpus.search(picture.title, 1)
-            link = f"{base}/page/{quote(pages[0][0].path)}" if pages else url
-            rows.append({"title": picture.title, "imageUrl": url, "link": link, "position": i})
-        return {"searchParameters": {"q": query, "num": top_k, "type": "images"}, "images": rows}
-
-    def chat(self, request, _):
-        """OpenAI's chat completions -> ChatReply. Requests with pictures go to the judge, others to the policy."""
-        given = request.get("messages")
-        if not isinstance(given, list) or not given or not all(isinstance(m, dict) for m in given):
-            raise HttpError(400, "messages must be a list of objects that is not empty")
-        messages, uris = [], []
-        for message in given:
-            if message.get("role") not in ("system", "developer", "user", "assistant", "tool"):
-                raise HttpError(400, "a message needs a role: system, user or assistant")
-            text, pictures = flatten(message.get("content"))
-            messages.append({"role": message["role"], "content": text})
-            uris += pictures
-        if uris:
-            judge = self.need(self.judge, "judge")
-            images = [from_data_uri(uri) for uri in uris[:8]]
-            answer = judge("\n".join(m["content"] for m in messages if m["role"] == "user"), images)
-            return ChatReply(answer if isinstance(answer, str) else json.dumps(answer))
-        stop = request.get("stop") or []
-        stop = [stop] if isinstance(stop, str) else stop
-        if not isinstance(stop, list) or not all(isinstance(s, str) for s in stop):
-            raise HttpError(400, "stop must be a text or a list of texts")
-        length = "max_completion_tokens" if "max_completion_tokens" in request else "max_tokens"
-        asked = {"messages": messages, "stop": stop, "stream": request.get("stream") is True,
-                 "max_tokens": number(request, length, MAX_NEW_TOKENS, 1, MAX_NEW_TOKENS, whole=True),
-                 "temperature": number(request, "temperature", 0.7, 0.0, 2.0),
-                 "top_p": number(request, "top_p", 0.95, 0.01, 1.0),
-                 "seed": number(request, "seed", 0, 0, 2**63 - 1, whole=True)}
-        reply = self.need(self.policy, "policy")(asked)
-        return ChatReply(reply) if isinstance(reply, str) else reply
-
-    def generate(self, request, _):
-        """The renderer's endpoint, or with ``input_ids`` the rollout engine's."""
-        if "input_ids" in request:
-            return self.roll_out(request)
-        renderer = self.need(self.renderer, "renderer")
-        uris = request.get("image_urls") or []
-        if not isinstance(uris, list):
-            raise HttpError(400, "image_urls must be a list of data URIs")
-        image = renderer(
-            prompt=text_field(request, "prompt"), references=[from_data_uri(uri) for uri in uris[:MAX_REFERENCES]],
-            seed=number(request, "seed", 0, 0, 2**63 - 1, whole=True),
-            steps=number(request, "num_inference_steps", 20, 1, MAX_STEPS, whole=True),
-            width=number(request, "width", 1024, 16, MAX_SIDE, whole=True),
-            height=number(request, "height", 1024, 16, MAX_SIDE, whole=True))
-        return {"success": True, "image": base64.b64encode(diffusion.encode_png(image)).decode()}
-
-    def roll_out(self, request):
-        ids, sampling = request["input_ids"], request.get("sampling_params") or {}
-        if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
-            raise HttpError(400, "input_ids must be a list of token ids that is not empty")
-        if not isinstance(sampling, dict):
-            raise HttpError(400, "sampling_params must be an object")
-        done = self.need(self.rollout, "rollout engine")(ids, sampling)
-        pairs = [[logprob, token, None] for logprob, token in zip(done.logprobs, done.tokens)]
-        return {"output_ids": done.tokens, "meta_info": {
-            "finish_reason": {"type": done.finish}, "prompt_tokens": len(ids), "completion_tokens": len(done.tokens),
-            "output_token_logprobs": pairs}}
-
-    def update_weights(self, request, _):
-        path = text_field(request, "model_path")
-        self.need(self.load_weights, "rollout engine")(path)
-        self.served = path
-        return {"success": True, "message": f"loaded {path}"}
-
-    def file(self, path):
-        """GET: (content type, bytes)."""
-        described = {
-            "/health": lambda: {"status": "ok"},
-            "/v1/models": lambda: {"object": "list", "data": [{"id": self.model, "object": "model"}]},
-            "/get_model_info": lambda: {"model_path": self.served, "is_generation": True}}
-        if path in described:
-            return "application/json", json.dumps(described[path]()).encode()
-        kind, _, name = unquote(path).removeprefix("/").partition("/")
-        if kind not in ("page", "image") or not self.corpus:
-            raise HttpError(404, "no such path")
-        try:
-            data = self.corpus.read(name)
-            return (MIME[image_header(data)[0]] if kind == "image" else "text/plain; charset=utf-8"), data
-        except (ToolError, OSError, ValueError):  # ValueError: a null byte in the path
-            raise HttpError(404, "no such file") from None
+def read_query(request):
+    """(query, number of results) of a Serper request."""
+    return text_field(request, "q")[:2000], number_field(request, "num", 10, 1, MAX_RESULTS, integer=True)
 
 
-POST_PATHS = {"/search": Server.search, "/images": Server.images, "/v1/chat/completions": Server.chat,
-              "/chat/completions": Server.chat, "/generate": Server.generate,
-              "/update_weights_from_disk": Server.update_weights}
+def read_messages(request):
+    """The messages of a chat request -> ([{"role", "content": plain text}], [URLs of the pictures in them])."""
+    given = request.get("messages")
+    if not isinstance(given, list) or not given or not all(isinstance(message, dict) for message in given):
+        raise HttpError(400, "messages must be a list of objects that is not empty")
+    messages, uris = [], []
+    for message in given:
+        if message.get("role") not in ROLES:
+            raise HttpError(400, "a message needs a role: system, user or assistant")
+        text, pictures = flatten(message.get("content"))
+        messages.append({"role": message["role"], "content": text})
+        uris += pictures
+    return messages, uris
 
 
 def flatten(content):
@@ -1604,13 +2209,69 @@ def flatten(content):
     return "\n".join(texts), [link.get("url") if isinstance(link, dict) else link for link in links]
 
 
-class Listener(http.server.ThreadingHTTPServer):
-    """A thread for each connection, and not more than so many connections."""
-    daemon_threads, request_queue_size = True, 256
+def read_sampling(request):
+    """How a chat request wants its answer sampled; absent and None: the defaults."""
+    stop = request.get("stop") or []
+    if isinstance(stop, str):
+        stop = [stop]
+    if not isinstance(stop, list) or not all(isinstance(string, str) and string for string in stop):
+        raise HttpError(400, "stop must be a text or a list of texts")
+    if number_field(request, "n", 1, 0, 2) != 1:
+        raise HttpError(400, "n must be 1: one answer is given")
+    length = "max_tokens" if request.get("max_completion_tokens") is None else "max_completion_tokens"
+    return {"stop": stop,
+            "max_tokens": number_field(request, length, MAX_NEW_TOKENS, 1, MAX_NEW_TOKENS, integer=True),
+            "temperature": number_field(request, "temperature", 0.7, 0.0, 2.0),
+            "top_p": number_field(request, "top_p", 0.95, 0.01, 1.0),
+            "seed": number_field(request, "seed", 0, 0, MAX_SEED, integer=True)}
 
-    def __init__(self, address, handler, max_connections):
+
+def completion(head, pieces):
+    """The whole answer as OpenAI's chat.completion. head: the fields that the answer and its chunks have in common."""
+    pieces = list(pieces) or [ChatReply("")]
+    message = {"role": "assistant", "content": "".join(piece.text for piece in pieces)}
+    choice = {"index": 0, "message": message, "finish_reason": pieces[-1].finish}
+    return {**head, "object": "chat.completion", "choices": [choice], "usage": usage(pieces[-1])}
+
+
+def completion_chunks(head, pieces, include_usage=False):
+    """The same as OpenAI's chat.completion.chunk objects, one for each piece as it comes.
+
+    The first piece is awaited before the first chunk, so that a policy that fails at once gives no chunk at all.
+    include_usage: a last chunk without choices tells the counts, and the others say "usage": null.
+    """
+    head = {**head, "object": "chat.completion.chunk"}
+    if include_usage:
+        head["usage"] = None
+
+    def chunk(delta, finish=None):
+        return {**head, "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
+
+    last = next(pieces, ChatReply(""))
+    yield chunk({"role": "assistant", "content": ""})
+    for piece in itertools.chain([last], pieces):
+        if piece.text:
+            yield chunk({"content": piece.text})
+        last = piece
+    yield chunk({}, last.finish)
+    if include_usage:
+        yield {**head, "choices": [], "usage": usage(last)}
+
+
+def usage(piece):
+    return {"prompt_tokens": piece.prompt_tokens, "completion_tokens": piece.completion_tokens,
+            "total_tokens": piece.prompt_tokens + piece.completion_tokens}
+
+
+# ---- HTTP server: connections ----------------------------------------------------------------------------------------
+
+class Listener(http.server.ThreadingHTTPServer):
+    """A thread for each connection."""
+    daemon_threads = True
+    request_queue_size = 256
+
+    def __init__(self, address, handler):
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self.connections = threading.BoundedSemaphore(max_connections)
         super().__init__(address, handler)
 
     def server_bind(self):
@@ -1618,78 +2279,136 @@ class Listener(http.server.ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]
 
-    def process_request(self, request, client_address):
-        if self.connections.acquire(blocking=False):
-            return super().process_request(request, client_address)
-        request.settimeout(1)
-        try:
-            request.sendall(b"HTTP/1.1 503 Busy\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-        except OSError:
-            pass  # gone already
-        self.shutdown_request(request)
-
-    def process_request_thread(self, request, client_address):
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self.connections.release()
-
     def handle_error(self, request, client_address):
         """A client that went away is no news; anything else is one line."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
-            print(f"server: {type(error).__name__}: {error}", file=sys.stderr)
+            report("server", error)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """HTTP to Server. A subclass for each server holds ``owner`` and the time after which an idle client is dropped."""
     protocol_version, server_version, sys_version = "HTTP/1.1", "genevolve", ""
     disable_nagle_algorithm = True
-    owner, body_read = None, False
+    owner = None
+    body_read = False
 
     def log_message(self, *_):
         """Quiet: requests hold what people ask for."""
 
     def do_GET(self):
-        self.answer(lambda: self.owner.file(urlsplit(self.path).path))
+        self.answer(self.answer_get)
+
+    do_HEAD = do_GET
+
+    def do_OPTIONS(self):
+        self.answer(self.answer_options)
 
     def do_POST(self):
-        self.answer(self.posted)
+        self.answer(self.answer_post)
 
     def answer(self, action):
-        """Run an action that gives (content type, bytes) or has answered by itself (None); errors become JSON."""
-        path, self.body_read = urlsplit(self.path).path, False
-        if path != "/health" and not self.owner.busy.acquire(blocking=False):
+        """Run an action that answers the request; errors become JSON. Of all paths only /health is never refused."""
+        path = urlsplit(self.path).path
+        self.body_read = False
+        # a body where none belongs must not be read as the next request
+        if self.command != "POST" and self.has_body():
+            self.close_connection = True
+        limited = path != "/health"
+        if limited and not self.owner.free_slots.acquire(blocking=False):
             return self.fail(503, "too many requests at once")
         try:
-            result = action()
-            if result:
-                self.reply(200, *result)
-        except (HttpError, ToolError, ValueError) as error:
-            self.fail(getattr(error, "status", 400), str(error))
+            action(path)
+        except HttpError as error:
+            self.fail(error.status, str(error))
+        except (ToolError, ValueError) as error:
+            self.fail(400, str(error))
         except OSError:
             self.close_connection = True  # the client went away
         except Exception as error:  # a callable's own fault must not end the server, nor leave the client waiting
-            print(f"server: {path}: {type(error).__name__}: {error}", file=sys.stderr)
+            report(f"server: {path}", error)
             self.fail(500, f"internal error ({type(error).__name__})")
         finally:
-            if path != "/health":
-                self.owner.busy.release()
+            if limited:
+                self.owner.free_slots.release()
 
-    def fail(self, status, message):
-        """Answer with an error. A body that was not read is read away, or the client might never see the answer."""
-        kind = "invalid_request_error" if status < 500 else "server_error"
-        body = json.dumps({"success": False, "error": {"message": " ".join(message.split())[:500], "type": kind}})
+    def answer_get(self, path):
+        self.discard_body()
+        self.reply(200, *self.owner.get(path))
+
+    def answer_options(self, path):
+        self.discard_body()
+        self.reply(200, "text/plain", b"")
+
+    def has_body(self):
+        return "Transfer-Encoding" in self.headers or self.headers.get("Content-Length", "0") != "0"
+
+    def answer_post(self, path):
+        """Read a POST request and answer it."""
+        length = self.headers.get("Content-Length", "")
+        if not re.fullmatch(r"\d{1,12}", length) or "Transfer-Encoding" in self.headers:
+            raise HttpError(411, "a Content-Length is needed")
+        if len(self.headers.get_all("Content-Length")) > 1:
+            raise HttpError(400, "more than one Content-Length")
+        if int(length) > self.owner.max_body:
+            raise HttpError(413, f"a body of more than {self.owner.max_body} bytes")
+        # all that can be refused is refused before the body is read
+        if path not in POST_PATHS and path not in CHAT_PATHS:
+            raise HttpError(404, "no such path")
+
+        body = self.rfile.read(int(length))
+        self.body_read = True
         try:
-            if self.command == "POST" and not self.body_read:
-                self.close_connection = True
-                left = self.headers.get("Content-Length", "")
-                left = min(int(left), self.owner.max_body) if re.fullmatch(r"\d{1,12}", left) else 0
-                while left > 0 and (chunk := self.rfile.read(min(left, 2**16))):
-                    left -= len(chunk)
-            self.reply(status, "application/json", body.encode())
+            request = json_object(body)
+        except ValueError as error:
+            raise HttpError(400, f"the body is not a JSON object ({error})") from None
+        if path in CHAT_PATHS:
+            self.answer_chat(request, body)
+        else:
+            value = POST_PATHS[path](self.owner, request, self.base())
+            self.reply(200, "application/json", json.dumps(value).encode())
+
+    def answer_chat(self, request, body):
+        """A chat completion, whole or as a stream."""
+        options = request.get("stream_options") or {}
+        if not isinstance(options, dict):
+            raise HttpError(400, "stream_options must be an object")
+        name = request.get("model") if isinstance(request.get("model"), str) else self.owner.model
+        head = {"id": f"chatcmpl-{hashlib.sha256(body).hexdigest()[:24]}", "created": int(time.time()), "model": name}
+
+        # a client that goes away ends the generation: the iterator of pieces is closed
+        with contextlib.closing(self.owner.chat(request)) as pieces:
+            if request.get("stream") is True:
+                self.stream(completion_chunks(head, pieces, options.get("include_usage") is True))
+            else:
+                self.reply(200, "application/json", json.dumps(completion(head, pieces)).encode())
+
+    def stream(self, events):
+        """Objects as server-sent events; the end of the connection is the end of the body.
+
+        The head goes out with the first event: what fails before it is answered with an error status. What fails later
+        becomes an event.
+        """
+        first = next(events)
+        self.close_connection = True
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Cache-Control", "no-cache")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        try:
+            for event in itertools.chain([first], events):
+                self.send_event(json.dumps(event))
         except OSError:
-            self.close_connection = True  # the client went away
+            raise
+        except Exception as error:
+            if not isinstance(error, (ToolError, ValueError)):
+                report("server: stream", error)
+            self.send_event(json.dumps({"error": {"message": str(error)}}))
+        self.send_event("[DONE]")
+
+    def send_event(self, data):
+        self.wfile.write(f"data: {data}\n\n".encode())
 
     def reply(self, status, content_type, body):
         self.send_response(status)
@@ -1698,103 +2417,41 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("X-Content-Type-Options", "nosniff")
         if status == 503:
             self.send_header("Retry-After", "1")
+        if self.command == "OPTIONS":
+            self.send_header("Allow", "GET, HEAD, POST, OPTIONS")
         if self.close_connection:
             self.send_header("Connection", "close")
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
-    def posted(self):
-        """Read a POST request and answer it."""
+    def fail(self, status, message):
+        """Answer with an error."""
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        error = {"message": " ".join(message.split())[:500], "type": kind}
+        body = json.dumps({"success": False, "error": error}).encode()
+        try:
+            if self.command == "POST" and not self.body_read:
+                self.close_connection = True
+                self.discard_body()
+            self.reply(status, "application/json", body)
+        except OSError:
+            self.close_connection = True  # the client went away
+
+    def discard_body(self):
+        """Read away what was not read: a connection closed before that is reset, and the client misses the answer."""
         length = self.headers.get("Content-Length", "")
-        if not re.fullmatch(r"\d{1,12}", length) or "Transfer-Encoding" in self.headers:
-            raise HttpError(411, "a Content-Length is needed")
-        if int(length) > self.owner.max_body:
-            raise HttpError(413, f"a body of more than {self.owner.max_body} bytes")
-        action = POST_PATHS.get(urlsplit(self.path).path)
-        if not action:
-            raise HttpError(404, "no such path")
-        body = self.rfile.read(int(length))
-        self.body_read = True
-        try:
-            request = json_object(body)
-        except ValueError as error:
-            raise HttpError(400, f"the body is not a JSON object ({error})") from None
-        value = action(self.owner, request, self.base())
-        if not isinstance(value, ChatReply):
-            return "application/json", json.dumps(value).encode()
-        name = request.get("model") if isinstance(request.get("model"), str) else self.owner.model
-        head = {"id": f"chatcmpl-{hashlib.sha256(body).hexdigest()[:24]}", "created": int(time.time()), "model": name}
-        if request.get("stream") is True:
-            return self.stream(head, value)
-        text = value.text if isinstance(value.text, str) else "".join(value.text)
-        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": value.finish}
-        usage = {"prompt_tokens": value.prompt_tokens, "completion_tokens": value.completion_tokens,
-                 "total_tokens": value.prompt_tokens + value.completion_tokens}
-        whole = head | {"object": "chat.completion", "choices": [choice], "usage": usage}
-        return "application/json", json.dumps(whole).encode()
-
-    def stream(self, head, reply):
-        """Server-sent events; the end of the connection is the end of the body."""
-        self.close_connection = True
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Cache-Control", "no-cache")
-        self.send_header("Connection", "close")
-        self.end_headers()
-
-        def send(delta, finish=None):
-            chunk = head | {"object": "chat.completion.chunk",
-                            "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
-            self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
-        send({"role": "assistant", "content": ""})
-        try:
-            for piece in re.findall(r"\S+\s*|\s+", reply.text) if isinstance(reply.text, str) else reply.text:
-                send({"content": piece})
-            send({}, reply.finish)
-        except (ToolError, ValueError) as error:
-            self.wfile.write(f"data: {json.dumps({'error': {'message': str(error)}})}\n\n".encode())
-        self.wfile.write(b"data: [DONE]\n\n")
+        left = min(int(length), self.owner.max_body) if re.fullmatch(r"\d{1,12}", length) else 0
+        while left > 0 and (chunk := self.rfile.read(min(left, 2**16))):
+            left -= len(chunk)
 
     def base(self):
         """This server's URL as the client wrote it, so that links work through tunnels and other names."""
         host = self.headers.get("Host", "")
-        sound = re.fullmatch(r"([\w.-]+|\[[0-9a-fA-F:]+\])(:\d{1,5})?", host)
-        return f"http://{host}" if sound else self.owner.url
+        is_sound = re.fullmatch(r"([\w.-]+|\[[0-9a-fA-F:]+\])(:\d{1,5})?", host)
+        return f"http://{host}" if is_sound else self.owner.url
 
 
-# ---- Requests -----------
-
-MAX_REQUEST = 8000        # characters of a request
-
-
-def read_requests(path):
-    """Rows of a .json (list) or .jsonl file, each with "id", "question" and its folder: the released bench and RL rows,
-    WISE's prompts (field Prompt), or anybody's. Raises ValueError."""
-    if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such file")
-    with open(path, encoding="utf-8") as file:
-        text = file.read()
-    try:
-        numbered = list(enumerate(json.loads(text), 1)) if path.endswith(".json") else \
-            [(n, json.loads(line)) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})")
-    rows = []
-    for number, row in numbered:
-        named = [row[k] for k in ("question", "prompt", "Prompt") if row.get(k)] if isinstance(row, dict) else []
-        if not named or not isinstance(text := named[0], str):
-            raise ValueError(f"{path}, line {number}: no prompt or question")
-        question = check_request(text, f"{path}, line {number}: ")
-        name = {"id": str(row.get("prompt_id", f"{number:04d}"))}  # WISE's, else the line
-        rows.append(name | row | {"question": question, "_folder": os.path.dirname(path) or "."})
-    if not rows:
-        raise ValueError(f"{path}: no requests in it")
-    return rows
-
-
-def check_request(text, where=""):
-    if not text.strip():
-        raise ValueError(f"{where}the request is empty")
-    if len(text) > MAX_REQUEST:
-        raise ValueError(f"{where}the request has {len(text)} characters; at most {MAX_REQUEST} are taken")
-    return text.strip()
+def report(where, error):
+    """An unexpected error, on stderr in one line."""
+    print(f"{where}: {type(error).__name__}: {error}", file=sys.stderr)

@@ -1,95 +1,403 @@
 """The judges of the Atlas: KScore from pixels, and program sufficiency from the program's text.
 
-    judge = PixelJudge(world.read_vocabulary())
-    scores = judge(image, truth, recipe["wanted"])       # it never sees the program
-    sufficiency, checks = judge_program(program, question, wanted, skills_used)   # it never sees a pixel
+    judge = PixelJudge(atlas.world.vocabulary())
+    judgement = judge(image, truth, recipe["wanted"])                             # it never sees the program
+    score, checks = judge_program(program, question, wanted, skills_used)         # it never sees a pixel
+
+A judgement holds KScore, its four dimensions, and "constraints": one dict {"name", "passed", "detail"} for everything
+that was looked at. Where a verdict is about one place of the picture, "box" is that place: [top, left, bottom, right]
+in pixels of the 64-pixel picture.
+
+The pictures of the Atlas are drawn on a grid. A *cell* is 8 x 8 pixels, a *block* 2 x 2; subjects, bodies and
+companions are 8 x 8 blocks, a glyph fills one cell. No verdict depends on single pixels, so JPEG, with its chroma
+halved or not, changes none.
+
+Contents, in reading order:
+    bitmap, glyph_bitmap, style_waves   how masks, glyphs and backdrop patterns are written down (build.py draws them)
+    Picture                             a picture by cells and by blocks
+    PixelJudge.__call__                 verdicts -> the four dimensions -> KScore
+    PixelJudge.match                    where a subject is: share of its blocks that match, at every place
+    PixelJudge.judge_...                one aspect each: subjects, arrangement, companions, style, sign, clean, mood
+    judge_program                       R_text: four checks, a quarter each
+    verdict, block_box                  one constraint of a judgement, and where in the picture the judge looked
+
+Letters: y, x: row and column of a block, 0..31; (25, 25): all places at which 8 x 8 blocks fit into 32 x 32.
 """
+import functools
+import re
+
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 import diffusion
-from distill import constraint, kscore
+import distill
+import tools
+
+SIZE, CELL, GRID = 64, 8, 8  # a picture is 64 x 64 pixels = 8 x 8 cells of 8 pixels
+BLOCK, BLOCKS = 2, 32        # a block is 2 x 2 pixels, a picture 32 x 32 blocks
+SPRITE = 8                   # side of a subject, a body or a companion, in blocks
+PLACES = BLOCKS - SPRITE + 1
+OPPOSITE = {"left": "right", "right": "left"}
+NUMBER = {2: "two", 3: "three", 4: "four"}
+
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # Rec. 601: luma, and the chroma Cr and Cb
+RED_CHROMA = np.array([0.5, -0.4187, -0.0813], np.float32)
+BLUE_CHROMA = np.array([-0.1687, -0.3313, 0.5], np.float32)
 
 
-def cells(image, size=2):
-    """Mean colour of every size x size block: uint8 (H, W, 3) -> float32 (H/size, W/size, 3) in 0..1."""
-    height, width, _ = image.shape
-    blocks = image.reshape(height // size, size, width // size, size, 3)
-    return blocks.astype(np.float32).mean((1, 3)) / 255
-
-
-def blur(maps):
-    """Sum over each cell and its eight neighbours, zeros outside; (..., H, W) of the same shape."""
-    padded = np.pad(maps, [(0, 0)] * (maps.ndim - 2) + [(1, 1), (1, 1)])
-    rows = padded[..., :-2, :] + padded[..., 1:-1, :] + padded[..., 2:, :]
-    return rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
-
-
-def luminance(image):
-    """Rec. 601 luma of the last axis."""
-    return image @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
-
+# ---- How the world is written down -----------------------------------------------------------------------------------
 
 def bitmap(rows):
-    return np.array([[c == "#" for c in row] for row in rows])
+    """Text rows of '#' and '.' -> bool (rows, columns)."""
+    return np.array([[character == "#" for character in row] for row in rows])
 
+
+def glyph_bitmap(rows):
+    """Seven numbers, one a row of five pixels, the highest bit on the left -> bool (7, 5)."""
+    return bitmap([f"{bits:05b}".replace("1", "#") for bits in rows])
+
+
+def style_waves(size):
+    """{style: 0 or 1 (size, size)}: the backdrop patterns, stripes or squares of four pixels."""
+    stripe = np.arange(size) // 4 % 2
+    rows, columns = np.meshgrid(stripe, stripe, indexing="ij")
+    return {"mosaic": rows ^ columns, "woven": rows, "banded": columns}
+
+
+# ---- How a picture is read -------------------------------------------------------------------------------------------
+
+class Picture:
+    """A picture as the judge reads it: cells and blocks. image: uint8 (64, 64, 3)."""
+
+    def __init__(self, image):
+        colour = image.astype(np.float32) / 255                                             # (64, 64, 3), 0..1
+        self.cells = by_cell(colour)                                                        # (8, 8, 8, 8, 3)
+        self.light = by_cell(colour @ LUMA)                                                 # (8, 8, 8, 8)
+
+        pixels = image.reshape(BLOCKS, BLOCK, BLOCKS, BLOCK, 3).astype(np.float32)
+        self.blocks = pixels.mean((1, 3)) / 255                                             # (32, 32, 3)
+        self.block_light = self.blocks @ LUMA                                               # (32, 32)
+        channels = np.stack([LUMA, RED_CHROMA, BLUE_CHROMA])
+        converted = np.einsum("dc,ijc->ijd", channels, self.blocks)                         # (32, 32, 3)
+        self.luma, self.chroma = converted[..., 0], converted[..., 1:]                      # (32, 32), (32, 32, 2)
+
+    @functools.cached_property
+    def unevenness(self):
+        """How much the colour of a cell varies along its pixel rows: mean standard deviation, (8, 8)."""
+        return self.cells.std(3).mean((2, 3))
+
+
+def by_cell(pixels):
+    """(64, 64, ...) -> (8, 8, 8, 8, ...): row and column of the cell, then of the pixel within it."""
+    return pixels.reshape(GRID, CELL, GRID, CELL, *pixels.shape[2:]).swapaxes(1, 2)
+
+
+def at_every_place(blocks):
+    """(32, 32, ...) -> (8, 8, ..., 25, 25): what lies under each block of a sprite, at each place of the sprite."""
+    return sliding_window_view(blocks, (PLACES, PLACES), (0, 1))
+
+
+def mean_nearby(values, mask):
+    """Mean over each block and its eight neighbours, of those within the mask (8, 8): (8, 8, ...) of the same shape."""
+    inside = mask.astype(np.float32).reshape(mask.shape + (1,) * (values.ndim - 2))         # (8, 8, 1, ...)
+    return sum_nearby(values * inside) / np.maximum(sum_nearby(inside), 1)
+
+
+def sum_nearby(values):
+    """Sum over each element of the first two axes and its eight neighbours, zeros outside; of the same shape."""
+    height, width, *rest = values.shape
+    padded = np.zeros((height + 2, width + 2, *rest), values.dtype)
+    padded[1:-1, 1:-1] = values
+    rows = padded[:-2] + padded[1:-1] + padded[2:]
+    return rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]
+
+
+# ---- The pixel judge -------------------------------------------------------------------------------------------------
 
 class PixelJudge:
     """KScore's four dimensions from pixels: the generated picture first, the ground truth second, and the recipe.
 
-    It never sees the program. Sprites are looked for at every second pixel by comparing mean colours of 2 x 2 blocks
-    with the ground truth's subject, so nothing hangs on single pixels, and JPEG, its chroma halved or not, does not
-    disturb it. Each constraint
-    is kept with a verdict and a detail; each dimension is 0, 0.5 or 1:
+    It never sees the program. Each dimension is 0, 0.5 or 1:
 
     faithfulness        everything asked for is there, in whatever form (half: at least half of it)
     visual_correctness  subject, arrangement and colours are right (half: only the subject is)
     text_accuracy       the sign reads as it should (half: one wrong character); None if no text is wanted
     aesthetics          clean surfaces and, where asked for, the light (half: some of it)
     """
-    COLOUR_TOLERANCE = 0.16     # largest channel difference at which a shape's colour counts as the one that was named
-    LUMA_TOLERANCE, CHROMA_TOLERANCE = 0.12, 0.10  # the same for a block of a sprite
-    YCC = np.array([(0.299, 0.587, 0.114), (0.5, -0.4187, -0.0813), (-0.1687, -0.3313, 0.5)], np.float32)  # Rec. 601
-    IDENTITY, LOOSE = 0.8, 0.5  # share of a sprite's blocks that must match
+    IDENTITY = 0.8            # share of a subject's blocks that must match: it is the right one
+    RECOGNISABLE = 0.5        # the same: it is there in some form
+    LUMA_TOLERANCE = 0.12     # largest differences at which a subject's block matches
+    CHROMA_TOLERANCE = 0.10
+    COMPANION = 0.84          # share of a companion's blocks that must match, less that of the blocks around it
+    COLOUR_TOLERANCE = 0.16   # largest difference in a channel at which a block has the colour that was named
+    BODY_LIGHT = 0.36         # a darker block belongs to a body
+    BODY_FAULTS = 5           # blocks in which a whole body may differ
+    SHADOW = 0.6              # light of a shadow, relative to the ground beside it
+    STYLE_CORRELATION = 0.8   # of a cell's light with the pattern
+    STYLE_CONTRAST = 0.04     # standard deviation of a cell's light, at least
+    STYLE_SHARE = 0.35        # of the 64 cells that follow the wanted pattern, at least
+    OTHER_STYLE_SHARE = 0.2   # and another pattern, at most
+    GLYPH_CORRELATION = 0.6   # of a cell's ink with a glyph
+    GLYPH_GROUND = 0.75       # light of the ground under a glyph, at least
+    GLYPH_INK = 0.35          # how much darker the ink is, at least
+    SMOOTH, CRISP = 0.02, 0.06  # unevenness of a cell: below, above; between them it is muddy
+    MUDDY_SHARE = 0.2         # of the 64 cells, at most
+    WARMTH = 0.12             # red minus blue of a warm backdrop; of a cool one its negative
+    FALL = 0.2                # how much brighter the top is than the bottom, at least
 
     def __init__(self, world):
         """world: the parsed atlas/world.json (glyphs, shapes, colours, bodies)."""
-        self.glyphs = {c: np.array([[bits >> (4 - k) & 1 for k in range(5)] for bits in rows], np.float32)
-                       for c, rows in world["glyphs"].items()}
         self.shapes = {name: bitmap(rows) for name, rows in world["shapes"].items()}
-        self.colours = {name: np.array(rgb, np.float32) / 255 for name, rgb in world["colours"].items()}
-        self.whole = [bitmap(rows) for rows in world["bodies"]["whole"]]
-        self.broken = [bitmap(rows) for rows in world["bodies"]["broken"]]
+        self.colours = {name: np.float32(rgb) / 255 for name, rgb in world["colours"].items()}
+        self.whole_bodies = [bitmap(rows) for rows in world["bodies"]["whole"]]
+        self.broken_bodies = [bitmap(rows) for rows in world["bodies"]["broken"]]
+
+        self.characters = list(world["glyphs"])
+        glyphs = np.zeros((len(self.characters), CELL, CELL), np.float32)
+        for glyph, rows in zip(glyphs, world["glyphs"].values()):
+            glyph[1:8, 1:6] = glyph_bitmap(rows)  # within its cell a glyph has a margin
+        self.glyphs, self.glyph_deviation = centre(glyphs.reshape(-1, CELL * CELL))         # (characters, 64), (.., 1)
 
     def __call__(self, image, truth, wanted):
-        """image, truth: uint8 (64, 64, 3) (other sizes are resampled). Returns the judgement dict of a trajectory."""
-        image, truth = (diffusion.resize(i, 64, 64) if i.shape[:2] != (64, 64) else i for i in (image, truth))
-        half = cells(image)                                                                        # (32, 32, 3)
-        windows = np.lib.stride_tricks.sliding_window_view(half, (8, 8), (0, 1))                   # (25, 25, 3, 8, 8)
-        matches = [self.match(windows, truth, subject) for subject in wanted["subjects"]]
-        faithful, visual, beauty = [], [], []
-        self.judge_subjects(image, wanted, matches, faithful, visual)
-        if wanted["companions"]:
-            self.judge_companions(half, wanted, faithful, visual)
-        if wanted["style"]:
-            faithful.append(self.judge_style(image, wanted["style"]))
-        text = None
-        if wanted["text"]:
-            read = max((self.read_row(image, row) for row in (0, 7)),
-                       key=lambda r: (-edit_distance(r, wanted["text"]), r))
-            distance = edit_distance(read, wanted["text"])
-            text = 1.0 if distance == 0 else 0.5 if distance == 1 and len(wanted["text"]) > 2 else 0.0
-            faithful.append(constraint("sign", len(read) > 1, f"reads {read!r}, wanted {wanted['text']!r}"))
-        beauty.append(self.judge_clean(image))
-        if wanted["mood"]:
-            beauty += self.judge_mood(image, wanted["mood"])
-        share = sum(c["passed"] for c in faithful) / len(faithful)
-        identity = all(c["passed"] for c in visual if c["name"] == "subject look")
-        scores = {"faithfulness": 1.0 if share == 1 else 0.5 if share >= 0.5 else 0.0,
-                  "visual_correctness": 1.0 if all(c["passed"] for c in visual) else 0.5 if identity else 0.0,
-                  "text_accuracy": text,
-                  "aesthetics": grade(beauty)}
-        extra = [] if text is None else [constraint("text", text == 1, faithful[-1]["detail"])]
-        return scores | {"kscore": kscore(**scores), "constraints": faithful + visual + extra + beauty}
+        """The judgement of a picture. image, truth: uint8 (64, 64, 3), other sizes are resampled; wanted: the recipe's
+        constraints (build.constraints). Returns {"kscore", the four dimensions, "constraints": [verdicts]}."""
+        picture = Picture(diffusion.resize(image, SIZE, SIZE))
+        truth = Picture(diffusion.resize(truth, SIZE, SIZE))
+
+        matches = [self.match(picture, truth, subject) for subject in wanted["subjects"]]   # (25, 25) each
+        subjects, looks = self.judge_subjects(wanted["subjects"], matches)
+        arrangement = self.judge_arrangement(picture, wanted, matches)
+        shapes, colours = self.judge_companions(picture, wanted["companions"])
+        style = self.judge_style(picture, wanted["style"])
+        sign, text, text_accuracy = self.judge_sign(picture, wanted["text"])
+        clean = self.judge_clean(picture)
+        mood = self.judge_mood(picture, wanted["mood"])
+
+        faithful = subjects + shapes + style + sign
+        visual = looks + arrangement + colours
+        beauty = clean + mood
+        scores = {"faithfulness": grade(passed_share(faithful) == 1, passed_share(faithful) >= 0.5),
+                  "visual_correctness": grade(passed_share(visual) == 1, passed_share(looks) == 1),
+                  "text_accuracy": text_accuracy,
+                  "aesthetics": grade(passed_share(beauty) == 1, passed_share(beauty) > 0)}
+        return scores | {"kscore": distill.kscore(**scores), "constraints": faithful + visual + text + beauty}
+
+    # -- subjects and their arrangement
+
+    def match(self, picture, truth, subject):
+        """Share of the subject's blocks that match at every place: (25, 25).
+
+        A block matches if its luma and its chroma are near to those of the ground truth's subject. Chroma is the mean
+        over a block and its neighbours within the mask: JPEG keeps it at half the resolution.
+        """
+        mask = bitmap(subject["mask"])                                                      # (8, 8)
+        row, column = (cell * CELL // BLOCK for cell in subject["box"])
+        area = slice(row, row + SPRITE), slice(column, column + SPRITE)
+
+        luma_gap = np.abs(at_every_place(picture.luma) - truth.luma[area][..., None, None])  # (8, 8, 25, 25)
+        chroma = mean_nearby(at_every_place(picture.chroma), mask)                          # (8, 8, 2, 25, 25)
+        expected = mean_nearby(truth.chroma[area], mask)                                    # (8, 8, 2)
+        chroma_gap = np.abs(chroma - expected[..., None, None]).max(2)                      # (8, 8, 25, 25)
+        close = (luma_gap < self.LUMA_TOLERANCE) & (chroma_gap < self.CHROMA_TOLERANCE)
+        return close[mask].mean(0)
+
+    def judge_subjects(self, subjects, matches):
+        """(whether each subject is there in some form, whether each looks as it should)."""
+        there, looks = [], []
+        for subject, match in zip(subjects, matches):
+            share = float(match.max())
+            box = sprite_box(*best_place(match))
+            seen = f"{subject['name']}: {share:.0%}"
+            there.append(verdict("subject", share >= self.RECOGNISABLE, f"{seen} recognisable", box))
+            looks.append(verdict("subject look", share >= self.IDENTITY, f"{seen} of its look", box))
+        return there, looks
+
+    def judge_arrangement(self, picture, wanted, matches):
+        """At most one verdict: what the arrangement asks of the place at which a subject is seen best."""
+        arrangement, (y, x) = wanted["arrangement"], best_place(matches[0])
+        if arrangement == "place":
+            return [self.judge_quarter(y, x, wanted["place"])]
+        if arrangement == "pair":
+            _, other_x = best_place(matches[1])
+            return [self.judge_sides(y, x, other_x, wanted["place"])]
+        if arrangement == "count":
+            return [self.judge_count(matches[0], wanted["count"])]
+        if arrangement == "body":
+            return [self.judge_body(picture, y, x)]
+        if arrangement == "shadow":
+            return [self.judge_shadow(picture, y, x, wanted["light"])]
+        return []
+
+    def judge_quarter(self, y, x, quarter):
+        """The subject's middle lies in the quarter that was named."""
+        vertical = "upper" if y + SPRITE // 2 < BLOCKS // 2 else "lower"
+        horizontal = "left" if x + SPRITE // 2 < BLOCKS // 2 else "right"
+        actual = f"{vertical} {horizontal}"
+        return verdict("place", actual == quarter, f"stands {actual}, wanted {quarter}", sprite_box(y, x))
+
+    def judge_sides(self, y, x, other_x, side):
+        """The first subject stands on its side of the second."""
+        actual = "left" if x < other_x else "right"
+        return verdict("sides", actual == side, f"the first stands {actual}", sprite_box(y, x))
+
+    def judge_count(self, match, count):
+        """As many separate copies as were asked for; the box goes around all of them."""
+        places = separate_peaks(match, self.IDENTITY)
+        box = None
+        if places:
+            top, left = np.min(places, axis=0)
+            bottom, right = np.max(places, axis=0) + SPRITE
+            box = block_box(top, left, bottom, right)
+        return verdict("count", len(places) == count, f"{len(places)} copies, wanted {count}", box)
+
+    def judge_body(self, picture, y, x):
+        """Below the head stands a body whose outline is nearest to a whole one."""
+        top = y + SPRITE
+        body = picture.block_light[top:top + SPRITE, x:x + SPRITE] < self.BODY_LIGHT
+        box = sprite_box(top, x)
+        if body.shape != (SPRITE, SPRITE):
+            return verdict("body", False, "no room below the head", box)
+        whole = min(int((body != mask).sum()) for mask in self.whole_bodies)
+        broken = min(int((body != mask).sum()) for mask in self.broken_bodies)
+        passed = whole <= self.BODY_FAULTS and whole < broken
+        return verdict("body", passed, f"{whole} blocks from a whole body, {broken} from a broken one", box)
+
+    def judge_shadow(self, picture, y, x, light):
+        """The strip on the ground right below is dark on the side away from the light, and only there."""
+        ground, margin = y + SPRITE, SPRITE // 2  # the shadow reaches half a subject to the side
+        padded = np.pad(picture.block_light, ((0, 12), (margin, margin)), mode="edge")
+        strip = padded[ground:ground + 2]
+        below = padded[ground + 2:ground + 4]
+
+        brightness = {}  # of the strip on either side, relative to the ground below it
+        for side, left in (("left", x), ("right", x + margin + SPRITE)):
+            columns = slice(left, left + margin)
+            reference = max(below[:, columns].mean(), 1e-3)
+            brightness[side] = float(strip[:, columns].mean() / reference)
+
+        passed = brightness[OPPOSITE[light]] < self.SHADOW <= brightness[light]
+        detail = (f"darkness left {1 - brightness['left']:.2f}, right {1 - brightness['right']:.2f}, "
+                  f"light from the {light}")
+        return verdict("shadow", passed, detail, block_box(ground, x - margin, ground + 2, x + SPRITE + margin))
+
+    # -- companions, style, sign
+
+    def judge_companions(self, picture, companions):
+        """(whether each shape is there, whether each has its colour).
+
+        The colour of a shape is the one in which it is seen best: share of its blocks that have the colour, less the
+        share of the blocks around it that do.
+        """
+        if not companions:
+            return [], []
+        windows = {}  # colour -> which blocks have it, at every place: (25, 25, 8, 8)
+        for name, rgb in self.colours.items():
+            near = np.abs(picture.blocks - rgb).max(-1) < self.COLOUR_TOLERANCE
+            windows[name] = sliding_window_view(near.astype(np.float32), (SPRITE, SPRITE))
+
+        shapes, colours = [], []
+        for shape, colour in companions:
+            mask = self.shapes[shape]
+            around = max((~mask).sum(), 1)
+            weight = np.where(mask, 1 / mask.sum(), -1 / around).astype(np.float32)
+
+            scores = {name: np.tensordot(window, weight, 2) for name, window in windows.items()}
+            seen = max(scores, key=lambda name: scores[name].max())
+            share = float(scores[seen].max())
+            box = sprite_box(*best_place(scores[seen]))
+            there = share >= self.COMPANION
+            shapes.append(verdict(f"a {shape}", there, f"best match {share:.0%}", box))
+            detail = f"{seen if there else 'not found'}, wanted {colour}"
+            colours.append(verdict(f"colour of the {shape}", there and seen == colour, detail, box))
+        return shapes, colours
+
+    def judge_style(self, picture, style):
+        """Enough of the 64 cells, and hardly any of another style, have light that follows the style's pattern."""
+        if not style:
+            return []
+        light = picture.light - picture.light.mean((2, 3), keepdims=True)                   # (8, 8, 8, 8)
+        deviation = light.std((2, 3)) + 1e-6                                                # (8, 8)
+
+        shares = {}
+        for name, wave in style_waves(CELL).items():
+            correlation = (light * (2 * wave - 1)).mean((2, 3)) / deviation
+            follows = (correlation > self.STYLE_CORRELATION) & (deviation > self.STYLE_CONTRAST)
+            shares[name] = float(follows.mean())
+        others = max(share for name, share in shares.items() if name != style)
+        passed = shares[style] >= self.STYLE_SHARE and others < self.OTHER_STYLE_SHARE
+        detail = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+        return [verdict(f"{style} style", passed, detail)]
+
+    def judge_sign(self, picture, text):
+        """([whether there is a sign], [whether it reads as it should], text accuracy).
+
+        Signs stand in the first or the last row of cells; the one that is nearer to the wanted text counts.
+        """
+        if not text:
+            return [], [], None
+        signs = [self.read_row(picture, row) for row in (0, GRID - 1)]                      # [(characters, box)]
+        read, box = max(signs, key=lambda sign: (-edit_distance(sign[0], text), sign[0]))
+        distance = edit_distance(read, text)
+        accuracy = grade(distance == 0, distance == 1 and len(text) > 2)
+
+        detail = f"reads {read!r}, wanted {text!r}"
+        sign = verdict("sign", len(read) > 1, detail, box)
+        return [sign], [verdict("text", accuracy == 1, detail, box)], accuracy
+
+    def read_row(self, picture, row):
+        """(characters, box) of the longest run of glyphs in one row of cells.
+
+        A cell holds the glyph with which the darkness of its pixels correlates best, if it has a light ground, dark ink
+        and a correlation that is high enough.
+        """
+        light = picture.light[row].reshape(GRID, CELL * CELL)                               # (8, 64)
+        ground = light.max(1)                                                               # (8,)
+        ink = ground[:, None] - light
+        is_legible = (ground > self.GLYPH_GROUND) & (ink.max(1) > self.GLYPH_INK)
+        centred, deviation = centre(ink)
+        standard = centred / (deviation + 1e-6)
+        correlation = (standard[:, None] * self.glyphs / self.glyph_deviation).mean(2)      # (8, characters)
+        is_legible &= correlation.max(1) > self.GLYPH_CORRELATION
+
+        text = ""
+        for legible, best in zip(is_legible, correlation.argmax(1)):
+            text += self.characters[best] if legible else " "
+        runs = list(re.finditer("[^ ]+", text))
+        if not runs:
+            return "", None
+        longest = max(runs, key=lambda run: len(run[0]))
+        left, right = longest.span()
+        return longest[0], [CELL * row, CELL * left, CELL * row + CELL, CELL * right]
+
+    # -- surfaces and light
+
+    def judge_clean(self, picture):
+        """Surfaces are either smooth or crisp: few cells may be muddy, that is, faintly uneven."""
+        is_muddy = (picture.unevenness > self.SMOOTH) & (picture.unevenness < self.CRISP)   # (8, 8)
+        muddy = float(is_muddy.mean())
+        return [verdict("clean", muddy <= self.MUDDY_SHARE, f"{muddy:.0%} of the cells are muddy")]
+
+    def judge_mood(self, picture, mood):
+        """Warm or cool backdrop, and bright above, deep below; read from the smooth cells only."""
+        if not mood:
+            return []
+        smooth = picture.unevenness < self.SMOOTH                                           # (8, 8)
+        rows = np.nonzero(smooth)[0]                                                        # (n,)
+        shade = picture.cells[smooth].mean((1, 2))                                          # (n, 3)
+        if len(set(rows.tolist())) < 3:
+            return [verdict(name, False, "no free backdrop") for name in ("palette", "gradient")]
+
+        warmth = float(np.median(shade[:, 0] - shade[:, 2]))
+        is_right = warmth > self.WARMTH if mood == "warm" else warmth < -self.WARMTH
+
+        light = shade @ LUMA
+        above, below = np.nonzero(rows[:, None] < rows)                                     # all pairs of cells
+        slopes = (light[below] - light[above]) / (rows[below] - rows[above])
+        fall = -GRID * float(np.median(slopes))                                             # Theil-Sen, top to bottom
+        return [verdict("palette", is_right, f"red minus blue {warmth:+.2f}"),
+                verdict("gradient", fall > self.FALL, f"{fall:+.2f} brighter above than below")]
+
+    # -- what the scorer calls
 
     def score(self, image, truth, row):
         """The judgement of a request's row, or None if it is not one of the Atlas."""
@@ -98,168 +406,15 @@ class PixelJudge:
 
     def score_program(self, trajectory):
         """(R_text, checks) of the program, or (None, []) if the request is not one of the Atlas."""
-        t, wanted = trajectory, trajectory.row.get("recipe", {}).get("wanted")
-        used = {s.arguments.get("skill_name") for s in t.steps if s.name == "query_knowledge"}
-        return judge_program(t.program, t.question, wanted, used) if wanted else (None, [])
-
-    def match(self, windows, truth, subject):
-        """Share of the subject's blocks that match at every place: (25, 25)."""
-        row, column = (8 * v for v in subject["box"])
-        mask = bitmap(subject["mask"])                                                        # (8, 8)
-        template = cells(truth[row:row + 16, column:column + 16]).transpose(2, 0, 1)              # (3, 8, 8)
-        luma, chroma = self.luma_and_chroma(windows, mask)
-        luma0, chroma0 = self.luma_and_chroma(template, mask)
-        close = ((np.abs(luma - luma0) < self.LUMA_TOLERANCE)
-                 & (np.abs(chroma - chroma0).max(-3) < self.CHROMA_TOLERANCE))                    # (25, 25, 8, 8)
-        return close[..., mask].mean(-1)
-
-    def luma_and_chroma(self, blocks, mask):
-        """(..., 3, 8, 8) colours -> luma (..., 8, 8) and chroma, Cr and Cb (..., 2, 8, 8).
-
-        Chroma is the mean over a block and its neighbours within the mask: pictures keep it about so finely, JPEG ones
-        at half the resolution.
-        """
-        luma, chroma = np.split(np.einsum("dc,...cij->...dij", self.YCC, blocks), (1,), -3)
-        return luma[..., 0, :, :], blur(chroma * mask) / np.maximum(blur(mask.astype(np.float32)), 1)
-
-    def judge_subjects(self, image, wanted, matches, faithful, visual):
-        """Identity of every subject, then what its arrangement asks for; y and x are in blocks of two pixels."""
-        found = []
-        for subject, score in zip(wanted["subjects"], matches):
-            best = float(score.max())
-            found.append(np.unravel_index(score.argmax(), score.shape))
-            faithful.append(constraint("subject", best >= self.LOOSE, f"{subject['name']}: {best:.0%} recognisable"))
-            visual.append(constraint("subject look", best >= self.IDENTITY,
-                                     f"{subject['name']}: {best:.0%} of its look"))
-        (y, x), arrangement = found[0], wanted["arrangement"]
-        if arrangement == "place":
-            actual = f"{'upper' if y + 4 < 16 else 'lower'} {'left' if x + 4 < 16 else 'right'}"
-            visual.append(constraint("place", actual == wanted["place"], f"stands {actual}, wanted {wanted['place']}"))
-        elif arrangement == "pair":
-            actual = "left" if x < found[1][1] else "right"
-            visual.append(constraint("sides", actual == wanted["place"], f"the first stands {actual}"))
-        elif arrangement == "count":
-            count = count_peaks(matches[0], self.IDENTITY)
-            visual.append(constraint("count", count == wanted["count"], f"{count} copies, wanted {wanted['count']}"))
-        elif arrangement == "body":
-            visual.append(self.judge_body(image, y, x))
-        elif arrangement == "shadow":
-            visual.append(self.judge_shadow(image, y, x, wanted["light"]))
-
-    def judge_body(self, image, y, x):
-        """Below the head stands a body whose outline is nearest to a whole one."""
-        area = luminance(cells(image))[y + 8:y + 16, x:x + 8] < 0.36
-        if area.shape != (8, 8):
-            return constraint("body", False, "no room below the head")
-        whole = min(int((area != mask).sum()) for mask in self.whole)
-        broken = min(int((area != mask).sum()) for mask in self.broken)
-        return constraint("body", whole <= 5 and whole < broken,
-                          f"{whole} blocks from a whole body, {broken} from a broken one")
-
-    def judge_shadow(self, image, y, x, light):
-        """The strip on the ground right below is dark on the side away from the light, and only there."""
-        light_map = np.pad(luminance(cells(image)), ((0, 12), (4, 4)), mode="edge")  # columns shift by 4
-        strip, below = light_map[y + 8:y + 10], light_map[y + 10:y + 12]
-        dark = {side: float(strip[:, at:at + 4].mean() / max(below[:, at:at + 4].mean(), 1e-3))
-                for side, at in (("left", x), ("right", x + 12))}
-        away = {"left": "right", "right": "left"}[light]
-        return constraint("shadow", dark[away] < 0.6 <= dark[light],
-                          f"darkness left {1 - dark['left']:.2f}, right {1 - dark['right']:.2f}, light from the "
-                          f"{light}")
-
-    def judge_companions(self, half, wanted, faithful, visual):
-        """For every shape the colour in which it is best seen: share of its blocks that match, less those around it."""
-        near = {name: (np.abs(half - rgb).max(-1) < self.COLOUR_TOLERANCE).astype(np.float32)
-                for name, rgb in self.colours.items()}                                             # (32, 32)
-        windows = {name: np.lib.stride_tricks.sliding_window_view(m, (8, 8)) for name, m in near.items()}
-        for shape, colour in wanted["companions"]:
-            mask = self.shapes[shape]
-            weight = np.where(mask, 1 / mask.sum(), -1 / max((~mask).sum(), 1)).astype(np.float32)
-            scores = {name: float(np.tensordot(view, weight, 2).max()) for name, view in windows.items()}
-            seen = max(scores, key=scores.get)
-            there = scores[seen] >= 0.84
-            faithful.append(constraint(f"a {shape}", there, f"best match {scores[seen]:.0%}"))
-            visual.append(constraint(f"colour of the {shape}", there and seen == colour,
-                                     f"{seen if there else 'not found'}, wanted {colour}"))
-
-    def judge_style(self, image, style):
-        """Share of the 64 cells whose light follows a pattern of the wanted style."""
-        light = luminance(image.astype(np.float32) / 255).reshape(8, 8, 8, 8).transpose(0, 2, 1, 3)  # (8, 8, 8, 8)
-        light = light - light.mean((2, 3), keepdims=True)
-        deviation = light.std((2, 3)) + 1e-6
-        rows, columns = (np.arange(8) // 4 % 2)[:, None], (np.arange(8) // 4 % 2)[None]
-        waves = {"mosaic": rows ^ columns, "woven": rows + 0 * columns, "banded": columns + 0 * rows}
-        shares = {name: float((((light * (2 * wave - 1)).mean((2, 3)) / deviation > 0.8) & (deviation > 0.04)).mean())
-                  for name, wave in waves.items()}
-        others = max(v for k, v in shares.items() if k != style)
-        return constraint(f"{style} style", shares[style] >= 0.35 and others < 0.2,
-                          ", ".join(f"{k} {v:.0%}" for k, v in shares.items()))
-
-    def judge_clean(self, image):
-        """Surfaces are either smooth or crisp: few cells may be muddy, that is, faintly uneven."""
-        colour = image.astype(np.float32).reshape(8, 8, 8, 8, 3).transpose(0, 2, 1, 3, 4) / 255       # (8, 8, 8, 8, 3)
-        across = colour.std(3).mean((2, 3))                                                        # (8, 8): along rows
-        muddy = float(((across > 0.02) & (across < 0.06)).mean())
-        return constraint("clean", muddy <= 0.2, f"{muddy:.0%} of the cells are muddy")
-
-    def judge_mood(self, image, mood):
-        """Warm or cool backdrop, and bright above, deep below; read from the smooth cells only."""
-        colour = image.astype(np.float32).reshape(8, 8, 8, 8, 3).transpose(0, 2, 1, 3, 4) / 255
-        smooth = colour.std(3).mean((2, 3)) < 0.02
-        at, shade = np.nonzero(smooth)[0], colour[smooth].mean((1, 2))                             # (n,), (n, 3)
-        if len(set(at.tolist())) < 3:
-            return [constraint("palette", False, "no free backdrop"), constraint("gradient", False, "no free backdrop")]
-        warmth, light = float(np.median(shade[:, 0] - shade[:, 2])), luminance(shade)
-        first, second = np.nonzero(at[:, None] < at[None])                   # Theil-Sen: the median of pairwise slopes
-        slope = -8 * float(np.median((light[second] - light[first]) / (at[second] - at[first])))
-        return [constraint("palette", warmth > 0.12 if mood == "warm" else warmth < -0.12,
-                           f"red minus blue {warmth:+.2f}"),
-                constraint("gradient", slope > 0.2, f"{slope:+.2f} brighter above than below")]
-
-    def read_row(self, image, row):
-        """The longest run of glyphs in one row of cells."""
-        light = luminance(image[8 * row:8 * row + 8].astype(np.float32) / 255).reshape(8, 8, 8).transpose(1, 0, 2)
-        text = ""
-        for cell in light:                                                                        # (8, 8)
-            best, character = 0.0, " "
-            ink = cell.max() - cell
-            if cell.max() > 0.75 and ink.max() > 0.35:
-                ink = (ink - ink.mean()) / (ink.std() + 1e-6)
-                for name, glyph in self.glyphs.items():
-                    template = np.pad(glyph, ((1, 0), (1, 2)))
-                    score = float((ink * (template - template.mean()) / template.std()).mean())
-                    if score > best:
-                        best, character = score, name
-            text += character if best > 0.6 else " "
-        return max(text.split(" "), key=len)
+        wanted = trajectory.row.get("recipe", {}).get("wanted")
+        if not wanted:
+            return None, []
+        guides = [step for step in trajectory.steps if step.name == "query_knowledge"]
+        skills_used = {step.arguments.get("skill_name") for step in guides}
+        return judge_program(trajectory.program, trajectory.question, wanted, skills_used)
 
 
-def grade(verdicts):
-    """1 if all pass, 0 if none does, else 0.5."""
-    passed = [c["passed"] for c in verdicts]
-    return 1.0 if all(passed) else 0.5 if any(passed) else 0.0
-
-
-def edit_distance(a, b):
-    """Levenshtein distance of two short strings."""
-    previous = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        current = [i]
-        for j, y in enumerate(b, 1):
-            current.append(min(previous[j] + 1, current[-1] + 1, previous[j - 1] + (x != y)))
-        previous = current
-    return previous[-1]
-
-
-def count_peaks(score, threshold):
-    """How many sprites fit without overlapping: the best place first, then whatever it leaves room for."""
-    score, count = score.copy(), 0
-    while score.max() >= threshold:
-        y, x = np.unravel_index(score.argmax(), score.shape)
-        score[max(0, y - 7):y + 8, max(0, x - 7):x + 8] = 0
-        count += 1
-    return count
-
+# ---- The program judge -----------------------------------------------------------------------------------------------
 
 def judge_program(program, question, wanted, skills_used):
     """R_text: is the program sufficient? Four checks, a quarter each; it never looks at a pixel.
@@ -270,21 +425,90 @@ def judge_program(program, question, wanted, skills_used):
     Constraints: every requirement appears, in the plain wording at least.
     """
     if program is None:
-        return 0.0, [constraint("program", False, "no program")]
+        return 0.0, [verdict("program", False, "no program")]
     prompt = program.gen_prompt
-    facts = wanted["text"] in prompt if wanted["text"] else True
+    facts = wanted["text"] in prompt  # true of an empty text: none is wanted
     if wanted["arrangement"] == "count":
-        number = ("", "", "two", "three", "four")[wanted["count"]]
-        facts = facts and number in prompt.lower()
-    ordinals = ("the first reference image", "the second reference image")[:len(wanted["subjects"])]
-    ordinal = all(o in prompt.lower() for o in ordinals) and len(program.references) == len(ordinals)
-    followed = [s for s in wanted["skills"] if wanted["wordings"][s]["exact"] in prompt]
-    advised = [s for s in wanted["skills"] if s in skills_used and s in followed]
-    stated = [s for s in wanted["skills"] if any(w in prompt for w in wanted["wordings"][s].values())]
-    checks = [constraint("facts", facts, "the facts stand in the prompt" if facts else "a fact is missing"),
-              constraint("ordinal references", ordinal, f"{len(program.references)} references"),
-              constraint("skill advice", len(advised) == len(wanted["skills"]),
-                         f"followed: {', '.join(advised) or 'none'}"),
-              constraint("executable constraints", len(stated) == len(wanted["skills"]),
-                         f"stated: {', '.join(stated) or 'none'}")]
-    return sum(c["passed"] for c in checks) / 4, checks
+        facts = facts and NUMBER[wanted["count"]] in prompt.lower()
+
+    phrases = tools.REFERENCE_PHRASES[:len(wanted["subjects"])]
+    has_phrases = all(phrase in prompt.lower() for phrase in phrases)
+    ordinals = has_phrases and len(program.references) == len(phrases)
+
+    skills, wordings = wanted["skills"], wanted["wordings"]
+    exact = [skill for skill in skills if wordings[skill]["exact"] in prompt]
+    plain = [skill for skill in skills if wordings[skill]["plain"] in prompt]
+    advised = [skill for skill in exact if skill in skills_used]
+    stated = [skill for skill in skills if skill in exact + plain]
+
+    fact_detail = "the facts stand in the prompt" if facts else "a fact is missing"
+    checks = [verdict("facts", facts, fact_detail),
+              verdict("ordinal references", ordinals, f"{len(program.references)} references"),
+              verdict("skill advice", len(advised) == len(skills), f"followed: {', '.join(advised) or 'none'}"),
+              verdict("executable constraints", len(stated) == len(skills), f"stated: {', '.join(stated) or 'none'}")]
+    return sum(check["passed"] for check in checks) / 4, checks
+
+
+# ==== Machine room ====================================================================================================
+
+def verdict(name, passed, detail, box=None):
+    """One constraint of a judgement. box: [top, left, bottom, right] in pixels of what it is about, if it has a
+    place."""
+    found = distill.constraint(name, passed, detail)
+    return found if box is None else found | {"box": box}
+
+
+def block_box(top, left, bottom, right):
+    """A rectangle of blocks as a box in pixels, cut at the picture's edge; None if nothing of it is within."""
+    edges = [BLOCK * int(edge) for edge in (top, left, bottom, right)]
+    top, left, bottom, right = (min(max(edge, 0), SIZE) for edge in edges)
+    return [top, left, bottom, right] if top < bottom and left < right else None
+
+
+def sprite_box(y, x):
+    """The box of 8 x 8 blocks at a place."""
+    return block_box(y, x, y + SPRITE, x + SPRITE)
+
+
+def passed_share(verdicts):
+    return sum(found["passed"] for found in verdicts) / len(verdicts)
+
+
+def grade(is_full, is_half):
+    """A dimension's value: 1, 0.5 or 0."""
+    return 1.0 if is_full else 0.5 if is_half else 0.0
+
+
+def best_place(scores):
+    """(y, x) of the highest score."""
+    return np.unravel_index(scores.argmax(), scores.shape)
+
+
+def separate_peaks(scores, threshold):
+    """[(y, x)] of the sprites that fit without overlapping: the best place first, then whatever it leaves room for."""
+    scores, places = scores.copy(), []
+    while scores.max() >= threshold:
+        y, x = best_place(scores)
+        places.append((y, x))
+        top, left = max(0, y - SPRITE + 1), max(0, x - SPRITE + 1)
+        scores[top:y + SPRITE, left:x + SPRITE] = 0
+    return places
+
+
+def centre(rows):
+    """Every row minus its mean (..., n), and its standard deviation (..., 1)."""
+    mean = rows.mean(-1, keepdims=True)
+    return rows - mean, rows.std(-1, keepdims=True)
+
+
+def edit_distance(a, b):
+    """Levenshtein distance of two short strings."""
+    previous = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        current = [i]
+        for j, y in enumerate(b, 1):
+            removed, added = previous[j] + 1, current[-1] + 1
+            replaced = previous[j - 1] + (x != y)
+            current.append(min(removed, added, replaced))
+        previous = current
+    return previous[-1]
