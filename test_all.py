@@ -479,6 +479,33 @@ def test_a_closed_sequence_frees_its_slot_even_in_the_middle_of_a_turn(net):
     assert c.tokens[20:] == model.generate(net, [model_prompt(20, 2)], 5, seed=2)[0].tokens
 
 
+def test_steps_of_rounded_shapes_equal_the_plain_ones(net, monkeypatch):
+    """The path of CUDA graphs, with a graph that computes its step again when it is replayed."""
+    prompts = [p for n in range(5) for p in [model_prompt(20 + n, n)] * 3] + [model_prompt(9, 9)]
+    plain = model.generate(net, prompts, 16, seed=3, slots=11)
+    captured = []
+
+    def capture(batch, n, longest, groups):
+        static_groups, saved = groups and groups.clone(), batch.state.clone()
+        outputs = batch.forward(n, longest, static_groups)
+        batch.state.copy_(saved)
+        captured.append((n, longest))
+
+        def replay():
+            for output, new in zip(outputs, batch.forward(n, longest, static_groups)):
+                output.copy_(new)
+        return SimpleNamespace(replay=replay), static_groups, outputs
+
+    def step(batch, n, longest):
+        return batch.replay(n, longest, batch.prefix_groups)
+    monkeypatch.setattr(model.DecodeBatch, "capture", capture)
+    monkeypatch.setattr(model.DecodeBatch, "step", step)
+    rounded = model.generate(net, prompts, 16, seed=3, slots=11)
+    assert set(captured) <= {(8, 40), (11, 40)}  # multiples of 8 and 256, within slots and capacity
+    for a, b in zip(plain, rounded, strict=True):
+        assert a.tokens == b.tokens and np.abs(np.subtract(a.logprobs, b.logprobs)).max() < 1e-5
+
+
 @torch.no_grad()
 def test_generation_sees_updated_weights(net):
     prompt = model_prompt(9)
