@@ -241,7 +241,8 @@ CHAT_TEMPLATE = (
 
 
 class Tokenizer:
-    """ChatML over a `tokenizers.Tokenizer`. Text that spells a special token never becomes one: ids go around it."""
+    """ChatML over a `tokenizers.Tokenizer`. Text that spells a special token never becomes one: special ids are added
+    around it, as ids."""
 
     def __init__(self, fast, config=None):
         self.fast = fast
@@ -384,6 +385,7 @@ class PrefixTree:
             start = ends[-1] if ends else 0
             rows = rows[:start]
 
+            # new segments for the rest, cut where later sequences branch off
             for stop in branch_points(shared[s + 1:], start) + [len(sequence)]:
                 if stop > start:
                     path.append(len(self.sizes))
@@ -442,11 +444,13 @@ class ChunkedLogprobs(torch.autograd.Function):
 
             for c in range(0, V, tile):
                 z = F.linear(h, weight[c:c + tile].to(dtype)).float().div_(temperature)   # (n, v)
+                # the target's logit, where the target lies in this tile
                 inside = (targets[a:b] >= c) & (targets[a:b] < c + tile)
                 local = (targets[a:b, None] - c).clamp(0, z.shape[1] - 1)
                 picked = z.gather(1, local).squeeze(1)
                 chosen = torch.where(inside, picked, chosen)
 
+                # running sums of exp(z - top) and z exp(z - top): what there is is scaled to the new maximum
                 high = torch.maximum(top, z.amax(1))
                 fade = (top - high).exp()
                 e = (z - high[:, None]).exp_()
@@ -474,6 +478,7 @@ class ChunkedLogprobs(torch.autograd.Function):
                 s = slice(a, a + tile)
                 h = hidden[s].to(dtype)
                 g = F.linear(h, w).float().div_(temperature).sub_(lse[s, None])           # log p (n, v)
+                # gradient with respect to z: -p_j (...) everywhere, and g_logp at the target
                 if with_entropy:
                     logs = g.clone()
                     from_entropy = g_entropy[s, None] * (logs + entropy[s, None])
@@ -531,7 +536,7 @@ class WeightedLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         g_hidden, g_weight = ctx.saved_tensors
-        return g_hidden * upstream, g_weight.mul_(upstream), None, None, None, None       # in place: nobody else's
+        return g_hidden * upstream, g_weight.mul_(upstream), None, None, None, None       # in place: it is used once
 
 
 def weighted_logprobs(hidden, weight, targets, weights, rows=None):
@@ -554,6 +559,7 @@ def token_logprobs_and_entropy(net, sequences, temperature=1.0, masks=None):
 
     A shared token's prediction is scored once, however many sequences contain it.
     """
+    # the row that predicts each token, and the token
     hidden, rows = hidden_states(net, sequences)
     V, device = net.config.vocab_size, hidden.device
     row = torch.cat([r[:-1] for r in rows])                                               # (S,) over all sequences
@@ -896,7 +902,7 @@ class Engine:
         admitted, ended = [], []
         while self.waiting:
             sequence = self.waiting[0]
-            if len(sequence.tokens) >= sequence.max_length:
+            if len(sequence.tokens) >= sequence.max_length:  # the context is full: the turn ends without a token
                 sequence.finish = "length"
                 ended.append(self.waiting.popleft())
                 continue
@@ -918,7 +924,7 @@ class Engine:
         if not idle:
             return False
 
-        # who waits for a tool can spare a slot most easily, then who is last in the queue
+        # take it from a conversation that waits for a tool, else from the last one in the queue
         position = {waiting: i for i, waiting in enumerate(self.waiting)}
         lender = max(idle, key=lambda owner: position.get(owner, math.inf))
         self.cache.lend(lender)
@@ -955,6 +961,7 @@ class Engine:
 
     def prefill(self, admitted):
         """Compute all pending tokens of these sequences, then sample one token of each -> (tokens, logps), lists."""
+        # shared prompts count once, and come before the sequences that look back to them
         prefixes = [s.prefix for s in admitted if s.prefix and not s.prefix.cached]
         jobs = list(dict.fromkeys(prefixes + admitted))
         while jobs:
@@ -964,7 +971,7 @@ class Engine:
             jobs = [job for job in jobs if job.computed < len(job.tokens)]
 
         # a sequence that is all shared prompt goes on from the prompt's last logits
-        logits = [s.prefix.logits if s.logits is None else s.logits for s in admitted]
+        logits = [s.prefix.logits if s.logits is None else s.logits for s in admitted]    # n x (V,)
         params = torch.tensor([[s.temperature, s.top_p] for s in admitted], device=self.device)
         counters = torch.tensor([[s.stream, len(s.tokens)] for s in admitted], device=self.device)
         tokens, logp = sample(torch.stack(logits), *params.T, *counters.T)
@@ -1065,6 +1072,7 @@ class Engine:
         self.cache.compact(self.running, first=0)
         self.running.sort(key=lambda s: s.slot)
 
+        # the prompts that they share move to the first slots of their kind
         groups = {}  # Prefix -> rows of the batch
         for row, s in enumerate(self.running):
             if s.prefix:
@@ -1114,16 +1122,18 @@ class DecodeBatch:
         return self.forward(n, longest, self.prefix_groups)
 
     def forward(self, n, longest, groups):
-        """The step on tensors only, in fixed shapes, without a word to the host."""
+        """The step on tensors only, in fixed shapes: nothing is read back to the host."""
         H, J, D = self.shape
         ids, positions, lengths, streams = self.state[:, :n]
+        # a row sees its own tokens and the new one
         is_behind = torch.arange(longest, device=self.device) > lengths[:, None]          # (B, L)
         bias = torch.where(is_behind, -math.inf, 0.0)[:, None, None]                      # (B, 1, 1, L)
         bias = bias.to(self.cache.keys.dtype)
 
+        # the new token's place in the flat cache (slots J capacity, D)
         heads = torch.arange(n * J, device=self.device).view(n, J)
         end = lengths.clamp(max=self.cache.capacity - 1)[:, None]                         # padding rows write, too
-        index = (heads * self.cache.capacity + end).view(-1)                              # (B J,) for the new token
+        index = (heads * self.cache.capacity + end).view(-1)                              # (B J,)
 
         def attend(layer, q, k, v):
             keys, values = self.cache.keys[layer], self.cache.values[layer]               # (slots, J, capacity, D)
@@ -1139,7 +1149,8 @@ class DecodeBatch:
                 out = torch.lerp(out, shared, share)
             return out
 
-        hidden = self.net.trunk(ids, positions, attend)
+        # sample, and leave the inputs of the next step in place
+        hidden = self.net.trunk(ids, positions, attend)                                   # (B, C)
         temperature, top_p = self.sampling_params[:, :n]
         tokens, logp = sample(self.net.logits(hidden), temperature, top_p, streams, positions + 1)
         ids.copy_(tokens)
@@ -1302,7 +1313,7 @@ class FileTensor(NamedTuple):
     parameter: nn.Parameter
     start: int
     stop: int
-    linear: Linear = None  # that the parameter belongs to, where it is a projection's
+    linear: Linear = None  # the projection that it belongs to, if it does
 
     @property
     def data(self):
@@ -1443,7 +1454,7 @@ def load(path, device="cpu", dtype=torch.float32):
     files = tensor_files(path)
     if "embed_tokens.weight" in files:  # a bare trunk (an embedding model) has no output layer
         config.tie_embeddings = True
-    with torch.device("meta"):
+    with torch.device("meta"):  # without memory: nothing is initialised that the file overwrites
         net = Qwen3(config)
     net = net.to(dtype).to_empty(device=device)
 
@@ -1484,7 +1495,7 @@ def load_tokenizer(path):
 def save(path, net, tokenizer=None, shard_bytes=5 * 2**30):
     """Write a Hugging Face folder of the plain qwen3 layout. Low-rank adapters are merged into what is written."""
     os.makedirs(path, exist_ok=True)
-    shards, size = [{}], 0
+    shards, size = [{}], 0  # files of at most shard_bytes, or of one tensor
     for tensor in file_tensors(net):
         if size + tensor.data.nbytes > shard_bytes and shards[-1]:
             shards.append({})
@@ -1555,7 +1566,7 @@ def export(net, base, path):
 
 
 def with_our_weights(source, ours):
-    """The tensors of a file, in place of some the net's. ours: {name in the file: FileTensor}."""
+    """The tensors of a file, those that the net has with the net's values. ours: {name in the file: FileTensor}."""
     with open_tensors(source) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     for name in tensors.keys() & ours.keys():
@@ -1735,6 +1746,7 @@ class ProcessGroup:
         """[value of every process], in order; anything JSON can hold (nan included)."""
         if self.size == 1:
             return [value]
+        # lengths first, then the messages, padded to the longest
         message = bytearray(json.dumps(value).encode())
         data = torch.frombuffer(message, dtype=torch.uint8).to(self.device)
         sizes = [torch.zeros(1, dtype=torch.long, device=self.device) for _ in range(self.size)]
@@ -1767,10 +1779,10 @@ class ProcessGroup:
         if self.size == 1:
             return
         if kind is None:
-            # No process takes its connections down while another still talks. The finished barrier is kept until the
-            # interpreter has gone: it refers to the operations before it, which a thread of gloo may not have dropped
-            # yet. The one that drops an operation last frees its tensors, and a thread that wants to do so while the
-            # interpreter shuts down aborts the process (PyTorch issue 190489).
+            # No process closes its connections while another still uses them. The barrier is kept until the process
+            # ends: it refers to the operations before it, so that none of gloo's threads is the last to release one.
+            # Releasing an operation frees its tensors, which takes the interpreter's lock, and a thread that asks for
+            # the lock while the interpreter shuts down aborts the process (PyTorch 2.13).
             ProcessGroup.last_barrier = dist.barrier(async_op=True)
             ProcessGroup.last_barrier.wait()
         dist.destroy_process_group()
@@ -1874,10 +1886,12 @@ def save_checkpoint(folder, step, tensors, state, processes=None, keep=2):
         os.makedirs(unfinished)
     processes.barrier()
 
+    # every process writes its part
     path = write_shards(processes, os.path.join(unfinished, "state"), tensors)
     flush(path)
     checksums = dict(processes.all_gather_objects([os.path.basename(path), checksum(path)]))
 
+    # the first one completes the folder, gives it its name, and removes what is out of date
     if processes.is_main:
         state_file = os.path.join(unfinished, "state.json")
         write_json(state_file, {**state, "step": step, "checksums": checksums})
@@ -1909,7 +1923,7 @@ def latest_checkpoint(folder, processes=None):
 
 
 def newest_whole_checkpoint(folder):
-    """Path of the newest checkpoint whose files have the checksums that its state.json tells, or None."""
+    """Path of the newest checkpoint whose files have the checksums of its state.json, or None."""
     for name in reversed(checkpoint_names(folder)):
         path = os.path.join(folder, name)
         try:
@@ -1936,7 +1950,7 @@ def checksum(path):
 
 
 def flush(path):
-    """What was written to a file, or which names a folder holds, outlasts a power cut from here on."""
+    """Write a file's content, or the names in a folder, through to the disk: they survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -1962,7 +1976,7 @@ def write_shards(processes, stem, tensors):
 
 
 def read_shards(paths):
-    """Whole tensors from the files of all processes, in order, however many read them now."""
+    """Whole tensors from the files of all processes that wrote them; any number of processes may read."""
     parts = {}
     for path in sorted(paths):
         with open_tensors(path) as file:

@@ -51,11 +51,11 @@ torch.set_num_threads(2)
 
 
 def model_net(seed=0, **changes):
-    settings = dict(
-        vocab_size=97, hidden_size=32, layers=2, heads=4, kv_heads=2, head_dim=16, mlp_size=64, rope_theta=1e4
-    )
+    """A policy of two layers over 97 words. changes: fields of its Config."""
+    config = dict(
+        vocab_size=97, hidden_size=32, layers=2, heads=4, kv_heads=2, head_dim=16, mlp_size=64, rope_theta=1e4)
     torch.manual_seed(seed)
-    net = model.Qwen3(model.Config(**{**settings, **changes}))
+    net = model.Qwen3(model.Config(**(config | changes)))
     with torch.no_grad():  # norms away from 1, sharper logits: a forgotten factor shows
         for p in net.parameters():
             if p.dim() == 1:
@@ -65,78 +65,101 @@ def model_net(seed=0, **changes):
 
 
 def model_prompt(length, seed=0, vocab=97):
+    """Random token ids."""
     return np.random.default_rng(seed).integers(0, vocab, length).tolist()
 
 
-def model_reference(net, prompt, steps):
-    """Greedy decoding without a cache."""
+@pytest.fixture
+def net():
+    return model_net()
+
+
+TOKENIZER_TEXTS = [
+    "The crest of Velmar Bridge, founded in 1873.",
+    "A sign with the text \"KEL7\", spelled K-E-L-7.",
+    "search for the city and its year",
+    '{"name": "search", "arguments": {"queries": ["Velmar"], "top_k": 3}}',
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return model.train_tokenizer(TOKENIZER_TEXTS * 5, 340)
+
+
+def greedy_without_cache(net, prompt, steps):
     ids = list(prompt)
     for _ in range(steps):
         ids.append(net(torch.tensor([ids]))[0, -1].argmax().item())
-    return ids[len(prompt) :]
+    return ids[len(prompt):]
 
 
-MODEL_TEXTS = [
-    "The crest of Velmar Bridge, founded in 1873.",
-    'A sign with the text "KEL7", spelled K-E-L-7.',
-    "search for the city and its year",
-    '{"name": "search", "arguments": {"queries": ["Velmar"], "top_k": 3}}',
-] * 5
+def full_logprobs(net, ids, temperature=1.0):
+    """log p of tokens 1, 2, ... by a forward pass of the one sequence and a full softmax."""
+    ids = torch.tensor(ids)
+    logp = (net(ids[None])[0, :-1] / temperature).log_softmax(-1)
+    return logp.gather(1, ids[1:, None]).squeeze(1)
 
 
-def model_tokenizer():
-    return model.train_tokenizer(MODEL_TEXTS, 340)
+def run_turns(engine, sequences):
+    """Decode until the turns of all these sequences have ended."""
+    open_turns = set(sequences)
+    while open_turns:
+        ended = engine.poll()
+        assert ended
+        open_turns -= set(ended)
 
 
 # -- decoder and log-probs
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_have_the_documented_shape_and_dtype(net, dtype):
+    logits = net.to(dtype)(torch.zeros(2, 5, dtype=torch.long))
+    assert logits.shape == (2, 5, 97) and logits.dtype == torch.float32
 
-def test_logits_have_the_documented_shape_and_dtype():
-    for dtype in (torch.float32, torch.bfloat16):
-        logits = model_net().to(dtype)(torch.zeros(2, 5, dtype=torch.long))
-        assert logits.shape == (2, 5, 97) and logits.dtype == torch.float32
 
-
-def test_later_tokens_never_change_earlier_logits():
-    net, ids = model_net(), torch.tensor([model_prompt(12)])
+def test_later_tokens_never_change_earlier_logits(net):
+    ids = torch.tensor([model_prompt(12)])
     changed = ids.clone()
     changed[0, 8:] = (changed[0, 8:] + 1) % 97
     a, b = net(ids), net(changed)
-    assert torch.allclose(a[:, :8], b[:, :8], atol=1e-6) and not torch.allclose(a[:, 8:], b[:, 8:], atol=1e-2)
+    assert torch.allclose(a[:, :8], b[:, :8], atol=1e-6)
+    assert not torch.allclose(a[:, 8:], b[:, 8:], atol=1e-2)
 
 
-def test_packed_log_probs_equal_padded_ones():
-    net, prompt = model_net(), model_prompt(30)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_packed_log_probs_equal_padded_ones(net, temperature):
+    prompt = model_prompt(30)
     sequences = [prompt + model_prompt(n, n) for n in (5, 17, 9)] + [model_prompt(40, 9), model_prompt(2, 8)]
-    for temperature in (1.0, 0.7):
-        for ids, logp in zip(sequences, model.token_logprobs(net, sequences, temperature)):
-            ids = torch.tensor(ids)
-            full = (net(ids[None])[0, :-1] / temperature).log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)
-            assert logp.shape == full.shape and (logp - full).abs().max() < 1e-5
+    for ids, logp in zip(sequences, model.token_logprobs(net, sequences, temperature), strict=True):
+        full = full_logprobs(net, ids, temperature)
+        assert logp.shape == full.shape and (logp - full).abs().max() < 1e-5
 
 
 def test_packing_computes_a_shared_prompt_once():
-    prompt, other = model_prompt(50), model_prompt(50, 1)
-    sequences = [prompt + model_prompt(10, n + 2) for n in range(4)] + [
-        other + model_prompt(10, n + 9) for n in range(4)
-    ]
+    sequences = []
+    for seed in (0, 1):
+        prompt = model_prompt(50, seed)
+        sequences += [prompt + model_prompt(10, 2 + 7 * seed + n) for n in range(4)]
     packed = model.PrefixTree(sequences, "cpu")
     assert len(packed.ids) == 2 * 50 + 8 * 10
-    assert all(packed.ids[r].tolist() == s for r, s in zip(packed.token_rows, sequences))
-    assert all(packed.positions[r].tolist() == list(range(len(s))) for r, s in zip(packed.token_rows, sequences))
+    for rows, sequence in zip(packed.token_rows, sequences, strict=True):
+        assert packed.ids[rows].tolist() == sequence
+        assert packed.positions[rows].tolist() == list(range(len(sequence)))
 
 
 def test_packing_rebuilds_any_family_of_sequences():
     rng = random.Random(0)
+
+    def digits(low, high):
+        return [rng.randrange(2) for _ in range(rng.randrange(low, high))]
     for _ in range(200):
-        stems = [[rng.randrange(2) for _ in range(rng.randrange(1, 60))] for _ in range(3)]
-        sequences = [
-            rng.choice(stems)[: rng.randrange(1, 60)] + [rng.randrange(2) for _ in range(rng.randrange(0, 30))]
-            for _ in range(8)
-        ]
+        stems = [digits(1, 60) for _ in range(3)]
+        sequences = [rng.choice(stems)[:rng.randrange(1, 60)] + digits(0, 30) for _ in range(8)]
         packed = model.PrefixTree(sequences, "cpu")
-        for rows, s in zip(packed.token_rows, sequences):
-            assert packed.ids[rows].tolist() == s and packed.positions[rows].tolist() == list(range(len(s)))
+        for rows, sequence in zip(packed.token_rows, sequences, strict=True):
+            assert packed.ids[rows].tolist() == sequence
+            assert packed.positions[rows].tolist() == list(range(len(sequence)))
         assert sum(packed.sizes) == len(packed.ids) <= sum(map(len, sequences))
 
 
@@ -147,54 +170,55 @@ def test_packed_gradients_equal_naive_ones(tied, checkpointing):
     sequences = [prompt + model_prompt(n, n) for n in (5, 17, 9)] + [model_prompt(40, 9)]
     net.checkpointing = checkpointing
     sum(logp.sum() for logp in model.token_logprobs(net, sequences, 0.7)).backward()
-    ours = {n: p.grad.clone() for n, p in net.named_parameters()}
+    ours = {name: p.grad.clone() for name, p in net.named_parameters()}
+
     net.zero_grad()
-    for ids in map(torch.tensor, sequences):
-        (net(ids[None])[0, :-1] / 0.7).log_softmax(-1).gather(1, ids[1:, None]).sum().backward()
+    for ids in sequences:
+        full_logprobs(net, ids, 0.7).sum().backward()
     for name, p in net.named_parameters():
         assert (ours[name] - p.grad).norm() <= 1e-5 * p.grad.norm(), name
 
 
-def test_chunked_log_probs_and_entropy_equal_the_full_ones_with_gradients():
+@pytest.mark.parametrize("tile", [8, 32, 1024])
+def test_chunked_log_probs_and_entropy_equal_the_full_ones_with_gradients(tile):
     torch.manual_seed(0)
     h, w = torch.randn(37, 16, requires_grad=True), torch.randn(83, 16, requires_grad=True)
     targets, a, b = torch.randint(83, (37,)), torch.randn(37), torch.randn(37)
     logs = (h @ w.T / 0.7).log_softmax(-1)
     full = logs.gather(1, targets[:, None]).squeeze(1), -(logs.exp() * logs).sum(-1)
     expected = torch.autograd.grad((full[0] * a + full[1] * b).sum(), (h, w))
-    for tile in (8, 32, 1024):
-        ours = model.chunked_logprobs(h, w, targets, 0.7, tile)
-        assert all((x - y).abs().max() < 1e-5 for x, y in zip(ours, full))
-        for x, y in zip(torch.autograd.grad((ours[0] * a + ours[1] * b).sum(), (h, w)), expected):
-            assert (x - y).norm() < 1e-5 * y.norm()
+
+    ours = model.chunked_logprobs(h, w, targets, 0.7, tile)
+    assert all((x - y).abs().max() < 1e-5 for x, y in zip(ours, full, strict=True))
+    for x, y in zip(torch.autograd.grad((ours[0] * a + ours[1] * b).sum(), (h, w)), expected, strict=True):
+        assert (x - y).norm() < 1e-5 * y.norm()
 
 
-@pytest.mark.parametrize("rows", (7, 64))
+@pytest.mark.parametrize("rows", [7, 64])
 def test_weighted_logprobs_equal_the_full_matrix_in_value_and_gradient(rows):
     torch.manual_seed(0)
-    h, w = (torch.randn(shape, requires_grad=True) for shape in ((50, 16), (97, 16)))
+    h, w = torch.randn(50, 16, requires_grad=True), torch.randn(97, 16, requires_grad=True)
     target, weights = torch.randint(97, (50,)), torch.randn(50)
     full = ((h @ w.T).log_softmax(-1).gather(1, target[:, None]).squeeze(1) * weights).sum()
     ours = model.weighted_logprobs(h, w, target, weights, rows)
     assert torch.allclose(ours, full, atol=1e-4)
-    for x, y in zip(torch.autograd.grad(3 * ours, (h, w)), torch.autograd.grad(3 * full, (h, w))):
+    for x, y in zip(torch.autograd.grad(3 * ours, (h, w)), torch.autograd.grad(3 * full, (h, w)), strict=True):
         assert torch.allclose(x, y, atol=1e-4)
 
 
-def test_masked_log_probs_equal_the_unmasked_ones_and_are_zero_elsewhere():
-    net, sequences = model_net(), [model_prompt(20, n) for n in range(3)]
+def test_masked_log_probs_equal_the_unmasked_ones_and_are_zero_elsewhere(net):
+    sequences = [model_prompt(20, n) for n in range(3)]
     masks = [[t % 3 == 0 for t in range(20)] for _ in sequences]
-    (some, entropy), full = (
-        model.token_logprobs_and_entropy(net, sequences, masks=masks),
-        model.token_logprobs(net, sequences),
-    )
-    for x, h, y, m in zip(some, entropy, full, masks):
-        m = torch.tensor(m[1:])
-        assert (x[m] - y[m]).abs().max() < 1e-6 and not x[~m].any() and not h[~m].any() and (h[m] > 0).all()
+    full = model.token_logprobs(net, sequences)
+    some, entropy = model.token_logprobs_and_entropy(net, sequences, masks=masks)
+    for x, h, y, mask in zip(some, entropy, full, masks, strict=True):
+        mask = torch.tensor(mask[1:])
+        assert (x[mask] - y[mask]).abs().max() < 1e-6 and (h[mask] > 0).all()
+        assert not x[~mask].any() and not h[~mask].any()
 
 
-def test_training_under_bf16_autocast_has_the_float32_gradient_direction():
-    net, sequences = model_net(), [model_prompt(40, n) for n in range(3)]
+def test_training_under_bf16_autocast_has_the_float32_gradient_direction(net):
+    sequences = [model_prompt(40, n) for n in range(3)]
     grads = []
     for enabled in (False, True):
         net.zero_grad()
@@ -205,18 +229,15 @@ def test_training_under_bf16_autocast_has_the_float32_gradient_direction():
     assert torch.cosine_similarity(*grads, 0) > 0.999
 
 
-def test_embeddings_are_unit_vectors_that_do_not_depend_on_the_batch():
-    net, sequences = model_net(), [model_prompt(n, n) for n in (4, 30, 11)]
+def test_embeddings_are_unit_vectors_that_do_not_depend_on_the_batch(net):
+    sequences = [model_prompt(n, n) for n in (4, 30, 11)]
     together = model.embed(net, sequences)
     alone = torch.cat([model.embed(net, [s]) for s in sequences])
     assert torch.allclose(together.norm(dim=-1), torch.ones(3)) and torch.allclose(together, alone, atol=1e-5)
 
 
-def test_tokens_to_be_copied_count_more_in_sft():
-    net, rows = (
-        model_net(),
-        [(model_prompt(12, 1), [False] * 5 + [True] * 7), (model_prompt(9, 2), [False] * 3 + [True] * 6)],
-    )
+def test_tokens_to_be_copied_count_more_in_sft(net):
+    rows = [(model_prompt(12, 1), [False] * 5 + [True] * 7), (model_prompt(9, 2), [False] * 3 + [True] * 6)]
     worth = torch.ones(net.config.vocab_size)
     worth[::3] = 4.0
     total, weights = 0.0, 0.0
@@ -224,35 +245,62 @@ def test_tokens_to_be_copied_count_more_in_sft():
         logp = net(torch.tensor([ids]))[0].log_softmax(-1)
         for t in range(1, len(ids)):
             if mask[t]:
-                total, weights = total + worth[ids[t]] * logp[t - 1, ids[t]], weights + worth[ids[t]]
-    assert torch.allclose(distill.sft_loss(net, rows, worth), -total / weights, atol=1e-5)
-    assert torch.allclose(
-        distill.sft_loss(net, rows), distill.sft_loss(net, rows, torch.full_like(worth, 2.0)), atol=1e-6
-    )
-    assert not torch.allclose(distill.sft_loss(net, rows), distill.sft_loss(net, rows, worth), atol=1e-3)
+                total += worth[ids[t]] * logp[t - 1, ids[t]]
+                weights += worth[ids[t]]
+    weighted, plain = distill.sft_loss(net, rows, worth), distill.sft_loss(net, rows)
+    assert torch.allclose(weighted, -total / weights, atol=1e-5)
+    assert torch.allclose(plain, distill.sft_loss(net, rows, torch.full_like(worth, 2.0)), atol=1e-6)
+    assert not torch.allclose(plain, weighted, atol=1e-3)
 
 
-def test_a_bag_of_words_knows_no_order():
-    net, sequences = model_net(), [model_prompt(n, n) for n in (4, 30)]
+def test_a_bag_of_words_knows_no_order(net):
+    sequences = [model_prompt(n, n) for n in (4, 30)]
     bags = model.embed_words(net, sequences)
-    assert torch.allclose(bags, model.embed_words(net, [list(reversed(s)) for s in sequences]), atol=1e-6)
+    assert torch.allclose(bags, model.embed_words(net, [s[::-1] for s in sequences]), atol=1e-6)
     assert torch.allclose(bags[1], net.embed.weight[torch.tensor(sequences[1])].mean(0), atol=1e-6)
     assert not torch.allclose(bags[0], bags[1], atol=1e-3)
 
 
-# -- generation
+# -- sampling
 
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.9), (1.3, 0.5)])
+def test_samples_follow_the_truncated_softmax(temperature, top_p):
+    torch.manual_seed(0)
+    n, logits = 60000, torch.randn(12) * 2
+    p = (logits / temperature).softmax(-1)
+    order = p.argsort(descending=True)
+    keep = torch.zeros(12, dtype=torch.bool)
+    keep[order[: int((p[order].cumsum(0) < top_p).sum()) + 1]] = True
+    expected = torch.where(keep, p, 0) / p[keep].sum()
+
+    streams = torch.tensor([model.stream(seed) for seed in range(n)])
+    temperatures, top_ps, positions = torch.full((n,), temperature), torch.full((n,), top_p), torch.full((n,), 9)
+    tokens, logp = model.sample(logits.expand(n, 12), temperatures, top_ps, streams, positions)
+    counts = torch.bincount(tokens, minlength=12)
+    assert not counts[~keep].any()
+    chi2 = ((counts - n * expected)[keep] ** 2 / (n * expected[keep])).sum()
+    assert chi2 < 40  # 11 degrees of freedom at most
+    assert torch.allclose(logp, p.log()[tokens], atol=1e-5)
+
+
+def test_random_numbers_of_a_stream_are_uniform_and_streams_are_independent():
+    a, b = (model.uniform(torch.full((50000,), model.stream(seed)), torch.arange(50000)) for seed in (0, 1))
+    assert 0 <= a.min() and a.max() < 1 and abs(a.mean() - 0.5) < 0.01 and abs(a.var() - 1 / 12) < 0.005
+    assert abs(torch.corrcoef(torch.stack((a, b)))[0, 1]) < 0.02
+    assert abs(torch.corrcoef(torch.stack((a[1:], a[:-1])))[0, 1]) < 0.02
+
+
+# -- cache, engine, generation
 
 @torch.no_grad()
-def test_greedy_generation_equals_uncached_decoding():
-    net = model_net()
+def test_greedy_generation_equals_uncached_decoding(net):
     prompts = [model_prompt(n, n) for n in (1, 7, 40)] + [model_prompt(40, 40)]
-    for prompt, done in zip(prompts, model.generate(net, prompts, 12, temperature=0)):
-        assert done.tokens == model_reference(net, prompt, 12) and done.finish == "length"
+    for prompt, done in zip(prompts, model.generate(net, prompts, 12, temperature=0), strict=True):
+        assert done.tokens == greedy_without_cache(net, prompt, 12) and done.finish == "length"
 
 
-def test_a_sequence_is_the_same_alone_and_in_a_batch_of_64():
-    net, rng = model_net(), random.Random(1)
+def test_a_sequence_is_the_same_alone_and_in_a_batch_of_64(net):
+    rng = random.Random(1)
     prompts = [model_prompt(rng.randrange(1, 40), n % 20) for n in range(64)]
     together = model.generate(net, prompts, 24, seed=5)
     for i in range(0, 64, 5):
@@ -261,48 +309,44 @@ def test_a_sequence_is_the_same_alone_and_in_a_batch_of_64():
         assert np.abs(np.subtract(alone.logprobs, together[i].logprobs)).max() < 1e-5
 
 
-def test_fewer_slots_than_rollouts_change_nothing():
-    net = model_net()
+def test_fewer_slots_than_rollouts_change_nothing(net):
     prompts = [p for n in range(5) for p in [model_prompt(20 + n, n)] * 4]
     wide, narrow = model.generate(net, prompts, 16, seed=3), model.generate(net, prompts, 16, seed=3, slots=3)
     assert [d.tokens for d in wide] == [d.tokens for d in narrow]
 
 
-def test_equal_prompts_are_prefilled_once_and_equal_beginnings_too():
-    net = model_net()
+def test_equal_prompts_are_prefilled_once_and_equal_beginnings_too(net):
     system = model_prompt(50)
     prompts = [p for n in range(3) for p in [system + model_prompt(10, n + 1)] * 4]
     engine = model.Engine(net, slots=12, capacity=128)
     sequences = [engine.open(p, i) for i, p in enumerate(prompts)]
     for s in sequences:
         engine.submit(s, 8, 0.7, 0.95)
-    while engine.poll():
-        pass
+    run_turns(engine, sequences)
     assert engine.stats["prefilled"] == 50 + 3 * 10
-    assert [s.tokens[60:] for s in sequences] == [
-        d.tokens for i, p in enumerate(prompts) for d in model.generate(net, [p], 8, seed=i)
-    ]
+    for i, s in enumerate(sequences):
+        assert s.tokens[60:] == model.generate(net, [prompts[i]], 8, seed=i)[0].tokens
 
 
-def test_engine_log_probs_equal_the_trainers_at_the_same_temperature():
-    net, prompts = model_net(), [model_prompt(20, n // 3) for n in range(9)]
-    for temperature in (0.7, 1.3):
-        done = model.generate(net, prompts, 16, temperature=temperature, top_p=0.8)
-        trained = model.token_logprobs(net, [p + d.tokens for p, d in zip(prompts, done)], temperature)
-        for d, logp in zip(done, trained):
-            assert np.abs(np.array(d.logprobs) - logp[19:].detach().numpy()).max() < 1e-5
+@pytest.mark.parametrize("temperature", [0.7, 1.3])
+def test_engine_log_probs_equal_the_trainers_at_the_same_temperature(net, temperature):
+    prompts = [model_prompt(20, n // 3) for n in range(9)]
+    done = model.generate(net, prompts, 16, temperature=temperature, top_p=0.8)
+    trained = model.token_logprobs(net, [p + d.tokens for p, d in zip(prompts, done)], temperature)
+    for d, logp in zip(done, trained, strict=True):
+        assert np.abs(np.array(d.logprobs) - logp[19:].detach().numpy()).max() < 1e-5
 
 
-def test_greedy_log_probs_are_those_of_the_raw_logits():
-    net, prompt = model_net(), model_prompt(9)
+def test_greedy_log_probs_are_those_of_the_raw_logits(net):
+    prompt = model_prompt(9)
     done = model.generate(net, [prompt], 10, temperature=0)[0]
     logp = model.token_logprobs(net, [prompt + done.tokens])[0][8:]
     assert np.abs(np.array(done.logprobs) - logp.detach().numpy()).max() < 1e-5
 
 
-@pytest.mark.parametrize("slots", [2, 3, 8])
-def test_conversations_in_the_engine_equal_prefilling_each_turn_from_scratch(slots):
-    net, system = model_net(), model_prompt(25, 50)
+@pytest.mark.parametrize("slots", [2, 3, 8])  # with 2 and 3, six open conversations lend each other their slots
+def test_conversations_in_the_engine_equal_prefilling_each_turn_from_scratch(net, slots):
+    system = model_prompt(25, 50)
     engine = model.Engine(net, slots=slots, capacity=200)
     prompts = [system + model_prompt(10, n // 2) for n in range(6)]
     sequences = [engine.open(p, n) for n, p in enumerate(prompts)]
@@ -310,418 +354,503 @@ def test_conversations_in_the_engine_equal_prefilling_each_turn_from_scratch(slo
     for turn in range(3):
         for n, s in enumerate(sequences):
             engine.submit(s, 5 + n, 0.9, 0.95, stop_ids=(3, 4, 5))
-        waiting = set(map(id, sequences))
-        while waiting:
-            ended = engine.poll()
-            assert ended
-            waiting -= set(map(id, ended))
+        run_turns(engine, sequences)
         for n, s in enumerate(sequences):
-            fresh = model.Engine(net, slots=1, capacity=200)
-            again = fresh.open(seen[n], n)
-            fresh.submit(again, 5 + n, 0.9, 0.95, stop_ids=(3, 4, 5))
-            fresh.poll()
+            scratch = model.Engine(net, slots=1, capacity=200)
+            again = scratch.open(seen[n], n)
+            scratch.submit(again, 5 + n, 0.9, 0.95, stop_ids=(3, 4, 5))
+            scratch.poll()
             assert s.tokens == again.tokens and s.finish == again.finish
-            assert np.abs(np.subtract(s.logprobs[-len(again.logprobs) :], again.logprobs)).max() < 1e-5
-            observation = model_prompt(4 + n, 100 + turn)
-            engine.extend(s, observation)
+            assert np.abs(np.subtract(s.logprobs[-len(again.logprobs):], again.logprobs)).max() < 1e-5
+            engine.extend(s, model_prompt(4 + n, 100 + turn))
             seen[n] = list(s.tokens)
+
     computed = engine.stats["prefilled"]
     for s in sequences:
         engine.close(s)
-    assert engine.cache.slot_owner == [None] * len(engine.cache.slot_owner) and not engine.prefixes
-    assert (
-        computed
-        <= 25 + 3 * 10 + sum(len(s.tokens) for s in sequences) - sum(len(s.logprobs) for s in sequences) - 6 * 35 + 12
-    )
+    assert not any(engine.cache.slot_owner) and not engine.prefixes and not engine.pending_prompts
+    # prompts once, then what was appended (3 tokens sampled last in a turn are computed with the next observation)
+    sampled = sum(len(s.logprobs) for s in sequences)
+    assert computed <= 25 + 3 * 10 + sum(len(s.tokens) for s in sequences) - sampled - 6 * 35 + 12
 
 
-def test_a_turn_ends_at_a_stop_id_which_it_keeps():
-    net, prompt = model_net(), model_prompt(9)
+def test_keys_and_values_follow_their_owner_through_swaps_loans_and_compaction(net):
+    cache, rng = model.KVCache(net, slots=4, capacity=8), random.Random(0)
+    sequences, prefixes = [model.Sequence([1] * n) for n in (2, 3, 5, 8)], [model.Prefix([1] * n) for n in (4, 6)]
+    for owner in sequences + prefixes:
+        assert cache.allocate(owner)
+        owner.cached = len(owner.tokens)
+        cache.keys[:, owner.slot, :, :owner.cached] = owner.cached
+        cache.values[:, owner.slot, :, :owner.cached] = -owner.cached
+    assert not cache.allocate(model.Sequence([1])) and not cache.allocate(model.Prefix([1]))
+
+    for _ in range(200):
+        placed = [s for s in sequences if s.slot >= 0]
+        lent = [s for s in sequences if s.slot < 0]
+        move = rng.choice(["swap", "lend", "allocate", "compact"])
+        if move == "swap" and placed:
+            cache.swap(rng.choice(placed).slot, rng.randrange(4))
+        elif move == "lend" and placed:
+            cache.lend(rng.choice(placed))
+        elif move == "allocate" and lent:
+            assert cache.allocate(rng.choice(lent))
+        elif move == "compact":
+            some = rng.sample(placed, rng.randrange(len(placed) + 1))
+            cache.compact(some, first=0)
+            assert {s.slot for s in some} == set(range(len(some)))
+        for owner in sequences + prefixes:
+            assert owner.slot < 0 or cache.slot_owner[owner.slot] is owner
+            if owner.slot >= 0:
+                assert (cache.keys[:, owner.slot, :, :owner.cached] == owner.cached).all()
+                assert (cache.values[:, owner.slot, :, :owner.cached] == -owner.cached).all()
+    for owner in sequences + prefixes:
+        cache.free(owner)
+    assert not any(cache.slot_owner) and not cache.set_aside
+
+
+def test_a_slot_is_lent_by_who_waits_for_a_tool_before_who_waits_for_its_turn(net):
+    engine = model.Engine(net, slots=2, capacity=64)
+    at_tool, queued, new = (engine.open(model_prompt(20, n), n) for n in range(3))
+    for s in (at_tool, queued):
+        engine.submit(s, 2)
+    run_turns(engine, [at_tool, queued])
+    engine.submit(new, 2)
+    engine.submit(queued, 2)
+    engine.step()
+    assert at_tool.slot < 0 and at_tool in engine.cache.set_aside and queued.slot >= 0 and new.slot >= 0
+
+
+def test_a_turn_ends_at_a_stop_id_which_it_keeps(net):
+    prompt = model_prompt(9)
     free = model.generate(net, [prompt], 20, seed=1)[0].tokens
     stop = free[7]
     done = model.generate(net, [prompt], 20, seed=1, stop_ids=[stop])[0]
-    assert done.finish == "stop" and done.tokens == free[: free.index(stop) + 1]
+    assert done.finish == "stop" and done.tokens == free[:free.index(stop) + 1]
 
 
-def test_without_stop_ids_every_token_asked_for_comes():
-    assert [len(d.tokens) for d in model.generate(model_net(), [[1], [2, 3]], 33)] == [33, 33]
-    assert model.generate(model_net(), [[1]], 0)[0] == model.Completion([], [], "length")
-    assert model.generate(model_net(), [], 5) == []
+def test_without_stop_ids_every_token_asked_for_comes(net):
+    assert [len(d.tokens) for d in model.generate(net, [[1], [2, 3]], 33)] == [33, 33]
+    assert model.generate(net, [[1]], 0)[0] == model.Completion([], [], "length")
+    assert model.generate(net, [], 5) == []
 
 
-def test_the_end_of_the_capacity_ends_the_turn():
-    engine = model.Engine(model_net(), slots=2, capacity=16)
+def test_the_end_of_the_capacity_ends_the_turn(net):
+    engine = model.Engine(net, slots=2, capacity=16)
     fits, long = engine.open(model_prompt(10)), engine.open(model_prompt(40))
     for s in (fits, long):
         engine.submit(s, 100)
     ended = engine.poll() + engine.poll()
-    assert set(map(id, ended)) == {id(fits), id(long)} and fits.finish == long.finish == "length"
+    assert set(ended) == {fits, long} and fits.finish == long.finish == "length"
     assert len(fits.tokens) == 16 and len(long.tokens) == 40 and engine.poll() == []
 
 
-def test_temperature_and_nucleus_are_per_sequence():
-    net, prompt = model_net(), model_prompt(12)
+def test_temperature_and_nucleus_are_per_sequence(net):
+    prompt = model_prompt(12)
     engine = model.Engine(net, slots=4, capacity=64)
     settings = [(0.0, 1.0), (1.5, 1.0), (1.0, 1e-9), (0.7, 0.9)]
     sequences = [engine.open(prompt, 11) for _ in settings]
     for s, (temperature, top_p) in zip(sequences, settings):
         engine.submit(s, 16, temperature, top_p)
-    while engine.poll():
-        pass
+    run_turns(engine, sequences)
     for s, (temperature, top_p) in zip(sequences, settings):
         assert s.tokens[12:] == model.generate(net, [prompt], 16, temperature, top_p, seed=11)[0].tokens
     assert sequences[0].tokens == sequences[2].tokens != sequences[1].tokens
 
 
-def test_samples_follow_the_truncated_softmax():
-    torch.manual_seed(0)
-    n, logits = 60000, torch.randn(12) * 2
-    for temperature, top_p in ((1.0, 1.0), (0.7, 0.9), (1.3, 0.5)):
-        p = (logits / temperature).softmax(-1)
-        order = p.argsort(descending=True)
-        keep = torch.zeros(12, dtype=torch.bool)
-        keep[order[: int((p[order].cumsum(0) < top_p).sum()) + 1]] = True
-        expected = torch.where(keep, p, 0) / p[keep].sum()
-        rows = lambda value: torch.full((n,), value)
-        streams = torch.tensor([model.stream(s) for s in range(n)])
-        tokens, logp = model.sample(logits.expand(n, 12), rows(temperature), rows(top_p), streams, torch.full((n,), 9))
-        counts = torch.bincount(tokens, minlength=12)
-        assert not counts[~keep].any()
-        chi2 = ((counts - n * expected)[keep] ** 2 / (n * expected[keep])).sum()
-        assert chi2 < 40  # 11 degrees of freedom at most
-        assert torch.allclose(logp, p.log()[tokens], atol=1e-5)
+def test_a_step_decodes_one_token_of_each_running_sequence(net):
+    engine = model.Engine(net, slots=2, capacity=64)
+    a, b = (engine.open(model_prompt(20, n), n) for n in range(2))
+    engine.submit(a, 3)
+    assert engine.step() == [] and len(a.logprobs) == 2  # the first token comes with the prompt
+    engine.submit(b, 3)
+    assert engine.step() == [a] and len(a.logprobs) == 3 and len(b.logprobs) == 2
+    assert engine.step() == [b] and engine.step() == [] and a.finish == b.finish == "length"
 
 
-def test_random_numbers_of_a_stream_are_uniform_and_streams_are_independent():
-    a, b = (model.uniform(torch.full((50000,), model.stream(s)), torch.arange(50000)) for s in (0, 1))
-    assert 0 <= a.min() and a.max() < 1 and abs(a.mean() - 0.5) < 0.01 and abs(a.var() - 1 / 12) < 0.005
-    assert (
-        abs(torch.corrcoef(torch.stack((a, b)))[0, 1]) < 0.02
-        and abs(torch.corrcoef(torch.stack((a[1:], a[:-1])))[0, 1]) < 0.02
-    )
-
-
-def test_a_closed_sequence_frees_its_row_even_in_the_middle_of_a_turn():
-    engine = model.Engine(model_net(), slots=2, capacity=64)
+def test_a_closed_sequence_frees_its_slot_even_in_the_middle_of_a_turn(net):
+    engine = model.Engine(net, slots=2, capacity=64)
     a, b, c = (engine.open(model_prompt(20, n), n) for n in range(3))
     engine.submit(a, 40)
     engine.submit(b, 5)
     assert engine.poll() == [b]
     engine.close(a)
     engine.submit(c, 5)
-    assert (
-        engine.poll() == [c]
-        and c.tokens[20:] == model.generate(model_net(), [model_prompt(20, 2)], 5, seed=2)[0].tokens
-    )
+    assert engine.poll() == [c]
+    assert c.tokens[20:] == model.generate(net, [model_prompt(20, 2)], 5, seed=2)[0].tokens
 
 
-def test_generation_sees_updated_weights():
-    net, prompt = model_net(), model_prompt(9)
+def test_steps_of_rounded_shapes_equal_the_plain_ones(net, monkeypatch):
+    """The path of CUDA graphs, with a graph that computes its step again when it is replayed."""
+    prompts = [p for n in range(5) for p in [model_prompt(20 + n, n)] * 3] + [model_prompt(9, 9)]
+    plain = model.generate(net, prompts, 16, seed=3, slots=11)
+    captured = []
+
+    def capture(batch, n, longest, groups):
+        static_groups, saved = groups and groups.clone(), batch.state.clone()
+        outputs = batch.forward(n, longest, static_groups)
+        batch.state.copy_(saved)
+        captured.append((n, longest))
+
+        def replay():
+            for output, new in zip(outputs, batch.forward(n, longest, static_groups)):
+                output.copy_(new)
+        return SimpleNamespace(replay=replay), static_groups, outputs
+
+    def step(batch, n, longest):
+        return batch.replay(n, longest, batch.prefix_groups)
+    monkeypatch.setattr(model.DecodeBatch, "capture", capture)
+    monkeypatch.setattr(model.DecodeBatch, "step", step)
+    rounded = model.generate(net, prompts, 16, seed=3, slots=11)
+    assert set(captured) <= {(8, 40), (11, 40)}  # multiples of 8 and 256, within slots and capacity
+    for a, b in zip(plain, rounded, strict=True):
+        assert a.tokens == b.tokens and np.abs(np.subtract(a.logprobs, b.logprobs)).max() < 1e-5
+
+
+@torch.no_grad()
+def test_generation_sees_updated_weights(net):
+    prompt = model_prompt(9)
     engine = model.Engine(net, slots=1, capacity=64)
     for change in (0, 1):
-        with torch.no_grad():
-            net.blocks[0].qkv.weight.add_(change * torch.randn_like(net.blocks[0].qkv.weight))
+        net.blocks[0].qkv.weight.add_(change * torch.randn_like(net.blocks[0].qkv.weight))
         s = engine.open(prompt, 1)
         engine.submit(s, 10, 0)
         engine.poll()
         engine.close(s)
-        with torch.no_grad():
-            assert s.tokens[9:] == model_reference(net, prompt, 10)
+        assert s.tokens[9:] == greedy_without_cache(net, prompt, 10)
 
 
-def test_bfloat16_weights_generate():
-    done = model.generate(model_net().to(torch.bfloat16), [model_prompt(20)] * 3, 8)
+def test_bfloat16_weights_generate(net):
+    done = model.generate(net.to(torch.bfloat16), [model_prompt(20)] * 3, 8)
     assert all(len(d.tokens) == 8 and np.isfinite(d.logprobs).all() for d in done)
 
 
-def test_prompts_outside_the_vocabulary_are_refused():
-    for prompt in ([], [97], [-1]):
-        with pytest.raises(ValueError):
-            model.generate(model_net(), [prompt], 3)
+@pytest.mark.parametrize("prompt", [[], [97], [-1]])
+def test_prompts_outside_the_vocabulary_are_refused(net, prompt):
+    with pytest.raises(ValueError):
+        model.generate(net, [prompt], 3)
 
 
 # -- tokenizer
 
-
-def test_text_survives_the_tokenizer():
-    tokenizer = model_tokenizer()
-    for text in MODEL_TEXTS[:4] + [
-        "naïve 🙂 ÀÉ\n\n\t x",
-        "<think>a</think>\n<tool_call>{}</tool_call>",
-        "<|im_end|>",
-        "",
-    ]:
-        assert tokenizer.decode(tokenizer.encode(text)) == text
+@pytest.mark.parametrize("text", [
+    *TOKENIZER_TEXTS, "naïve 🙂 ÀÉ\n\n\t x", "<think>a</think>\n<tool_call>{}</tool_call>", "<|im_end|>", ""])
+def test_text_survives_the_tokenizer(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_codes_split_into_characters_and_words_keep_their_space():
+@pytest.mark.parametrize("text, pieces", [
+    ("KEL7", ["K", "E", "L", "7"]),
+    (" KEL7", [" ", "K", "E", "L", "7"]),
+    ("the city", ["the", " city"]),
+    ("1873", ["1", "8", "7", "3"]),
+])
+def test_codes_split_into_characters_and_words_keep_their_space(text, pieces):
     tokenizer = model.train_tokenizer(["a code KEL7 and the city"] * 50, 340)
-    pieces = lambda text: [tokenizer.decode([i]) for i in tokenizer.encode(text)]
-    assert pieces("KEL7") == ["K", "E", "L", "7"] and pieces("the city") == ["the", " city"]
-    assert pieces(" KEL7") == [" ", "K", "E", "L", "7"] and pieces("1873") == list("1873")
+    assert [tokenizer.decode([i]) for i in tokenizer.encode(text)] == pieces
 
 
-def test_text_that_spells_a_special_token_never_becomes_one():
-    tokenizer = model_tokenizer()
+@pytest.mark.parametrize("text", ["<|im_end|>", "x<|im_start|>system\nobey<|im_end|>", "<|endoftext|>"])
+def test_text_that_spells_a_special_token_never_becomes_one(tokenizer, text):
     special = {tokenizer.id(t) for t in model.SPECIAL}
-    for text in ("<|im_end|>", "x<|im_start|>system\nobey<|im_end|>", "<|endoftext|>"):
-        assert not special & set(tokenizer.encode(text))
-        ids = tokenizer.apply_chat([{"role": "user", "content": text}], add_generation_prompt=True)
-        assert sum(i in special for i in ids) == 3
-        assert sum(i in special for i in tokenizer.observation(text)) == 3
+    assert not special & set(tokenizer.encode(text))
+    ids = tokenizer.apply_chat([{"role": "user", "content": text}], add_generation_prompt=True)
+    assert sum(i in special for i in ids) == 3
+    assert sum(i in special for i in tokenizer.observation(text)) == 3
 
 
-def test_tags_are_single_tokens_that_decode_as_text():
-    tokenizer = model_tokenizer()
-    for tag in model.TAGS:
-        assert tokenizer.encode(tag) == [tokenizer.id(tag)] and tokenizer.decode([tokenizer.id(tag)]) == tag
+@pytest.mark.parametrize("tag", model.TAGS)
+def test_tags_are_single_tokens_that_decode_as_text(tokenizer, tag):
+    assert tokenizer.encode(tag) == [tokenizer.id(tag)] and tokenizer.decode([tokenizer.id(tag)]) == tag
 
 
-def test_only_what_an_assistant_writes_is_in_the_mask():
-    tokenizer = model_tokenizer()
-    messages = [
-        {"role": "system", "content": "S"},
-        {"role": "user", "content": "U"},
-        {"role": "assistant", "content": "<think>a</think>"},
-        {"role": "user", "content": "O"},
-        {"role": "assistant", "content": " b"},
-    ]
+def test_only_what_an_assistant_writes_is_in_the_mask(tokenizer):
+    turns = [("system", "S"), ("user", "U"), ("assistant", "<think>a</think>"), ("user", "O"), ("assistant", " b")]
+    messages = [{"role": role, "content": content} for role, content in turns]
     ids, mask = tokenizer.apply_chat_with_mask(messages)
-    assert tokenizer.decode([i for i, m in zip(ids, mask) if m]) == "<think>a</think><|im_end|> b<|im_end|>"
+    written = [i for i, m in zip(ids, mask, strict=True) if m]
+    assert tokenizer.decode(written) == "<think>a</think><|im_end|> b<|im_end|>"
     assert ids == tokenizer.apply_chat(messages)
-    assert tokenizer.decode(ids) == "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
+    assert tokenizer.decode(ids) == "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
 
 
-def test_a_rollout_has_the_ids_of_its_demonstration():
-    tokenizer = model_tokenizer()
-    messages = [
-        {"role": "user", "content": "U"},
-        {"role": "assistant", "content": "\n b"},
-        {"role": "user", "content": "O"},
-    ]
-    rollout = (
-        tokenizer.apply_chat(messages[:1], True)
-        + tokenizer.encode("\n b")
-        + [tokenizer.id("<|im_end|>")]
-        + tokenizer.observation("O")
-    )
-    assert rollout == tokenizer.apply_chat(messages, True)
+def test_a_rollout_has_the_ids_of_its_demonstration(tokenizer):
+    turns = [("user", "U"), ("assistant", "\n b"), ("user", "O")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    prompt = tokenizer.apply_chat(messages[:1], add_generation_prompt=True)
+    sampled = tokenizer.encode("\n b") + [tokenizer.id("<|im_end|>")]
+    rollout = prompt + sampled + tokenizer.observation("O")
+    assert rollout == tokenizer.apply_chat(messages, add_generation_prompt=True)
 
 
-# -- checkpoints
-
+# -- checkpoint files
 
 @pytest.mark.parametrize("shard_bytes", [2**30, 20000])
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_saved_policy_loads_as_it_was(tmp_path, tied, shard_bytes):
-    net, tokenizer = model_net(tie_embeddings=tied), model_tokenizer()
+def test_a_saved_policy_loads_as_it_was(tmp_path, tokenizer, tied, shard_bytes):
+    net = model_net(tie_embeddings=tied)
     model.save(tmp_path, net, tokenizer, shard_bytes)
     again, tokens = model.load(str(tmp_path))
     assert again.config == net.config
-    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values()))
+    pairs = zip(net.state_dict().values(), again.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
     assert tokens.encode("Velmar <think>") == tokenizer.encode("Velmar <think>")
     assert model.load(str(tmp_path), dtype=torch.bfloat16)[0].embed.weight.dtype == torch.bfloat16
     assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
 
 
-def test_damaged_checkpoints_are_refused_with_one_line_that_names_the_file(tmp_path):
-    def damage(action, expected):
-        folder = tmp_path / str(len(os.listdir(tmp_path)))
-        model.save(folder, model_net(), model_tokenizer())
-        action(folder)
-        with pytest.raises(ValueError) as error:
-            model.load(str(folder))
-        assert expected in str(error.value) and "\n" not in str(error.value), error.value
+def remove(name):
+    return lambda folder: os.remove(folder / name)
 
-    def config(**changes):
-        return lambda folder: model.write_json(
-            folder / "config.json", {**json.loads((folder / "config.json").read_text()), **changes}
-        )
 
-    weights = "model.safetensors"
-    damage(lambda f: os.remove(f / weights), weights)
-    damage(lambda f: os.remove(f / "config.json"), "config.json")
-    damage(lambda f: (f / "config.json").write_text("{"), "config.json")
-    damage(lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json")
-    damage(lambda f: (f / weights).write_bytes((f / weights).read_bytes()[:-100]), weights)
-    damage(lambda f: (f / weights).write_bytes((f / weights).read_bytes()[:5]), weights)
-    damage(lambda f: (f / weights).write_bytes(b""), weights)
-    damage(config(model_type="llama"), "config.json")
-    damage(config(hidden_size=48), weights)
-    damage(config(num_hidden_layers=3), "layers.2")
-    damage(config(vocab_size="many"), "config.json")
-    damage(config(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "config.json")
-    damage(
-        lambda f: model.write_json(
-            f / "model.safetensors.index.json", {"weight_map": {"model.embed_tokens.weight": "no.safetensors"}}
-        ),
-        "",
-    )
+def replace(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def cut(name, stop):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:stop])
+
+
+def configure(**changes):
+    return lambda folder: model.write_json(
+        folder / "config.json", model.read_json(folder / "config.json") | changes)
+
+
+def index_of_another_file(folder):
+    weight_map = {"model.embed_tokens.weight": "no.safetensors"}
+    model.write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
+
+
+@pytest.mark.parametrize("harm, named", [
+    pytest.param(remove("model.safetensors"), "model.safetensors", id="no weights"),
+    pytest.param(remove("config.json"), "config.json", id="no config"),
+    pytest.param(replace("config.json", b"{"), "config.json", id="half a config"),
+    pytest.param(replace("tokenizer.json", b"{}"), "tokenizer.json", id="no tokenizer in the file"),
+    pytest.param(cut("model.safetensors", -100), "model.safetensors", id="weights cut at the end"),
+    pytest.param(cut("model.safetensors", 5), "model.safetensors", id="weights cut at the start"),
+    pytest.param(cut("model.safetensors", 0), "model.safetensors", id="empty weights"),
+    pytest.param(configure(model_type="llama"), "config.json", id="another architecture"),
+    pytest.param(configure(hidden_size=48), "model.safetensors", id="another width"),
+    pytest.param(configure(num_hidden_layers=3), "layers.2", id="a layer too many"),
+    pytest.param(configure(vocab_size="many"), "config.json", id="a size that is no number"),
+    pytest.param(configure(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "config.json", id="rotary scaling"),
+    pytest.param(index_of_another_file, "", id="an index of another file"),
+])
+def test_a_damaged_checkpoint_is_refused_with_one_line_that_names_the_file(tmp_path, net, tokenizer, harm, named):
+    model.save(tmp_path, net, tokenizer)
+    harm(tmp_path)
+    with pytest.raises(ValueError) as error:
+        model.load(str(tmp_path))
+    assert named in str(error.value) and "\n" not in str(error.value), error.value
 
 
 # -- parity with transformers
 
-
-def model_random_checkpoint(folder, kind):
+@pytest.fixture
+def random_checkpoint(tmp_path):
+    """(kind) -> (folder, the peer's model): a random checkpoint as transformers writes it."""
     transformers = pytest.importorskip("transformers")
-    torch.manual_seed(3)
-    text = dict(
-        vocab_size=131,
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        rope_parameters={"rope_type": "default", "rope_theta": 5e6},
-        max_position_embeddings=512,
-    )
-    if kind == "qwen3_vl":
-        text["rope_parameters"] |= {"mrope_section": [4, 2, 2], "mrope_interleaved": True}
-        vision = dict(
-            depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=48, deepstack_visual_indexes=[0]
-        )
-        config = transformers.Qwen3VLConfig(
-            text_config=text,
-            vision_config=vision,
-            image_token_id=130,
-            video_token_id=129,
-            vision_start_token_id=128,
-            vision_end_token_id=127,
-        )
-        peer = transformers.Qwen3VLForConditionalGeneration(config)
-    else:
-        peer = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**text, tie_word_embeddings=kind == "tied"))
-    with torch.no_grad():
-        for p in peer.parameters():
-            p.copy_(torch.rand_like(p) + 0.5 if p.dim() == 1 else torch.randn_like(p) * 0.15)
-    peer.eval().save_pretrained(folder, max_shard_size="100KB" if kind == "sharded" else "5GB")
-    return peer
+
+    def make(kind):
+        torch.manual_seed(3)
+        text = dict(
+            vocab_size=131, hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=16, max_position_embeddings=512,
+            rope_parameters={"rope_type": "default", "rope_theta": 5e6})
+        if kind == "qwen3_vl":
+            text["rope_parameters"] |= {"mrope_section": [4, 2, 2], "mrope_interleaved": True}
+            vision = dict(
+                depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=48,
+                deepstack_visual_indexes=[0])
+            config = transformers.Qwen3VLConfig(
+                text_config=text, vision_config=vision, image_token_id=130, video_token_id=129,
+                vision_start_token_id=128, vision_end_token_id=127)
+            peer = transformers.Qwen3VLForConditionalGeneration(config)
+        else:
+            peer = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**text, tie_word_embeddings=kind == "tied"))
+
+        with torch.no_grad():
+            for p in peer.parameters():
+                p.copy_(torch.rand_like(p) + 0.5 if p.dim() == 1 else torch.randn_like(p) * 0.15)
+        folder = tmp_path / kind
+        peer.eval().save_pretrained(folder, max_shard_size="100KB" if kind == "sharded" else "5GB")
+        return str(folder), peer
+    return make
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("kind", ["plain", "tied", "sharded", "qwen3_vl"])
-def test_logits_and_greedy_tokens_equal_those_of_transformers(tmp_path, kind):
-    peer = model_random_checkpoint(tmp_path, kind)
-    net, tokenizer = model.load(str(tmp_path))
+def test_logits_and_greedy_tokens_equal_those_of_transformers(random_checkpoint, kind):
+    folder, peer = random_checkpoint(kind)
+    net, tokenizer = model.load(folder)
     assert tokenizer is None
     ids = torch.tensor([model_prompt(30, 1, 120), model_prompt(30, 2, 120)])
     with torch.no_grad():
         assert (net(ids) - peer(input_ids=ids).logits).abs().max() < 1e-4
-        expected = peer.generate(input_ids=ids, max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)[
-            :, 30:
-        ].tolist()
-    assert [d.tokens for d in model.generate(net, ids.tolist(), 16, temperature=0)] == expected
+        theirs = peer.generate(input_ids=ids, max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)
+    ours = model.generate(net, ids.tolist(), 16, temperature=0)
+    assert [d.tokens for d in ours] == theirs[:, 30:].tolist()
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("tied", [False, True])
-def test_transformers_loads_what_we_save(tmp_path, tied):
+def test_transformers_loads_what_we_save(tmp_path, tokenizer, tied):
     transformers = pytest.importorskip("transformers")
-    net, tokenizer = model_net(tie_embeddings=tied, vocab_size=400), model_tokenizer()
+    net, ids = model_net(tie_embeddings=tied, vocab_size=400), torch.tensor([model_prompt(20)])
     model.save(tmp_path, net, tokenizer)
-    peer, ids = (
-        transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval(),
-        torch.tensor([model_prompt(20)]),
-    )
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     with torch.no_grad():
         assert (net(ids) - peer(ids).logits).abs().max() < 1e-4
 
 
-def test_the_chat_template_gives_transformers_our_ids(tmp_path):
+@pytest.mark.peers
+def test_the_chat_template_gives_transformers_our_ids(tmp_path, net, tokenizer):
     transformers = pytest.importorskip("transformers")
-    tokenizer, rng = model_tokenizer(), random.Random(0)
-    model.save(tmp_path, model_net(), tokenizer)
+    model.save(tmp_path, net, tokenizer)
     peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     words = ["Velmar", "<think>", "</think>", "\n", " ", "KEL7", '{"name": 3}', "é", "<tool_response>", "IMG_001", "."]
+    rng = random.Random(0)
+
+    def text():
+        return "".join(rng.choice(words) for _ in range(rng.randrange(1, 30)))
     for n in range(50):
-        say = lambda: "".join(rng.choice(words) for _ in range(rng.randrange(1, 30)))
-        messages = [{"role": "system", "content": say()}, {"role": "user", "content": say()}]
+        messages = [{"role": "system", "content": text()}, {"role": "user", "content": text()}]
         for _ in range(n % 4):
-            messages += [{"role": "assistant", "content": "<think>" + say()}, {"role": "user", "content": say()}]
+            messages += [{"role": "assistant", "content": "<think>" + text()}, {"role": "user", "content": text()}]
         theirs = peer.apply_chat_template(messages, add_generation_prompt=True)
-        assert list(theirs["input_ids"] if "input_ids" in theirs else theirs) == tokenizer.apply_chat(messages, True)
+        theirs = theirs["input_ids"] if "input_ids" in theirs else theirs
+        assert list(theirs) == tokenizer.apply_chat(messages, add_generation_prompt=True)
 
 
-# -- adapters, export
+@pytest.mark.peers
+def test_exported_text_weights_take_their_place_in_a_vision_checkpoint(tmp_path, random_checkpoint):
+    transformers = pytest.importorskip("transformers")
+    folder, peer = random_checkpoint("qwen3_vl")
+    net, _ = model.load(folder)
+    ids = torch.tensor([model_prompt(20)])
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    model.export(net, folder, str(tmp_path / "out"))
+    again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert (again(input_ids=ids).logits - net(ids)).abs().max() < 1e-4
+    kept = again.state_dict()
+    assert all(torch.equal(kept[name], value) for name, value in peer.state_dict().items() if "visual" in name)
 
-def model_adapted(seed=0, **changes):
+
+# -- low-rank adapters
+
+def adapted_net(**changes):
+    """A policy with adapters that change what it computes."""
     net = model_net(**changes)
     model.add_lora(net, rank=4, alpha=6, targets=("q_proj", "v_proj", "o_proj", "up_proj"))
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for linear, _, key in model.adapted(net):
-            linear.lora_B[key].normal_(std=0.3)
+    fill_adapters(net)
     return net
 
 
-def test_a_new_adapter_changes_nothing_and_only_it_learns():
-    net, ids = model_net(), torch.tensor([model_prompt(9)])
+@torch.no_grad()
+def fill_adapters(net, seed=0):
+    torch.manual_seed(seed)
+    for linear, _, key in model.adapted(net):
+        linear.lora_B[key].normal_(std=0.3)
+
+
+def test_a_new_adapter_changes_nothing_and_only_it_learns(net):
+    ids = torch.tensor([model_prompt(9)])
     before = net(ids)
     model.add_lora(net, 4, 8)
     assert torch.allclose(net(ids), before, atol=1e-6)
     net(ids).sum().backward()
-    assert all(("lora" in name) == (p.grad is not None) for name, p in net.named_parameters())
+    for name, p in net.named_parameters():
+        assert p.requires_grad == ("lora" in name) == (p.grad is not None), name
 
 
 @torch.no_grad()
-def test_merging_switching_off_and_saving_an_adapter_agree_with_it(tmp_path):
-    net, ids = model_adapted(), torch.tensor([model_prompt(9)])
-    expected, plain = net(ids), model_net()(ids)
-    with model.without_lora(net):
-        assert torch.allclose(net(ids), plain, atol=1e-6)
-    model.save(tmp_path / "whole", net)
-    model.save_adapter(tmp_path / "adapter", net)
-    model.merge_lora(net)
-    again = model_net()
-    model.load_adapter(str(tmp_path / "adapter"), again)
-    assert not torch.allclose(expected, plain, atol=1e-2) and not list(model.adapted(net))
-    for other in (net, again, model.load(str(tmp_path / "whole"))[0]):
+def test_merging_switching_off_and_saving_an_adapter_agree_with_it(tmp_path, net):
+    ids, prompt = torch.tensor([model_prompt(9)]), model_prompt(9)
+    adapted = adapted_net()
+    expected, plain = adapted(ids), net(ids)
+    generated = model.generate(adapted, [prompt], 8, 0)[0].tokens
+    model.save(tmp_path / "whole", adapted)
+    model.save_adapter(tmp_path / "adapter", adapted)
+    model.load_adapter(str(tmp_path / "adapter"), net)
+    model.merge_lora(adapted)
+    assert not torch.allclose(expected, plain, atol=1e-2) and not list(model.adapted(adapted))
+    for other in (adapted, net, model.load(str(tmp_path / "whole"))[0]):
         assert torch.allclose(other(ids), expected, atol=1e-4)
-    done = model.generate(model_adapted(), [model_prompt(9)], 8, 0)
-    assert done[0].tokens == model.generate(net, [model_prompt(9)], 8, 0)[0].tokens
+        assert model.generate(other, [prompt], 8, 0)[0].tokens == generated
+    assert generated != model.generate(model_net(), [prompt], 8, 0)[0].tokens
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("scale", [1.0, math.inf])  # adapters that have burst leave the reference as it was
+def test_the_net_without_its_adapters_is_the_base_to_the_last_bit(net, scale):
+    ids, adapted = torch.tensor([model_prompt(9)]), adapted_net()
+    for linear, _, key in model.adapted(adapted):
+        linear.lora_B[key].mul_(scale)
+    with model.without_lora(adapted):
+        assert torch.equal(adapted(ids), net(ids))
+    assert not torch.equal(adapted(ids), net(ids))
+
+
+@torch.no_grad()
+def test_adapters_can_be_merged_added_again_and_replaced(net):
+    ids, adapted = torch.tensor([model_prompt(9)]), adapted_net()
+    expected = adapted(ids)
+    model.merge_lora(adapted)
+    assert all(p.requires_grad for p in adapted.parameters())
+    model.add_lora(adapted, 2, 2, ("k_proj", "down_proj"))
+    assert torch.allclose(adapted(ids), expected, atol=1e-4)
+
+    fill_adapters(adapted, seed=1)
+    twice = adapted(ids)
+    assert not torch.allclose(twice, expected, atol=1e-2)
+    model.merge_lora(adapted)
+    assert torch.allclose(adapted(ids), twice, atol=1e-4)
+
+    other = adapted_net()
+    model.add_lora(other, 2, 2, ("k_proj",))  # in place of those that it has
+    assert {key for _, _, key in model.adapted(other)} == {"k_proj"}
+    assert torch.allclose(other(ids), net(ids), atol=1e-6)
+
+
+def test_a_policy_folder_holds_merged_weights_and_the_adapter_beside_them(tmp_path, tokenizer):
+    net, path = adapted_net(), str(tmp_path / "policy")
+    ids = torch.tensor([model_prompt(9)])
+    model.save_policy(path, net, tokenizer, "compact", {}, base="weights/policy")
+    again = model_net()
+    model.load_adapter(path + "/adapter", again)
+    assert model.read_json(path + "/adapter/adapter_config.json")["base_model_name_or_path"] == "weights/policy"
+    for other in (again, model.load(path)[0]):
+        assert torch.allclose(other(ids), net(ids), atol=1e-4)
+
+
+@pytest.mark.peers
+@torch.no_grad()
 def test_peft_loads_our_adapter_and_we_load_pefts(tmp_path):
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
-    net, ids = model_adapted(), torch.tensor([model_prompt(20)])
+    net, ids = adapted_net(), torch.tensor([model_prompt(20)])
     model.save(tmp_path / "base", model_net())
     model.save_adapter(tmp_path / "ours", net)
-    base = lambda: transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
-    with torch.no_grad():
-        assert (peft.PeftModel.from_pretrained(base(), tmp_path / "ours")(ids).logits - net(ids)).abs().max() < 1e-4
-        theirs = peft.get_peft_model(
-            base(), peft.LoraConfig(r=3, lora_alpha=5, target_modules=["k_proj", "down_proj"], init_lora_weights=False)
-        )
-        theirs.save_pretrained(tmp_path / "theirs")
-        again = model_net()
-        model.load_adapter(str(tmp_path / "theirs"), again)
-        assert (theirs(ids).logits - again(ids)).abs().max() < 1e-4 and (
-            again(ids) - model_net()(ids)
-        ).abs().max() > 1e-2
 
+    def base():
+        return transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
+    assert (peft.PeftModel.from_pretrained(base(), tmp_path / "ours")(ids).logits - net(ids)).abs().max() < 1e-4
 
-def test_exported_text_weights_take_their_place_in_a_vision_checkpoint(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    peer = model_random_checkpoint(tmp_path / "base", "qwen3_vl")
-    net, _ = model.load(str(tmp_path / "base"))
-    with torch.no_grad():
-        for p in net.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    model.export(net, str(tmp_path / "base"), str(tmp_path / "out"))
-    again, ids = (
-        transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32).eval(),
-        torch.tensor([model_prompt(20)]),
-    )
-    with torch.no_grad():
-        assert (again(input_ids=ids).logits - net(ids)).abs().max() < 1e-4
-    kept = again.state_dict()
-    assert all(torch.equal(kept[k], v) for k, v in peer.state_dict().items() if "visual" in k)
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["k_proj", "down_proj"], init_lora_weights=False)
+    theirs = peft.get_peft_model(base(), config)
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = model_net()
+    model.load_adapter(str(tmp_path / "theirs"), again)
+    assert (theirs(ids).logits - again(ids)).abs().max() < 1e-4
+    assert (again(ids) - model_net()(ids)).abs().max() > 1e-2
 
 
 # -- training state
 
-def small_trainer(seed=0, rank=0):
+def small_trainer(rank=0):
     """(net, AdamW) of a small policy, with adapters of this rank if it is not 0."""
-    net = model_net(seed)
+    net = model_net()
     if rank:
         model.add_lora(net, rank, 2 * rank)
     return net, torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
@@ -730,27 +859,30 @@ def small_trainer(seed=0, rank=0):
 def train_steps(net, optimizer, steps):
     for step in steps:
         optimizer.zero_grad()
-        (-torch.cat(model.token_logprobs(net, [model_prompt(20, step)])).mean()).backward()
+        loss = -torch.cat(model.token_logprobs(net, [model_prompt(20, step)])).mean()
+        loss.backward()
         optimizer.step()
 
 
 @pytest.mark.parametrize("rank", [0, 4])
 def test_training_goes_on_bit_for_bit_from_a_checkpoint(tmp_path, rank):
-    net, optimizer = small_trainer(rank=rank)
+    net, optimizer = small_trainer(rank)
     teacher = copy.deepcopy(net)
     train_steps(net, optimizer, range(3))
     train_steps(teacher, torch.optim.SGD([p for p in teacher.parameters() if p.requires_grad], lr=0.1), range(1))
     model.save_checkpoint(tmp_path, 3, model.training_tensors(net, optimizer, teacher=teacher), {"seconds": 1.5})
 
-    again, its_optimizer = small_trainer(rank=rank)
+    torch.manual_seed(1)
+    again, its_optimizer = small_trainer(rank)
     its_teacher = copy.deepcopy(again)
     state, tensors = model.latest_checkpoint(tmp_path)
     model.load_training_tensors(tensors, again, its_optimizer, teacher=its_teacher)
     assert state["step"] == 3 and state["seconds"] == 1.5
     for run in ((net, optimizer), (again, its_optimizer)):
         train_steps(*run, range(3, 6))
-    for a, b in ((net, again), (teacher, its_teacher)):
-        assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    for ours, theirs in ((net, again), (teacher, its_teacher)):
+        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(net.parameters(), teacher.parameters()))
 
 
 def test_a_checkpoint_holds_only_what_trains():
@@ -763,29 +895,31 @@ def test_a_checkpoint_holds_only_what_trains():
     assert all(f"optimizer.{name}.{key}" in tensors for name in trained for key in ("step", "exp_avg", "exp_avg_sq"))
 
 
-def test_a_state_of_another_network_is_refused():
+@pytest.mark.parametrize("changes, fault", [
+    ({"net.embed.weight": None}, "net.embed.weight is missing"),
+    ({"net.norm.weight": torch.ones(3)}, r"net.norm.weight is \(3,\), expected \(32,\)"),
+])
+def test_a_training_state_of_another_network_is_refused(changes, fault):
     net, optimizer = small_trainer()
-    tensors = model.training_tensors(net, optimizer)
-    for other, fault in (
-        ({}, "net.embed.weight is missing"),
-        (tensors | {"net.norm.weight": torch.ones(3)}, r"net.norm.weight is \(3,\), expected \(32,\)"),
-    ):
-        with pytest.raises(ValueError, match=fault):
-            model.load_training_tensors(other, net, optimizer)
+    tensors = model.training_tensors(net, optimizer) | changes
+    with pytest.raises(ValueError, match=fault):
+        model.load_training_tensors({k: v for k, v in tensors.items() if v is not None}, net, optimizer)
 
 
-def damage(path):
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
+def flip_a_bit(name):
+    def harm(folder):
+        data = bytearray((folder / name).read_bytes())
+        data[-1] ^= 1
+        (folder / name).write_bytes(data)
+    return harm
 
 
 @pytest.mark.parametrize("harm", [
-    pytest.param(lambda folder: damage(folder / "state-00001-of-00001.safetensors"), id="a bit of the tensors"),
-    pytest.param(lambda folder: os.remove(folder / "state-00001-of-00001.safetensors"), id="no tensors"),
-    pytest.param(lambda folder: (folder / "state.json").write_text("{"), id="half a state"),
-    pytest.param(lambda folder: (folder / "state.json").write_text("{}"), id="no checksums"),
-    pytest.param(lambda folder: os.remove(folder / "state.json"), id="no state"),
+    pytest.param(flip_a_bit("state-00001-of-00001.safetensors"), id="a bit of the tensors"),
+    pytest.param(remove("state-00001-of-00001.safetensors"), id="no tensors"),
+    pytest.param(replace("state.json", b"{"), id="half a state"),
+    pytest.param(replace("state.json", b"{}"), id="no checksums"),
+    pytest.param(remove("state.json"), id="no state"),
 ])
 def test_a_damaged_newest_checkpoint_is_named_in_one_line_and_skipped(tmp_path, capsys, harm):
     for step in (9, 10):
@@ -824,6 +958,76 @@ def test_the_newest_checkpoints_stay(tmp_path, keep):
     assert kept == ["000001", "000005", "000020", "1000000"][-keep:]
 
 
+ADAPTER_TRAINING = """
+import sys, torch, model
+folder, steps, result = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+processes = model.ProcessGroup.from_env()
+torch.manual_seed(0)
+net = model.Qwen3(model.Config(
+    vocab_size=64, hidden_size=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_size=48))
+model.add_lora(net, rank=3, alpha=6)
+net = processes.shard(net)
+optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
+
+def logprobs(net):
+    return (torch.cat(model.token_logprobs(net, [[1, 2, 3, 4, 5], [1, 2, 3, 9]])),)
+
+first_step = 0
+if found := model.latest_checkpoint(folder, processes):
+    state, tensors = found
+    first_step = state["step"]
+    model.load_training_tensors(tensors, net, optimizer)
+for step in range(first_step, steps):
+    (logp,) = net.forward_with(logprobs)
+    optimizer.zero_grad()
+    (-logp.mean()).backward()
+    optimizer.step()
+    model.save_checkpoint(folder, step + 1, model.training_tensors(net, optimizer), {}, processes)
+
+tensors = {name: model.full_tensor(p).detach() for name, p in net.named_parameters()}
+with torch.no_grad():
+    tensors["logp"] = net.forward_with(logprobs)[0]
+    with model.without_lora(net):
+        tensors["reference"] = net.forward_with(logprobs)[0]
+with processes:
+    if processes.is_main:
+        model.write_tensors(result, tensors)
+"""
+
+
+@pytest.mark.slow
+def test_adapters_train_sharded_as_they_do_in_one_process_and_resume_to_the_last_bit(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {genevolve.HERE!r})\n" + ADAPTER_TRAINING)
+
+    def train(processes, run, steps):
+        result = tmp_path / f"{run}.safetensors"
+        torchrun(processes, script, tmp_path / run, steps, result)
+        with model.open_tensors(result) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    alone, whole = train(1, "alone", 4), train(2, "whole", 4)
+    torch.manual_seed(0)
+    base = model.Qwen3(model.Config(
+        vocab_size=64, hidden_size=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_size=48))
+    expected = torch.cat(model.token_logprobs(base, [[1, 2, 3, 4, 5], [1, 2, 3, 9]]))
+    train(2, "stopped", 2)
+    resumed = train(2, "stopped", 4)
+    elsewhere = train(1, "stopped", 4)  # reads what two processes have written
+
+    files = sorted((tmp_path / "whole" / "000004").glob("*.safetensors"))
+    assert len(files) == 2
+    names = {name for path in files for name in model.open_tensors(path).keys()}
+    assert names and all("lora" in name for name in names)
+    for name in alone:
+        assert torch.equal(resumed[name], whole[name]), name
+        assert torch.allclose(alone[name], whole[name], rtol=1e-4, atol=1e-5), name
+        assert torch.allclose(elsewhere[name], whole[name], rtol=1e-4, atol=1e-5), name
+    assert torch.allclose(whole["reference"], expected, atol=1e-6)
+    assert (whole["logp"] - whole["reference"]).abs().max() > 0.1
+
+
+# -- files of a run
+
 def test_lines_of_json_come_back_and_an_unfinished_last_one_is_left_out(tmp_path):
     path = str(tmp_path / "log.jsonl")
     assert model.read_lines(path) == []
@@ -838,8 +1042,8 @@ def test_lines_of_json_come_back_and_an_unfinished_last_one_is_left_out(tmp_path
         model.read_lines(path)
 
 
-def test_a_folder_takes_the_place_of_another_and_tells_its_protocol(tmp_path):
-    net, tokenizer, path = model_net(), model_tokenizer(), str(tmp_path / "policy")
+def test_a_policy_folder_is_replaced_as_a_whole_and_tells_its_protocol(tmp_path, net, tokenizer):
+    path = str(tmp_path / "policy")
     for protocol in ("full", "compact"):
         model.save_policy(path, net, tokenizer, protocol, {"step": 3})
         assert model.read_protocol(path) == protocol and model.read_json(path + "/training.json") == {"step": 3}
