@@ -1561,7 +1561,7 @@ class Components:
         images = os.environ.get("IMAGE_DOWNLOAD_DIR") or os.path.join(out, "cache")
         key = os.environ.get("SERPER_API_KEY", "")
         return tools.ToolBox(s.search or local_url, os.path.join(HERE, "skills"), images, api_key=key,
-                             compact=self.policy.compact, allow_private=not s.search, **options)
+                             compact=self.policy.compact, **options)
 
     def open_renderer(self):
         s = self.settings
@@ -2349,10 +2349,12 @@ def serve(s):
                 image = components.scorer.renderer.render([prompt], [references], [seed], **options)[0]
             return diffusion.resize(image, min(height, 256), min(width, 256))
 
-        server = tools.Server(tools.Corpus(s.corpus), s.host, s.port, policy=policy, renderer=renderer,
+        corpus = tools.Corpus(s.corpus)
+        server = tools.Server(corpus, s.host, s.port, policy=policy, renderer=renderer,
                               judge=functools.partial(judge_request, components.scorer.judge))
         print(f"serving on {server.url}: /search /images /v1/chat/completions /v1/models /generate /health "
               "(Ctrl-C ends)", flush=True)
+        print(f"{s.corpus}: {corpus.summary()}", flush=True)
         server.forever()
 
 

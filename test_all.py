@@ -1694,7 +1694,7 @@ def corpus_server(corpus_folder):
 def make_box(corpus_server, corpus_folder, tmp_path):
     """A function: the tools as impatient clients of the corpus' server, or of another one."""
     def make(url=None, **options):
-        options = {"allow_private": True, "retries": 1, "timeout": 1.0, "deadline": 2.0, "backoff": 0.02} | options
+        options = {"retries": 1, "timeout": 1.0, "deadline": 2.0, "backoff": 0.02} | options
         skills, cache = str(corpus_folder / "skills"), str(tmp_path / "cache")
         return tools.ToolBox(url or corpus_server.url, skills, cache, KEY, **options)
     return make
@@ -1892,6 +1892,16 @@ def test_an_unusable_requests_file_is_refused_in_one_line(name, text, reason, tm
 TOOL_CALLS = [
     ("search", {"queries": ["founding year Velmar", "Korros"]}), ("image_search", {"query": "Velmar Bridge"}),
     ("search", {"queries": ["nothing like it"]}), ("image_search", {"query": "Korros tower"})]
+
+
+def test_every_tool_of_the_schema_is_answered_by_a_session():
+    names = [schema["function"]["name"] for schema in tools.tool_schemas(skills=())]
+    assert tuple(names) == tools.TOOL_NAMES == ("search", "image_search", "query_knowledge")
+    session = tools.ToolSession(SimpleNamespace(compact=True, skills={}))
+    required = ("queries", "query", "skill_name")  # each name finds its own method, which asks for its argument
+    for name, argument in zip(names, required):
+        assert re.search(rf"\b{argument}\b", session.call(name, {})), name
+    assert "unknown tool" in session.call("paint", {})
 
 
 def test_a_new_guide_in_the_skills_folder_is_a_new_skill(make_box, tmp_path):
@@ -3072,7 +3082,7 @@ def test_a_replay_repeats_everything_without_a_socket(compact, corpus_folder, tm
 
     def session(url, cache, tape):
         cache = str(tmp_path / cache)
-        return tools.ToolBox(url, skills, cache, compact=compact, allow_private=True, tape=tape).session()
+        return tools.ToolBox(url, skills, cache, compact=compact, tape=tape).session()
     with tools.Server(tools.Corpus(str(corpus_folder))) as server, tools.Tape(record=recording) as tape:
         first = session(server.url, "first", tape)
         recorded = [first.call(*call) for call in TOOL_CALLS]
@@ -4970,7 +4980,7 @@ def atlas_server():
 @pytest.fixture
 def atlas_box(atlas_server, tmp_path):
     """The compact tools on the Atlas over real HTTP."""
-    return tools.ToolBox(atlas_server.url, SKILLS, str(tmp_path / "cache"), compact=True, allow_private=True)
+    return tools.ToolBox(atlas_server.url, SKILLS, str(tmp_path / "cache"), compact=True)
 
 
 class ScriptedPolicy:
@@ -5040,7 +5050,7 @@ def test_the_last_turn_is_announced_and_eleven_turns_are_the_end(attempt):
 
 
 def test_a_search_service_that_is_down_becomes_an_observation(tmp_path):
-    box = tools.ToolBox("http://127.0.0.1:9", SKILLS, str(tmp_path), compact=True, allow_private=True, retries=0)
+    box = tools.ToolBox("http://127.0.0.1:9", SKILLS, str(tmp_path), compact=True, retries=0)
     agent = genevolve.Agent(ScriptedPolicy([call_turn("search", queries=["lamps"])]), box)
     t = agent.run([{"id": "x", "question": "?"}], [0])[0]
     assert t.steps[0].observation.startswith("Error:") and t.rounds == 11
@@ -5138,7 +5148,7 @@ def test_a_foreign_runtime_completes_atlas_requests_against_serve(tmp_path):
     with genevolve.Components(settings, str(tmp_path)) as components:
         with tools.Server(tools.Corpus(settings.corpus), policy=components.policy.reply) as server:
             client = tools.ChatClient(server.url, model="anything")
-            box = tools.ToolBox(server.url, SKILLS, str(tmp_path / "cache"), allow_private=True)
+            box = tools.ToolBox(server.url, SKILLS, str(tmp_path / "cache"))
             agent = genevolve.Agent(genevolve.ChatPolicy(client, genevolve.Sampling(), workers=1), box)
             done = agent.run(atlas.world.requests("validation")[:20], list(range(20)))
     assert sum(t.program is not None for t in done) >= 19

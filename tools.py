@@ -529,13 +529,12 @@ class ToolBox:
     """The tools as HTTP clients of a Serper-compatible service, shared by all trajectories and threads.
 
     search_url: named by the user, so pictures on exactly its origin may be fetched. Nothing else private is.
-    allow_private: has no effect any more (older callers pass it).
     timeout, deadline, retries, backoff, tape, budget, limiter: see HttpClient; downloads have no budget and no limiter.
     max_bytes: of a picture.
     """
 
-    def __init__(self, search_url, skills_dir, image_dir, api_key="", compact=False, allow_private=True, tape=None,
-                 budget=None, limiter=None, timeout=15.0, deadline=60.0, retries=3, backoff=0.5, max_bytes=20 * 2**20):
+    def __init__(self, search_url, skills_dir, image_dir, api_key="", compact=False, tape=None, budget=None,
+                 limiter=None, timeout=15.0, deadline=60.0, retries=3, backoff=0.5, max_bytes=20 * 2**20):
         self.search_url = service_url(search_url, "search")
         self.skills = read_skills(skills_dir)
         self.compact = compact
