@@ -5285,6 +5285,17 @@ def offline_evolution(tmp_path):
     return make
 
 
+def test_the_gradient_of_a_step_is_grpos_plus_the_weight_times_sdls(offline_evolution):
+    run = offline_evolution(set="weight=2,anneal=0")
+    parameters = run.parameters()
+    policy_grads = [torch.full_like(p, 5.0) for p in parameters]
+    ratio = run.combine_gradients(policy_grads, [torch.full_like(p, 3.0) for p in parameters])
+    assert all((p.grad == 11).all() for p in parameters)      # 5 + 2 x 3
+    assert ratio == pytest.approx(2 * 3 / 5)
+    nothing = [torch.zeros_like(p) for p in parameters]
+    assert math.isnan(run.combine_gradients(nothing, nothing))  # no policy gradient: a ratio is missing
+
+
 def test_a_step_needs_nothing_but_an_agent_and_a_scorer(offline_evolution):
     run = offline_evolution()
     before = [p.clone() for p in run.net.parameters()]
