@@ -31,8 +31,7 @@ Contents, in reading order:
     Renderer                             prompts and references in, pictures out
     train_vae                            the first training loop
     flow_loss, MuonAdamW                 the loss and the optimizer of the transformer
-    RendererRun, train_renderer          the second training loop; it resumes by itself
-    Machine room                         checkpoint folders, PNG files
+    Machine room                         train_renderer (the second training loop; it resumes by itself), folders, PNG
 """
 import copy
 import json
@@ -1033,6 +1032,10 @@ def orthogonal(matrix):
     return x.T if tall else x
 
 
+# ==== Machine room ====================================================================================================
+
+# ---- Training runs: checkpoints, log, command ------------------------------------------------------------------------
+
 class RendererRun:
     """A training run of the transformer: everything that a checkpoint has to hold."""
 
@@ -1231,8 +1234,6 @@ def train(data, out, seed=0, device="cpu", vae_steps=0, steps=0, **settings):
     renderer_settings = RendererTraining(seed=seed, steps=steps or RendererTraining.steps, **settings)
     train_renderer(scenes, vae, renderer_folder, renderer_settings, device)
 
-
-# ==== Machine room ====================================================================================================
 
 # ---- Checkpoint folders ----------------------------------------------------------------------------------------------
 

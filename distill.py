@@ -11,7 +11,7 @@
 Contents, in reading order; section numbers are those of the method as the README tells it:
 
     Step, Trajectory                    one attempt at a request (1)
-    kscore, mixed_reward, ModelJudge    the reward (3)
+    kscore, mixed_reward                the reward (3)
     sft_loss, sft                       cold start on demonstrations (4)
     group_advantages, grpo_loss         the policy gradient (5)
     select_pair, compare                where the best and the worst attempt parted (6)
@@ -22,8 +22,8 @@ Contents, in reading order; section numbers are those of the method as the READM
     sdl_loss, full_kl_loss              visual experience distillation, SDL (7)
     update_gradients                    one update
 
-Everything that scores or differentiates is a pure function of tensors. The machine room at the end holds prompts and
-tables of the judges, files of the cold start, controls of experiments, and the sharing of rows among processes.
+Everything that scores or differentiates is a pure function of tensors. The machine room at the end holds ModelJudge
+and its tables, files of the cold start, controls of experiments, and the sharing of rows among processes.
 
 Departures from the paper, each with its reason:
 
@@ -150,59 +150,6 @@ def average(values):
     """Mean of the values that are there (not None, not nan); nan if none is."""
     kept = [v for v in values if v is not None and not math.isnan(v)]
     return sum(kept) / len(kept) if kept else math.nan
-
-
-class ModelJudge:
-    """A vision model behind a chat endpoint; it sees the generated picture first, then the ground truth.
-
-    chat: callable (messages, temperature=, max_tokens=) -> text. A call that fails or an answer that cannot be read
-    raises tools.ToolError: the score is then missing, never 0.
-    """
-
-    def __init__(self, chat):
-        self.chat = chat
-
-    def score(self, image, truth, row):
-        """The judgement of a picture, uint8 (H, W, 3), against its ground truth. row: the request, {"question": ...}"""
-        request = {"type": "text", "text": f"Request: {row['question']}"}
-        pictures = [tools.image_part(image), tools.image_part(truth)]
-        answer = query_judge(self.chat, PICTURE_RUBRIC, [request, *pictures])
-
-        rationale = str(answer.get("rationale", ""))[:300]
-        scores, constraints = {}, []
-        for name in DIMENSIONS:
-            if name == "text_accuracy" and answer.get("text_accuracy_na") is True:
-                scores[name] = None
-                continue
-            scores[name] = read_score(answer, name, (0, 0.5, 1))
-            constraints.append(constraint(name, scores[name] == 1, rationale))
-        return {"kscore": kscore(**scores)} | scores | {"constraints": constraints}
-
-    def score_program(self, trajectory):
-        """(R_text, checks) of a trajectory's program: is it sufficient? 0 without a program."""
-        if trajectory.program is None:
-            return 0.0, []
-        found = "\n".join(f"{step.name} {json.dumps(step.arguments, ensure_ascii=False)}\n{step.observation[:1200]}"
-                          for step in trajectory.steps)
-        notes = "\n".join(f"{r['img_id']}: {r['note']}" for r in trajectory.program.references)
-        text = (f"Request: {trajectory.question}\n\nFound:\n{found}\n\n"
-                f"Program:\n{trajectory.program.gen_prompt}\n{notes}")
-
-        answer = query_judge(self.chat, PROGRAM_RUBRIC, text)
-        value = read_score(answer, "sufficiency", (0, 0.25, 0.5, 0.75, 1))
-        rationale = str(answer.get("rationale", ""))[:300]
-        return value, [constraint("program", value == 1, rationale)]
-
-    def score_wise(self, image, row):
-        """WISE's scores of a picture, by both versions (see ``wiscore``); a WISE prompt has no ground truth."""
-        text = f"Prompt: {row['question']}\nExplanation: {row.get('Explanation', '')}"
-        parts = [{"type": "text", "text": text}, tools.image_part(image)]
-        legacy = query_judge(self.chat, WISE_RUBRIC, parts)
-        verified = query_judge(self.chat, WISE_VERIFIED_RUBRIC, parts)
-
-        names = ("consistency", "realism", "aesthetic")
-        scores = {name: read_score(legacy, name, (0, 1, 2)) for name in names}
-        return scores | {"score": read_score(verified, "score", (0, 1))}
 
 
 def constraint(name, passed, detail):
@@ -776,47 +723,6 @@ def phrase_bullets(best, worst, phrases):
                 is_shared = contains(worst_thoughts, phrase)
                 bullets[name].append(STANDARD + bullet if is_shared else bullet)
     return bullets
-
-
-SUMMARY_PROMPT = """You compare two attempts of the same image-making agent at one request, a better one and a weaker \
-one, with what a judge said of their pictures. Write down what the agent should decide next time it meets a request of \
-this kind, as one JSON object and nothing else:
-
-{"retrieval_key": {"trigger": "which requests this is for", "source_prompt_summary": "the request in one sentence"},
- "decision_guidance": {FIELDS}}
-
-Every field of decision_guidance is a list of bullets. A bullet is one imperative sentence of 12 to 22 words that \
-names no entity of the request, so that it holds for others. It comes from a decision on which the two attempts really \
-differ. Where they do not differ, repeat what the better one did and begin the bullet with "Standard: ". Leave a list \
-empty if there is nothing to say. Never mention scores, attempts or judges."""
-
-
-def summarize_pair_llm(chat, request, best, worst, names=entity_names):
-    """The bundle of a pair, written by a language model. chat: callable (messages, temperature=, max_tokens=) -> text.
-
-    Bullets of a wrong length or with a name of the request in them are left out. Raises ValueError if the reply is no
-    bundle or no bullet is left.
-    """
-    decisions = "\n".join(f"{d.slot}, {d.decision} {d.about}: better {d.best}, weaker {d.worst}"
-                          for d in compare(best, worst, names))
-    text = (f"Request: {request}\n\nBetter attempt:\n{describe(best)}\n\nWeaker attempt:\n{describe(worst)}\n\n"
-            f"Decisions side by side:\n{decisions}")
-    system = SUMMARY_PROMPT.replace("FIELDS", ", ".join(f'"{name}": [...]' for name in FIELDS))
-    messages = [{"role": "system", "content": system}, {"role": "user", "content": text}]
-    reply = chat(messages, temperature=0.0, max_tokens=8192)
-
-    reply = reply.rpartition("</think>")[2]  # a thought is no part of the answer
-    try:
-        value = json.loads(reply[reply.find("{"):reply.rfind("}") + 1])
-    except ValueError as error:
-        raise ValueError(f"the summary is not JSON ({error})")
-    found = names(request)
-    bundle = Bundle.from_dict(value).filter(lambda bullet: check_bullet(bullet, found) is None)
-    if bundle.empty:
-        raise ValueError("the summary holds no usable bullet")
-    bundle.trigger = without_names(bundle.trigger, lambda _: found)
-    bundle.source_prompt_summary = without_names(bundle.source_prompt_summary, lambda _: found)
-    return bundle
 
 
 # ---- Memory: bundles by source prompt (section 6) --------------------------------------------------------------------
@@ -1531,6 +1437,59 @@ def read_score(answer, name, levels):
     return float(value)
 
 
+class ModelJudge:
+    """A vision model behind a chat endpoint; it sees the generated picture first, then the ground truth.
+
+    chat: callable (messages, temperature=, max_tokens=) -> text. A call that fails or an answer that cannot be read
+    raises tools.ToolError: the score is then missing, never 0.
+    """
+
+    def __init__(self, chat):
+        self.chat = chat
+
+    def score(self, image, truth, row):
+        """The judgement of a picture, uint8 (H, W, 3), against its ground truth. row: the request, {"question": ...}"""
+        request = {"type": "text", "text": f"Request: {row['question']}"}
+        pictures = [tools.image_part(image), tools.image_part(truth)]
+        answer = query_judge(self.chat, PICTURE_RUBRIC, [request, *pictures])
+
+        rationale = str(answer.get("rationale", ""))[:300]
+        scores, constraints = {}, []
+        for name in DIMENSIONS:
+            if name == "text_accuracy" and answer.get("text_accuracy_na") is True:
+                scores[name] = None
+                continue
+            scores[name] = read_score(answer, name, (0, 0.5, 1))
+            constraints.append(constraint(name, scores[name] == 1, rationale))
+        return {"kscore": kscore(**scores)} | scores | {"constraints": constraints}
+
+    def score_program(self, trajectory):
+        """(R_text, checks) of a trajectory's program: is it sufficient? 0 without a program."""
+        if trajectory.program is None:
+            return 0.0, []
+        found = "\n".join(f"{step.name} {json.dumps(step.arguments, ensure_ascii=False)}\n{step.observation[:1200]}"
+                          for step in trajectory.steps)
+        notes = "\n".join(f"{r['img_id']}: {r['note']}" for r in trajectory.program.references)
+        text = (f"Request: {trajectory.question}\n\nFound:\n{found}\n\n"
+                f"Program:\n{trajectory.program.gen_prompt}\n{notes}")
+
+        answer = query_judge(self.chat, PROGRAM_RUBRIC, text)
+        value = read_score(answer, "sufficiency", (0, 0.25, 0.5, 0.75, 1))
+        rationale = str(answer.get("rationale", ""))[:300]
+        return value, [constraint("program", value == 1, rationale)]
+
+    def score_wise(self, image, row):
+        """WISE's scores of a picture, by both versions (see ``wiscore``); a WISE prompt has no ground truth."""
+        text = f"Prompt: {row['question']}\nExplanation: {row.get('Explanation', '')}"
+        parts = [{"type": "text", "text": text}, tools.image_part(image)]
+        legacy = query_judge(self.chat, WISE_RUBRIC, parts)
+        verified = query_judge(self.chat, WISE_VERIFIED_RUBRIC, parts)
+
+        names = ("consistency", "realism", "aesthetic")
+        scores = {name: read_score(legacy, name, (0, 1, 2)) for name in names}
+        return scores | {"score": read_score(verified, "score", (0, 1))}
+
+
 # ---- Tables of judged rows: KScore by category, WiScore --------------------------------------------------------------
 
 def summarize(rows, missing_text="renormalized"):
@@ -1595,6 +1554,49 @@ def wiscore(rows, version):
         scores[row["category"]].append(score)
     means = {category: average(values) for category, values in scores.items()}
     return {"overall": sum(weight * means[category] for category, weight in category_weights.items())} | means
+
+
+# ---- Bundles written by a language model -----------------------------------------------------------------------------
+
+SUMMARY_PROMPT = """You compare two attempts of the same image-making agent at one request, a better one and a weaker \
+one, with what a judge said of their pictures. Write down what the agent should decide next time it meets a request of \
+this kind, as one JSON object and nothing else:
+
+{"retrieval_key": {"trigger": "which requests this is for", "source_prompt_summary": "the request in one sentence"},
+ "decision_guidance": {FIELDS}}
+
+Every field of decision_guidance is a list of bullets. A bullet is one imperative sentence of 12 to 22 words that \
+names no entity of the request, so that it holds for others. It comes from a decision on which the two attempts really \
+differ. Where they do not differ, repeat what the better one did and begin the bullet with "Standard: ". Leave a list \
+empty if there is nothing to say. Never mention scores, attempts or judges."""
+
+
+def summarize_pair_llm(chat, request, best, worst, names=entity_names):
+    """The bundle of a pair, written by a language model. chat: callable (messages, temperature=, max_tokens=) -> text.
+
+    Bullets of a wrong length or with a name of the request in them are left out. Raises ValueError if the reply is no
+    bundle or no bullet is left.
+    """
+    decisions = "\n".join(f"{d.slot}, {d.decision} {d.about}: better {d.best}, weaker {d.worst}"
+                          for d in compare(best, worst, names))
+    text = (f"Request: {request}\n\nBetter attempt:\n{describe(best)}\n\nWeaker attempt:\n{describe(worst)}\n\n"
+            f"Decisions side by side:\n{decisions}")
+    system = SUMMARY_PROMPT.replace("FIELDS", ", ".join(f'"{name}": [...]' for name in FIELDS))
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": text}]
+    reply = chat(messages, temperature=0.0, max_tokens=8192)
+
+    reply = reply.rpartition("</think>")[2]  # a thought is no part of the answer
+    try:
+        value = json.loads(reply[reply.find("{"):reply.rfind("}") + 1])
+    except ValueError as error:
+        raise ValueError(f"the summary is not JSON ({error})")
+    found = names(request)
+    bundle = Bundle.from_dict(value).filter(lambda bullet: check_bullet(bullet, found) is None)
+    if bundle.empty:
+        raise ValueError("the summary holds no usable bullet")
+    bundle.trigger = without_names(bundle.trigger, lambda _: found)
+    bundle.source_prompt_summary = without_names(bundle.source_prompt_summary, lambda _: found)
+    return bundle
 
 
 # ---- Reading a trajectory -------------------------------------------------------------------------------------------

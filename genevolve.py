@@ -20,15 +20,15 @@ genevolve.json.
 Contents, in reading order:
 
     system_prompt                what the policy is told
-    LocalPolicy, RolloutPolicy, ChatPolicy    who writes a turn: our engine, an SGLang server, any chat endpoint
+    LocalPolicy                  our engine writes the turns (a service may, too: RolloutPolicy, ChatPolicy)
     Agent                        requests -> trajectories: turns in one batch, tools in threads
     Scorer                       programs -> pictures -> judgements -> rewards
     Evolution.step               one update, one line for each arrow of the chain above
     evolve                       the loop around it
-    ComponentFlags, Evolve, ...  every flag is a field of a dataclass
-    Components                   opens policy, tools, renderer and judge (machine room)
-    record, write_report         what is written for other programs and for people (machine room)
-    COMMANDS, main               the command line (machine room)
+    ComponentFlags, Evolve, ...  every flag is a field of a dataclass (from here on: machine room)
+    Components                   opens policy, tools, renderer and judge
+    record, write_report         what is written for other programs and for people
+    COMMANDS, main               the command line
 
 Letters: G requests of a step, K rollouts of a request (a group), T turns, N rows, C hidden size.
 """
@@ -207,114 +207,6 @@ class LocalPolicy:
                 sent = text
         finally:  # also where the client has gone away
             self.engine.close(sequence)
-
-
-class RemotePolicy:
-    """A service writes the turns; they run side by side in threads.
-
-    A subclass asks for a turn in ``submit`` and says in ``read`` what an answer holds.
-    """
-
-    def __init__(self, client, sampling, compact, workers):
-        self.client, self.sampling, self.compact = client, sampling, compact
-        self.pool, self.writing = ThreadPoolExecutor(workers), {}  # Future -> Trajectory
-
-    def poll(self, tool_calls=(), when=FIRST_COMPLETED):
-        """Wait until a turn has ended or one of the tool calls. Returns turns: [(trajectory, text, finish)].
-
-        when: ALL_COMPLETED waits for all of them, so that the order of the answers decides nothing.
-        """
-        wait([*self.writing, *tool_calls], return_when=when)
-        return [self.take(future) for future in list(self.writing) if future.done()]
-
-    def take(self, future):
-        """A turn that has ended: (trajectory, text, finish); a failed one has no text."""
-        trajectory = self.writing.pop(future)
-        try:
-            return trajectory, *self.read(trajectory, future.result())
-        except (tools.ToolError, ValueError, OSError) as error:
-            return trajectory, "", f"error: {error}"
-
-    def reset(self):
-        """Nothing is kept here between turns."""
-
-    def end(self, trajectory):
-        trajectory.handle = None
-
-
-class RolloutPolicy(RemotePolicy):
-    """A serving engine (SGLang) writes the tokens, a network of ours learns from them.
-
-    Conversations are kept as token ids here and sent whole; the server's prefix cache makes that cheap. Nothing is
-    re-tokenised.
-    """
-
-    def __init__(self, client, net, tokenizer, sampling, compact, workers=64):
-        super().__init__(client, sampling, compact, workers)
-        self.net, self.tokenizer = net, tokenizer
-        self.stop_ids = end_ids(tokenizer)
-
-    def start(self, trajectory):
-        ids = self.tokenizer.apply_chat(trajectory.messages, add_generation_prompt=True)
-        trajectory.prompt_length = len(ids)
-        trajectory.tokens, trajectory.mask, trajectory.logprobs = [], [], []
-        self.append(trajectory, ids)
-        self.submit(trajectory)
-
-    def append(self, trajectory, ids, logprobs=None):
-        """Tokens of the policy with their log-probs, or tokens that it only reads."""
-        trajectory.tokens += ids
-        trajectory.mask += [logprobs is not None] * len(ids)
-        trajectory.logprobs += logprobs or [math.nan] * len(ids)
-
-    def submit(self, trajectory):
-        s = self.sampling
-        tokens = list(trajectory.tokens)
-        seed = zlib.crc32(f"{trajectory.seed} {trajectory.rounds}".encode())
-        future = self.pool.submit(self.client.generate, tokens, s.max_new_tokens, s.temperature, s.top_p,
-                                  self.stop_ids, seed)
-        self.writing[future] = trajectory
-
-    def read(self, trajectory, rollout):
-        """(text, finish) of a tools.Rollout, whose tokens the trajectory takes over."""
-        self.append(trajectory, rollout.tokens, rollout.logprobs)
-        text = self.tokenizer.decode([i for i in rollout.tokens if i not in self.stop_ids])
-        return text, rollout.finish
-
-    def observe(self, trajectory, text):
-        is_closed = trajectory.tokens[-1] in self.stop_ids
-        self.append(trajectory, self.tokenizer.observation(text, closed=is_closed))
-        self.submit(trajectory)
-
-    def load_weights(self, folder, step):
-        """Hand the network's weights to the server, in a new folder each time; one that goes on with the old weights is
-        an error."""
-        folder = model.make_folder(os.path.abspath(folder))
-        path = os.path.join(folder, f"{step:06d}-{len(os.listdir(folder))}")
-        model.save_policy(path, self.net, self.tokenizer, protocol_name(self.compact), {"step": step})
-        self.client.update_weights(path)
-        for old in os.listdir(folder):
-            if os.path.join(folder, old) != path:
-                shutil.rmtree(os.path.join(folder, old))
-
-
-class ChatPolicy(RemotePolicy):
-    """Any OpenAI-compatible endpoint. Conversations are sent whole."""
-
-    def __init__(self, client, sampling, workers=8):
-        super().__init__(client, sampling, compact=False, workers=workers)
-
-    def start(self, trajectory):
-        options = {"temperature": self.sampling.temperature, "top_p": self.sampling.top_p, "max_tokens": 4096,
-                   "seed": trajectory.seed % 2**31}
-        future = self.pool.submit(self.client.complete, trajectory.messages, **options)
-        self.writing[future] = trajectory
-
-    def read(self, trajectory, text):
-        return text, "stop"
-
-    def observe(self, trajectory, text):
-        self.start(trajectory)  # the observation stands in the messages
 
 
 # ---- Agent: requests to trajectories ---------------------------------------------------------------------------------
@@ -1194,6 +1086,118 @@ def paired_change(rewards, before):
             "standard_error": float(change.std() / count**0.5)}
 
 
+# ==== Machine room ====================================================================================================
+
+# ---- Policies behind a service ---------------------------------------------------------------------------------------
+
+class RemotePolicy:
+    """A service writes the turns; they run side by side in threads.
+
+    A subclass asks for a turn in ``submit`` and says in ``read`` what an answer holds.
+    """
+
+    def __init__(self, client, sampling, compact, workers):
+        self.client, self.sampling, self.compact = client, sampling, compact
+        self.pool, self.writing = ThreadPoolExecutor(workers), {}  # Future -> Trajectory
+
+    def poll(self, tool_calls=(), when=FIRST_COMPLETED):
+        """Wait until a turn has ended or one of the tool calls. Returns turns: [(trajectory, text, finish)].
+
+        when: ALL_COMPLETED waits for all of them, so that the order of the answers decides nothing.
+        """
+        wait([*self.writing, *tool_calls], return_when=when)
+        return [self.take(future) for future in list(self.writing) if future.done()]
+
+    def take(self, future):
+        """A turn that has ended: (trajectory, text, finish); a failed one has no text."""
+        trajectory = self.writing.pop(future)
+        try:
+            return trajectory, *self.read(trajectory, future.result())
+        except (tools.ToolError, ValueError, OSError) as error:
+            return trajectory, "", f"error: {error}"
+
+    def reset(self):
+        """Nothing is kept here between turns."""
+
+    def end(self, trajectory):
+        trajectory.handle = None
+
+
+class RolloutPolicy(RemotePolicy):
+    """A serving engine (SGLang) writes the tokens, a network of ours learns from them.
+
+    Conversations are kept as token ids here and sent whole; the server's prefix cache makes that cheap. Nothing is
+    re-tokenised.
+    """
+
+    def __init__(self, client, net, tokenizer, sampling, compact, workers=64):
+        super().__init__(client, sampling, compact, workers)
+        self.net, self.tokenizer = net, tokenizer
+        self.stop_ids = end_ids(tokenizer)
+
+    def start(self, trajectory):
+        ids = self.tokenizer.apply_chat(trajectory.messages, add_generation_prompt=True)
+        trajectory.prompt_length = len(ids)
+        trajectory.tokens, trajectory.mask, trajectory.logprobs = [], [], []
+        self.append(trajectory, ids)
+        self.submit(trajectory)
+
+    def append(self, trajectory, ids, logprobs=None):
+        """Tokens of the policy with their log-probs, or tokens that it only reads."""
+        trajectory.tokens += ids
+        trajectory.mask += [logprobs is not None] * len(ids)
+        trajectory.logprobs += logprobs or [math.nan] * len(ids)
+
+    def submit(self, trajectory):
+        s = self.sampling
+        tokens = list(trajectory.tokens)
+        seed = zlib.crc32(f"{trajectory.seed} {trajectory.rounds}".encode())
+        future = self.pool.submit(self.client.generate, tokens, s.max_new_tokens, s.temperature, s.top_p,
+                                  self.stop_ids, seed)
+        self.writing[future] = trajectory
+
+    def read(self, trajectory, rollout):
+        """(text, finish) of a tools.Rollout, whose tokens the trajectory takes over."""
+        self.append(trajectory, rollout.tokens, rollout.logprobs)
+        text = self.tokenizer.decode([i for i in rollout.tokens if i not in self.stop_ids])
+        return text, rollout.finish
+
+    def observe(self, trajectory, text):
+        is_closed = trajectory.tokens[-1] in self.stop_ids
+        self.append(trajectory, self.tokenizer.observation(text, closed=is_closed))
+        self.submit(trajectory)
+
+    def load_weights(self, folder, step):
+        """Hand the network's weights to the server, in a new folder each time; one that goes on with the old weights is
+        an error."""
+        folder = model.make_folder(os.path.abspath(folder))
+        path = os.path.join(folder, f"{step:06d}-{len(os.listdir(folder))}")
+        model.save_policy(path, self.net, self.tokenizer, protocol_name(self.compact), {"step": step})
+        self.client.update_weights(path)
+        for old in os.listdir(folder):
+            if os.path.join(folder, old) != path:
+                shutil.rmtree(os.path.join(folder, old))
+
+
+class ChatPolicy(RemotePolicy):
+    """Any OpenAI-compatible endpoint. Conversations are sent whole."""
+
+    def __init__(self, client, sampling, workers=8):
+        super().__init__(client, sampling, compact=False, workers=workers)
+
+    def start(self, trajectory):
+        options = {"temperature": self.sampling.temperature, "top_p": self.sampling.top_p, "max_tokens": 4096,
+                   "seed": trajectory.seed % 2**31}
+        future = self.pool.submit(self.client.complete, trajectory.messages, **options)
+        self.writing[future] = trajectory
+
+    def read(self, trajectory, text):
+        return text, "stop"
+
+    def observe(self, trajectory, text):
+        self.start(trajectory)  # the observation stands in the messages
+
+
 # ---- What the log says of a step -------------------------------------------------------------------------------------
 
 def rollout_metrics(groups, rewards):
@@ -1459,8 +1463,6 @@ def read_value(text, kind):
         return None
     return kind(text) if kind in (int, float) else float(text)
 
-
-# ==== Machine room ====================================================================================================
 
 # ---- Components ------------------------------------------------------------------------------------------------------
 

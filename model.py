@@ -16,7 +16,7 @@ In reading order:
     KVCache             keys and values, and which slot belongs to whom
     Engine              many conversations at once: schedule, prefill, decode
     generate            prompts -> completions
-    save_checkpoint     training state of any trainer (machine room, as are files, adapters and processes)
+    Machine room        files, embeddings, adapters, processes, save_checkpoint (training state of any trainer)
 
 One network, three ways to attend. The trunk runs over a flat stream of N tokens with no padding and leaves attention
 to a callable `attend(layer, q, k, v)`: rows of equal length (`Qwen3.forward`), a packed prefix tree (`PrefixTree`, to
@@ -305,30 +305,6 @@ class Tokenizer:
         return [self.id("<|im_start|>")] + self.encode("assistant\n")
 
 
-def train_tokenizer(texts, vocab_size):
-    """Byte-level BPE on `texts`. Words keep their leading space; digits and capitals of codes (KEL7) stay single."""
-    fast = FastTokenizer(models.BPE())
-    fast.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(SPLIT), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    fast.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIAL) - len(TAGS),
-        show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
-
-    fast.train_from_iterator((piece for text in texts for piece in split_tags(text)), trainer)
-    fast.add_tokens([AddedToken(t, special=t in SPECIAL, normalized=False) for t in SPECIAL + TAGS])
-    return Tokenizer(fast)
-
-
-def split_tags(text):
-    """The pieces of a text between the tags, which are tokens of their own."""
-    for tag in TAGS:
-        text = text.replace(tag, "\0")
-    return text.split("\0")
-
-
 # ---- Log-probs for training ------------------------------------------------------------------------------------------
 
 SHORTEST_SHARED = 16  # tokens: a shorter common prefix is not worth a branch
@@ -581,33 +557,6 @@ def token_logprobs_and_entropy(net, sequences, temperature=1.0, masks=None):
         return F.pad(values, (0, 1))[inverse].split(lengths)
 
     return by_sequence(logp), by_sequence(entropy)
-
-
-def embed(net, sequences):
-    """(S, C) float32: the last token's hidden state, L2-normalised (Qwen3-Embedding)."""
-    return net.forward_with(last_hidden, sequences)
-
-
-def last_hidden(net, sequences):
-    hidden, rows = hidden_states(net, sequences)
-    last = torch.stack([r[-1] for r in rows])                                             # (S,)
-    return F.normalize(hidden[last].float(), dim=-1)
-
-
-def embed_words(net, sequences):
-    """(S, C) float32: the mean of the tokens' input embeddings, a bag of words.
-
-    The last state of a small policy tells what comes next, hardly what was asked.
-    """
-    return net.forward_with(mean_words, sequences)
-
-
-def mean_words(net, sequences):
-    means = []
-    for ids in sequences:
-        words = net.embed(torch.tensor(ids, device=net.embed.weight.device))              # (T, C)
-        means.append(words.float().mean(0))
-    return torch.stack(means)
 
 
 # ---- Sampling --------------------------------------------------------------------------------------------------------
@@ -1575,6 +1524,61 @@ def with_our_weights(source, ours):
             raise ValueError(f"{source}: {name} is {tuple(tensors[name].shape)}, ours is {tuple(weight.shape)}")
         tensors[name] = weight.to("cpu", tensors[name].dtype).contiguous()
     return tensors
+
+
+# ---- Sentence embeddings ---------------------------------------------------------------------------------------------
+
+def embed(net, sequences):
+    """(S, C) float32: the last token's hidden state, L2-normalised (Qwen3-Embedding)."""
+    return net.forward_with(last_hidden, sequences)
+
+
+def last_hidden(net, sequences):
+    hidden, rows = hidden_states(net, sequences)
+    last = torch.stack([r[-1] for r in rows])                                             # (S,)
+    return F.normalize(hidden[last].float(), dim=-1)
+
+
+def embed_words(net, sequences):
+    """(S, C) float32: the mean of the tokens' input embeddings, a bag of words.
+
+    The last state of a small policy tells what comes next, hardly what was asked.
+    """
+    return net.forward_with(mean_words, sequences)
+
+
+def mean_words(net, sequences):
+    means = []
+    for ids in sequences:
+        words = net.embed(torch.tensor(ids, device=net.embed.weight.device))              # (T, C)
+        means.append(words.float().mean(0))
+    return torch.stack(means)
+
+
+# ---- A tokenizer of one's own ----------------------------------------------------------------------------------------
+
+def train_tokenizer(texts, vocab_size):
+    """Byte-level BPE on `texts`. Words keep their leading space; digits and capitals of codes (KEL7) stay single."""
+    fast = FastTokenizer(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    fast.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL) - len(TAGS),
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+
+    fast.train_from_iterator((piece for text in texts for piece in split_tags(text)), trainer)
+    fast.add_tokens([AddedToken(t, special=t in SPECIAL, normalized=False) for t in SPECIAL + TAGS])
+    return Tokenizer(fast)
+
+
+def split_tags(text):
+    """The pieces of a text between the tags, which are tokens of their own."""
+    for tag in TAGS:
+        text = text.replace(tag, "\0")
+    return text.split("\0")
 
 
 # ---- Low-rank adapters -----------------------------------------------------------------------------------------------

@@ -163,6 +163,7 @@ def test_packing_rebuilds_any_family_of_sequences():
         assert sum(packed.sizes) == len(packed.ids) <= sum(map(len, sequences))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 def test_packed_gradients_equal_naive_ones(tied, checkpointing):
@@ -299,6 +300,7 @@ def test_greedy_generation_equals_uncached_decoding(net):
         assert done.tokens == greedy_without_cache(net, prompt, 12) and done.finish == "length"
 
 
+@pytest.mark.slow
 def test_a_sequence_is_the_same_alone_and_in_a_batch_of_64(net):
     rng = random.Random(1)
     prompts = [model_prompt(rng.randrange(1, 40), n % 20) for n in range(64)]
@@ -1406,6 +1408,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, colour_scenes):
         assert expected.keys() == found.keys() and all(torch.equal(expected[k], found[k]) for k in expected)
 
 
+@pytest.mark.slow
 def test_a_stopped_training_goes_on_by_itself_and_ends_with_the_same_weights(tmp_path, colour_scenes, monkeypatch,
                                                                              capsys):
     def train(name):
@@ -1441,6 +1444,7 @@ def test_an_unfinished_run_with_other_settings_is_refused_in_one_line(tmp_path, 
     assert "remove it to start afresh" in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_the_vae_stays_as_it_is_where_the_transformers_run_goes_on(tmp_path, colour_scenes, monkeypatch):
     monkeypatch.setattr(diffusion, "Scenes", lambda folder: colour_scenes)
     settings = {name: value for name, value in SMALL_TRAINING.items() if name != "steps"} | {"export_every": 1}
@@ -1460,6 +1464,7 @@ def test_the_vae_stays_as_it_is_where_the_transformers_run_goes_on(tmp_path, col
     assert json.loads((tmp_path / "renderer" / "training.json").read_text())["step"] == 2
 
 
+@pytest.mark.slow
 def test_a_compiled_net_gives_the_loss_of_the_plain_one(denoiser):
     settings = diffusion.RendererTraining()
     x0, labels = torch.randn(2, 16, 8), torch.randint(0, 7, (2, 16))
@@ -2196,6 +2201,7 @@ def test_a_file_name_that_is_not_utf8_is_indexed_and_served(tmp_path):
         assert row["title"] == "caf\ufffd bar" and requests.get(row["link"]).text == "the zebra"
 
 
+@pytest.mark.slow
 def test_20000_pictures_with_captions_are_indexed_within_seconds(tmp_path):
     for i in range(10000):
         (tmp_path / f"{i}.png").touch()
@@ -3207,6 +3213,7 @@ def test_a_failing_backend_becomes_an_observation_within_the_deadline(fault, nam
     assert session.queries == []  # so the query may be asked again
 
 
+@pytest.mark.slow
 def test_a_failed_attempt_is_repeated_and_retry_after_is_honoured():
     times = []
 
@@ -3609,6 +3616,7 @@ def test_a_file_without_demonstrations_is_refused_by_name(tmp_path, text, said):
         distill.read_demonstrations(str(tmp_path / "sft.jsonl"))
 
 
+@pytest.mark.slow
 def test_a_new_policy_is_trained_to_the_end_and_leaves_no_checkpoint(tmp_path, sft):
     code, _, err = sft(tmp_path / "policy", "--steps", 2)
     assert code == 0, err
@@ -4713,6 +4721,7 @@ def test_the_judge_gives_full_marks_to_ground_truth_and_to_another_drawing_of_th
         assert judge(truth, truth, wanted)["kscore"] == judge(again, truth, wanted)["kscore"] == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["bench", "validation"])
 def test_every_committed_ground_truth_scores_one(judge, atlas_rows, split):
     for row in atlas_rows[split]:
@@ -4725,6 +4734,7 @@ def planted(judge):
     return bench.planted_violations(judge, 240)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skill", bench.DIMENSION)
 def test_a_planted_violation_of_each_skill_lowers_its_dimension(planted, skill):
     hits = planted[skill]
@@ -4844,6 +4854,7 @@ def rebuilt(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bench.jsonl", "validation.jsonl", "evolve.jsonl", "oracle.jsonl", "world.json",
                                   "corpus/images/titles.json", "corpus/pages"])
 def test_the_world_is_rebuilt_to_the_byte(rebuilt, name):
@@ -5072,6 +5083,7 @@ class SlowToolBox:
         return "IMG_001 Kettle"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ordered", (False, True))
 def test_a_slow_tool_stops_nobody_else_unless_turns_are_ordered(ordered):
     def write(t):
@@ -5422,6 +5434,7 @@ def test_lora_trains_adapters_alone_against_the_policy_without_them(offline_evol
     assert torch.equal(reference, start) and not torch.allclose(policy, start, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_lora_run_resumes_bit_for_bit_from_checkpoints_that_hold_adapters_alone(offline_evolution, tmp_path):
     whole = offline_evolution(lora=4, out=str(tmp_path / "whole"))
     whole.step(), whole.step()
@@ -5811,11 +5824,13 @@ def test_a_batch_repeats_bit_for_bit_in_the_order_of_its_requests(tmp_path, comm
     assert [r[0] for r in first] == ["r0", "r1", "r2", "r3", "r4"]
 
 
+@pytest.mark.slow
 def test_json_output_is_one_object_and_nothing_else(tmp_path, command):
     code, out, _ = command("run", "--out", tmp_path, "--sampling-steps", 2, "--json")
     assert code == 0 and json.loads(out)["records"][0]["id"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler, calls", [("euler", 3), ("midpoint", 6), ("ancestral", 3)])
 def test_a_sampler_reaches_the_renderer(tmp_path, command, monkeypatch, sampler, calls):
     """midpoint asks the network twice a step."""
@@ -5829,6 +5844,7 @@ def test_a_sampler_reaches_the_renderer(tmp_path, command, monkeypatch, sampler,
     assert code == 0 and len(seen) == calls, err
 
 
+@pytest.mark.slow
 def test_a_request_outside_the_atlas_completes_and_names_the_way_out(tmp_path, command):
     code, _, err = command("run", "A lighthouse at dawn", "--out", tmp_path, "--sampling-steps", 2)
     assert code == 0 and "--policy" in err and len(json.loads((tmp_path / "results.json").read_text())) == 1
@@ -5891,6 +5907,7 @@ def test_serve_answers_chat_renderer_and_search(tmp_path):
             process.terminate()
 
 
+@pytest.mark.slow
 def test_sft_trains_low_rank_adapters_and_goes_on_where_it_stopped(tmp_path, command, monkeypatch):
     conversations = [[{"role": "system", "content": "Plan."}, {"role": "user", "content": f"A {word}."},
                       {"role": "assistant", "content": f"<think>A {word}.</think>"}]
@@ -6353,6 +6370,7 @@ def test_the_cost_of_a_score_lies_on_straight_lines_between_checks(target, colum
     assert bench.cost_to_reach(arm, target, column) == pytest.approx(cost)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("curve, saved", [
     ([], {}),
     ([[48, 2.0, 0.6, 0.5], [96, 4.0, 0.8, 0.5]], {

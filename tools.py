@@ -15,9 +15,10 @@ Contents, in reading order:
     ToolSession                     search, image_search and query_knowledge, as one trajectory sees them
     ToolBox                         the same three as HTTP clients, shared by all trajectories
     Index, Corpus                   BM25 over any folder of texts and pictures
+    Machine room:
     ChatClient, RemoteRenderer, GoogleRenderer, SGLangClient            services that other people run
     Server                          search, pictures, chat, judge and renderer over HTTP, from a folder and callables
-    Machine room                    images, check_url (the guard), Tape (record and replay), HttpClient, HTTP server
+    check_url, Tape, HttpClient     the guard of addresses, record and replay, deadlines and retries
 
 Where this differs from a plain reading of the method, and why:
 
@@ -896,6 +897,8 @@ def sections(text, path):
     return pages or [Page(title, "", title, path)]
 
 
+# ==== Machine room ====================================================================================================
+
 # ---- Clients of models, renderers and rollout engines ---------------------------------------------------------------
 
 def bearer(api_key):
@@ -1446,8 +1449,6 @@ class Server:
 POST_PATHS = {"/search": Server.search, "/images": Server.images, "/generate": Server.generate}
 CHAT_PATHS = ("/v1/chat/completions", "/chat/completions")
 
-
-# ==== Machine room ====================================================================================================
 
 # ---- Images: content decides the type, the header decides whether it is decoded -------------------------------------
 
