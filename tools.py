@@ -324,7 +324,7 @@ def read_requests(path):
 
 
 def parse_json(text, where):
-    """The value of a JSON text. ValueError in one line; where: the file, and the line if the text is one of its lines."""
+    """The value of a JSON text. ValueError in one line; where: the file, and the line if the text is one line of it."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:  # its own line number counts from the beginning of the text
