@@ -5665,6 +5665,17 @@ def test_evolve_leaves_a_log_a_policy_and_a_page(trained):
 
 
 @pytest.mark.slow
+def test_the_end_of_an_evolution_says_before_after_and_what_to_type_next(trained_copy, command, tiny_evolution):
+    code, out, _ = command(*tiny_evolution(trained_copy))  # finished: nothing is left to do
+    rows = without_durations(trained_copy / "log.jsonl")
+    before, after, wrote, following = out.strip().splitlines()[-4:]
+    first, = [v for v in page_data(trained_copy / "report.html")["validation"] if v["step"] == 0]
+    assert code == 0 and before.startswith(f"before: validation reward {first['reward']:.3f}")
+    assert after.startswith(f"after 2 steps: validation reward {rows[1]['validation']['reward']:.3f}")
+    assert "report.html" in wrote and f"genevolve.py promote {trained_copy}" in following
+
+
+@pytest.mark.slow
 def test_evolve_killed_and_restarted_ends_as_if_nothing_had_happened(trained, tiny_evolution, tmp_path, command):
     arguments = tiny_evolution(tmp_path / "killed")
     log = tmp_path / "killed" / "log.jsonl"
@@ -5859,7 +5870,9 @@ def test_run_leaves_an_image_a_record_and_a_page(tmp_path, command):
     shown, = page_data(tmp_path / "report.html")["requests"]
     assert shown["truth"]["src"].startswith("data:image/png;base64") and len(shown["turns"]) == row["rounds"]
     if row["success"]:
-        assert diffusion.read_png(tmp_path / "image.png").shape == (64, 64, 3)
+        image = diffusion.read_png(tmp_path / "image-original.png")
+        assert image.shape == (64, 64, 3)
+        assert np.array_equal(diffusion.read_png(tmp_path / "image.png"), np.kron(image, np.ones((8, 8, 1), np.uint8)))
         assert shown["picture"]["src"].startswith("data:image/png;base64")
         assert "".join(piece["text"] for piece in shown["program"]["pieces"]) == row["gen_prompt"]
 
@@ -5904,6 +5917,125 @@ def test_a_sampler_reaches_the_renderer(tmp_path, command, monkeypatch, sampler,
 def test_a_request_outside_the_atlas_completes_and_names_the_way_out(tmp_path, command):
     code, _, err = command("run", "A lighthouse at dawn", "--out", tmp_path, "--sampling-steps", 2)
     assert code == 0 and "--policy" in err and len(json.loads((tmp_path / "results.json").read_text())) == 1
+
+
+@pytest.mark.parametrize("flags, question, said, unsaid", [
+    ({}, None, [], ["."]),
+    ({}, "default", [], ["."]),
+    ({}, "A lighthouse", ["--policy URL --renderer URL --search URL", "to try"], []),
+    ({"corpus": "."}, None, ["misspells", "64 pixels", "--policy URL --renderer URL"], ["to try", "--search"]),
+    ({"policy": "http://127.0.0.1:1", "search": "http://127.0.0.1:2"}, "A lighthouse", ["64 pixels", "--renderer URL"],
+     ["misspells", "--policy"]),
+    ({"policy": "http://127.0.0.1:1", "renderer": "gemini", "corpus": "."}, "A lighthouse", [], ["."])])
+def test_what_the_embedded_parts_cannot_do_is_said_before_they_try(flags, question, said, unsaid):
+    if question == "default":
+        question = atlas.world.default_request()["question"]
+    lines = genevolve.limits(genevolve.Run(**flags), question)
+    text = " ".join(lines)
+    assert all(part in text for part in said) and not any(part in text for part in unsaid), text
+    samples = [line for line in lines if line.startswith('  "')]
+    assert all(line.strip(' "') in atlas.world.known_requests() for line in samples)
+    assert len(samples) == 3 * ("to try" in text)
+
+
+def test_the_hint_comes_before_anything_is_loaded(tmp_path, command):
+    code, out, err = command("run", "A lighthouse", "--out", tmp_path, "--policy", tmp_path / "nowhere")
+    *hints, failure = err.splitlines()
+    assert code == 2 and not out and "nowhere" in failure and any("64 pixels" in line for line in hints)
+
+
+@pytest.mark.slow
+def test_a_folder_of_ones_own_is_searched_and_its_photos_are_references(tmp_path, command, monkeypatch):
+    image_library = pytest.importorskip("PIL.Image")
+    (tmp_path / "tower.md").write_text("# Old tower\nThe old tower was finished in 1889.\n")
+    image_library.fromarray(np.full((300, 400, 3), 90, np.uint8)).save(tmp_path / "old-tower.jpg")
+    turns = [call_turn("search", queries=["tower finished"]), call_turn("image_search", query="old tower"),
+             answer_turn("IMG_001")]
+    monkeypatch.setattr(genevolve.Components, "open_policy", lambda self: ScriptedPolicy(turns))
+    code, _, err = command("run", "The old tower", "--corpus", tmp_path, "--out", tmp_path / "out",
+                           "--sampling-steps", 1)
+    assert code == 0 and "1 texts, 1 pictures" in err and "64 pixels" in err
+    row, = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert row["success"] and row["reference_images"][0]["title"] == "old tower" and "1889" in str(row["messages"])
+
+
+def test_photos_that_nothing_can_decode_are_refused_before_anything_starts(tmp_path, command, monkeypatch):
+    (tmp_path / "photo.jpg").write_bytes(b"x")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    code, _, err = command("run", "--corpus", tmp_path, "--out", tmp_path / "out")
+    assert code == 2 and "photo.jpg" in err and "pip install pillow" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("command_name, alias, field", [
+    ("run", "--output-dir", "out"), ("evolve", "--learning-rate", "lr"), ("evolve", "--max-steps", "steps"),
+    ("evolve", "--num-generations", "rollouts"), ("run", "--num-inference-steps", "sampling_steps"),
+    ("run", "--guidance-scale", "guidance"), ("sft", "--max-steps", "steps")])
+def test_the_names_that_other_trainers_use_mean_the_same(command_name, alias, field):
+    _, settings = genevolve.parse([command_name, alias, "7"], genevolve.COMMANDS)
+    assert float(getattr(settings, field)) == 7 if field != "out" else settings.out == "7"
+
+
+def test_help_shows_choices_and_version_is_said(capsys):
+    for arguments in (["run", "--help"], ["evolve", "--help"], ["--version"]):
+        with pytest.raises(SystemExit) as end:
+            genevolve.main(arguments)
+        assert end.value.code == 0
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("{euler,midpoint,ancestral}", "{auto,cpu,cuda,mps}", "{stable,paper",
+                                        "--num-generations", f"genevolve {genevolve.VERSION} (torch"))
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def judged(passed):
+    """A finished attempt with one check."""
+    check = {"name": "count", "passed": passed, "detail": "three of four", "box": None}
+    scores = dict.fromkeys(("kscore", *distill.DIMENSIONS), 0.5)
+    program = tools.Program("A lamp.", [])
+    return SimpleNamespace(program=program, images={}, image=None, reward=0.5,
+                           judgement=scores | {"text_reward": 0.5, "constraints": [check], "program_checks": []})
+
+
+@pytest.mark.parametrize("no_color, file, is_coloured", [
+    ("", Terminal(), True), ("1", Terminal(), False), ("", io.StringIO(), False)])
+def test_pass_and_fail_are_coloured_on_a_terminal_alone(monkeypatch, no_color, file, is_coloured):
+    monkeypatch.setenv("NO_COLOR", no_color)
+    genevolve.print_result(judged(False), file)
+    genevolve.print_result(judged(True), file)
+    text = file.getvalue()
+    assert ("\033[31m✗ count: three of four\033[0m" in text) == ("\033[32m✓ 1 checks passed: count\033[0m" in text)
+    assert ("\033[" in text) == is_coloured and "✗ count: three of four" in text and "✓ 1 checks passed: count" in text
+
+
+@pytest.mark.parametrize("seconds, text", [(6.6, "7 s"), (59.4, "59 s"), (60, "1 min 0 s"), (200, "3 min 20 s"),
+                                           (7500, "2 h 5 min")])
+def test_durations_are_said_as_people_say_them(seconds, text):
+    assert genevolve.time_text(seconds) == text
+
+
+def test_progress_is_one_line_of_a_terminal_and_nothing_in_a_file(monkeypatch, capsys):
+    genevolve.show_progress("attempts", 3, 12, 20.0)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    genevolve.show_progress("attempts", 3, 12, 20.0)  # nine more at 20 / 3 s each
+    assert sys.stderr.getvalue().endswith("3/12 attempts, 1 min 0 s left") and "\n" not in sys.stderr.getvalue()
+
+
+def lesson_entry(step, gap, *bullets):
+    bundle = distill.Bundle.from_bullets("q", {"failure_avoidance": list(bullets)})
+    return SimpleNamespace(step=step, gap=gap, bundle=bundle)
+
+
+def test_a_step_says_in_one_sentence_what_was_learned():
+    entries = [lesson_entry(4, 0.3, "Quote the text."), lesson_entry(4, 0.4, "Count aloud."),
+               lesson_entry(4, 0.2, "Quote the text."), lesson_entry(3, 0.9, "Look twice.")]
+    row = {"step": 5, "spread": 0.01}
+    said = genevolve.lesson_line(entries, row)
+    assert said == "learned 3 lessons, above all: Quote the text (best less worst: up to 0.40)"  # 0.3 + 0.2 > 0.4
+    assert "no new lesson" in genevolve.lesson_line(entries[3:], row) and "0.010" in genevolve.lesson_line([], row)
 
 
 @pytest.mark.parametrize("arguments, hint", [
