@@ -2487,6 +2487,7 @@ def finite(value):
 
 LIVE_ATTEMPTS = 8    # answered side by side; others wait
 KEPT_ATTEMPTS = 64   # the oldest finished ones are dropped
+ENDED = ("done", "cancelled", "failed")
 RUN_DEPTH = 3        # levels of folders in which runs are looked for
 
 
@@ -2567,7 +2568,7 @@ class Playground:
     def start(self, question):
         """Begin an attempt at a request; returns its id, and what has to be said before it is answered."""
         with self.lock:
-            finished = [name for name, attempt in self.attempts.items() if attempt.view or attempt.error]
+            finished = [name for name, attempt in self.attempts.items() if attempt.state in ENDED]
             if len(self.attempts) - len(finished) >= KEPT_ATTEMPTS:
                 raise tools.HttpError(503, "too many requests are waiting: try again later")
             for name in finished[:max(0, len(self.attempts) + 1 - KEPT_ATTEMPTS)]:
