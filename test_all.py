@@ -9,6 +9,7 @@ import collections
 import concurrent.futures
 import copy
 import dataclasses
+import fcntl
 import gc
 import http.server
 import importlib
@@ -18,6 +19,7 @@ import math
 import os
 import random
 import re
+import select
 import shutil
 import socket
 import struct
@@ -6145,12 +6147,16 @@ def test_a_taken_port_is_one_clear_line(tmp_path, command):
     assert code == 2 and "port" in err and err.count("\n") == 1
 
 
+EMPTY_EVOLUTION = {"mode": "evolution", "log": [], "validation": [], "gallery": [], "lessons": [], "microscope": [],
+                   "memory": {"size": 0, "capacity": 9}}
+
+
 @pytest.fixture(scope="module")
 def live_site(tmp_path_factory):
     """(Playground, Server) of `serve` with the promoted policy; the folder of its runs holds two of them."""
     folder = tmp_path_factory.mktemp("live")
     runs = folder / "runs"
-    for name, view in (("a", {"mode": "run", "requests": []}), ("deep/b", {"mode": "evolution"})):
+    for name, view in (("a", {"mode": "run", "requests": []}), ("deep/b", EMPTY_EVOLUTION)):
         (runs / name).mkdir(parents=True)
         genevolve.write_report(str(runs / name / "report.html"), {"title": name} | view)
     (runs / "a" / "results.json").write_text('[{"judgement": {"kscore": 0.5}}, {"judgement": null}]')
@@ -6240,7 +6246,7 @@ def test_the_runs_of_a_folder_are_listed_and_shown(live_site):
     runs = {run["name"]: run for run in ask_page(server, "runs")}
     assert runs == {"runs/a": {"name": "runs/a", "kind": "run", "steps": 2, "kscore": 0.5},
                     "runs/deep/b": {"name": "runs/deep/b", "kind": "evolution", "steps": 2, "kscore": 0.25}}
-    assert ask_page(server, "runs/runs%2Fdeep%2Fb") == {"title": "deep/b", "mode": "evolution"}
+    assert ask_page(server, "runs/runs%2Fdeep%2Fb") == {"title": "deep/b"} | EMPTY_EVOLUTION
 
 
 def test_finished_attempts_are_dropped_and_too_many_are_refused(live_site, monkeypatch):
@@ -6256,6 +6262,202 @@ def test_finished_attempts_are_dropped_and_too_many_are_refused(live_site, monke
     site.attempts[oldest].state = "done"
     site.start("A lamp")
     assert oldest not in site.attempts and len(site.attempts) == genevolve.KEPT_ATTEMPTS
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+in_browser = pytest.mark.skipif(not CHROMIUM, reason="the page is tested where Chromium is installed")
+
+
+class Browser:
+    """Headless Chromium, driven over its DevTools protocol: JSON messages, each ended by a zero byte, on two pipes."""
+
+    def __init__(self, profile):
+        command_end, self.commands = (fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 20) for end in os.pipe())
+        self.answers, answer_end = (fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 20) for end in os.pipe())
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe",
+                 "--no-first-run", "--disable-background-networking", f"--user-data-dir={profile}"]
+        self.process = subprocess.Popen(
+            [CHROMIUM, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=(3, 4),
+            preexec_fn=lambda: (os.dup2(command_end, 3), os.dup2(answer_end, 4)))
+        os.close(command_end)
+        os.close(answer_end)
+        self.buffer, self.count, self.faults, self.session = b"", 0, [], None
+
+    def send(self, method, **params):
+        """Call a method and wait for its result; what the page complains of meanwhile is kept in ``faults``."""
+        self.count += 1
+        message = {"id": self.count, "method": method, "params": params}
+        if self.session:
+            message["sessionId"] = self.session
+        os.write(self.commands, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self.receive()
+            if answer.get("id") == self.count:
+                assert "error" not in answer, answer
+                return answer["result"]
+            is_error = answer["params"].get("type") == "error" or \
+                answer["params"].get("entry", {}).get("level") == "error"
+            if answer["method"] == "Runtime.exceptionThrown" or is_error:
+                self.faults.append(answer["params"])
+
+    def receive(self, seconds=60):
+        while b"\0" not in self.buffer:
+            assert select.select([self.answers], [], [], seconds)[0], "the browser is silent"
+            data = os.read(self.answers, 2**20)
+            assert data, "the browser has ended"
+            self.buffer += data
+        message, _, self.buffer = self.buffer.partition(b"\0")
+        return json.loads(message)
+
+    def open(self, url, width, dark=False):
+        """A new page of that width in CSS pixels, in dark or light colours."""
+        self.faults, self.session = [], None
+        target = self.send("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log"):
+            self.send(f"{domain}.enable")
+        self.send("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1,
+                  mobile=width < 600)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.send("Emulation.setEmulatedMedia", features=[scheme])
+        self.send("Page.navigate", url=url)
+        self.wait("document.readyState === 'complete' && document.querySelector('main').childElementCount > 0")
+
+    def evaluate(self, expression):
+        found = self.send("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    def wait(self, condition, seconds=60):
+        """Wait until an expression holds or finds an element; returns its value (True: an element)."""
+        end = time.monotonic() + seconds
+        while not (value := self.evaluate(f"(value => value instanceof Node || value)({condition})")):
+            assert time.monotonic() < end, condition
+            time.sleep(0.02)
+        return value
+
+    def screenshot(self, path):
+        """The whole page, for people to look at."""
+        height = self.evaluate("document.documentElement.scrollHeight")
+        width = self.evaluate("innerWidth")
+        clip = {"x": 0, "y": 0, "width": width, "height": min(height, 12000), "scale": 1}
+        data = self.send("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)["data"]
+        path.write_bytes(base64.b64decode(data))
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        os.close(self.commands)
+        os.close(self.answers)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    opened = Browser(tmp_path_factory.mktemp("browser"))
+    yield opened
+    opened.close()
+
+
+OVERFLOW = """[...document.querySelectorAll('body, main, main *')].filter(element =>
+    element.getBoundingClientRect().right > document.documentElement.clientWidth + 1 &&
+    !element.closest('.scroll, nav, .chart svg, .hidden')).map(element => element.outerHTML.slice(0, 120))"""
+EMPTY_SECTIONS = """[...document.querySelectorAll('section:not([hidden])')].filter(section =>
+    section.textContent.trim() === section.firstElementChild.textContent.trim() &&
+    !section.querySelector('img, svg, input')).map(section => section.outerHTML.slice(0, 120))"""
+
+
+def check_page(browser, folder, name):
+    """The page as it stands: no complaint, nothing beyond its right edge, no heading without content."""
+    browser.screenshot(folder / f"{name}.png")
+    assert browser.faults == [] and browser.evaluate(OVERFLOW) == [] and browser.evaluate(EMPTY_SECTIONS) == []
+    assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+@pytest.fixture(scope="module")
+def run_page(tmp_path_factory):
+    """report.html of two requests by the cold-started policy."""
+    folder = tmp_path_factory.mktemp("run-page")
+    rows = [{"id": f"r{i}", "prompt": row["question"]} for i, row in enumerate(atlas.world.samples(2))]
+    (folder / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert genevolve.main(["run", "--input", str(folder / "in.jsonl"), "--out", str(folder / "out"), "--policy", SFT,
+                           "--sampling-steps", "2"]) == 0
+    return folder / "out" / "report.html"
+
+
+@in_browser
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [400, 1200])
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_page_of_a_run_shows_its_requests_in_a_browser(run_page, browser, tmp_path, width, dark):
+    browser.open(run_page.as_uri(), width, dark)
+    browser.evaluate("document.querySelectorAll('details').forEach(details => { details.open = true })")
+    browser.wait("document.querySelectorAll('.turn').length > 1")
+    requests_shown = page_data(run_page)["requests"]
+    turns = sum(len(request["turns"]) for request in requests_shown)
+    assert browser.evaluate("document.querySelectorAll('.turn').length") == turns
+    failed = [c for r in requests_shown for c in r["checks"] if r["picture"] and not c["passed"]]
+    marks = browser.evaluate("[...document.querySelectorAll('.frame .badge')].map(badge => badge.textContent).join()")
+    assert all(check["name"] in marks for check in failed if check["group"] == "picture")
+    is_dark = browser.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g)[0] < 128")
+    assert is_dark == dark
+    check_page(browser, tmp_path, "run")
+
+
+@in_browser
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [400, 1200])
+def test_the_page_of_an_evolution_shows_curves_lessons_and_memory_in_a_browser(trained, browser, tmp_path, width):
+    browser.open((trained / "report.html").as_uri(), width)
+    data = page_data(trained / "report.html")
+    headings = browser.evaluate("[...document.querySelectorAll('section > h2')].map(heading => heading.textContent)")
+    assert {"What it learned", "Before and after", "Curves", "Memory"} <= set(headings)
+    assert browser.evaluate("document.querySelectorAll('.split').length") == len(data["gallery"])
+
+    # the slider moves the border of the two pictures; the search leaves the lessons that hold the words
+    browser.evaluate("(() => { const slider = document.querySelector('.split input'); slider.value = 20; "
+                     "slider.dispatchEvent(new Event('input')) })()")
+    assert browser.evaluate("document.querySelector('.split').style.getPropertyValue('--at')") == "20%"
+    word = data["lessons"][0]["trigger"].split()[0]
+    browser.evaluate("(() => { const box = document.querySelector('#memory input'); box.value = "
+                     f"{json.dumps(word)}; box.dispatchEvent(new Event('input')) }})()")
+    texts = [json.dumps([x["request"], x["trigger"], x["advice"]]).lower() for x in data["lessons"]]
+    count = sum(word.lower() in text for text in texts)
+    assert browser.evaluate("document.querySelector('#memory [role=status]').textContent").startswith(f"{count} of ")
+    check_page(browser, tmp_path, "evolution")
+
+
+@in_browser
+@pytest.mark.slow
+@pytest.mark.parametrize("width, dark", [(400, True), (1200, False)])
+def test_a_request_typed_in_the_page_is_answered_before_ones_eyes(live_site, browser, tmp_path, width, dark):
+    _, server = live_site
+    browser.open(server.url + "/", width, dark)
+    browser.wait("document.querySelectorAll('#playground option').length > 3")
+    browser.wait("document.querySelectorAll('#runs input').length === 2")
+    browser.evaluate("document.querySelector('textarea').focus()")
+    browser.send("Input.insertText", text=atlas.world.samples(2)[1]["question"])
+    for kind in ("keyDown", "keyUp"):
+        browser.send("Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter", windowsVirtualKeyCode=13,
+                     text="\r" if kind == "keyDown" else "")
+    browser.wait("document.querySelector('.live .turn')")
+    browser.wait("document.querySelector('.live [role=status]').textContent === 'Done'")
+    browser.wait("document.querySelector('.live .frame img').naturalWidth === 64")
+    shown = browser.evaluate("document.querySelector('.live .frame img').getBoundingClientRect().width")
+    assert shown > 300 and browser.evaluate(
+        "getComputedStyle(document.querySelector('.live .frame img')).imageRendering") == "pixelated"
+
+    # a second one is cancelled with its button; the first one stays
+    browser.evaluate("document.querySelector('form').requestSubmit()")
+    browser.wait("document.querySelectorAll('.live').length === 2")
+    browser.evaluate("document.querySelector('.live button').click()")
+    ended = browser.wait("(text => /Done|Cancelled/.test(text) && text)"
+                         "(document.querySelector('.live [role=status]').textContent)")
+    assert ended in ("Cancelled", "Done") and browser.evaluate("document.querySelectorAll('.frame img').length") >= 1
+
+    # two runs side by side
+    browser.evaluate("document.querySelectorAll('#runs input').forEach(box => box.click())")
+    browser.wait("document.querySelector('#runs').textContent.includes('The first update is not finished yet.')")
+    check_page(browser, tmp_path, "live")
 
 
 @pytest.mark.slow
