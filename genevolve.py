@@ -2610,7 +2610,8 @@ class Playground:
             attempt.state = "failed" if trajectory.termination == "error" else "done"
         except CancelledError:
             trajectory.termination = "cancelled"
-            attempt.view, attempt.state = request_view(trajectory), "cancelled"
+            attempt.view = request_view(trajectory) | {"truth": None}  # its turns alone
+            attempt.state = "cancelled"
         except Exception as error:  # whatever it is, the page must not wait for ever
             tools.report("attempt", error)
             attempt.error, attempt.state = str(error) or type(error).__name__, "failed"
