@@ -528,6 +528,12 @@ class Ablation(genevolve.Evolution):
                 examples.append((best.tokens, best.mask))
         return examples
 
+    def is_joint(self):
+        """--match-ratio needs both norms, imitation has a backward pass of its own; else every tenth update notes the
+        ratio that ``unfaded_ratio`` reads."""
+        is_apart = self.settings.match_ratio or self.settings.imitate or self.steps_done % 10 == 0
+        return not is_apart and not self.is_due(self.settings.audit_every)
+
     def sdl_weight(self, policy_norm, sdl_norm):
         """The weight that gives L_SDL's gradient --match-ratio times the norm of GRPO's, or the recipe's."""
         if not self.settings.match_ratio or not sdl_norm:

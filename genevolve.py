@@ -589,22 +589,46 @@ class Evolution:
             "reverse_kl_cosine": cosine, "lr": s.lr * self.lr_scale}
 
     def gradients(self, minibatch, groups, entries):
-        """(gradients of L_GRPO, gradients of L_SDL or of what takes its place, sums for the log)."""
+        """(gradients of L_GRPO, gradients of L_SDL or of what takes its place, sums for the log).
+
+        Where ``is_joint``: those of L = L_GRPO + weight L_SDL, None, and the sums.
+        """
         s = self.settings
+        together = self.is_joint()
         recipe = self.recipe.at(self.steps_done)
         with self.autocast():
             policy_grads, sdl_grads, metrics = distill.update_gradients(
                 self.net, self.reference, self.teacher, minibatch, recipe, s.temperature, s.grpo, s.micro_tokens,
-                processes=self.processes)
+                together, self.processes)
             replacement = self.extra_gradients(minibatch, groups, entries)
-        return policy_grads, sdl_grads if replacement is None else replacement, metrics
+        if replacement is not None:
+            sdl_grads = replacement
+        return policy_grads, None if together else sdl_grads, metrics
+
+    def is_joint(self):
+        """Whether both losses share one backward pass.
+
+        They stay apart where somebody wants their norms: the log of an audit step, or a subclass with a weight or a
+        gradient of its own.
+        """
+        is_plain = all(getattr(type(self), name) is getattr(Evolution, name)
+                       for name in ("extra_gradients", "sdl_weight"))
+        return is_plain and not self.is_due(self.settings.audit_every)
 
     def extra_gradients(self, batch, groups, entries):
         """None, or gradients that take the place of L_SDL's: one tensor a trainable parameter, in their order."""
         return None
 
     def combine_gradients(self, policy_grads, sdl_grads):
-        """p.grad = grad L_GRPO + weight grad L_SDL. Returns the ratio of the terms' norms (nan: no policy gradient)."""
+        """p.grad = grad L_GRPO + weight grad L_SDL. Returns the ratio of the terms' norms (nan: no policy gradient).
+
+        sdl_grads None: policy_grads are those of both losses already; then the ratio is not known, nan.
+        """
+        if sdl_grads is None:
+            for parameter, gradient in zip(self.parameters(), policy_grads):
+                parameter.grad = gradient
+            return math.nan
+
         policy_norm = distill.gradient_norm(policy_grads)
         sdl_norm = distill.gradient_norm(sdl_grads)
         weight = self.sdl_weight(policy_norm, sdl_norm)

@@ -8,6 +8,7 @@
 In reading order:
 
     Qwen3               the decoder; attention is an argument, everything else is written once
+    choose_products     the fastest exact product of this processor, by measuring
     Tokenizer           ChatML text <-> ids, and which ids an assistant writes
     PrefixTree          sequences with common beginnings as one stream, to train
     ChunkedLogprobs     log-probs and entropy without a matrix of tokens x words
@@ -36,6 +37,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections import Counter, deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -210,8 +212,7 @@ class Qwen3(nn.Module):
             return x.view(B, T, -1, x.shape[-1]).transpose(1, 2)
 
         def attend(layer, q, k, v):
-            q, k, v = by_row(q), by_row(k), by_row(v)
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+            return attention(by_row(q), by_row(k), by_row(v), is_causal=True).transpose(1, 2)
 
         positions = torch.arange(T, device=ids.device).repeat(B)
         hidden = self.trunk(ids.reshape(-1), positions, attend)                           # (N, C)
@@ -226,8 +227,96 @@ def attend_causal(q, k, v):
     if t not in (1, L):
         mask = torch.ones(t, L, dtype=torch.bool, device=q.device).tril(L - t)
     with torch.autocast("cpu", enabled=False):  # this kernel's backward is twice as fast in float32 as in bfloat16
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=t == L, enable_gqa=True)
+        out = attention(q, k, v, mask, is_causal=t == L)
     return out[0].transpose(0, 1)
+
+
+# ---- Products: which kernel multiplies float32 matrices --------------------------------------------------------------
+
+# On a CPU torch multiplies with MKL; where it is allowed to round, with oneDNN, which on some processors is twice as
+# fast and does not round at all. So the choice is made by measuring. The name -> what torch calls the permission.
+PRODUCTS = {"mkl": "highest", "onednn": "medium"}
+
+
+def choose_products(choice="auto"):
+    """Set how float32 matrices are multiplied on the CPU -> {"products": name, "GFLOP/s": {...}, "error": {...}}.
+
+    choice: a name of PRODUCTS, or "auto": oneDNN if it is faster by a tenth and no less exact than float32 is, with a
+    relative error below 1e-6 against float64.
+    """
+    speeds, errors = {}, {}
+    for name in PRODUCTS:
+        with products(name):
+            speeds[name], errors[name] = measure_products()
+    if choice == "auto":
+        is_better = errors["onednn"] < 1e-6 and speeds["onednn"] > 1.1 * speeds["mkl"]
+        choice = "onednn" if is_better else "mkl"
+    torch.set_float32_matmul_precision(PRODUCTS[choice])
+    return {"products": choice, "GFLOP/s": speeds, "error": errors}
+
+
+def measure_products(rows=1024, inputs=256, outputs=1024, repeats=7):
+    """(GFLOP/s of the fastest of a few products, relative error against float64)."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, inputs, generator=generator)
+    weight = torch.randn(outputs, inputs, generator=generator)
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        y = F.linear(x, weight)
+        seconds.append(time.perf_counter() - started)
+
+    exact = F.linear(x.double(), weight.double())
+    error = float((y - exact).norm() / exact.norm())
+    return 2e-9 * rows * inputs * outputs / min(seconds), error
+
+
+@contextmanager
+def products(name):
+    """Multiply by a name of PRODUCTS inside."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(PRODUCTS[name])
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class FusedAttention(torch.autograd.Function):
+    """The CPU's fused attention kernel, forward and backward, always with MKL's products.
+
+    It multiplies small tiles, for which oneDNN takes three times as long. q, k, v (B, H, T | L, D); mask (T, L) float
+    or None; returns (out (B, H, T, D), log-sum-exp of the scores (B, H, T)); only `out` has a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, is_causal):
+        with products("mkl"):
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q, k, v, 0.0, is_causal, attn_mask=mask)
+        ctx.save_for_backward(q, k, v, mask, out, lse)
+        ctx.is_causal = is_causal
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        q, k, v, mask, out, lse = ctx.saved_tensors
+        with products("mkl"):
+            grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad, q, k, v, out, lse, 0.0, ctx.is_causal, attn_mask=mask)
+        return *grads, None, None
+
+
+def attention(q, k, v, mask=None, is_causal=False):
+    """softmax(q k^T / sqrt(D) + mask) v. q (B, H, T, D), k and v (B, J, L, D), mask (T, L) bool -> (B, H, T, D)."""
+    if q.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=True)
+    if mask is not None:
+        mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -math.inf)
+    repeats = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(repeats, 1) for x in (k, v))                              # (B, H, L, D)
+    return FusedAttention.apply(q, k, v, mask, is_causal)[0]
 
 
 # ---- Tokenizer -------------------------------------------------------------------------------------------------------
@@ -1143,7 +1232,8 @@ def attend_with_lse(q, k, v, bias):
     Two parts of one softmax merge exactly: out = out_1 + sigmoid(lse_2 - lse_1) (out_2 - out_1).
     """
     if q.device.type == "cpu":  # the fused kernel of scaled_dot_product_attention, which also knows the log-sum-exp
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
+        with products("mkl"):
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
     scores = (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).float() + bias                 # (B, J, R, L)
     lse = scores.logsumexp(-1)
     return (scores - lse[..., None]).exp().to(v.dtype) @ v, lse

@@ -195,6 +195,53 @@ def test_chunked_log_probs_and_entropy_equal_the_full_ones_with_gradients(tile):
         assert (x - y).norm() < 1e-5 * y.norm()
 
 
+@pytest.mark.parametrize("lengths, is_causal", [((9, 9), True), ((5, 12), False), ((1, 7), False)])
+@pytest.mark.parametrize("products", model.PRODUCTS)
+def test_attention_is_the_softmax_written_out_in_value_and_gradient(lengths, is_causal, products):
+    (T, L), H, J, D = lengths, 4, 2, 8
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, n, D, requires_grad=True) for heads, n in ((H, T), (J, L), (J, L)))
+    mask = torch.ones(T, L, dtype=torch.bool).tril(L - T)  # token i of the last T sees L - T + i others and itself
+    keys, values = k.repeat_interleave(H // J, 1), v.repeat_interleave(H // J, 1)
+    scores = (q @ keys.transpose(2, 3) / D**0.5).masked_fill(~mask, -math.inf)
+    expected = scores.softmax(-1) @ values
+    with model.products(products):
+        ours = model.attention(q, k, v, None if is_causal or T == 1 else mask, is_causal)
+        upstream = torch.randn_like(ours)
+        grads = torch.autograd.grad(ours, (q, k, v), upstream)
+    assert torch.allclose(ours, expected, atol=1e-5)
+    for ours, theirs in zip(grads, torch.autograd.grad(expected, (q, k, v), upstream), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("speeds, errors, expected", [
+    ({"mkl": 100.0, "onednn": 200.0}, {"mkl": 2e-7, "onednn": 4e-7}, "onednn"),
+    ({"mkl": 100.0, "onednn": 200.0}, {"mkl": 2e-7, "onednn": 3e-3}, "mkl"),     # it rounds to bfloat16
+    ({"mkl": 100.0, "onednn": 105.0}, {"mkl": 2e-7, "onednn": 2e-7}, "mkl")])    # it gains nothing
+def test_the_product_is_chosen_by_speed_among_the_exact(monkeypatch, speeds, errors, expected):
+    names = {setting: name for name, setting in model.PRODUCTS.items()}
+
+    def measured():
+        name = names[torch.get_float32_matmul_precision()]
+        return speeds[name], errors[name]
+    monkeypatch.setattr(model, "measure_products", measured)
+    with model.products("mkl"):
+        assert model.choose_products()["products"] == expected
+        assert torch.get_float32_matmul_precision() == model.PRODUCTS[expected]
+        assert model.choose_products("mkl")["products"] == "mkl"
+        assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_the_error_of_a_product_is_measured_against_float64(monkeypatch):
+    speed, error = model.measure_products(64, 32, 48)
+    assert speed > 0 and 1e-9 < error < 1e-6
+    exact = model.F.linear
+    monkeypatch.setattr(model.F, "linear", lambda x, w: exact(x.bfloat16(), w.bfloat16()).to(x.dtype)
+                        if x.dtype == torch.float32 else exact(x, w))
+    assert 1e-3 < model.measure_products(64, 32, 48)[1] < 1e-2  # bfloat16 has 8 bits
+
+
 @pytest.mark.parametrize("rows", [7, 64])
 def test_weighted_logprobs_equal_the_full_matrix_in_value_and_gradient(rows):
     torch.manual_seed(0)
@@ -5306,6 +5353,24 @@ def test_the_gradient_of_a_step_is_grpos_plus_the_weight_times_sdls(offline_evol
     assert ratio == pytest.approx(2 * 3 / 5)
     nothing = [torch.zeros_like(p) for p in parameters]
     assert math.isnan(run.combine_gradients(nothing, nothing))  # no policy gradient: a ratio is missing
+
+
+def test_one_backward_pass_of_both_losses_gives_the_sum_of_the_two(offline_evolution):
+    run = offline_evolution(set="weight=3,anneal=0", audit_every=1)  # an audit step: the two stay apart
+    groups, _ = run.roll_out_groups(run.data[:2])
+    rewards = torch.tensor([[t.reward for t in group] for group in groups])
+    bundle = distill.Bundle.from_dict(LESSON)
+    batch = genevolve.training_batch(groups, rewards, [bundle, None], run.recipe, run.tokenizer)
+    policy, sdl, _ = run.gradients(batch, groups, [])
+    assert distill.gradient_norm(policy) > 0 and distill.gradient_norm(sdl) > 0
+
+    run.settings.audit_every = 0
+    joint, nothing, metrics = run.gradients(batch, groups, [])
+    assert nothing is None and metrics["sdl_loss"] > 0
+    for both, a, b in zip(joint, policy, sdl, strict=True):
+        assert torch.allclose(both, a + 3 * b, atol=1e-6)
+    assert math.isnan(run.combine_gradients(joint, None))
+    assert all(torch.equal(p.grad, g) for p, g in zip(run.parameters(), joint, strict=True))
 
 
 def test_a_step_needs_nothing_but_an_agent_and_a_scorer(offline_evolution):
