@@ -57,13 +57,13 @@ import model
 import tools
 from atlas import build
 from distill import average as mean
-from genevolve import HERE, Common, flag
+from genevolve import HERE, Compute, flag
 
 SCORES = ("kscore",) + distill.DIMENSIONS
 
 
 @dataclass
-class Bench(Common):
+class Bench(Compute):
     """Flags of every benchmark."""
     out: str = flag("", "folder for the JSON of the results (default: results, or out for a smoke run)")
     quick: bool = flag(False, "a smoke run on a few rows")
@@ -1125,7 +1125,7 @@ def evaluated_row(row):
 # ---- Speed: side by side with peers ----------------------------------------------------------------------------------
 
 @dataclass
-class Speed(Common):
+class Speed(Compute):
     """Ours and the peers in one process, alternating."""
     out: str = flag("", "folder for speed.json (default: results, or out for a smoke run)")
     quick: bool = flag(False, "a smoke run on small sizes")
@@ -1544,6 +1544,8 @@ def speed(settings):
     found = read_json(path) or {}
     found["machine"] = measure_machine(model.pick_device(settings.device)) | {
         "threads": torch.get_num_threads(),
+        "products": model.current_products(),
+        "load before": os.getloadavg()[0],
         "torch": torch.__version__,
         "quick": settings.quick,
     }

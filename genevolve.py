@@ -772,6 +772,7 @@ def evolve(s, evolution=Evolution):
     with run.components, run.processes:
         if is_main:
             announce_calls(run)
+        say(processor_line())
         if run.steps_done == 0 and s.eval_every:
             first = run.first_validation = run.evaluate()
             say(f"before: validation reward {first['reward']:.3f}, KScore {first['kscore']:.3f}")
@@ -1322,7 +1323,20 @@ class Common:
 
 
 @dataclass
-class ComponentFlags(Common):
+class Compute(Common):
+    """Flags of every command that computes: how much of the processor it takes, and by which kernel it multiplies."""
+    threads: int = flag(0, "threads of the CPU (0: as many as cores that stand idle at the start)")
+    products: str = flag("auto", "float32 products on the CPU: mkl, onednn, or auto, the faster that is exact")
+
+    def __post_init__(self):
+        if self.threads < 0:
+            raise ValueError(f"--threads {self.threads}: must not be negative")
+        if self.products not in ("auto", *model.PRODUCTS):
+            raise ValueError(f"--products {self.products!r}: must be auto, {' or '.join(model.PRODUCTS)}")
+
+
+@dataclass
+class ComponentFlags(Compute):
     """Which policy, which world, which renderer: each is the embedded one or a real one."""
     policy: str = flag("", "policy folder, or URL of an OpenAI-compatible endpoint (default: the promoted one, "
                            "weights/policy)")
@@ -1362,7 +1376,7 @@ class Serve(ComponentFlags):
 
 
 @dataclass
-class Sft(Common):
+class Sft(Compute):
     """Cold start of the embedded policy on demonstrations (section 4)."""
     out: str = flag(os.path.join(HERE, "weights", "sft"), "checkpoint folder")
     data: str = flag(os.path.join(HERE, "atlas", "sft.jsonl"), "rows {\"messages\": [...]}")
@@ -1386,6 +1400,7 @@ class Sft(Common):
     bf16: bool = flag(True, "matrix products in bfloat16 (weights stay float32)")
 
     def __post_init__(self):
+        super().__post_init__()
         if self.lora < 0:
             raise ValueError(f"--lora {self.lora}: must not be negative")
         if self.lora and not self.init:
@@ -1393,7 +1408,7 @@ class Sft(Common):
 
 
 @dataclass
-class TrainRenderer(Common):
+class TrainRenderer(Compute):
     """VAE, then diffusion transformer."""
     out: str = flag(os.path.join(HERE, "weights"), "folder that gets vae/ and renderer/")
     data: str = flag(os.path.join(HERE, "atlas"), "folder with scenes.safetensors and scenes.jsonl")
@@ -1431,6 +1446,7 @@ class Evolve(ComponentFlags):
     audit_every: int = flag(10, "steps between lesson audits, which cost rollouts of their own (0: never)")
 
     def __post_init__(self):
+        super().__post_init__()
         if str(self.rollouts).startswith(("http://", "https://")):
             self.rollouts, self.rollouts_url = 6, self.rollouts
         try:
@@ -2347,11 +2363,13 @@ def save_results(out, trajectories, single):
 
 def sft(s):
     """python genevolve.py sft"""
+    print(processor_line(), flush=True)
     distill.sft(s)
 
 
 def train_renderer(s):
     """python genevolve.py train-renderer"""
+    print(processor_line(), flush=True)
     diffusion.train(s.data, s.out, seed=s.seed, device=model.pick_device(s.device), vae_steps=s.vae_steps,
                     steps=s.steps, start=s.start, compile=s.compile)
 
@@ -2493,13 +2511,26 @@ def suggest(word, choices):
     return f"; did you mean {close[0]}?" if close else ""
 
 
+def use_processor(settings):
+    """Set threads and products of the CPU as the flags say. Both are fixed from here on: a run repeats bit for bit."""
+    torch.set_num_threads(settings.threads or model.idle_threads())
+    chosen = model.measured_products() if settings.products == "auto" else settings.products
+    torch.set_float32_matmul_precision(model.PRODUCTS[chosen])
+
+
+def processor_line():
+    """What `use_processor` chose, in one line."""
+    threads = torch.get_num_threads()
+    return f"{threads} thread{'s' * (threads > 1)}, float32 products by {model.current_products()}"
+
+
 def main(arguments=None, commands=None):
     """Exit codes: 0 done, 2 unusable input (one line on stderr), 130 interrupted."""
     commands = commands or COMMANDS
-    # said aloud, no library takes fewer when busy: a run repeats bit for bit
-    torch.set_num_threads(torch.get_num_threads())
     try:
         name, settings = parse(sys.argv[1:] if arguments is None else arguments, commands)
+        if isinstance(settings, Compute) and model.pick_device(settings.device) == "cpu":
+            use_processor(settings)
         commands[name][1](settings)
     except (ValueError, OSError, tools.ToolError) as error:
         print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)

@@ -29,6 +29,7 @@ needs no sort (see `sample`); a random number is a function of (seed, position),
     N tokens of a flat stream    B rows    T tokens of a row    L tokens attended to    C hidden size    V vocabulary
     H query heads    J key/value heads    R = H / J    D head size    G groups that share a prompt    M rows of a group
 """
+import functools
 import hashlib
 import json
 import math
@@ -253,6 +254,45 @@ def choose_products(choice="auto"):
         choice = "onednn" if is_better else "mkl"
     torch.set_float32_matmul_precision(PRODUCTS[choice])
     return {"products": choice, "GFLOP/s": speeds, "error": errors}
+
+
+def current_products():
+    """The name in PRODUCTS of what is set."""
+    setting = torch.get_float32_matmul_precision()
+    return next(name for name, value in PRODUCTS.items() if value == setting)
+
+
+@functools.cache
+def measured_products():
+    """The choice of this process, measured once."""
+    return choose_products()["products"]
+
+
+@functools.cache
+def idle_threads(seconds=0.1):
+    """How many threads of the CPU have a core to themselves, at least one.
+
+    Threads wait for one another many times a millisecond. Beside a process that holds their cores, two are thirty times
+    slower than one. OMP_NUM_THREADS, where it is set, is a decision of the user's.
+    """
+    threads = torch.get_num_threads()
+    if "OMP_NUM_THREADS" in os.environ:
+        return threads
+    before = idle_seconds()
+    time.sleep(seconds)  # this process does nothing meanwhile, so who is busy is somebody else
+    after = idle_seconds()
+    if before is None or after is None:
+        return threads
+    return max(1, min(threads, round((after - before) / seconds)))
+
+
+def idle_seconds():
+    """Seconds for which cores have stood idle since the machine started, all cores together; None: it does not say."""
+    try:
+        with open("/proc/uptime", encoding="ascii") as file:
+            return float(file.read().split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def measure_products(rows=1024, inputs=256, outputs=1024, repeats=7):

@@ -2952,6 +2952,21 @@ def test_an_unusable_reference_fails_its_picture_alone(reference, model_server):
     assert isinstance(images[0], tools.ToolError) and np.array_equal(images[1], good)
 
 
+@pytest.mark.peers
+@pytest.mark.parametrize("side, reader", [(511, "ours"), (512, "pillow")])
+def test_a_large_png_is_read_by_pillow_to_the_same_pixels(monkeypatch, side, reader):
+    pytest.importorskip("PIL.Image")
+    ramp = np.add.outer(np.arange(side), np.arange(side))
+    image = (ramp[..., None] // np.array([2, 3, 5])).astype(np.uint8)  # (H, W, 3)
+    used = []
+    for name, module, function in (("ours", diffusion, "decode_png"), ("pillow", tools, "decode_with_pillow")):
+        def decode(*arguments, name=name, real=getattr(module, function)):
+            used.append(name)
+            return real(*arguments)
+        monkeypatch.setattr(module, function, decode)
+    assert np.array_equal(tools.read_image(diffusion.encode_png(image)), image) and used == [reader]
+
+
 def test_without_pillow_a_jpeg_is_refused_and_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(tools.ToolError, match="pip install pillow"):

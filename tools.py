@@ -37,6 +37,7 @@ import contextlib
 import hashlib
 import http.client
 import http.server
+import importlib.util
 import io
 import ipaddress
 import itertools
@@ -1505,16 +1506,23 @@ def webp_size(data):
     return width & 0x3FFF, height & 0x3FFF
 
 
+LARGE_PNG = 2**18  # pixels; from here on Pillow, which is eight times as fast, is worth its import
+
+
 def read_image(source):
     """Path or bytes of a PNG, JPEG or WebP picture -> uint8 (H, W, 3). ToolError in one line if that is impossible.
 
-    PNG needs nothing; the other formats need Pillow, the only optional package of the project.
+    PNG needs nothing, a large one is read faster by Pillow; the other formats need Pillow, the only optional package
+    of the project.
     """
     where = "" if isinstance(source, bytes) else f"{source}: "
     try:
         data = source if isinstance(source, bytes) else read_bytes(source)
-        kind, _, _ = image_header(data)
-        return diffusion.decode_png(data) if kind == "png" else decode_with_pillow(data, kind)
+        kind, width, height = image_header(data)
+        if kind != "png":
+            return decode_with_pillow(data, kind)
+        is_large = width * height >= LARGE_PNG and importlib.util.find_spec("PIL") is not None
+        return decode_with_pillow(data, kind) if is_large else diffusion.decode_png(data)
     except OSError as error:
         raise ToolError(f"{where}cannot be read ({error.strerror or error})") from None
     except (ValueError, ToolError) as error:
@@ -1522,7 +1530,7 @@ def read_image(source):
 
 
 def decode_with_pillow(data, kind):
-    """JPEG or WebP -> uint8 (H, W, 3), upright as its EXIF rotation says, transparency over white."""
+    """JPEG, WebP or PNG -> uint8 (H, W, 3), upright as its EXIF rotation says, transparency over white."""
     try:
         from PIL import Image, ImageOps
     except ImportError:
