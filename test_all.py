@@ -4520,14 +4520,15 @@ def test_an_update_does_not_depend_on_its_micro_batches(name, update_rows):
     assert distill.gradient_norm(update(without_guides(update_rows))[1]) == 0  # no bundle: exactly 0
 
 
-def test_the_gradient_of_an_update_is_that_of_the_losses_written_out(update_rows):
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_gradient_of_an_update_is_that_of_the_losses_written_out(update_rows, temperature):
     """One pass over padded rows, with the losses as the method states them, in place of the packed micro-batches."""
     net, recipe = small_policy(), paper(selection="all")
     reference = moved(net)
-    policy_grads, sdl_grads, _ = distill.update_gradients(net, reference, reference, update_rows, recipe)
+    policy_grads, sdl_grads, _ = distill.update_gradients(net, reference, reference, update_rows, recipe, temperature)
 
     def logp(network, tokens, mask):
-        values = network(torch.tensor([tokens]))[0, :-1].log_softmax(-1)
+        values = (network(torch.tensor([tokens]))[0, :-1] / temperature).log_softmax(-1)
         return values[range(len(tokens) - 1), tokens[1:]][torch.tensor(mask[1:])]
     live_count = sum(sum(row.mask) for row in update_rows if row.advantage)
     token_count = sum(sum(row.mask) for row in update_rows)
@@ -6825,6 +6826,14 @@ def test_of_equally_good_lessons_the_newest_answers():
     assert memory.lookup(["asked"])[0].prompt == "new"
 
 
+def test_keys_of_requests_are_bags_of_words_less_the_mean_of_all_requests(net):
+    texts = {"a lamp": [3, 4], "a kettle": [3, 5], "two lamps": [6, 4]}
+    embedder = genevolve.RequestEmbedder(net, SimpleNamespace(encode=texts.get), True, list(texts))
+    words = net.embed.weight.detach()
+    bag = (words[3] + words[4]) / 2 - (2 * words[3] + 2 * words[4] + words[5] + words[6]) / 6
+    assert torch.allclose(embedder(["a lamp"])[0], bag / bag.norm(), atol=1e-5)
+
+
 @pytest.mark.parametrize("values, mean, error", [
     ([1.0, 3.0, math.nan], 2.0, 1.0), ([2.0, 2.0, 2.0, 6.0], 3.0, 1.0), ([5.0], 5.0, math.nan)])
 def test_a_mean_has_the_error_of_a_sample(values, mean, error):
@@ -7215,6 +7224,17 @@ def test_a_picture_with_one_thing_turned_around_fails_the_check_of_that_thing(ju
     assert tried
 
 
+def test_a_subject_with_two_shadows_has_no_right_one(judge):
+    for _, _, truth, wanted in atlas_cases(60, seed=3):
+        if wanted["arrangement"] == "shadow":
+            top, left = (8 * cell for cell in wanted["subjects"][0]["box"])
+            image = truth.copy()
+            for x in (left - 8, left + 16):
+                image[top + 16:top + 20, x:x + 8] = 40
+            checks = {c["name"]: c["passed"] for c in judge(image, truth, wanted)["constraints"]}
+            assert not checks["shadow"] and checks["subject look"]
+
+
 @pytest.mark.parametrize("side, first", [("left", "left"), ("right", "right")])
 def test_both_captions_of_a_pair_say_which_stands_where_it_is_drawn(side, first):
     rng = random.Random(0)
@@ -7291,3 +7311,26 @@ def test_the_scripted_teacher_passes_its_audit_only_as_an_expert(expert_rate, co
         wanted = ["skills followed"] + ["facts grounded"] * bool(row["_fact"])
         wanted += ["right reference", "skills read", "plan kept"] * correct  # the first result may be right by chance
         assert [audit[name] for name in wanted] == [correct] * len(wanted)
+
+
+@pytest.mark.parametrize("expert_rate", [1.0, 0.0])
+def test_the_scripted_teachers_program_has_exact_words_only_where_it_follows_a_guide(expert_rate):
+    rng = random.Random(4)
+    entities, teacher = build.demo_world(rng, 0, 0, expert_rate)
+    for number in range(8):
+        row = build.make_request(rng, entities, 2, number, "demo", False)
+        prompt = teacher.demonstrate(row, [])[2]["gen_prompt"]
+        scene = row["_scene"]
+        exact = [build.exact_wording(aspect, scene) in prompt for aspect in scene.aspects()]
+        assert exact == [bool(expert_rate)] * len(exact) and exact
+        assert (prompt == build.program_of(row, scene.aspects())) is bool(expert_rate)
+
+
+def test_a_probe_is_the_right_program_with_one_skill_in_plain_words():
+    for _, row, _, wanted in atlas_cases(12):
+        probes = build.oracle_of(row)["probes"]
+        assert set(probes) == set(wanted["skills"])
+        for skill, prompt in probes.items():
+            plain = [name for name, words in wanted["wordings"].items() if words["plain"] in prompt]
+            exact = [name for name, words in wanted["wordings"].items() if words["exact"] in prompt]
+            assert plain == [skill] and set(exact) == set(wanted["skills"]) - {skill}
