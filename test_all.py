@@ -4580,14 +4580,15 @@ def test_an_update_does_not_depend_on_its_micro_batches(name, update_rows):
     assert distill.gradient_norm(update(without_guides(update_rows))[1]) == 0  # no bundle: exactly 0
 
 
-def test_the_gradient_of_an_update_is_that_of_the_losses_written_out(update_rows):
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_gradient_of_an_update_is_that_of_the_losses_written_out(update_rows, temperature):
     """One pass over padded rows, with the losses as the method states them, in place of the packed micro-batches."""
     net, recipe = small_policy(), paper(selection="all")
     reference = moved(net)
-    policy_grads, sdl_grads, _ = distill.update_gradients(net, reference, reference, update_rows, recipe)
+    policy_grads, sdl_grads, _ = distill.update_gradients(net, reference, reference, update_rows, recipe, temperature)
 
     def logp(network, tokens, mask):
-        values = network(torch.tensor([tokens]))[0, :-1].log_softmax(-1)
+        values = (network(torch.tensor([tokens]))[0, :-1] / temperature).log_softmax(-1)
         return values[range(len(tokens) - 1), tokens[1:]][torch.tensor(mask[1:])]
     live_count = sum(sum(row.mask) for row in update_rows if row.advantage)
     token_count = sum(sum(row.mask) for row in update_rows)
@@ -6721,3 +6722,693 @@ def test_wise_prompts_get_both_scores_and_a_failed_judgement_is_missing(tmp_path
 def test_a_wise_prompt_without_a_program_counts_zero_and_a_failed_service_is_missing(program, termination, expected):
     attempt = SimpleNamespace(program=program, termination=termination, image=None)
     assert bench.wise_scores(attempt, {}, None) == expected
+
+
+# ==== Known answers: values worked out by hand, from one end of the method to the other ===============================
+
+# ---- One real update moves the policy where it should ----------------------------------------------------------------
+
+class WordAgent(CountingAgent):
+    """Answers with a text of its own for each reward (see ``CountingScorer``): the first is rated best."""
+
+    def __init__(self, tokenizer, texts):
+        super().__init__(tokenizer)
+        self.texts = texts
+
+    def answer(self, request, seed):
+        trajectory = super().answer(request, seed)
+        trajectory.messages[0] = {"role": "system", "content": atlas.world.COMPACT_SYSTEM}
+        opening = self.tokenizer.apply_chat(trajectory.messages, add_generation_prompt=True)
+        written = self.tokenizer.encode(self.texts[seed % 3])
+        trajectory.prompt_length = len(opening)
+        trajectory.tokens = opening + written
+        trajectory.mask = [False] * len(opening) + [True] * len(written)
+        return trajectory
+
+
+DISTINCT = ("a kettle, a kettle", "two lamps, two lamps", "no bridge, no bridge")
+BY_NAME = "<think>Ask by the name alone."
+
+
+@pytest.fixture
+def word_evolution(offline_evolution):
+    """A function: an Evolution whose attempts are the given texts, at requests that leave a fact unsaid."""
+    def make(texts, **flags):
+        run = offline_evolution(**flags)
+        run.data = [row for row in run.data if row["recipe"]["wanted"]["fact"]]
+        run.components.agent = lambda ordered: WordAgent(run.tokenizer, texts)
+        return run
+    return make
+
+
+def plain_logprob(net, tokens, start, temperature=1.0):
+    """log p of the tokens from ``start`` on, from one padded forward pass."""
+    with torch.no_grad():
+        logp = (net(torch.tensor([tokens]))[0] / temperature).log_softmax(-1)
+    return float(sum(logp[i - 1, tokens[i]] for i in range(start, len(tokens))))
+
+
+def test_after_one_update_the_best_attempt_is_likelier_and_the_worst_less(word_evolution):
+    run = word_evolution(DISTINCT, set="weight=0")
+    groups, _ = run.roll_out_groups(genevolve.step_requests(run.data, 2, run.settings.seed, 0))
+    ranked = [sorted(group, key=lambda t: -t.reward) for group in groups]
+
+    def logprobs():
+        return [[plain_logprob(run.net, t.tokens, t.prompt_length) for t in group] for group in ranked]
+    before, row, after = logprobs(), run.step(), logprobs()
+    assert row["reward"] == pytest.approx(0.5) and [t.reward for t in ranked[0]] == [1.0, 0.5, 0.0]
+    for (best, _, worst), (best_now, _, worst_now) in zip(before, after):
+        assert best_now > best + 0.05 and worst_now < worst - 0.05
+
+
+@pytest.mark.parametrize("recipe, changes", [("stable", "anneal=0"), ("paper", "selection=all,weight=1,gate=0")])
+def test_distillation_alone_makes_the_taught_token_likelier(word_evolution, recipe, changes):
+    """All attempts ask by the name; the lesson says to ask for the exact fact: after "Ask", " for" is what it wants."""
+    taught = "<think>Ask for" if recipe == "stable" else None
+    run = word_evolution([BY_NAME] * 3, recipe=recipe, set=changes, grpo=False, lr=1e-4)
+    request, = genevolve.step_requests(run.data, 1, run.settings.seed, 0)
+    opening = WordAgent(run.tokenizer, [BY_NAME] * 3).answer(request, 0)
+    start, encode = opening.prompt_length, run.tokenizer.encode
+    told = opening.tokens[:start] + encode(taught or BY_NAME)
+    place = start + len(encode("<think>Ask"))
+    before = plain_logprob(run.net, told[:place + 1], place)
+    row = run.step()
+    after = plain_logprob(run.net, told[:place + 1], place)
+    lesson = run.memory.entries[0].bundle
+    assert "Ask for the exact fact" in lesson.markdown() and row["sdl_loss"] > 0 and row["hit_rate"] == 1
+    assert after > before + 0.01 if taught else after < before - 0.01  # " by", the sampled token, is what it does not
+
+
+def test_the_teacher_reads_the_students_tokens_and_exactly_the_guide(word_evolution):
+    run = word_evolution(DISTINCT)
+    groups, _ = run.roll_out_groups(run.data[:1])
+    guide = distill.Bundle.from_bullets("", {"focus": ["Look at the kettle first."]})
+    rewards = torch.tensor([[1.0, 0.5, 0.0]])
+    batch = genevolve.training_batch(groups, rewards, [guide], run.recipe, run.tokenizer)
+    section = "# Guide\n## Focus\n- Look at the kettle first.\n"
+    for row, trajectory in zip(batch, groups[0]):
+        text = DISTINCT[trajectory.seed % 3]
+        student, teacher = (run.tokenizer.decode(tokens) for tokens in (row.tokens, row.teacher_tokens))
+        assert teacher == student.replace("# Tools\n", section + "# Tools\n") and teacher.count("# Guide") == 1
+        assert trajectory.question in teacher and teacher.endswith(f"<|im_start|>assistant\n{text}")
+        written = [token for token, is_action in zip(row.teacher_tokens, row.teacher_mask) if is_action]
+        assert run.tokenizer.decode(written) == text
+    assert [row.advantage for row in batch] == pytest.approx([1.2247, 0, -1.2247], abs=1e-3)  # 0.5 / sqrt(1 / 6)
+
+
+def test_rollouts_of_a_group_and_of_the_next_step_have_seeds_of_their_own(offline_evolution):
+    run = offline_evolution()
+    seeds = []
+    for _ in range(2):
+        groups, _ = run.roll_out_groups(run.data[:2])
+        seeds += [t.seed for group in groups for t in group]
+        run.steps_done += 1
+    assert len(set(seeds)) == 12 and seeds[1] == seeds[0] + 1
+
+
+def test_old_log_probs_are_those_of_the_sampling_temperature():
+    net = small_policy()
+    rows = [distill.TrainingRow([3, 1, 4, 1, 5], [False] * 3 + [True] * 2), distill.TrainingRow([2, 7], [False, True])]
+    genevolve.set_old_logprobs(rows, net, 0.5, model.ProcessGroup())
+    for row, start in zip(rows, (3, 1)):
+        assert float(row.logp_old.sum()) == pytest.approx(plain_logprob(net, row.tokens, start, 0.5), abs=1e-5)
+
+
+# ---- What a step keeps, audits and goes back to ----------------------------------------------------------------------
+
+def test_of_more_pairs_than_are_wanted_the_widest_gaps_teach(offline_evolution, monkeypatch):
+    run = offline_evolution(set="pairs=2,gate=0")
+    taught = []
+    monkeypatch.setattr(genevolve, "summarize_pairs", lambda pairs, *_: (taught.extend(pairs) or [None] * 2, {}))
+    gaps = (0.3, 0.9, 0.1, 0.5)  # the third is no pair at all
+    groups = [[distill_trajectory(gap), distill_trajectory(0.0)] for gap in gaps]
+    metrics = run.remember([{"question": f"Request {gap}"} for gap in gaps], groups)
+    assert [question for question, _, _ in taught] == ["Request 0.9", "Request 0.5"] and metrics["pairs"] == 3
+
+
+class GuidedAgent(CountingAgent):
+    """Notes under which guide it wrote a trajectory."""
+
+    def run(self, requests, seeds, guides=None):
+        made = super().run(requests, seeds)
+        for trajectory, guide in zip(made, guides or [None] * len(made)):
+            trajectory.row = trajectory.row | {"guide": guide}
+        return made
+
+
+class GuideScorer(CountingScorer):
+    """1, 0.5 and 0 without a guide; 0.9 with one that speaks of a fact, 0.2 with any other."""
+
+    def render_and_score(self, trajectories, pictures=True):
+        super().render_and_score(trajectories)
+        for t in trajectories:
+            if guide := t.row["guide"]:
+                t.reward = 0.9 if "fact" in guide.markdown() else 0.2
+
+
+def test_an_audit_is_the_reward_with_the_guide_and_with_a_placebo_less_that_without(offline_evolution):
+    run = offline_evolution(audit_every=1, set="gate=0")
+    run.data = [row for row in run.data if row["recipe"]["wanted"]["fact"]]
+    run.components.agent = lambda ordered: GuidedAgent(run.tokenizer)
+    run.components.scorer = GuideScorer()
+    audit = run.step()["lesson_audit"]
+    assert (audit["with_guide"], audit["without"], audit["placebo"]) == pytest.approx((0.9, 0.5, 0.2))
+    for entry in run.memory.entries:
+        assert (entry.audits, entry.effect_sum, entry.placebo_sum) == pytest.approx((1, 0.4, -0.3))
+
+
+def test_a_rollback_loads_what_was_promoted_and_halves_the_rate_of_the_next_step(offline_evolution):
+    run = offline_evolution(lr=2e-4)
+    start = [p.clone() for p in run.net.parameters()]
+    run.save_promoted()
+    run.step()
+    assert run.optimizer.param_groups[0]["lr"] == 2e-4
+    assert any(not torch.equal(a, b) for a, b in zip(start, run.net.parameters()))
+    run.restore_promoted()
+    assert all(torch.equal(a, b) for a, b in zip(start, run.net.parameters()))
+    assert not any(run.optimizer.state[p] for p in run.parameters())  # that of the promoted policy, which had none
+    assert run.step()["lr"] == run.optimizer.param_groups[0]["lr"] == 1e-4
+
+
+@pytest.mark.parametrize("step, weight", [(0, 2.0), (1, 1.5), (2, 1.0), (3, 0.5), (4, 0.0), (9, 0.0)])
+def test_a_weight_fades_once_in_a_straight_line(step, weight):
+    recipe = paper(weight=2.0, anneal=4)
+    assert recipe.at(step).weight == weight and recipe.fade(step) == weight / 2
+    assert paper(weight=2.0, anneal=0).at(step).weight == 2.0
+
+
+def test_of_equally_good_lessons_the_newest_answers():
+    memory = table_memory({"old": (1.0, 0.0), "new": (1.0, 0.0), "asked": (1.0, 0.0)})
+    for prompt, step in (("old", 3), ("new", 8)):
+        memory.add(prompt, look_bundle(), 0.9, 0.1, step)
+    assert memory.lookup(["asked"])[0].prompt == "new"
+
+
+def test_keys_of_requests_are_bags_of_words_less_the_mean_of_all_requests(net):
+    texts = {"a lamp": [3, 4], "a kettle": [3, 5], "two lamps": [6, 4]}
+    embedder = genevolve.RequestEmbedder(net, SimpleNamespace(encode=texts.get), True, list(texts))
+    words = net.embed.weight.detach()
+    bag = (words[3] + words[4]) / 2 - (2 * words[3] + 2 * words[4] + words[5] + words[6]) / 6
+    assert torch.allclose(embedder(["a lamp"])[0], bag / bag.norm(), atol=1e-5)
+
+
+@pytest.mark.parametrize("values, mean, error", [
+    ([1.0, 3.0, math.nan], 2.0, 1.0), ([2.0, 2.0, 2.0, 6.0], 3.0, 1.0), ([5.0], 5.0, math.nan)])
+def test_a_mean_has_the_error_of_a_sample(values, mean, error):
+    assert genevolve.mean_and_error(values) == pytest.approx((mean, error), nan_ok=True)  # s / sqrt(n), s^2 by n - 1
+
+
+def test_a_reward_weighs_picture_and_text_by_alpha(judge):
+    scorer = genevolve.Scorer(None, judge, alpha=0.25)
+    scorer.judge_text = lambda trajectory: (0.0, [])
+    attempt, = programs("A kettle.")
+    scorer.set_reward(attempt, {"kscore": 0.8})
+    assert attempt.reward == pytest.approx(0.6) and distill.mixed_reward(1.0, 0.5, 0.2) == pytest.approx(0.9)
+
+
+def test_the_log_opens_after_the_checkpoint_stands(offline_evolution, monkeypatch, tmp_path):
+    run = offline_evolution()
+    row = run.step()
+
+    def fail(*_):
+        raise OSError("no space")
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "save_checkpoint", fail)
+        with pytest.raises(OSError, match="no space"):
+            run.save(row)
+    assert not (tmp_path / "log.jsonl").exists()
+    run.save(row)
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
+
+
+# ---- Cold start ------------------------------------------------------------------------------------------------------
+
+def copying_logits(ids):
+    """Logits (B, T, V) of a network that expects what followed the last time that the token was there."""
+    logits = torch.zeros(*ids.shape, 4000)
+    for b, row in enumerate(ids.tolist()):
+        for t, token in enumerate(row):
+            earlier = [i for i in range(t) if row[i] == token]
+            logits[b, t, row[earlier[-1] + 1] if earlier else 0] = 30.0
+    return logits
+
+
+def test_a_perfect_copyist_has_no_copy_loss():
+    pools = [np.arange(4000)] * 2
+    losses = [float(distill.copy_loss(copying_logits, pools, np.random.default_rng(n), 4, "cpu")) for n in range(4)]
+    assert max(losses) < 4 and min(losses) < 1e-3  # a token that is drawn twice costs 30 once
+
+
+def test_the_rate_of_the_cold_start_rises_and_falls_along_a_cosine():
+    s = SimpleNamespace(lr=1.0, warmup=0.1, steps=100)
+    rates = [distill.sft_lr(s, step, 40) for step in (0, 9, 39, 40, 49, 50, 95, 140)]
+    assert rates == pytest.approx([1 / 20, 10 / 20, 1.0, 1 / 10, 1.0, 1.0, 0.55, 0.1])
+
+
+# ---- The network -----------------------------------------------------------------------------------------------------
+
+def test_a_position_turns_each_pair_by_its_wavelength():
+    """q at position p is q at position 0, its pair (x_i, x_{i + D/2}) turned by p / theta^(2 i / D)."""
+    net = model_net(rope_theta=100.0)
+    seen = []
+
+    def attend(layer, q, k, v):
+        seen.append(q)
+        return torch.zeros_like(q)
+    with torch.no_grad():
+        net.trunk(torch.tensor([5, 5]), torch.tensor([0, 3]), attend)
+    still, turned = seen[0]                                            # (H, D) each
+    half = still.shape[-1] // 2
+    angle = 3 / 100.0 ** (torch.arange(half) / half)
+    a, b = still[:, :half], still[:, half:]
+    expected = torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], 1)
+    assert torch.allclose(turned, expected, atol=1e-5) and not torch.allclose(turned, still, atol=0.1)
+
+
+def test_new_weights_have_the_deviation_of_their_fan_in():
+    torch.manual_seed(0)
+    block = model.Qwen3(model.Config(vocab_size=50, hidden_size=256, layers=2, mlp_size=512)).blocks[0]
+    for linear, fan_in, depth in ((block.qkv, 256, 1), (block.gate_up, 256, 1), (block.down, 512, 4)):
+        assert float(linear.weight.detach().std()) == pytest.approx((fan_in * depth) ** -0.5, rel=0.03)
+
+
+@torch.no_grad()
+def test_embeddings_are_the_last_state_and_the_mean_word(net):
+    ids = model_prompt(7)
+    state = []
+    net.norm.register_forward_hook(lambda module, inputs, output: state.append(output))
+    net(torch.tensor([ids]))
+    last = state[0][-1]
+    assert torch.allclose(model.embed(net, [ids])[0], last / last.norm(), atol=1e-5)
+    words = sum(net.embed.weight[i] for i in ids) / 7
+    assert torch.allclose(model.embed_words(net, [ids])[0], words, atol=1e-6)
+
+
+def test_an_adapter_adds_alpha_over_rank_times_b_a():
+    net = model_net()
+    linear = net.blocks[0].down
+    model.add_lora(net, rank=4, alpha=12, targets=("down_proj",))
+    x = torch.randn(3, linear.in_features)
+    with torch.no_grad():
+        linear.lora_B["down_proj"].fill_(0.5)
+        added = linear(x) - torch.nn.functional.linear(x, linear.weight)
+        expected = 3 * 0.5 * (x @ linear.lora_A["down_proj"].T).sum(1, keepdim=True)
+    assert torch.allclose(added, expected.expand_as(added), atol=1e-4)
+
+
+# ---- Files: whole or not at all --------------------------------------------------------------------------------------
+
+@pytest.fixture
+def disk_calls(monkeypatch):
+    """What is written through, renamed and removed, in order: [(call, name of the file or folder)]."""
+    calls = []
+
+    def spy(name, owner, original, where):
+        def call(*arguments, **options):
+            calls.append((name, where(arguments[0])))
+            return original(*arguments, **options)
+        monkeypatch.setattr(owner, name, call)
+    spy("fsync", os, os.fsync, lambda descriptor: os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+    for name in ("rename", "replace"):
+        spy(name, os, getattr(os, name), os.path.basename)
+    return calls
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc to name a descriptor's file")
+def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(tmp_path, disk_calls):
+    model.save_checkpoint(str(tmp_path / "run"), 12, {"x": torch.ones(2)}, {})
+    named = disk_calls.index(("rename", "unfinished"))
+    flushed = [name for call, name in disk_calls[:named] if call == "fsync"]
+    assert "state-00001-of-00001.safetensors" in flushed and "state.json" in flushed and "unfinished" in flushed
+    assert ("fsync", "run") in disk_calls[named:] and os.listdir(tmp_path / "run") == ["000012"]
+
+
+def test_a_writer_that_fails_leaves_the_old_file_whole(tmp_path):
+    path = str(tmp_path / "a.txt")
+    model.write_text(path, "old")
+
+    def write(temporary):
+        with open(temporary, "w") as file:
+            file.write("ne")
+        raise OSError("no space")
+    with pytest.raises(OSError, match="no space"):
+        model.replace_file(path, write)
+    assert os.listdir(tmp_path) == ["a.txt"] and (tmp_path / "a.txt").read_text() == "old"
+
+
+def test_while_a_folder_is_replaced_one_of_the_two_is_always_there(tmp_path, monkeypatch):
+    for name in ("policy", "policy.new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "name").write_text(name)
+    seen, rmtree = [], shutil.rmtree
+
+    def look(path, *arguments, **options):
+        rmtree(path, *arguments, **options)
+        seen.append({(tmp_path / name / "name").read_text() for name in os.listdir(tmp_path)})
+    monkeypatch.setattr(shutil, "rmtree", look)
+    model.replace_folder(str(tmp_path / "policy.new"), str(tmp_path / "policy"))
+    assert (tmp_path / "policy" / "name").read_text() == "policy.new" and os.listdir(tmp_path) == ["policy"]
+    assert all("policy" in there for there in seen[:-1]) and seen[-1] == {"policy.new"}
+
+
+def test_a_corpus_ends_at_its_folder_when_it_is_indexed_and_when_it_is_read(tmp_path):
+    inside, beside = tmp_path / "corpus", tmp_path / "corpus-private"
+    for folder in (inside, beside):
+        folder.mkdir()
+        (folder / "page.md").write_text("# Kettle\nA kettle.")
+    (inside / "link.md").symlink_to(beside / "page.md")  # a folder whose name only begins with the corpus's
+    corpus = tools.Corpus(str(inside))
+    assert [page.path for page in corpus.pages] == ["page.md"] and corpus.read("page.md").startswith(b"# Kettle")
+    (inside / "page.md").unlink()
+    (inside / "page.md").symlink_to(beside / "page.md")  # after it was indexed
+    with pytest.raises(tools.ToolError, match="no such file"):
+        corpus.read("page.md")
+
+
+# ---- Figures ---------------------------------------------------------------------------------------------------------
+
+def test_the_interval_resamples_seeds_and_holds_95_of_100():
+    seeds = np.repeat([[1.0], [-1.0]], 50, 1)  # all the spread is between the seeds: means -1, 0, 0 and 1 alike
+    assert bench.bootstrap(seeds, np.zeros((2, 50))) == [0.0, -1.0, 1.0]
+    prompts = np.tile([0.0, 1.0], 200)[None]   # 400 prompts of deviation 1/2: 0.5 -+ 1.96 / 40
+    assert bench.bootstrap(prompts, np.zeros((1, 400))) == pytest.approx([0.5, 0.451, 0.549], abs=0.004)
+
+
+def test_tuning_takes_the_setting_with_the_best_last_evaluations(tmp_path, monkeypatch):
+    reached = dict(zip(bench.PLAIN, ([0.9, 0.5, 0.5], [0.1, 0.6, 0.8], [0.1, 0.2, 0.3])))
+
+    def train(settings, arm, choice, seed, steps):
+        return SimpleNamespace(log=[{"validation": {"kscore": kscore}} for kscore in reached[choice]] + [{}])
+    monkeypatch.setattr(bench, "train", train)
+    found = bench.tune(bench.Quality(), "grpo", str(tmp_path))
+    assert found["best"] == bench.PLAIN[1]
+    assert list(found["tried"].values()) == pytest.approx([0.5, 0.7, 0.25])
+
+
+def test_early_scores_are_those_of_the_early_check():
+    runs = [finished_run(early=[{"kscore": 0.25}], bench=[{"kscore": 0.75}])]
+    measured = bench.measure_runs(runs)
+    assert (measured.early.tolist(), measured.final.tolist()) == ([[0.25]], [[0.75]])
+
+
+def test_the_cost_of_distillation_is_a_share_of_grpos():
+    arms = {bench.BASE: {"curves": [[[100, 4.0, 0.4, 0], [200, 8.0, 0.8, 0]]]},
+            "stable": {"curves": [[[50, 3.0, 0.8, 0]]]}}
+    saved = bench.rollouts_saved(arms)
+    assert (saved["share of rollouts"], saved["share of seconds"]) == (0.25, 0.375)
+
+
+def test_a_validation_curve_adds_up_rollouts_and_the_seconds_of_three_stages():
+    row = {"rollouts": 48, "rollout_seconds": 1.0, "render_seconds": 2.0, "update_seconds": 4.0}
+    log = [row, row | {"validation": {"kscore": 0.5, "reward": 0.25}}]
+    assert bench.validation_curve(log) == [[96, 14.0, 0.5, 0.25]]
+
+
+def test_a_speed_ratio_above_one_means_that_ours_is_faster(monkeypatch):
+    seconds = {"ours": 2.0, "theirs": 5.0}
+    monkeypatch.setattr(bench, "timed", lambda work, device: bench.Timed(seconds[work()], None, None))
+    row = bench.side_by_side(lambda: "ours", lambda: "theirs", SimpleNamespace(repeats=3, device="cpu"))
+    assert row == {"ours s": 2.0, "peer s": 5.0, "ratio": 2.5, "ratio low": 2.5, "ratio high": 2.5}
+    machine = {"matrix product, GFLOP/s": 100.0, "memory, GB/s": 10.0}
+    assert bench.least_seconds({"GFLOP": 50.0, "GB moved": 20.0}, machine) == pytest.approx(0.5 + 2.0)
+
+
+@pytest.mark.parametrize("score, share", [(1.0, 0.0), (0.5, 1.0)])
+def test_a_violation_counts_as_caught_only_where_its_dimension_falls(score, share):
+    caught = bench.planted_violations(lambda *_: dict.fromkeys(distill.DIMENSIONS, score), 12)
+    assert {hit for hits in caught.values() for hit in hits} == {bool(share)}
+
+
+@pytest.mark.parametrize("text, expected", [
+    (genevolve.fmt(0.12345), "0.123"), (genevolve.fmt(None), "-"),
+    (bench.format_interval(0.0123, -0.004, 0.03), "+0.012 (-0.004 to +0.030)"), (bench.format_figure(9.99), "9.990")])
+def test_numbers_are_written_with_three_places(text, expected):
+    assert text == expected
+
+
+def test_a_line_of_the_log_has_four_digits_and_whole_numbers_as_they_are(capsys):
+    distill.print_log({"step": 1200, "loss": 0.123456, "copy_loss": None, "lr": 0.00002})
+    assert capsys.readouterr().out == "step 1200 loss 0.1235 copy_loss None lr 2e-05\n"
+
+
+# ---- The renderer ----------------------------------------------------------------------------------------------------
+
+def test_latents_are_normalised_and_put_back():
+    vae = diffusion.VAE(diffusion.VAEConfig(width=16, channels=2))
+    vae.mean.copy_(torch.tensor([1.0, -2.0]))
+    vae.std.copy_(torch.tensor([0.5, 4.0]))
+    images = torch.from_numpy(random_image(16, 16))[None]
+    with torch.no_grad():
+        raw, _ = vae.encode(diffusion.to_pixels(images))
+        latents = vae.to_latents(images)
+        assert torch.allclose(latents[..., 0], (raw[..., 0] - 1) / 0.5, atol=1e-5)
+        assert torch.allclose(latents[..., 1], (raw[..., 1] + 2) / 4, atol=1e-5)
+        drawn = (vae.decode(raw).clamp(-1, 1) + 1) * 127.5
+        assert (vae.to_images(latents).permute(0, 3, 1, 2) - drawn).abs().max() <= 0.51
+
+
+def test_measured_latents_have_mean_0_and_deviation_1(colour_scenes):
+    vae = small_vae()
+    diffusion.measure_latents(vae, colour_scenes, "cpu")
+    with torch.no_grad():
+        latents = vae.to_latents(colour_scenes.image[:colour_scenes.train]).flatten(0, 2)
+    assert latents.mean(0).abs().max() < 1e-3 and (latents.std(0) - 1).abs().max() < 1e-3
+
+
+def test_the_vaes_loss_is_half_l1_half_l2_and_the_kl():
+    class Still(diffusion.VAE):
+        """Encodes everything as mean 2, variance 1 / e, and decodes everything as grey."""
+
+        def encode(self, pixels):
+            mean = torch.full((1, 4, 4, 8), 2.0)
+            return mean, torch.full_like(mean, -1.0)
+
+        def decode(self, latents):
+            return torch.zeros(1, 3, 16, 16)
+    white = torch.full((1, 16, 16, 3), 255, dtype=torch.uint8)  # 1 everywhere: both errors are 1
+    vae = Still(diffusion.VAEConfig(width=16))
+    loss, metrics = diffusion.vae_loss(vae, white, torch.Generator().manual_seed(0), kl_weight=0.5)
+    assert float(loss) == pytest.approx(1 + 0.5 * 0.5 * (4 + math.exp(-1) - 1 + 1))
+    assert float(metrics["psnr"]) == pytest.approx(10 * math.log10(4))
+
+
+def test_the_rate_of_the_vae_falls_along_a_cosine(tmp_path, monkeypatch):
+    rates = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: rates.append(self.param_groups[0]["lr"]))
+    monkeypatch.setattr(diffusion, "VAEConfig", lambda: SimpleNamespace(width=8, channels=2, factor=4))
+    monkeypatch.setattr(diffusion, "save_folder", lambda *_: None)
+    data = SimpleNamespace(image=torch.from_numpy(random_image(32, 8)).view(4, 8, 8, 3), train=3)
+    diffusion.train_vae(data, str(tmp_path), diffusion.VAETraining(steps=100, batch=1, lr=1.0, bf16=False))
+    assert rates[49] > 0.5 and [rates[0], rates[50], rates[75]] == pytest.approx(
+        [1 / 50, 0.51, 0.02 + 0.98 * (1 - 0.5**0.5) / 2], rel=1e-3)
+
+
+def test_the_renderers_rate_rises_stays_and_falls():
+    s = SimpleNamespace(warmup=10, steps=100, decay=0.4)
+    assert [diffusion.rate_scale(step, s) for step in (0, 4, 30, 80, 99)] == pytest.approx([0.1, 0.5, 1, 0.51, 0.035])
+
+
+def test_the_times_of_a_sampler_linger_at_noise_by_default():
+    assert diffusion.schedule(2) == pytest.approx([1.0, 0.75, 0.0])  # 3 s / (1 + 2 s) at 1, 1/2, 0
+    assert diffusion.schedule(2, shift=1.0) == pytest.approx([1.0, 0.5, 0.0])
+
+
+def test_noise_levels_are_pure_noise_or_uniform_and_shifted():
+    s = SimpleNamespace(shift=3.0, pure_noise=0.2)
+    t = diffusion.noise_levels(20000, torch.Generator().manual_seed(0), s)
+    is_pure = t == 1
+    assert float(is_pure.float().mean()) == pytest.approx(0.2, abs=0.01)
+    mean = 1.5 * (1 - math.log(3) / 2)  # of 3 u / (1 + 2 u)
+    assert float(t[~is_pure].mean()) == pytest.approx(mean, abs=0.01)
+
+
+def test_the_renderers_loss_weighs_a_step_by_its_time_and_adds_the_classes(denoiser):
+    def denoise(xt, t, condition, with_classes):
+        return x0.repeat_interleave(2, 0) + 2, torch.zeros(8, 16, 7)  # squared error 4; all classes alike
+    x0 = torch.randn(4, 16, 8, generator=torch.Generator().manual_seed(0))
+    s = SimpleNamespace(levels=2, shift=3.0, pure_noise=0.25, class_weight=0.5)
+    prompts = diffusion.pack([prompt_row(seed=n) for n in range(4)])
+    loss, metrics = diffusion.flow_loss(denoiser, prompts, x0, torch.zeros(4, 16).long(),
+                                        torch.Generator().manual_seed(2), s, denoise)
+    weights = [4 / max(float(t), 0.25) for t in metrics["t"]]
+    assert float(loss) == pytest.approx(sum(weights) / 8 + 0.5 * math.log(7), rel=1e-4) and min(metrics["t"]) < 1
+
+
+def test_averaged_weights_follow_slowly_and_faster_at_first(tmp_path, colour_scenes):
+    run = small_training(tmp_path, colour_scenes, ema=0.998)
+    before = [p.clone() for p in run.ema_net.parameters()]
+    run.update()  # keeps 1 - 1/11 of what was there
+    for old, averaged, p in zip(before, run.ema_net.parameters(), run.net.parameters()):
+        assert torch.allclose(averaged, old * 10 / 11 + p / 11, atol=1e-6)
+    run.step = 10**6
+    before = [p.clone() for p in run.ema_net.parameters()]
+    run.update()
+    for old, averaged, p in zip(before, run.ema_net.parameters(), run.net.parameters()):
+        assert torch.allclose(averaged, 0.998 * old + 0.002 * p, atol=1e-6)
+
+
+def test_conditions_are_dropped_as_often_as_asked(colour_scenes):
+    s = SimpleNamespace(drop_text=0.2, drop_references=0.1, drop_both=0.05)
+    index = torch.arange(38).repeat(50)  # 1,900 rows
+    tokens = [(torch.ones(3).long(), torch.zeros(3).long())] * 40
+    vae = SimpleNamespace(mean=torch.zeros(1), to_latents=lambda images: torch.zeros(len(images), 2, 2, 1))
+    rows, x0 = diffusion.training_rows(colour_scenes, tokens, vae, index, torch.Generator().manual_seed(0), s)
+    has_references = torch.tensor([n > 0 for n in colour_scenes.count[index].tolist()])
+    without_text = torch.tensor([len(row.ids) == 0 for row in rows]).float()
+    without_references = torch.tensor([len(row.references) == 0 for row in rows])[has_references].float()
+    assert float(without_text.mean()) == pytest.approx(0.2 + 0.05 - 0.01, abs=0.03) and len(x0) == 1900
+    assert float(without_references.mean()) == pytest.approx(0.1 + 0.05 - 0.005, abs=0.03)
+
+
+# ---- The world and its judge -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("share, looks_right", [(0.0, True), (0.1, True), (0.3, False), (0.6, False)])
+def test_a_subject_with_repainted_blocks_is_taken_for_it_down_to_four_fifths(judge, share, looks_right):
+    for _, _, truth, wanted in atlas_cases(12):
+        if wanted["arrangement"] in ("count", "pair"):
+            continue  # another copy would stand in for it
+        subject = wanted["subjects"][0]
+        top, left = (8 * cell for cell in subject["box"])
+        blocks = [(top + 2 * i, left + 2 * j) for i, row in enumerate(subject["mask"])
+                  for j, character in enumerate(row) if character == "#"]
+        image = truth.astype(int)
+        for y, x in blocks[:int(share * len(blocks))]:
+            block = image[y:y + 2, x:x + 2]  # lighter or darker by a quarter, its hue as it was
+            block += 64 if block.mean() < 128 else -64
+        scores = judge(image.clip(0, 255).astype(np.uint8), truth, wanted)
+        look, = [c["passed"] for c in scores["constraints"] if c["name"] == "subject look"]
+        assert look is looks_right and (scores["visual_correctness"] == 0) is not looks_right
+
+
+def mirrored(image):
+    return image[:, ::-1]
+
+
+@pytest.mark.parametrize("aspect, change, check", [
+    ("shadow", mirrored, "shadow"), ("pair", mirrored, "sides"), ("mood", lambda image: image[::-1], "gradient"),
+    ("mood", lambda image: image[..., ::-1], "palette"),                       # red and blue change places
+    ("style", lambda image: image.swapaxes(0, 1), "style")])
+def test_a_picture_with_one_thing_turned_around_fails_the_check_of_that_thing(judge, aspect, change, check):
+    tried = 0
+    for _, row, truth, wanted in atlas_cases(60, seed=3):
+        if aspect not in row["_scene"].aspects() or row["_scene"].style == "mosaic":
+            continue
+        tried += 1
+        image = np.ascontiguousarray(change(truth))
+        found, turned = ({c["name"]: c["passed"] for c in judge(picture, truth, wanted)["constraints"]}
+                         for picture in (truth, image))
+        name = next(name for name in found if name.endswith(check))
+        assert found[name] and not turned[name], (row["id"], name)
+    assert tried
+
+
+def test_a_subject_with_two_shadows_has_no_right_one(judge):
+    for _, _, truth, wanted in atlas_cases(60, seed=3):
+        if wanted["arrangement"] == "shadow":
+            top, left = (8 * cell for cell in wanted["subjects"][0]["box"])
+            image = truth.copy()
+            for x in (left - 8, left + 16):
+                image[top + 16:top + 20, x:x + 8] = 40
+            checks = {c["name"]: c["passed"] for c in judge(image, truth, wanted)["constraints"]}
+            assert not checks["shadow"] and checks["subject look"]
+
+
+@pytest.mark.parametrize("side, first", [("left", "left"), ("right", "right")])
+def test_both_captions_of_a_pair_say_which_stands_where_it_is_drawn(side, first):
+    rng = random.Random(0)
+    sprites = [build.make_sprite(rng, category) for category in sorted(build.KINDS)[:2]]
+    scene = build.Scene(sprites, arrangement="pair", side=side)
+    _, _, ((_, column), (_, other)) = build.draw(scene, rng)
+    assert (column < other) is (first == "left")
+    left, right = ("first", "second") if first == "left" else ("second", "first")
+    assert build.exact_wording("pair", scene) == (f"The {left} reference image stands wholly in the left half, "
+                                                  f"the {right} wholly in the right half.")
+    assert build.plain_wording("pair", scene) == f"The {left} to the left of the {right}."
+    for only, name in enumerate(("first", "second")):
+        half = side if only == 0 else {"left": "right", "right": "left"}[side]
+        single = dataclasses.replace(scene, only=only)
+        _, _, ((_, column),) = build.draw(single, rng)
+        assert (column < 4) is (half == "left")
+        assert build.wording("pair", single, True) == f"The {name} reference image stands wholly in the {half} half."
+
+
+@pytest.mark.parametrize("light", ["left", "right"])
+def test_a_shadow_falls_away_from_the_light_and_the_caption_says_so(light):
+    rng = random.Random(1)
+    away = {"left": "right", "right": "left"}[light]
+    scene = build.Scene([build.make_sprite(rng, sorted(build.KINDS)[0])], arrangement="shadow", light=light)
+    image, _, ((row, column),) = build.draw(scene, rng)
+    strip, under = image[8 * (row + 2) + 1].mean(-1), image[8 * (row + 2) + 6].mean(-1)  # (64,): shadow, free ground
+    is_dark = strip < 0.6 * under
+    place = slice(8 * column - 8, 8 * column) if away == "left" else slice(8 * column + 16, 8 * column + 24)
+    assert is_dark[place].all() and is_dark.sum() == 16
+    assert build.exact_wording("shadow", scene) == (f"Light from the {light}; the contact shadow lies on the ground to "
+                                                    f"the {away}.")
+
+
+def test_a_plain_caption_is_loose_and_an_exact_one_is_true():
+    """35 of 100 captions are plain, nine in ten of those pictures have the fault; no exact one has."""
+    rng, exact, faulty = random.Random(0), 0, 0
+    for _ in range(4000):
+        scene = build.Scene([], arrangement="body")
+        is_exact = build.training_sentence(rng, scene, "body") == build.exact_wording("body", scene)
+        assert not (is_exact and scene.fault)
+        exact += is_exact
+        faulty += bool(scene.fault)
+    assert exact / 4000 == pytest.approx(0.65, abs=0.02) and faulty / 4000 == pytest.approx(0.35 * 0.9, abs=0.02)
+
+
+def test_nearly_half_of_the_demonstrations_are_guided():
+    rng = random.Random(0)
+    entities, _ = build.make_entities("test", build.split_words(0)["demos"], 4, 99)
+    guides = [build.demo_request(rng, entities)[1] for _ in range(1500)]
+    assert np.mean([guide is not None for guide in guides]) == pytest.approx(0.45, abs=0.03)
+    assert np.mean([not guide for guide in guides if guide is not None]) == pytest.approx(0.07, abs=0.03)
+
+
+@pytest.mark.parametrize("passed, guided, kept", [(6, False, 1.0), (3, False, 1.0), (2, False, 0.25), (0, True, 1.0)])
+def test_the_audit_drops_most_of_what_is_bad_and_nobodys_obedience(tmp_path, monkeypatch, passed, guided, kept):
+    audit = dict(zip(build.AUDIT, [True] * passed + [False] * (6 - passed)))
+    answer = {"gen_prompt": "A kettle.", "reference_images": [{"img_id": "IMG_001", "note": ""}]}
+    session = SimpleNamespace(images={"IMG_001": {}}, queries=[("image_search", "kettle")])
+    teacher = SimpleNamespace(session=session, demonstrate=lambda row, guide: ([], audit, answer))
+    monkeypatch.setattr(build, "HERE", str(tmp_path))
+    monkeypatch.setattr(build, "demo_world", lambda *_: ([], teacher))
+    monkeypatch.setattr(build, "demo_request", lambda *_: ({"question": "Show."}, [] if guided else None))
+    build.build_demos(800, 0)
+    assert len((tmp_path / "sft.jsonl").read_text().splitlines()) / 800 == pytest.approx(kept, abs=0.05)
+
+
+@pytest.mark.parametrize("expert_rate, correct", [(1.0, True), (0.0, False)])
+def test_the_scripted_teacher_passes_its_audit_only_as_an_expert(expert_rate, correct):
+    rng = random.Random(2)
+    entities, teacher = build.demo_world(rng, 0, 0, expert_rate)
+    for number in range(8):
+        row = build.make_request(rng, entities, 2, number, "demo", False)
+        _, audit, _ = teacher.demonstrate(row, [])
+        wanted = ["skills followed"] + ["facts grounded"] * bool(row["_fact"])
+        wanted += ["right reference", "skills read", "plan kept"] * correct  # the first result may be right by chance
+        assert [audit[name] for name in wanted] == [correct] * len(wanted)
+
+
+@pytest.mark.parametrize("expert_rate", [1.0, 0.0])
+def test_the_scripted_teachers_program_has_exact_words_only_where_it_follows_a_guide(expert_rate):
+    rng = random.Random(4)
+    entities, teacher = build.demo_world(rng, 0, 0, expert_rate)
+    for number in range(8):
+        row = build.make_request(rng, entities, 2, number, "demo", False)
+        prompt = teacher.demonstrate(row, [])[2]["gen_prompt"]
+        scene = row["_scene"]
+        exact = [build.exact_wording(aspect, scene) in prompt for aspect in scene.aspects()]
+        assert exact == [bool(expert_rate)] * len(exact) and exact
+        assert (prompt == build.program_of(row, scene.aspects())) is bool(expert_rate)
+
+
+def test_a_probe_is_the_right_program_with_one_skill_in_plain_words():
+    for _, row, _, wanted in atlas_cases(12):
+        probes = build.oracle_of(row)["probes"]
+        assert set(probes) == set(wanted["skills"])
+        for skill, prompt in probes.items():
+            plain = [name for name, words in wanted["wordings"].items() if words["plain"] in prompt]
+            exact = [name for name, words in wanted["wordings"].items() if words["exact"] in prompt]
+            assert plain == [skill] and set(exact) == set(wanted["skills"]) - {skill}
