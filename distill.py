@@ -349,14 +349,27 @@ def importance_ratio(logp, logp_old, cap=None):
     return (logp - logp_old).clamp(-LOG_BOUND, bound).exp()
 
 
+def tis_weights(logp_old, logp_engine, cap=2.0):
+    """w = sg min(exp(log p_old - log p_engine), cap), (N, T): truncated importance sampling (TIS).
+
+    log p_old is the trainer's view of a sampled token under the weights that wrote it, log p_engine the engine's. An
+    engine with other kernels, another precision, a nucleus or older weights draws from another policy: E[w A grad log
+    p] over its samples is the trainer's own policy gradient where w is below the cap, and the cap bounds the variance.
+    Where the engine gave no number (nan), w = 1.
+    """
+    weight = (upcast(logp_old) - upcast(logp_engine)).clamp(max=math.log(cap)).exp().detach()
+    return torch.where(logp_engine.isnan(), torch.ones_like(weight), weight)
+
+
 def grpo_loss(logp, logp_old, logp_ref, advantages, mask, clip=(0.20, 0.28), beta=1e-3, aggregation="token-mean",
-              normalizer=None):
-    """L = -1/(sum m) sum m min(u A, clip(u, 1 - clip[0], 1 + clip[1]) A) + beta K_ref, u = exp(log p - sg log p_old).
+              normalizer=None, weights=None):
+    """L = -1/(sum m) sum m w min(u A, clip(u, 1 - clip[0], 1 + clip[1]) A) + beta K_ref, u = exp(log p - sg log p_old).
 
     logp (with gradient), logp_old, logp_ref: (N, T), log-probabilities of the sampled tokens; advantages (N,); mask
     bool (N, T). K_ref = k3(log p - sg log p_ref). Rows with advantage 0 (dead groups, missing rewards) are not counted
     by the first term's denominator, but the reference KL is taken over all rows. ``normalizer``: one global count for
-    both terms, or a pair (count of ``policy_mask``, count of the mask). Returns a scalar, float32 or wider.
+    both terms, or a pair (count of ``policy_mask``, count of the mask). ``weights``: w (N, T), see ``tis_weights``
+    (None: 1). Returns a scalar, float32 or wider.
     """
     logp = masked(logp, mask)                                                                  # (N, T)
     logp_old = masked(logp_old, mask).detach()
@@ -367,6 +380,8 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, clip=(0.20, 0.28), bet
     ratio = importance_ratio(logp, logp_old)
     A = upcast(advantages)[:, None]                                                            # (N, 1)
     gain = torch.minimum(ratio * A, ratio.clamp(1 - clip[0], 1 + clip[1]) * A)
+    if weights is not None:
+        gain = gain * masked(weights, mask)
     loss = -aggregate(gain, policy_mask(advantages, mask), aggregation, live_count)
     if not beta:
         return loss
@@ -978,6 +993,7 @@ class Recipe:
     std: str = "population"           # in the advantage
     clip: tuple = (0.20, 0.28)        # of GRPO's ratio
     beta: float = 1e-3                # of the reference KL
+    tis_cap: float | None = None      # cap of truncated importance sampling against the engine (None: no correction)
     min_reward_gap: float = 0.20      # least R(best) - R(worst) of a lesson
     pairs: int = 8                    # lessons a step, at most
     capacity: int = 500               # of the memory
@@ -1215,6 +1231,7 @@ class TrainingRow:
     teacher_tokens: list | None = None    # the same conversation under the teacher's opening
     teacher_mask: list | None = None
     logp_old: torch.Tensor | None = None  # (T,) log p of the actions; None: the policy in training wrote them, u = 1
+    logp_engine: torch.Tensor | None = None  # (T,) of the actions, by the engine that sampled them; nan: unknown
 
 
 @dataclass
@@ -1266,6 +1283,7 @@ class MicroBatch:
     student: TokenScores      # with gradient
     mask: torch.Tensor        # (N, T) bool: action tokens of the rows that count
     logp_old: torch.Tensor    # (N, T) under the policy that wrote the rows
+    weights: torch.Tensor | None  # (N, T) of the policy gradient, see ``tis_weights``
     guided: list              # indices of the rows for which a teacher has read a guide
 
 
@@ -1280,7 +1298,12 @@ def student_forward(net, rows, counted, recipe, temperature):
     logp_old = []
     for row, logp in zip(rows, student.logp.detach()):  # logp (T,)
         logp_old.append(logp if row.logp_old is None else row.logp_old.to(logp))  # None: on-policy, the ratio is 1
-    return MicroBatch(rows, student, mask, pad_rows(logp_old), guided)
+    logp_old = pad_rows(logp_old)
+    weights = None
+    if recipe.tis_cap is not None:
+        logp_engine = [row.logp_engine.to(logp_old) for row in rows]
+        weights = tis_weights(logp_old, pad_rows(logp_engine), recipe.tis_cap)
+    return MicroBatch(rows, student, mask, logp_old, weights, guided)
 
 
 @torch.no_grad()
@@ -1297,14 +1320,18 @@ def policy_loss(batch, reference, recipe, normalizer):
     ``grpo_loss``."""
     advantages = torch.tensor([row.advantage for row in batch.rows], device=batch.mask.device)       # (N,)
     loss = grpo_loss(batch.student.logp, batch.logp_old, reference.logp, advantages, batch.mask, recipe.clip,
-                     recipe.beta, recipe.aggregation, normalizer)
+                     recipe.beta, recipe.aggregation, normalizer, batch.weights)
 
     logp = batch.student.logp.detach()
     reference_kl = aggregate(k3(logp - reference.logp), batch.mask, normalizer=1)
     ratio = importance_ratio(logp, batch.logp_old)
     clipped = (ratio < 1 - recipe.clip[0]) | (ratio > 1 + recipe.clip[1])
-    return loss, {"grpo_loss": float(loss.detach()), "reference_kl": float(reference_kl),
-                  "clipped": int((clipped & batch.mask).sum())}
+    metrics = {"grpo_loss": float(loss.detach()), "reference_kl": float(reference_kl),
+               "clipped": int((clipped & batch.mask).sum())}
+    if batch.weights is not None:
+        weights = batch.weights[batch.mask]
+        metrics |= {"tis_weight": float(weights.sum()), "tis_capped": int((weights >= recipe.tis_cap).sum())}
+    return loss, metrics
 
 
 def distillation_loss(batch, teacher, unguided, recipe, temperature, normalizer):

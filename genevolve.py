@@ -33,6 +33,7 @@ Contents, in reading order:
 Letters: G requests of a step, K rollouts of a request (a group), T turns, N rows, C hidden size.
 """
 import argparse
+import contextlib
 import copy
 import dataclasses
 import difflib
@@ -448,6 +449,8 @@ class Evolution:
         self.settings, self.components = settings, components
         self.processes = processes or model.ProcessGroup()
         self.recipe = read_recipe(settings.recipe, settings.set)
+        if settings.correct_mismatch and self.recipe.tis_cap is None:
+            self.recipe = dataclasses.replace(self.recipe, tis_cap=2.0)
         self.data = tools.read_requests(settings.data)
         self.validation = tools.read_requests(settings.validation)
 
@@ -661,9 +664,13 @@ class Evolution:
         for target, trained in zip(rollout_net.parameters(), self.net.parameters()):
             if target is not trained and trained.requires_grad:
                 target.copy_(model.full_tensor(trained))
-        if self.settings.rollouts_url and self.processes.is_main:
+        if self.settings.rollouts_url:
             folder = os.path.join(self.settings.out, "served")
-            self.components.policy.load_weights(folder, self.steps_done)
+            if self.processes.is_main:
+                self.components.policy.load_weights(folder, self.steps_done)
+            self.processes.barrier()
+            if not self.processes.is_main:
+                self.components.policy.follow(folder)
         self.processes.barrier()
 
     # -- evaluate, promote, roll back --
@@ -975,6 +982,8 @@ def training_batch(groups, rewards, guides, recipe, tokenizer):
             if not any(trajectory.mask):
                 continue
             row = distill.TrainingRow(trajectory.tokens, trajectory.mask, advantage)
+            if recipe.tis_cap is not None:
+                row.logp_engine = torch.tensor(trajectory.logprobs)[torch.tensor(trajectory.mask)]          # (T,)
             if guide is not None and recipe.weight:
                 row.teacher_tokens, row.teacher_mask = teacher_view(trajectory, guide, tokenizer)
             batch.append(row)
@@ -1118,12 +1127,12 @@ def paired_change(rewards, before):
 class RemotePolicy:
     """A service writes the turns; they run side by side in threads.
 
-    A subclass asks for a turn in ``submit`` and says in ``read`` what an answer holds.
+    A subclass asks for turns in ``submit`` and says in ``read`` what an answer holds.
     """
 
-    def __init__(self, client, sampling, compact, workers):
-        self.client, self.sampling, self.compact = client, sampling, compact
-        self.pool, self.writing = ThreadPoolExecutor(workers), {}  # Future -> Trajectory
+    def __init__(self, sampling, compact, workers):
+        self.sampling, self.compact = sampling, compact
+        self.pool, self.writing = ThreadPoolExecutor(workers), {}  # Future -> [Trajectory] whose turns it writes
 
     def poll(self, tool_calls=(), when=FIRST_COMPLETED):
         """Wait until a turn has ended or one of the tool calls. Returns turns: [(trajectory, text, finish)].
@@ -1131,15 +1140,17 @@ class RemotePolicy:
         when: ALL_COMPLETED waits for all of them, so that the order of the answers decides nothing.
         """
         wait([*self.writing, *tool_calls], return_when=when)
-        return [self.take(future) for future in list(self.writing) if future.done()]
+        ended = [future for future in self.writing if future.done()]
+        return list(itertools.chain.from_iterable(self.take(future) for future in ended))
 
     def take(self, future):
-        """A turn that has ended: (trajectory, text, finish); a failed one has no text."""
-        trajectory = self.writing.pop(future)
+        """Turns that have ended: [(trajectory, text, finish)]; failed ones have no text."""
+        trajectories = self.writing.pop(future)
         try:
-            return trajectory, *self.read(trajectory, future.result())
+            answers = future.result()
+            return [(trajectory, *self.read(trajectory, answer)) for trajectory, answer in zip(trajectories, answers)]
         except (tools.ToolError, ValueError, OSError) as error:
-            return trajectory, "", f"error: {error}"
+            return [(trajectory, "", f"error: {error}") for trajectory in trajectories]
 
     def reset(self):
         """Nothing is kept here between turns."""
@@ -1149,23 +1160,33 @@ class RemotePolicy:
 
 
 class RolloutPolicy(RemotePolicy):
-    """A serving engine (SGLang) writes the tokens, a network of ours learns from them.
+    """Serving engines (vLLM, SGLang) write the tokens, a network of ours learns from them.
 
     Conversations are kept as token ids here and sent whole; the server's prefix cache makes that cheap. Nothing is
-    re-tokenised.
+    re-tokenised. clients: one or more servers with the same weights; each conversation belongs to one, in turn. The
+    servers are checked, see ``EngineProbe``; probe: "stop", "reload" (try other ways to hand weights over before
+    stopping) or "off". needs_logprobs: stop, too, if the servers' log-probs are not those of the sampling.
+    send_seed: each turn has its own seed, which goes with it.
     """
 
-    def __init__(self, client, net, tokenizer, sampling, compact, workers=64):
-        super().__init__(client, sampling, compact, workers)
-        self.net, self.tokenizer = net, tokenizer
+    def __init__(self, clients, net, tokenizer, sampling, compact, probe="stop", needs_logprobs=False,
+                 send_seed=False):
+        super().__init__(sampling, compact, workers=64 * len(clients))
+        self.clients, self.net, self.tokenizer = clients, net, tokenizer
+        self.send_seed = send_seed
         self.stop_ids = end_ids(tokenizer)
+        self.started, self.waiting = 0, []  # conversations so far; those that want a turn and were not asked for yet
+        self.tries_others = probe == "reload"
+        self.probe = None if probe == "off" else EngineProbe(net, sampling.temperature, needs_logprobs)
 
     def start(self, trajectory):
         ids = self.tokenizer.apply_chat(trajectory.messages, add_generation_prompt=True)
+        trajectory.handle = self.clients[self.started % len(self.clients)]
+        self.started += 1
         trajectory.prompt_length = len(ids)
         trajectory.tokens, trajectory.mask, trajectory.logprobs = [], [], []
         self.append(trajectory, ids)
-        self.submit(trajectory)
+        self.waiting.append(trajectory)
 
     def append(self, trajectory, ids, logprobs=None):
         """Tokens of the policy with their log-probs, or tokens that it only reads."""
@@ -1173,54 +1194,218 @@ class RolloutPolicy(RemotePolicy):
         trajectory.mask += [logprobs is not None] * len(ids)
         trajectory.logprobs += logprobs or [math.nan] * len(ids)
 
-    def submit(self, trajectory):
+    def poll(self, tool_calls=(), when=FIRST_COMPLETED):
+        """As RemotePolicy.poll. Where all turns are waited for anyway, a server gets them in as few requests as it
+        allows."""
+        requests = {}  # (server, limit of tokens) -> trajectories
+        for trajectory in self.waiting:
+            requests.setdefault((trajectory.handle, self.room(trajectory)), []).append(trajectory)
+        self.waiting = []
+        for (client, limit), trajectories in requests.items():
+            together = client.AT_ONCE if when == ALL_COMPLETED and not self.send_seed else 1
+            for batch in chunks(trajectories, together):
+                self.submit(client, limit, batch)
+        return super().poll(tool_calls, when)
+
+    def room(self, trajectory):
+        """The most tokens that the next turn may have: what is left of the server's context, if it states one."""
+        context = trajectory.handle.context or math.inf
+        return max(0, min(self.sampling.max_new_tokens, context - len(trajectory.tokens)))
+
+    def submit(self, client, limit, trajectories):
+        """Ask for a turn of each trajectory, or end it where the context is full."""
         s = self.sampling
-        tokens = list(trajectory.tokens)
-        seed = zlib.crc32(f"{trajectory.seed} {trajectory.rounds}".encode())
-        future = self.pool.submit(self.client.generate, tokens, s.max_new_tokens, s.temperature, s.top_p,
-                                  self.stop_ids, seed)
-        self.writing[future] = trajectory
+        if limit == 0:
+            future = self.pool.submit(lambda: [tools.Rollout([], [], "length")] * len(trajectories))
+        else:
+            prompts = [list(trajectory.tokens) for trajectory in trajectories]
+            seed = None
+            if self.send_seed:
+                seed = zlib.crc32(f"{trajectories[0].seed} {trajectories[0].rounds}".encode()) % 2**31
+            future = self.pool.submit(client.generate, prompts, limit, s.temperature, s.top_p, self.stop_ids, seed)
+        self.writing[future] = trajectories
 
     def read(self, trajectory, rollout):
         """(text, finish) of a tools.Rollout, whose tokens the trajectory takes over."""
-        self.append(trajectory, rollout.tokens, rollout.logprobs)
+        is_comparable = self.probe is None or self.probe.is_comparable
+        self.append(trajectory, rollout.tokens, rollout.logprobs if is_comparable else [math.nan] * len(rollout.tokens))
         text = self.tokenizer.decode([i for i in rollout.tokens if i not in self.stop_ids])
         return text, rollout.finish
 
     def observe(self, trajectory, text):
         is_closed = trajectory.tokens[-1] in self.stop_ids
         self.append(trajectory, self.tokenizer.observation(text, closed=is_closed))
-        self.submit(trajectory)
+        self.waiting.append(trajectory)
 
     def load_weights(self, folder, step):
-        """Hand the network's weights to the server, in a new folder each time; one that goes on with the old weights is
+        """Hand the network's weights to the servers, in a new folder each time; one that goes on with other weights is
         an error."""
         folder = model.make_folder(os.path.abspath(folder))
-        path = os.path.join(folder, f"{step:06d}-{len(os.listdir(folder))}")
-        model.save_policy(path, self.net, self.tokenizer, protocol_name(self.compact), {"step": step})
-        self.client.update_weights(path)
+        forms = self.clients[0].UNTIED[:2 if self.tries_others else 1]
+        for is_last, untied in zip((len(forms) == 1, True), forms):
+            path = self.write_weights(folder, step, untied)
+            try:
+                self.serve(path)
+                break
+            except StaleWeights as error:
+                if is_last:
+                    raise
+                tools.note(f"{error}; another way to hand them over is tried")
         for old in os.listdir(folder):
             if os.path.join(folder, old) != path:
                 shutil.rmtree(os.path.join(folder, old))
 
+    def write_weights(self, folder, step, untied):
+        """A checkpoint in a new folder in ``folder``. untied: with an output matrix of its own."""
+        path = os.path.join(folder, f"{step:06d}-{len(os.listdir(folder))}")
+        with own_head(self.net) if untied else contextlib.nullcontext():
+            model.save_policy(path, self.net, self.tokenizer, protocol_name(self.compact), {"step": step})
+        return path
+
+    def serve(self, path):
+        """Let all servers go on with a checkpoint of the net's weights, and see that they do."""
+        if self.probe:
+            self.probe.refresh()
+        for client in self.clients:
+            client.restore = functools.partial(self.hand_over, client)
+            client.load(path)
+
+    def follow(self, folder):
+        """Another process has handed the weights over: know which they are, in case a server comes back without."""
+        name, = os.listdir(folder)
+        if self.probe:
+            self.probe.refresh()
+        for client in self.clients:
+            client.restore = functools.partial(self.hand_over, client)
+            client.path = os.path.join(os.path.abspath(folder), name)
+            client.version += 1
+
+    def hand_over(self, client):
+        """Once more after an outage, too."""
+        client.update_weights(client.path)
+        if self.probe:
+            self.probe.check(client)
+
+
+@contextlib.contextmanager
+def own_head(net):
+    """Within it, the output matrix of the net has a name of its own, where it is the embedding."""
+    if not net.config.tie_embeddings:
+        yield
+        return
+    with torch.device("meta"):  # without drawing random numbers
+        net.head = model.Linear(net.config.hidden_size, ("lm_head", net.config.vocab_size))
+    net.head.weight = torch.nn.Parameter(net.embed.weight.detach().clone(), requires_grad=False)
+    net.config.tie_embeddings = False
+    try:
+        yield
+    finally:
+        net.head = None
+        net.config.tie_embeddings = True
+
 
 class ChatPolicy(RemotePolicy):
-    """Any OpenAI-compatible endpoint. Conversations are sent whole."""
+    """Any OpenAI-compatible endpoint. Conversations are sent whole.
 
-    def __init__(self, client, sampling, workers=8):
-        super().__init__(client, sampling, compact=False, workers=workers)
+    compact: the policy behind it was trained on the compact form. send_seed: "always", "never", or "auto": vLLM gets
+    none, because its CPU build ends at one.
+    """
+
+    def __init__(self, client, sampling, workers=8, compact=False, send_seed="auto"):
+        super().__init__(sampling, compact, workers)
+        self.client = client
+        served = client.served_model()
+        self.max_tokens = min(sampling.max_new_tokens if compact else 4096, served.get("max_model_len") or 4096)
+        self.send_seed = send_seed == "always" or send_seed == "auto" and served.get("owned_by") != "vllm"
 
     def start(self, trajectory):
-        options = {"temperature": self.sampling.temperature, "top_p": self.sampling.top_p, "max_tokens": 4096,
-                   "seed": trajectory.seed % 2**31}
-        future = self.pool.submit(self.client.complete, trajectory.messages, **options)
-        self.writing[future] = trajectory
+        options = {"temperature": self.sampling.temperature, "top_p": self.sampling.top_p,
+                   "max_tokens": self.max_tokens}
+        if self.send_seed:
+            options["seed"] = trajectory.seed % 2**31
+        future = self.pool.submit(lambda: [self.client.reply(list(trajectory.messages), **options)])
+        self.writing[future] = [trajectory]
 
-    def read(self, trajectory, text):
-        return text, "stop"
+    def read(self, trajectory, reply):
+        return reply.text, reply.finish if self.compact else "stop"
 
     def observe(self, trajectory, text):
         self.start(trajectory)  # the observation stands in the messages
+
+
+class StaleWeights(tools.ToolError):
+    """A rollout engine does not compute with the weights that it was given."""
+
+
+PROBES, PROBE_TOKENS = 4, 64  # sequences and their length
+# mean difference of log-probs between a server and the trainer's float32 network
+PROBE_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
+
+
+class EngineProbe:
+    """Do the servers compute with the trainer's weights? A fixed set of sequences is scored by both.
+
+    A server that took new weights only in part says nothing of it, and the gradient is then of another policy's
+    samples. The sequences are random tokens, so that every row of every matrix takes part.
+    """
+
+    def __init__(self, net, temperature, needs_logprobs):
+        self.net, self.temperature, self.needs_logprobs = net, temperature, needs_logprobs
+        tokens = np.random.default_rng(0).integers(net.config.vocab_size, size=(PROBES, PROBE_TOKENS))
+        self.sequences = tokens.tolist()
+        self.dtypes = {}           # client -> dtype of its arithmetic
+        self.is_comparable = True  # whether the log-probs of samples are those of the sampling's temperature
+        self.gap = math.nan        # the last that was measured
+
+    @torch.no_grad()
+    def score(self, sequences, temperature=1.0):
+        return [logp.cpu() for logp in model.token_logprobs(self.net, sequences, temperature)]             # (T - 1,)
+
+    def refresh(self):
+        """Score the sequences with the net's new weights."""
+        self.expected = torch.cat(self.score(self.sequences))                               # (PROBES * (T - 1),)
+
+    def check(self, client):
+        """Raises StaleWeights beyond the tolerance of the server's arithmetic (bfloat16's if it does not say)."""
+        scores = torch.tensor(client.score(self.sequences)).flatten()
+        is_new = client not in self.dtypes
+        if is_new:
+            self.dtypes[client] = client.dtype()
+        dtype = self.dtypes[client] if self.dtypes[client] in PROBE_TOLERANCE else "bfloat16"
+
+        self.gap = float((scores - self.expected).abs().mean())
+        if not self.gap <= PROBE_TOLERANCE[dtype]:
+            raise StaleWeights(
+                f"rollout engine {client.base}: it does not compute with the weights that it was given: mean log-prob "
+                f"of the probe {float(scores.mean()):.5f} there, {float(self.expected.mean()):.5f} here, mean "
+                f"difference {self.gap:.2g}, of which {PROBE_TOLERANCE[dtype]:g} is allowed ({dtype})")
+        if is_new and self.temperature != 1:
+            self.check_temperature(client)
+
+    def check_temperature(self, client):
+        """Are the log-probs of samples those of the temperature at which they were drawn? Some servers give those of
+        temperature 1, which say nothing of how likely the sample was."""
+        prompts = [sequence[:8] for sequence in self.sequences]
+        at_sampling = at_one = 0.0
+        for prompt in prompts:
+            rollout, = client.sample([prompt], 16, self.temperature, 1.0, (), None)
+            given = torch.tensor(rollout.logprobs)
+            for temperature in (self.temperature, 1.0):
+                expected, = self.score([prompt + rollout.tokens], temperature)
+                gap = float((given - expected[len(prompt) - 1:]).abs().sum())
+                if temperature == 1:
+                    at_one += gap
+                else:
+                    at_sampling += gap
+        if at_sampling <= at_one:
+            return
+
+        self.is_comparable = False
+        line = (f"rollout engine {client.base}: its log-probs are those of temperature 1, the samples are drawn at "
+                f"{self.temperature:g}; start vLLM with --logprobs-mode processed_logprobs")
+        if self.needs_logprobs:
+            raise tools.ToolError(f"{line}, which --correct-mismatch needs")
+        tools.note(f"{line} to have them compared with the trainer's")
 
 
 # ---- What the log says of a step -------------------------------------------------------------------------------------
@@ -1269,6 +1454,7 @@ def update_metrics(sums, minibatches, recipe, has_grpo):
     grpo = 1.0 if has_grpo else math.nan
     is_k3 = "k3" in recipe.estimator
     is_sampled = recipe.estimator in distill.SAMPLED_ESTIMATORS
+    corrections = ("tis_weight", "tis_capped") if recipe.tis_cap is not None else ()
     return {"entropy": sums["entropy"] / tokens,
             "reference_kl": grpo * sums["reference_kl"] / tokens,
             "grpo_loss": grpo * sums["grpo_loss"] / minibatches,
@@ -1278,6 +1464,7 @@ def update_metrics(sums, minibatches, recipe, has_grpo):
             "saturated": sums["saturated"] / selected if is_k3 else math.nan,
             "capped": sums["capped"] / selected if is_sampled else math.nan,
             "clipped": grpo * sums["clipped"] / tokens,
+            **{name: grpo * sums[name] / tokens for name in corrections},
             "weight": recipe.weight}
 
 
@@ -1354,6 +1541,10 @@ class ComponentFlags(Compute):
     temperature: float = flag(0.7, "temperature of the policy")
     top_p: float = flag(0.95, "nucleus of the policy")
     max_calls: int = flag(0, "stop cleanly after so many calls to outside services, all together (0: no limit)")
+    protocol: str = flag("", "compact or full: the form of the protocol that the policy was trained on (default: as "
+                             "its folder says; full for a URL)")
+    send_seed: str = flag("auto", "always, never or auto: whether a served policy gets the seed of every turn (auto: "
+                                  "all but vLLM, whose CPU build ends at one)")
     per_minute: int = flag(0, "calls a minute that each outside service gets at most (0: no limit)")
     record: str = flag("", "keep every outside call in this file")
     replay: str = flag("", "answer every outside call from this file, without network")
@@ -1427,8 +1618,13 @@ class Evolve(ComponentFlags):
     steps: int = flag(100, "updates")
     prompts_per_step: int = flag(8, "requests a step")
     rollouts: str = flag("6", "trajectories a request (K); or as --rollouts-url, and six of them")
-    rollouts_url: str = flag("", "URL of a running SGLang server that writes the trajectories (default: the engine of "
-                                 "model.py)")
+    rollouts_url: str = flag("", "URL of a running vLLM or SGLang server that writes the trajectories, or several with "
+                                 "commas between (default: the engine of model.py)")
+    rollouts_engine: str = flag("auto", "vllm, sglang or auto: what answers there")
+    probe: str = flag("stop", "stop, reload (try other ways to hand weights over first) or off: what happens when the "
+                              "server's log-probs differ from the trainer's after an update")
+    correct_mismatch: bool = flag(False, "truncated importance sampling (TIS): weigh tokens by how much likelier the "
+                                         "trainer holds them than the engine that wrote them, at most twofold")
     summarizer: str = flag("", "URL of an OpenAI-compatible model that writes the lessons (default: rules)")
     summarizer_model: str = flag("summarizer", "model name sent to a summarizer URL")
     recipe: str = flag("stable", "stable or paper: how experience becomes a gradient")
@@ -1458,6 +1654,11 @@ class Evolve(ComponentFlags):
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
         if self.lora < 0:
             raise ValueError(f"--lora {self.lora}: must not be negative")
+        choices = {"rollouts_engine": ("auto", *tools.ENGINES), "probe": ("stop", "reload", "off")}
+        for name, allowed in choices.items():
+            check_choice(name, getattr(self, name), allowed)
+        if self.correct_mismatch and self.rollouts_url and self.probe == "off":
+            raise ValueError("--correct-mismatch needs the engine's log-probs, which --probe off leaves unchecked")
 
 
 @dataclass
@@ -1510,6 +1711,12 @@ def read_value(text, kind):
 CALLS = {"policy": 5, "search": 4, "judge": 2, "renderer": 1}
 
 
+def check_choice(name, value, allowed):
+    """Raise ValueError unless a flag has one of the values."""
+    if value not in allowed:
+        raise ValueError(f"--{name.replace('_', '-')} {value}: must be one of {', '.join(filter(None, allowed))}")
+
+
 def is_url(text):
     return text.startswith(("http://", "https://"))
 
@@ -1519,6 +1726,8 @@ class Components:
 
     def __init__(self, settings, out):
         self.settings = s = settings
+        check_choice("protocol", s.protocol, ("", "compact", "full"))
+        check_choice("send_seed", s.send_seed, ("auto", "always", "never"))
         if s.sampler not in diffusion.SAMPLERS:
             raise ValueError(f"--sampler {s.sampler}: must be one of {', '.join(diffusion.SAMPLERS)}")
         self.device = model.pick_device(s.device)
@@ -1582,19 +1791,25 @@ class Components:
         s = self.settings
         sampling = Sampling(s.temperature, s.top_p)
         if is_url(s.policy):
-            return ChatPolicy(self.chat_client(s.policy, s.policy_model), sampling)
+            client = self.chat_client(s.policy, s.policy_model)
+            return ChatPolicy(client, sampling, compact=s.protocol == "compact", send_seed=s.send_seed)
         path = s.policy or os.path.join(HERE, "weights", "policy")
         net, tokenizer = model.load(path, self.device)
         if tokenizer is None:
             raise ValueError(f"{path}: no tokenizer.json")
-        return LocalPolicy(net, tokenizer, sampling, compact=model.read_protocol(path) == "compact")
+        return LocalPolicy(net, tokenizer, sampling, compact=(s.protocol or model.read_protocol(path)) == "compact")
 
-    def rollout_policy(self, url):
-        """The policy of a folder, with an SGLang server that writes its turns."""
-        local = self.policy
-        client = tools.SGLangClient(url, os.environ.get("OPENAI_API_KEY", ""))
-        client.health()
-        return RolloutPolicy(client, local.net, local.tokenizer, local.sampling, local.compact)
+    def rollout_policy(self, urls):
+        """The policy of a folder, with servers of vLLM or SGLang that write its turns."""
+        s, local = self.settings, self.policy
+        key = os.environ.get("OPENAI_API_KEY", "")
+        clients = [tools.open_engine(url, key, s.rollouts_engine) for url in urls.split(",")]
+        kinds = {type(client) for client in clients}
+        if len(kinds) > 1:
+            raise ValueError(f"--rollouts-url {urls}: servers of one kind, please")
+        send_seed = s.send_seed == "always" or s.send_seed == "auto" and kinds == {tools.SGLangClient}
+        return RolloutPolicy(clients, local.net, local.tokenizer, local.sampling, local.compact, s.probe,
+                             s.correct_mismatch, send_seed)
 
     def open_toolbox(self, out):
         s = self.settings
@@ -1644,7 +1859,8 @@ def announce_calls(run):
 
 # ---- Files of an evolution -------------------------------------------------------------------------------------------
 
-FREE_SETTINGS = ("steps", "out", "device", "record", "replay", "max_calls", "per_minute", "checkpointing")
+FREE_SETTINGS = ("steps", "out", "device", "record", "replay", "max_calls", "per_minute", "checkpointing", "protocol",
+                 "rollouts_url", "rollouts_engine", "probe", "send_seed", "correct_mismatch")  # the last: set tis_cap
 
 
 def run_identity(settings, recipe):

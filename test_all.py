@@ -1799,17 +1799,24 @@ def respond(handler, body=b"", status=200, **headers):
 
 
 class RolloutService(Service):
-    """A stand-in for SGLang: its endpoints over generate(input_ids, sampling_params) -> Rollout and load(path).
+    """A stand-in for SGLang: its endpoints over generate(input_ids, sampling_params) -> Rollout, load(path) and
+    score(input_ids) -> log-probs of all tokens but the first.
 
     stubborn: it says that it took the new weights, and goes on with the old ones.
     """
 
-    def __init__(self, generate, load, stubborn=False):
+    def __init__(self, generate, load, stubborn=False, score=None):
         served = {"model_path": "first", "is_generation": True}
 
         def behave(handler):
             request = json.loads(handler.body or b"{}")
-            if handler.path == "/generate" and request["input_ids"]:
+            if handler.path == "/generate" and "logprob_start_len" in request:
+                scored = [[None, request["input_ids"][0], None]]
+                scored += [[logprob, 0, None] for logprob in score(request["input_ids"])]
+                respond(handler, {"meta_info": {"input_token_logprobs": scored}})
+            elif handler.path == "/get_server_info":
+                respond(handler, {"dtype": "torch.float32"})
+            elif handler.path == "/generate" and request["input_ids"]:
                 respond(handler, self.reply(generate(request["input_ids"], request["sampling_params"])))
             elif handler.path == "/update_weights_from_disk":
                 if not stubborn:
@@ -2514,14 +2521,14 @@ def test_rollout_client_and_engine_agree():
     with RolloutService(generate, loaded.append) as engine:
         client = tools.SGLangClient(engine.url)
         client.health()
-        done = client.generate([5, 6], max_new_tokens=4, seed=1)
+        done, = client.generate([[5, 6]], max_new_tokens=4, seed=1)
         assert (done.tokens, done.logprobs, done.finish) == ([6, 7], [-0.5, -0.5], "stop")
         assert asked == [{"max_new_tokens": 4, "temperature": 1.0, "top_p": 1.0, "stop_token_ids": [],
                           "sampling_seed": 1}]
         client.update_weights("checkpoints/step1")
         assert loaded == ["checkpoints/step1"]
         with pytest.raises(tools.ToolError):
-            client.generate([], max_new_tokens=4)
+            client.generate([[]], max_new_tokens=4)
 
 
 def test_a_rollout_engine_that_keeps_the_old_weights_is_noticed():
@@ -2546,7 +2553,7 @@ def test_an_aborted_generation_has_no_reward():
     meta = {"finish_reason": {"type": "abort", "message": "out of memory"}, "output_token_logprobs": []}
     with Service(lambda h: respond(h, {"output_ids": [], "meta_info": meta})) as engine:
         with pytest.raises(tools.ToolError, match="aborted: out of memory"):
-            tools.SGLangClient(engine.url, retries=0).generate([1], 4)
+            tools.SGLangClient(engine.url, patience=0.0, backoff=0.01).generate([[1]], 4)
 
 
 # ---- The local server ------------------------------------------------------------------------------------------------
@@ -5196,11 +5203,15 @@ def test_a_tokens_mask_covers_exactly_what_the_policy_wrote(atlas_box):
 
 class FailingClient:
     """A rollout engine and a chat model that answer no request."""
+    AT_ONCE, context = 1, None
 
     def generate(self, *_):
         raise tools.ToolError("no engine")
 
-    def complete(self, *_, **__):
+    def served_model(self):
+        return {}
+
+    def reply(self, *_, **__):
         raise tools.ToolError("no model")
 
 
@@ -5209,7 +5220,7 @@ def test_a_policy_that_cannot_be_reached_ends_its_trajectory_with_an_error(atlas
     net, tokenizer = model.load(SFT)
     policy = genevolve.ChatPolicy(FailingClient(), genevolve.Sampling())
     if kind == "rollout engine":
-        policy = genevolve.RolloutPolicy(FailingClient(), net, tokenizer, genevolve.Sampling(), compact=True)
+        policy = genevolve.RolloutPolicy([FailingClient()], net, tokenizer, genevolve.Sampling(), compact=True)
     t, = genevolve.Agent(policy, atlas_box).run(atlas.world.requests("validation")[:1], [0])
     assert t.termination == "error" and t.error.startswith("error: no ") and t.program is None and t.rounds == 1
 
@@ -6100,13 +6111,17 @@ class StandInEngine:
         self.loaded = []
         self.lock = threading.Lock()
         self.net, _ = model.load(os.path.join(genevolve.HERE, "weights", "sft"))
-        self.server = RolloutService(self.rollout, self.load)
+        self.server = RolloutService(self.rollout, self.load, score=self.score)
         self.server.thread.start()
+
+    @torch.no_grad()
+    def score(self, ids):
+        return model.token_logprobs(self.net, [ids])[0].tolist()
 
     def rollout(self, ids, sampling):
         with self.lock:
             done, = model.generate(self.net, [ids], sampling["max_new_tokens"], sampling["temperature"],
-                                   sampling["top_p"], sampling["stop_token_ids"], sampling["sampling_seed"])
+                                   sampling["top_p"], sampling["stop_token_ids"], sampling.get("sampling_seed", 0))
         return tools.Rollout(done.tokens, done.logprobs, done.finish)
 
     def load(self, path):
