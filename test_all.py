@@ -10,6 +10,7 @@ import concurrent.futures
 import copy
 import dataclasses
 import gc
+import hashlib
 import http.server
 import importlib
 import io
@@ -933,6 +934,55 @@ def test_a_damaged_newest_checkpoint_is_named_in_one_line_and_skipped(tmp_path, 
     assert error.count("\n") == 1 and str(tmp_path / "000010") in error and "skipped" in error
     model.save_checkpoint(tmp_path, 10, {"x": torch.tensor([11.0])}, {})  # the step is done again
     assert model.latest_checkpoint(tmp_path)[1]["x"].item() == 11 and capsys.readouterr().err == ""
+    assert sorted(os.listdir(tmp_path)) == ["000009", "000010", "000010.aside"]
+    model.save_checkpoint(tmp_path, 10, {"x": torch.tensor([12.0])}, {})  # a whole one is replaced
+    assert sorted(os.listdir(tmp_path)) == ["000009", "000010", "000010.aside"]
+
+
+@pytest.mark.parametrize("fault", ["torn", "unreadable"])
+def test_where_no_checkpoint_can_be_read_nothing_is_removed_and_nothing_begins_again(tmp_path, fault, monkeypatch):
+    for step in (1, 2):
+        model.save_checkpoint(tmp_path, step, {"x": torch.tensor([float(step)])}, {})
+    with monkeypatch.context() as patched:
+        if fault == "unreadable":  # for a moment
+            patched.setattr(model, "checksum", lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        else:
+            for step in ("000001", "000002"):
+                flip_a_bit("state-00001-of-00001.safetensors")(tmp_path / step)
+        with pytest.raises(ValueError, match=r"none of its checkpoints \(000001, 000002\) can be read; they stay"):
+            model.latest_checkpoint(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["000001", "000002"]
+    if fault == "unreadable":
+        assert model.latest_checkpoint(tmp_path)[1]["x"].item() == 2
+
+
+def test_a_folder_is_locked_until_its_process_ends_however_it_ends(tmp_path):
+    holder = "import sys, time, model\nwith model.locked(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", holder, str(tmp_path)], stdout=subprocess.PIPE,
+                               cwd=genevolve.HERE)
+    try:
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match=f"process {process.pid} is at work there"), model.locked(str(tmp_path)):
+            pass
+    finally:
+        process.kill()
+        process.wait()
+    with model.locked(str(tmp_path)):  # what a killed process leaves behind locks nothing
+        assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
+
+
+def test_a_fingerprint_is_of_what_a_folder_computes_with(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"abc")
+    (tmp_path / "config.json").write_text("{}")
+    digests = {"config.json": b"{}", "model.safetensors": b"abc"}
+    lines = "".join(f"{name} {hashlib.sha256(data).hexdigest()}\n" for name, data in digests.items())
+    expected = hashlib.sha256(lines.encode()).hexdigest()
+    assert model.fingerprint(str(tmp_path)) == expected
+    (tmp_path / "training.json").write_text("{}")
+    assert model.fingerprint(str(tmp_path)) == expected and model.fingerprint(str(tmp_path / "nothing")) is None
+    (tmp_path / "model.safetensors").write_bytes(b"abd")
+    assert model.fingerprint(str(tmp_path)) != expected
+    assert model.fingerprint(str(tmp_path / "config.json")) == hashlib.sha256(b"{}").hexdigest()
 
 
 def test_an_unfinished_checkpoint_is_none(tmp_path, capsys, monkeypatch):
@@ -956,8 +1006,8 @@ def test_the_newest_checkpoints_stay(tmp_path, keep):
     os.makedirs(tmp_path / "999999")  # left by a run that went further: its steps are done again
     for step in (1, 5, 20, 1000000):
         model.save_checkpoint(tmp_path, step, {"x": torch.zeros(1)}, {}, keep=keep)
-    kept = sorted(os.listdir(tmp_path), key=int)
-    assert kept == ["000001", "000005", "000020", "1000000"][-keep:]
+    kept = sorted(filter(str.isdecimal, os.listdir(tmp_path)), key=int)
+    assert kept == ["000001", "000005", "000020", "1000000"][-keep:] and (tmp_path / "999999.aside").exists()
 
 
 ADAPTER_TRAINING = """
