@@ -1498,28 +1498,32 @@ def fmt(value):
 # ---- Flags: every one is a field, every default stands once ----------------------------------------------------------
 
 def flag(default, help, **more):
+    """A field that is a flag. more: bounds="(0, 1]" or choices=(...) say what it takes, as in ``distill.Recipe``."""
     return field(default=default, metadata={"help": help, **more})
+
+
+def recipe_help():
+    """The recipe's fields with what each takes, for --help."""
+    return "fields: " + "; ".join(f"{f.name}, {distill.values_of(f)}" for f in fields(distill.Recipe))
 
 
 @dataclass
 class Common:
     """Flags of every command."""
     out: str = flag("out", "folder for everything that is written")
-    seed: int = flag(0, "every random stream derives from it")
+    seed: int = flag(0, "every random stream derives from it", bounds="[0, inf)")
     device: str = flag("auto", "auto, cpu, cuda or mps")
+
+    def __post_init__(self):
+        distill.check_fields(self, flag_name)
 
 
 @dataclass
 class Compute(Common):
     """Flags of every command that computes: how much of the processor it takes, and by which kernel it multiplies."""
-    threads: int = flag(0, "threads of the CPU (0: as many as cores that stand idle at the start)")
-    products: str = flag("auto", "float32 products on the CPU: mkl, onednn, or auto, the faster that is exact")
-
-    def __post_init__(self):
-        if self.threads < 0:
-            raise ValueError(f"--threads {self.threads}: must not be negative")
-        if self.products not in ("auto", *model.PRODUCTS):
-            raise ValueError(f"--products {self.products!r}: must be auto, {' or '.join(model.PRODUCTS)}")
+    threads: int = flag(0, "threads of the CPU (0: as many as cores that stand idle at the start)", bounds="[0, inf)")
+    products: str = flag("auto", "float32 products on the CPU; auto: the faster that is exact",
+                         choices=("auto", *model.PRODUCTS))
 
 
 @dataclass
@@ -1534,18 +1538,21 @@ class ComponentFlags(Compute):
     judge: str = flag("", "URL of an OpenAI-compatible vision model (default: the pixel judge, Atlas requests only)")
     judge_model: str = flag("judge", "model name sent to a judge URL")
     corpus: str = flag(os.path.join(HERE, "atlas", "corpus"), "folder of texts and images that the local search reads")
-    sampling_steps: int = flag(20, "sampling steps of the renderer")
-    sampler: str = flag("euler", "euler, midpoint (two calls a step) or ancestral: how the embedded renderer samples")
+    sampling_steps: int = flag(20, "sampling steps of the renderer", bounds="[1, inf)")
+    sampler: str = flag("euler", "how the embedded renderer samples; midpoint: two calls a step",
+                        choices=diffusion.SAMPLERS)
     guidance: float = flag(1.0, "classifier-free guidance of the embedded renderer (1: none; more hides what a loose "
-                                "wording costs)")
-    temperature: float = flag(0.7, "temperature of the policy")
-    top_p: float = flag(0.95, "nucleus of the policy")
-    max_calls: int = flag(0, "stop cleanly after so many calls to outside services, all together (0: no limit)")
+                                "wording costs)", bounds="[0, inf)")
+    temperature: float = flag(0.7, "temperature of the policy (0: always the likeliest token)", bounds="[0, 100]")
+    top_p: float = flag(0.95, "nucleus of the policy", bounds="(0, 1]")
+    max_calls: int = flag(0, "stop cleanly after so many calls to outside services, all together (0: no limit)",
+                          bounds="[0, inf)")
     protocol: str = flag("", "compact or full: the form of the protocol that the policy was trained on (default: as "
-                             "its folder says; full for a URL)")
-    send_seed: str = flag("auto", "always, never or auto: whether a served policy gets the seed of every turn (auto: "
-                                  "all but vLLM, whose CPU build ends at one)")
-    per_minute: int = flag(0, "calls a minute that each outside service gets at most (0: no limit)")
+                             "its folder says; full for a URL)", choices=("", "compact", "full"))
+    send_seed: str = flag("auto", "whether a served policy gets the seed of every turn (auto: all but vLLM, whose CPU "
+                                  "build ends at one)", choices=("auto", "always", "never"))
+    per_minute: int = flag(0, "calls a minute that each outside service gets at most (0: no limit)",
+                           bounds="[0, inf)")
     record: str = flag("", "keep every outside call in this file")
     replay: str = flag("", "answer every outside call from this file, without network")
 
@@ -1556,44 +1563,48 @@ class Run(ComponentFlags):
     request: str = flag(None, "what to picture (default: one that needs everything)", positional=True)
     input: str = flag("", "a .json or .jsonl file of requests, field prompt or question")
     json: bool = flag(False, "print one JSON object and nothing else")
-    live: int = flag(32, "requests answered side by side")
+    live: int = flag(32, "requests answered side by side", bounds="[1, inf)")
 
 
 @dataclass
 class Serve(ComponentFlags):
     """Search, images, chat, renderer and judge over HTTP."""
     host: str = flag("127.0.0.1", "address to bind to")
-    port: int = flag(8765, "port (0: any free one)")
+    port: int = flag(8765, "port (0: any free one)", bounds="[0, 65535]")
 
 
 @dataclass
 class Sft(Compute):
     """Cold start of the embedded policy on demonstrations (section 4)."""
-    out: str = flag(os.path.join(HERE, "weights", "sft"), "checkpoint folder")
+    out: str = flag(os.path.join("runs", "sft"), "checkpoint folder; a stopped run goes on there")
     data: str = flag(os.path.join(HERE, "atlas", "sft.jsonl"), "rows {\"messages\": [...]}")
     vocabulary: str = flag(os.path.join(HERE, "atlas", "vocabulary.txt"), "text that a new tokenizer is trained on")
     init: str = flag("", "policy folder to start from (default: a new network and tokenizer)")
-    lora: int = flag(0, "rank of low-rank adapters that are trained in place of the whole policy of --init (0: none)")
-    vocab_size: int = flag(1152, "tokenizer size of a new policy")
-    hidden: int = flag(160, "width of a new policy")
-    layers: int = flag(4, "depth of a new policy")
-    heads: int = flag(4, "query heads of a new policy (two key-value heads)")
-    copy_weight: float = flag(0.3, "weight of the copying loss beside the demonstrations' (0 for a pretrained policy)")
+    lora: int = flag(0, "rank of low-rank adapters that are trained in place of the whole policy of --init (0: none)",
+                     bounds="[0, inf)")
+    vocab_size: int = flag(1152, "tokenizer size of a new policy", bounds="[1, inf)")
+    hidden: int = flag(160, "width of a new policy", bounds="[1, inf)")
+    layers: int = flag(4, "depth of a new policy", bounds="[1, inf)")
+    heads: int = flag(4, "query heads of a new policy, an even number (two key-value heads)", bounds="[2, inf)")
+    copy_weight: float = flag(0.3, "weight of the copying loss beside the demonstrations' (0 for a pretrained policy)",
+                              bounds="[0, inf)")
     copy_token_weight: float = flag(4.0, "loss weight of a token that has to be copied, beside 1 for any other (1 for "
-                                         "a pretrained policy)")
-    copy_steps: int = flag(500, "warm-up steps on repeated random segments, which teach copying")
-    steps: int = flag(900, "optimizer steps on demonstrations")
-    batch_tokens: int = flag(8192, "tokens a step")
-    lr: float = flag(2.5e-3, "peak learning rate (1e-5 for a pretrained policy)")
-    warmup: float = flag(0.02, "share of the steps in which the rate rises")
-    weight_decay: float = flag(1e-6, "decoupled weight decay")
-    save_every: int = flag(200, "steps between checkpoints; a stopped run goes on from the last one")
+                                         "a pretrained policy)", bounds="(0, inf)")
+    copy_steps: int = flag(500, "warm-up steps on repeated random segments, which teach copying", bounds="[0, inf)")
+    steps: int = flag(900, "optimizer steps on demonstrations", bounds="[1, inf)")
+    batch_tokens: int = flag(8192, "tokens a step", bounds="[1, inf)")
+    lr: float = flag(2.5e-3, "peak learning rate (1e-5 for a pretrained policy)", bounds="(0, 1]")
+    warmup: float = flag(0.02, "share of the steps in which the rate rises", bounds="[0, 1]")
+    weight_decay: float = flag(1e-6, "decoupled weight decay", bounds="[0, inf)")
+    save_every: int = flag(200, "steps between checkpoints; a stopped run goes on from the last one",
+                           bounds="[1, inf)")
+    accept_changes: bool = flag(False, "go on with a stopped run although a file that it reads has changed")
     bf16: bool = flag(True, "matrix products in bfloat16 (weights stay float32)")
 
     def __post_init__(self):
         super().__post_init__()
-        if self.lora < 0:
-            raise ValueError(f"--lora {self.lora}: must not be negative")
+        if self.heads % 2:
+            raise ValueError(f"--heads {self.heads}: must be even")
         if self.lora and not self.init:
             raise ValueError("--lora adapts a policy: name its folder with --init")
 
@@ -1603,8 +1614,8 @@ class TrainRenderer(Compute):
     """VAE, then diffusion transformer."""
     out: str = flag(os.path.join(HERE, "weights"), "folder that gets vae/ and renderer/")
     data: str = flag(os.path.join(HERE, "atlas"), "folder with scenes.safetensors and scenes.jsonl")
-    vae_steps: int = flag(0, "optimizer steps of the VAE (0: its default)")
-    steps: int = flag(0, "optimizer steps of the diffusion transformer (0: its default)")
+    vae_steps: int = flag(0, "optimizer steps of the VAE (0: its default)", bounds="[0, inf)")
+    steps: int = flag(0, "optimizer steps of the diffusion transformer (0: its default)", bounds="[0, inf)")
     start: str = flag("", "folder of a trained diffusion transformer to begin with (default: random weights)")
     compile: bool = flag(False, "torch.compile its layers (two minutes, then twice as fast; needs a C++ compiler)")
 
@@ -1615,48 +1626,47 @@ class Evolve(ComponentFlags):
     out: str = flag(os.path.join("runs", "evolve"), "folder of the run; the same command goes on where it stopped")
     data: str = flag(os.path.join(HERE, "atlas", "evolve.jsonl"), "requests to learn from")
     validation: str = flag(os.path.join(HERE, "atlas", "validation.jsonl"), "requests that decide about promotion")
-    steps: int = flag(100, "updates")
-    prompts_per_step: int = flag(8, "requests a step")
-    rollouts: str = flag("6", "trajectories a request (K); or as --rollouts-url, and six of them")
+    steps: int = flag(100, "updates", bounds="[1, inf)")
+    prompts_per_step: int = flag(8, "requests a step", bounds="[1, inf)")
+    rollouts: str = flag("6", "trajectories a request (K), which are compared; or as --rollouts-url, and six of them",
+                         bounds="[2, inf)")
     rollouts_url: str = flag("", "URL of a running vLLM or SGLang server that writes the trajectories, or several with "
                                  "commas between (default: the engine of model.py)")
-    rollouts_engine: str = flag("auto", "vllm, sglang or auto: what answers there")
-    probe: str = flag("stop", "stop, reload (try other ways to hand weights over first) or off: what happens when the "
-                              "server's log-probs differ from the trainer's after an update")
+    rollouts_engine: str = flag("auto", "what answers there", choices=("auto", *tools.ENGINES))
+    probe: str = flag("stop", "what happens when the server's log-probs differ from the trainer's after an update; "
+                              "reload: try other ways to hand weights over first", choices=("stop", "reload", "off"))
     correct_mismatch: bool = flag(False, "truncated importance sampling (TIS): weigh tokens by how much likelier the "
                                          "trainer holds them than the engine that wrote them, at most twofold")
     summarizer: str = flag("", "URL of an OpenAI-compatible model that writes the lessons (default: rules)")
     summarizer_model: str = flag("summarizer", "model name sent to a summarizer URL")
-    recipe: str = flag("stable", "stable or paper: how experience becomes a gradient")
-    set: str = flag("", "changes to the recipe, for instance weight=1,teacher=ema")
-    lr: float = flag(2e-4, "learning rate of AdamW (1e-6 for a pretrained policy)")
-    lora: int = flag(0, "rank of low-rank adapters that are trained in place of the whole policy (0: none)")
+    recipe: str = flag("stable", "how experience becomes a gradient", choices=tuple(distill.RECIPES))
+    set: str = flag("", "changes to the recipe, for instance weight=1,teacher=ema; " + recipe_help())
+    lr: float = flag(2e-4, "learning rate of AdamW (1e-6 for a pretrained policy)", bounds="[0, 1]")
+    lora: int = flag(0, "rank of low-rank adapters that are trained in place of the whole policy (0: none)",
+                     bounds="[0, inf)")
     grpo: bool = flag(True, "the group-relative policy gradient")
-    minibatches: int = flag(1, "updates a batch of trajectories is split into")
+    minibatches: int = flag(1, "updates a batch of trajectories is split into", bounds="[1, inf)")
     micro_tokens: int = flag(0, "tokens a forward pass of one process, a shared beginning once (0: 6,144 on a CPU, "
-                                "65,536 on a GPU)")
+                                "65,536 on a GPU)", bounds="[0, inf)")
     checkpointing: bool = flag(False, "recompute activations in the backward pass instead of keeping them")
     bf16: bool = flag(False, "matrix products of the update in bfloat16")
-    sampling_steps: int = flag(6, "sampling steps of the renderer")
-    eval_every: int = flag(20, "steps between evaluations on validation requests (0: never)")
-    audit_every: int = flag(10, "steps between lesson audits, which cost rollouts of their own (0: never)")
+    sampling_steps: int = flag(6, "sampling steps of the renderer", bounds="[1, inf)")
+    # the engine's log-probs are those of a softmax, and the ratio's are, too: a greedy policy has none
+    temperature: float = flag(0.7, "temperature of the policy", bounds="[0.01, 100]")
+    eval_every: int = flag(20, "steps between evaluations on validation requests (0: never)", bounds="[0, inf)")
+    audit_every: int = flag(10, "steps between lesson audits, which cost rollouts of their own (0: never)",
+                            bounds="[0, inf)")
+    accept_changes: bool = flag(False, "go on although the policy folder or a file of the run has changed since it "
+                                       "was begun")
 
     def __post_init__(self):
-        super().__post_init__()
         if str(self.rollouts).startswith(("http://", "https://")):
             self.rollouts, self.rollouts_url = 6, self.rollouts
         try:
             self.rollouts = int(self.rollouts)
         except ValueError:
             raise ValueError(f"--rollouts {self.rollouts}: a number, or the URL of a rollout engine")
-        for name in ("steps", "prompts_per_step", "rollouts", "minibatches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
-        if self.lora < 0:
-            raise ValueError(f"--lora {self.lora}: must not be negative")
-        choices = {"rollouts_engine": ("auto", *tools.ENGINES), "probe": ("stop", "reload", "off")}
-        for name, allowed in choices.items():
-            check_choice(name, getattr(self, name), allowed)
+        super().__post_init__()
         if self.correct_mismatch and self.rollouts_url and self.probe == "off":
             raise ValueError("--correct-mismatch needs the engine's log-probs, which --probe off leaves unchecked")
 
@@ -1681,40 +1691,42 @@ def read_recipe(name, changes):
     if name not in distill.RECIPES:
         raise ValueError(f"--recipe {name}: must be one of {', '.join(distill.RECIPES)}")
     recipe, values = distill.RECIPES[name], {}
-    known = asdict(recipe)
+    known = {f.name: f for f in fields(recipe)}
     for change in filter(None, changes.split(",")):
         key, _, text = change.partition("=")
         if key not in known:
             raise ValueError(f"--set {change}: no such field{suggest(key, known)}")
-        kind = type(known[key])
         try:
-            values[key] = read_value(text, kind)
-        except (TypeError, ValueError):
-            raise ValueError(f"--set {change}: not a {kind.__name__}")
-    return dataclasses.replace(recipe, **values)
+            values[key] = read_value(text, known[key])
+        except ValueError:
+            raise ValueError(f"--set {change}: {key} must be {distill.values_of(known[key])}") from None
+    try:
+        return dataclasses.replace(recipe, **values)
+    except ValueError as error:  # what does not go together
+        raise ValueError(f"--set {changes}: {error}") from None
 
 
-def read_value(text, kind):
-    """The value of a recipe's field; a field that may be None (kind is then its default's type) takes a number."""
-    if kind is bool:
-        return text == "true"
-    if kind is str:
-        return text
-    if text == "none":
-        return None
-    return kind(text) if kind in (int, float) else float(text)
+def read_value(text, f):
+    """The value that a text means for a recipe's field. Raises ValueError if the field does not take it."""
+    if f.type is bool:
+        value = {"true": True, "false": False}.get(text)
+    elif f.type is tuple:
+        value = tuple(map(float, text.split(":")))
+    elif text == "none" and distill.is_optional(f):
+        value = None
+    elif f.type in (str, int):
+        value = f.type(text)
+    else:
+        value = float(text)
+    if not distill.takes(f, value):
+        raise ValueError(f"{f.name} {text}")
+    return value
 
 
 # ---- Components ------------------------------------------------------------------------------------------------------
 
 # calls of one trajectory: about five turns, whose tools ask about four queries; a judge sees picture and program
 CALLS = {"policy": 5, "search": 4, "judge": 2, "renderer": 1}
-
-
-def check_choice(name, value, allowed):
-    """Raise ValueError unless a flag has one of the values."""
-    if value not in allowed:
-        raise ValueError(f"--{name.replace('_', '-')} {value}: must be one of {', '.join(filter(None, allowed))}")
 
 
 def is_url(text):
@@ -1726,10 +1738,6 @@ class Components:
 
     def __init__(self, settings, out):
         self.settings = s = settings
-        check_choice("protocol", s.protocol, ("", "compact", "full"))
-        check_choice("send_seed", s.send_seed, ("auto", "always", "never"))
-        if s.sampler not in diffusion.SAMPLERS:
-            raise ValueError(f"--sampler {s.sampler}: must be one of {', '.join(diffusion.SAMPLERS)}")
         self.device = model.pick_device(s.device)
         self.tape = tools.Tape(record=s.record or None, replay=s.replay or None)
         self.budget = tools.Budget(s.max_calls) if s.max_calls else None
@@ -2699,8 +2707,10 @@ def build_parser(commands):
             elif f.type in (bool, "bool"):
                 sub.add_argument(flag_name(f.name), default=f.default, help=help, action=argparse.BooleanOptionalAction)
             else:
+                taken = distill.values_of(f)
+                taken = f"; {taken}" if taken else ""
                 sub.add_argument(flag_name(f.name), type=f.type, default=f.default,
-                                 help=f"{help} (default: {f.default!r})")
+                                 help=f"{help} (default: {f.default!r}{taken})")
     return parser
 
 

@@ -54,6 +54,11 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer as FastTokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.checkpoint import checkpoint
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 # ---- Decoder ---------------------------------------------------------------------------------------------------------
 
 @dataclass
@@ -2009,8 +2014,8 @@ def save_checkpoint(folder, step, tensors, state, processes=None, keep=2):
 
     The checkpoint is there whole or not at all: it is written under another name, flushed to the disk, and renamed.
     state: {...} of JSON values; "step" and "checksums" {file: SHA-256} are added. Every process calls this, and goes on
-    when the checkpoint stands. Of the checkpoints up to this step the ``keep`` newest stay, later ones are removed (a
-    damaged one, whose steps are done again).
+    when the checkpoint stands. Of the checkpoints up to this step the ``keep`` newest stay; damaged and later ones,
+    whose steps are done again, are put aside (NAME.aside), never removed.
     """
     processes = processes or ProcessGroup()
     unfinished = os.path.join(folder, "unfinished")
@@ -2031,25 +2036,41 @@ def save_checkpoint(folder, step, tensors, state, processes=None, keep=2):
         write_json(state_file, {**state, "step": step, "checksums": checksums})
         flush(state_file)
         flush(unfinished)
-        shutil.rmtree(final, ignore_errors=True)
+        was_whole = os.path.exists(final) and not damage_of(final)
+        moved = [put_aside(os.path.join(folder, name)) for name in checkpoint_names(folder) if int(name) >= step]
         os.rename(unfinished, final)
         flush(folder)
-        earlier = [name for name in checkpoint_names(folder) if int(name) <= step]
-        for name in set(checkpoint_names(folder)) - set(earlier[-keep:]):
+        if was_whole:  # the same step again
+            shutil.rmtree(moved[0])
+        for name in checkpoint_names(folder)[:-keep]:
             shutil.rmtree(os.path.join(folder, name))
     processes.barrier()
     return final
 
 
-def latest_checkpoint(folder, processes=None):
-    """(state, tensors) of the newest whole checkpoint, tensors whole in every process; None if there is none.
+def put_aside(path):
+    """Give a file or folder a name under which nothing looks for it: path.aside, path.aside-2, ... Returns the name."""
+    aside, number = f"{path}.aside", 1
+    while os.path.exists(aside):
+        number += 1
+        aside = f"{path}.aside-{number}"
+    os.rename(path, aside)
+    return aside
 
-    A damaged newer one is named on stderr, in one line, and skipped; an unfinished one is no checkpoint.
+
+def latest_checkpoint(folder, processes=None):
+    """(state, tensors) of the newest whole checkpoint, tensors whole in every process; None if there is no checkpoint.
+
+    A damaged newer one is named on stderr, in one line, and skipped; an unfinished one is no checkpoint. Raises
+    ValueError where there are checkpoints and none is whole: a run that has begun does not begin again in silence.
     """
     processes = processes or ProcessGroup()
-    newest = newest_whole_checkpoint(folder) if processes.is_main else None
-    newest = processes.all_gather_objects(newest)[0]
+    found = (checkpoint_names(folder), newest_whole_checkpoint(folder)) if processes.is_main else None
+    names, newest = processes.all_gather_objects(found)[0]
     if newest is None:
+        if names:
+            raise ValueError(f"{folder}: none of its checkpoints ({', '.join(names)}) can be read; they stay as they "
+                             "are. Try again if the disk failed for a moment, or move the folder away to start afresh")
         return None
     state = read_json(os.path.join(newest, "state.json"))
     paths = [os.path.join(newest, name) for name in state["checksums"]]
@@ -2060,16 +2081,21 @@ def newest_whole_checkpoint(folder):
     """Path of the newest checkpoint whose files have the checksums of its state.json, or None."""
     for name in reversed(checkpoint_names(folder)):
         path = os.path.join(folder, name)
-        try:
-            expected = read_json(os.path.join(path, "state.json"))["checksums"]
-            found = {file: checksum(os.path.join(path, file)) for file in expected}
-            if found == expected:
-                return path
-            reason = "its checksum does not match"
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = error
-        print(f"{path}: damaged, skipped ({reason})", file=sys.stderr)
+        damage = damage_of(path)
+        if not damage:
+            return path
+        print(f"{path}: damaged, skipped ({damage})", file=sys.stderr)
     return None
+
+
+def damage_of(path):
+    """What keeps a checkpoint from being read, in a few words; "" if it is whole."""
+    try:
+        expected = read_json(os.path.join(path, "state.json"))["checksums"]
+        found = {file: checksum(os.path.join(path, file)) for file in expected}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return str(error) or type(error).__name__
+    return "" if found == expected else "its checksum does not match"
 
 
 def checkpoint_names(folder):
@@ -2081,6 +2107,43 @@ def checkpoint_names(folder):
 def checksum(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(path):
+    """SHA-256 of a file, or of the weights, configuration and tokenizer in a folder; None where there is nothing."""
+    if os.path.isfile(path):
+        return checksum(path)
+    if not os.path.isdir(path):
+        return None
+    digests = ""
+    for name in sorted(os.listdir(path)):
+        if name.endswith(".safetensors") or name in ("config.json", "tokenizer.json", "genevolve.json"):
+            digests += f"{name} {checksum(os.path.join(path, name))}\n"
+    return hashlib.sha256(digests.encode()).hexdigest()
+
+
+@contextmanager
+def locked(folder):
+    """Hold the folder for this process, with its number in folder/lock; ValueError if another one holds it.
+
+    The system lets go of the lock when the process ends, killed or not, so a file that is left behind locks nothing.
+    Of several processes of one run the first holds it. Where the system knows no such locks (Windows), nothing is held.
+    """
+    path = os.path.join(make_folder(folder), "lock")
+    if fcntl is None or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(f"{folder}: process {file.read().strip()} is at work there (it holds {path}); wait for "
+                             "it, or choose another --out") from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
 
 
 def flush(path):

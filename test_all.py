@@ -10,6 +10,7 @@ import concurrent.futures
 import copy
 import dataclasses
 import gc
+import hashlib
 import http.server
 import importlib
 import io
@@ -980,6 +981,55 @@ def test_a_damaged_newest_checkpoint_is_named_in_one_line_and_skipped(tmp_path, 
     assert error.count("\n") == 1 and str(tmp_path / "000010") in error and "skipped" in error
     model.save_checkpoint(tmp_path, 10, {"x": torch.tensor([11.0])}, {})  # the step is done again
     assert model.latest_checkpoint(tmp_path)[1]["x"].item() == 11 and capsys.readouterr().err == ""
+    assert sorted(os.listdir(tmp_path)) == ["000009", "000010", "000010.aside"]
+    model.save_checkpoint(tmp_path, 10, {"x": torch.tensor([12.0])}, {})  # a whole one is replaced
+    assert sorted(os.listdir(tmp_path)) == ["000009", "000010", "000010.aside"]
+
+
+@pytest.mark.parametrize("fault", ["torn", "unreadable"])
+def test_where_no_checkpoint_can_be_read_nothing_is_removed_and_nothing_begins_again(tmp_path, fault, monkeypatch):
+    for step in (1, 2):
+        model.save_checkpoint(tmp_path, step, {"x": torch.tensor([float(step)])}, {})
+    with monkeypatch.context() as patched:
+        if fault == "unreadable":  # for a moment
+            patched.setattr(model, "checksum", lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        else:
+            for step in ("000001", "000002"):
+                flip_a_bit("state-00001-of-00001.safetensors")(tmp_path / step)
+        with pytest.raises(ValueError, match=r"none of its checkpoints \(000001, 000002\) can be read; they stay"):
+            model.latest_checkpoint(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["000001", "000002"]
+    if fault == "unreadable":
+        assert model.latest_checkpoint(tmp_path)[1]["x"].item() == 2
+
+
+def test_a_folder_is_locked_until_its_process_ends_however_it_ends(tmp_path):
+    holder = "import sys, time, model\nwith model.locked(sys.argv[1]):\n    print('held', flush=True), time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", holder, str(tmp_path)], stdout=subprocess.PIPE,
+                               cwd=genevolve.HERE)
+    try:
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match=f"process {process.pid} is at work there"), model.locked(str(tmp_path)):
+            pass
+    finally:
+        process.kill()
+        process.wait()
+    with model.locked(str(tmp_path)):  # what a killed process leaves behind locks nothing
+        assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
+
+
+def test_a_fingerprint_is_of_what_a_folder_computes_with(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"abc")
+    (tmp_path / "config.json").write_text("{}")
+    digests = {"config.json": b"{}", "model.safetensors": b"abc"}
+    lines = "".join(f"{name} {hashlib.sha256(data).hexdigest()}\n" for name, data in digests.items())
+    expected = hashlib.sha256(lines.encode()).hexdigest()
+    assert model.fingerprint(str(tmp_path)) == expected
+    (tmp_path / "training.json").write_text("{}")
+    assert model.fingerprint(str(tmp_path)) == expected and model.fingerprint(str(tmp_path / "nothing")) is None
+    (tmp_path / "model.safetensors").write_bytes(b"abd")
+    assert model.fingerprint(str(tmp_path)) != expected
+    assert model.fingerprint(str(tmp_path / "config.json")) == hashlib.sha256(b"{}").hexdigest()
 
 
 def test_an_unfinished_checkpoint_is_none(tmp_path, capsys, monkeypatch):
@@ -1003,8 +1053,8 @@ def test_the_newest_checkpoints_stay(tmp_path, keep):
     os.makedirs(tmp_path / "999999")  # left by a run that went further: its steps are done again
     for step in (1, 5, 20, 1000000):
         model.save_checkpoint(tmp_path, step, {"x": torch.zeros(1)}, {}, keep=keep)
-    kept = sorted(os.listdir(tmp_path), key=int)
-    assert kept == ["000001", "000005", "000020", "1000000"][-keep:]
+    kept = sorted(filter(str.isdecimal, os.listdir(tmp_path)), key=int)
+    assert kept == ["000001", "000005", "000020", "1000000"][-keep:] and (tmp_path / "999999.aside").exists()
 
 
 ADAPTER_TRAINING = """
@@ -4113,10 +4163,23 @@ def test_gradient_cosine_knows_equal_opposite_and_missing():
     ({"teacher": "old"}, "teacher"), ({"std": "none"}, "std"), ({"anneal": -1}, "anneal"),
     ({"estimator": "surrogate", "token_cap": 1.0}, "token_cap"),
     ({"threshold": 0.1, "selection": "all", "denominator": "all"}, "threshold"),
-    ({"threshold": 0.1, "selection": "position", "denominator": "selected"}, "threshold")])
+    ({"threshold": 0.1, "selection": "position", "denominator": "selected"}, "threshold"),
+    ({"weight": NAN}, r"weight nan: must be a number in \[0, inf\)"), ({"weight": None}, "weight None"),
+    ({"beta": math.inf}, "beta inf"), ({"weight": True}, "weight True"), ({"top_k": 2.5}, "a whole number in"),
+    ({"standard": "true"}, "standard 'true': must be true or false"), ({"clip": 0.2}, "clip 0.2: must be two numbers"),
+    ({"clip": (0.2, NAN)}, "clip"), ({"gate": 1.5}, "gate"), ({"min_reward_gap": -0.1}, "min_reward_gap"),
+    ({"top_fraction": 0.0}, r"in \(0, 1\]"), ({"ema_decay": 2.0}, "ema_decay"), ({"pairs": -1}, "pairs")])
 def test_a_recipe_whose_options_do_not_exist_or_do_not_go_together_is_refused(changes, said):
     with pytest.raises(ValueError, match=said):
         paper(**changes)
+
+
+@pytest.mark.parametrize("bounds, inside, outside", [
+    ("(0, 1]", [1e-9, 1, 0.5], [0, 1.001, -1, math.inf, NAN, True, "1", None]),
+    ("[0, inf)", [0, 10**9], [-1e-9, math.inf, NAN]), ("[-1, 1)", [-1, 0.999], [1, -1.001])])
+def test_an_interval_holds_finite_numbers_between_its_ends(bounds, inside, outside):
+    assert all(distill.lies_within(value, bounds) for value in inside)
+    assert not any(distill.lies_within(value, bounds) for value in outside)
 
 
 def test_an_estimator_over_the_vocabulary_is_not_one_of_the_sampled_token():
@@ -5555,10 +5618,26 @@ def test_the_policy_of_a_lora_run_is_merged_and_peft_finds_the_adapters_beside_i
 
 
 @pytest.mark.parametrize("flags, message", [
-    ({"lora": -1}, "--lora -1"), ({"rollouts": "few"}, "--rollouts few"), ({"steps": 0}, "--steps must be at least 1")])
+    ({"lora": -1}, "--lora -1"), ({"rollouts": "few"}, "--rollouts few"), ({"steps": 0}, "--steps 0: must be a whole"),
+    ({"rollouts": 1}, "--rollouts 1"), ({"temperature": 0.0}, "--temperature 0.0"), ({"temperature": NAN}, "nan"),
+    ({"temperature": -1.0}, "--temperature -1"), ({"lr": math.inf}, "--lr inf"), ({"top_p": 0.0}, "--top-p 0.0"),
+    ({"recipe": "best"}, "--recipe 'best': must be one of paper, stable"), ({"seed": -1}, "--seed -1")])
 def test_an_impossible_run_is_refused(flags, message):
     with pytest.raises(ValueError, match=message):
         genevolve.Evolve(**flags)
+
+
+def test_help_says_what_every_flag_and_every_field_of_a_recipe_takes(capsys):
+    for command, (settings, _) in genevolve.COMMANDS.items():
+        with pytest.raises(SystemExit):
+            genevolve.parse([command, "--help"], genevolve.COMMANDS)
+        said = " ".join(capsys.readouterr().out.split())
+        for f in dataclasses.fields(settings):
+            assert f.metadata.get("bounds", "") in said
+            assert f.type not in (int, float) or "bounds" in f.metadata, f"{command} {f.name}: which numbers?"
+        if command == "evolve":
+            for f in dataclasses.fields(distill.Recipe):
+                assert f"{f.name}, {distill.values_of(f)}" in said
 
 
 def test_promotion_compares_with_the_best_so_far_and_allows_for_chance_alone(offline_evolution, monkeypatch):
@@ -5877,10 +5956,19 @@ def test_trajectories_from_a_serving_engine(tiny_evolution, tmp_path, command):
 
 
 @pytest.mark.parametrize("changes, said", [
-    ("weigth=1", "weight"), ("weight=heavy", "weight"), ("teacher=teh", "teacher")])
+    ("weigth=1", "weight"), ("weight=heavy", "weight"), ("teacher=teh", "one of same, ema, frozen"),
+    ("weight=nan", "weight must be a number in [0, inf)"), ("lr=1", "no such field"), ("weight=none", "weight must be"),
+    ("standard=True", "true or false"), ("clip=0.2", "two numbers in (0, inf), low:high"), ("top_k=0", "[1, inf)"),
+    ("estimator=surrogate,token_cap=2", "--set estimator=surrogate,token_cap=2: token_cap")])
 def test_a_wrong_recipe_is_said_in_one_line(changes, said, command, tmp_path):
-    code, _, err = command("evolve", "--out", tmp_path, "--set", changes)
-    assert code == 2 and said in err and err.count("\n") == 1
+    code, _, err = command("evolve", "--out", tmp_path / "run", "--set", changes)
+    assert code == 2 and said in err and err.count("\n") == 1 and not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_changes_to_a_recipe_are_read_by_the_type_of_their_field():
+    recipe = genevolve.read_recipe("paper", "standard=false,clip=0.1:0.4,ratio_cap=none,top_k=7,weight=1,teacher=ema")
+    expected = paper(standard=False, clip=(0.1, 0.4), ratio_cap=None, top_k=7, weight=1.0, teacher="ema")
+    assert recipe == expected
 
 
 # ---- The other commands ----------------------------------------------------------------------------------------------
