@@ -39,18 +39,22 @@ import dataclasses
 import difflib
 import functools
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
 import os
+import platform
 import re
+import shlex
 import shutil
 import sys
 import threading
 import time
+import urllib.parse
 import zlib
 from collections import Counter, deque
-from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
@@ -65,6 +69,7 @@ import model
 import tools
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+ATLAS_CORPUS = os.path.join(HERE, "atlas", "corpus")
 MAX_ROUNDS = 11  # model calls in a trajectory; before the last one a message forbids tools
 
 # ---- Prompts ---------------------------------------------------------------------------------------------------------
@@ -118,24 +123,44 @@ def end_ids(tokenizer):
 
 
 class LocalPolicy:
-    """A network of ours behind the engine. One conversation is one sequence; nothing is ever re-tokenised."""
+    """A network of ours behind the engine. One conversation is one sequence; nothing is ever re-tokenised.
+
+    Several threads may share an engine: each has a ``fork`` of its own, and a step of any decodes a token of all.
+    """
 
     def __init__(self, net, tokenizer, sampling, slots=64, capacity=1536, compact=True):
         self.net, self.tokenizer = net, tokenizer
         self.sampling, self.compact = sampling, compact
         self.stop_ids = end_ids(tokenizer)
         self.new_engine = functools.partial(model.Engine, net, slots=slots, capacity=capacity)
+        self.lock = FairLock()  # whoever uses the engine holds it
+        self.cancel = None      # a Future: once it is done, ``poll`` raises CancelledError
         self.reset()
 
     def reset(self):
         """Begin with an empty cache; there must be no open conversation."""
         self.engine = self.new_engine()
-        self.trajectories, self.writing = {}, 0  # Sequence -> Trajectory; turns that have not ended
+        self.trajectories, self.writing = {}, []  # Sequence -> Trajectory; sequences whose turn has not ended
+
+    def fork(self, cancel):
+        """The policy for another thread: the same engine, conversations of its own. cancel: a Future."""
+        other = copy.copy(self)
+        other.cancel = cancel
+        other.trajectories, other.writing = {}, []
+        return other
+
+    def abandon(self):
+        """Close all conversations, also in the middle of a turn."""
+        with self.lock:
+            for sequence in self.trajectories:
+                self.engine.close(sequence)
+        self.trajectories, self.writing = {}, []
 
     def start(self, trajectory):
         """Open a conversation: system and user message are in ``trajectory.messages``."""
         ids = self.tokenizer.apply_chat(trajectory.messages, add_generation_prompt=True)
-        trajectory.handle = self.engine.open(ids, trajectory.seed)
+        with self.lock:
+            trajectory.handle = self.engine.open(ids, trajectory.seed)
         self.trajectories[trajectory.handle] = trajectory
 
         trajectory.prompt_length = len(ids)
@@ -145,17 +170,26 @@ class LocalPolicy:
 
     def submit(self, trajectory):
         s = self.sampling
-        self.engine.submit(trajectory.handle, s.max_new_tokens, s.temperature, s.top_p, self.stop_ids)
-        self.writing += 1
+        with self.lock:
+            self.engine.submit(trajectory.handle, s.max_new_tokens, s.temperature, s.top_p, self.stop_ids)
+        self.writing.append(trajectory.handle)
 
     def poll(self, tool_calls=(), when=FIRST_COMPLETED):
         """Decode until a turn has ended or one of the tool calls. Returns turns: [(trajectory, text, finish)]."""
         if not self.writing:
-            wait(tool_calls, return_when=when)
+            wait_for(tool_calls, when, self.cancel)
         sequences = []
         while self.writing and not sequences and not any(call.done() for call in tool_calls):
-            sequences = self.engine.step()
+            check_cancelled(self.cancel)
+            sequences = self.decode_step(self.writing)
         return [self.take(sequence) for sequence in sequences]
+
+    def decode_step(self, sequences):
+        """Those of the sequences whose turn has ended; if none has, after a token more of every one in the engine."""
+        with self.lock:  # another thread's step may have ended them meanwhile
+            if not any(sequence.finish for sequence in sequences):
+                self.engine.step()
+            return [sequence for sequence in sequences if sequence.finish]
 
     def take(self, sequence):
         """A turn that has ended, noted in its trajectory: (trajectory, text, finish)."""
@@ -163,7 +197,7 @@ class LocalPolicy:
         new = sequence.tokens[len(trajectory.mask):]
         trajectory.mask += [True] * len(new)
         trajectory.logprobs += sequence.logprobs[-len(new):] if new else []
-        self.writing -= 1
+        self.writing.remove(sequence)
         return trajectory, self.decode(new), sequence.finish
 
     def observe(self, trajectory, text):
@@ -177,11 +211,17 @@ class LocalPolicy:
     def end(self, trajectory):
         trajectory.tokens = list(trajectory.handle.tokens)
         del self.trajectories[trajectory.handle]
-        self.engine.close(trajectory.handle)
+        with self.lock:
+            self.engine.close(trajectory.handle)
         trajectory.handle = None
 
     def decode(self, ids):
         return self.tokenizer.decode([i for i in ids if i not in self.stop_ids])
+
+    def unfinished(self, trajectory):
+        """The turn in progress, as far as it is written."""
+        sequence = trajectory.handle
+        return self.decode(sequence.tokens[len(trajectory.mask):]) if sequence and not sequence.finish else ""
 
     def reply(self, request):
         """One turn of a conversation from outside (the chat endpoint): yields tools.ChatReply as tokens are decoded."""
@@ -193,21 +233,48 @@ class LocalPolicy:
         if len(ids) >= self.engine.capacity:
             raise ValueError(f"the prompt has {len(ids)} tokens; the context holds {self.engine.capacity}")
 
-        sequence = self.engine.open(ids, request["seed"])
         max_new_tokens = min(request["max_tokens"], self.sampling.max_new_tokens)
-        self.engine.submit(sequence, max_new_tokens, request["temperature"], request["top_p"], self.stop_ids)
+        with self.lock:
+            sequence = self.engine.open(ids, request["seed"])
+            self.engine.submit(sequence, max_new_tokens, request["temperature"], request["top_p"], self.stop_ids)
         sent = ""
         ended = stopped = False
         try:
             while not ended and not stopped:
-                ended = sequence in self.engine.step()
+                ended = bool(self.decode_step([sequence]))
                 new = sequence.tokens[len(ids):]
                 text, stopped = tools.stable_text(self.decode(new), request["stop"], ended)
                 finish = "stop" if stopped else sequence.finish
                 yield tools.ChatReply(text[len(sent):], finish, len(ids), len(new))
                 sent = text
         finally:  # also where the client has gone away
-            self.engine.close(sequence)
+            with self.lock:
+                self.engine.close(sequence)
+
+
+class FairLock:
+    """A lock that a thread which takes it again and again leaves to the others in between."""
+
+    def __init__(self):
+        self.entry, self.lock = threading.Lock(), threading.Lock()
+
+    def __enter__(self):
+        with self.entry:  # held by the one that waits for the lock: whoever just had it queues behind
+            self.lock.acquire()
+
+    def __exit__(self, *_):
+        self.lock.release()
+
+
+def wait_for(calls, when, cancel):
+    """Wait for futures, and for ``cancel`` (a Future or None), which ends the wait with CancelledError."""
+    wait([*calls, cancel] if cancel else calls, return_when=when)
+    check_cancelled(cancel)
+
+
+def check_cancelled(cancel):
+    if cancel and cancel.done():
+        raise CancelledError
 
 
 # ---- Agent: requests to trajectories ---------------------------------------------------------------------------------
@@ -234,8 +301,10 @@ class Agent:
         """
         guides = guides or [None] * len(requests)
         trajectories = [self.open(*each) for each in zip(requests, seeds, guides)]
-        for _ in self.play(trajectories):
-            pass
+        started = time.perf_counter()
+        for done, _ in enumerate(self.play(trajectories), 1):
+            show_progress("attempts", done, len(trajectories), time.perf_counter() - started)
+        clear_status()
         return trajectories
 
     def open(self, request, seed, guide=None):
@@ -775,14 +844,15 @@ def evolve(s, evolution=Evolution):
     started = time.perf_counter()
     run = open_evolution(s, evolution)
     is_main = run.processes.is_main
-    say = functools.partial(print, flush=True) if is_main else lambda text: None
+    say = print_line if is_main else lambda text: None
     with run.components, run.processes:
         if is_main:
             announce_calls(run)
         say(processor_line())
         if run.steps_done == 0 and s.eval_every:
-            first = run.first_validation = run.evaluate()
-            say(f"before: validation reward {first['reward']:.3f}, KScore {first['kscore']:.3f}")
+            say(f"before the first step: {len(run.validation)} validation requests")
+            run.first_validation = run.evaluate()
+            say(f"before: {validation_line(run.first_validation)}")
         elif run.steps_done == 0:
             run.save_promoted()
 
@@ -794,15 +864,15 @@ def evolve(s, evolution=Evolution):
             except OSError as error:
                 raise ValueError(f"step {run.steps_done} could not be kept ({error}); everything before it is on disk")
             seconds_a_step = (time.perf_counter() - started) / (run.steps_done - first_step)
-            say(f"{step_line(row)}  {seconds_a_step * (s.steps - run.steps_done):.0f} s left")
-            if "validation" in row:
+            say(f"{step_line(row)}  {time_text(seconds_a_step * (s.steps - run.steps_done))} left")
+            say(f"  {lesson_line(run.memory.entries, row)}")
+            if "validation" in row or run.steps_done == first_step + 1:  # there is a page from the first step on
                 report(run)
 
         report(run)
         run.write_policy("last")
-    say(f"wrote {os.path.join(s.out, 'log.jsonl')}, {os.path.join(s.out, 'report.html')}, "
-        f"{os.path.join(s.out, 'last')} and what was promoted, {os.path.join(s.out, 'policy')} "
-        f"({time.perf_counter() - started:.0f} s)")
+    for line in evolution_end(run, time.perf_counter() - started):
+        say(line)
     return run
 
 
@@ -1133,15 +1203,32 @@ class RemotePolicy:
     def __init__(self, sampling, compact, workers):
         self.sampling, self.compact = sampling, compact
         self.pool, self.writing = ThreadPoolExecutor(workers), {}  # Future -> [Trajectory] whose turns it writes
+        self.cancel = None  # see LocalPolicy
 
     def poll(self, tool_calls=(), when=FIRST_COMPLETED):
         """Wait until a turn has ended or one of the tool calls. Returns turns: [(trajectory, text, finish)].
 
         when: ALL_COMPLETED waits for all of them, so that the order of the answers decides nothing.
         """
-        wait([*self.writing, *tool_calls], return_when=when)
+        wait_for([*self.writing, *tool_calls], when, self.cancel)
         ended = [future for future in self.writing if future.done()]
         return list(itertools.chain.from_iterable(self.take(future) for future in ended))
+
+    def fork(self, cancel):
+        """The policy for another thread, with conversations of its own. cancel: a Future."""
+        other = copy.copy(self)
+        other.cancel, other.writing = cancel, {}
+        return other
+
+    def abandon(self):
+        """Ask for no more turns; what was asked ends by itself."""
+        for future in self.writing:
+            future.cancel()
+        self.writing = {}
+
+    def unfinished(self, trajectory):
+        """The turn in progress: a service gives it as a whole."""
+        return ""
 
     def take(self, future):
         """Turns that have ended: [(trajectory, text, finish)]; failed ones have no text."""
@@ -1482,8 +1569,7 @@ def step_line(row):
             f"{fmt(row['validity'])}  entropy {fmt(row['entropy'])}  hits {fmt(row['hit_rate'])}  "
             f"sdl {fmt(row['sdl_loss'])}  ratio {fmt(row['gradient_ratio'])}  {row['seconds']:.1f} s")
     if "validation" in row:
-        v = row["validation"]
-        text += f"\n  validation reward {v['reward']:.3f}, KScore {v['kscore']:.3f}" + ", promoted" * v["promoted"]
+        text += f"\n  {validation_line(row['validation'])}"
     for failure in row.get("failed_summaries", []):
         text += f"\n  no lesson from {failure}"
     if "rolled_back" in row:
@@ -1492,7 +1578,55 @@ def step_line(row):
 
 
 def fmt(value):
-    return "-" if value is None else f"{value:.3f}"
+    return "-" if value is None or math.isnan(value) else f"{value:.3f}"
+
+
+def validation_line(figures):
+    """What a validation measured, in one line."""
+    def with_error(name):
+        error = figures.get(f"{name}_error")
+        is_known = error is not None and not math.isnan(error)
+        return fmt(figures[name]) + (f" ± {error:.3f}" if is_known else "")
+    return (f"validation reward {with_error('reward')}, KScore {with_error('kscore')}"
+            + ", promoted" * bool(figures["promoted"]))
+
+
+def lesson_line(entries, row):
+    """What a step taught, in one sentence. entries: the memory's, row: the step's of the log."""
+    new = [entry for entry in entries if entry.step == row["step"] - 1]
+    if not new:
+        spread = fmt(row["spread"])
+        return f"learned no new lesson: the attempts of a group are too much alike (best less worst {spread})"
+
+    # of all that is new, the advice with the most reward at stake
+    stake = Counter()
+    for entry in new:
+        for bullet in itertools.chain.from_iterable(entry.bundle.differing().guidance.values()):
+            stake[bullet] += entry.gap
+    lessons = f"{len(new)} lesson{'s' if len(new) > 1 else ''}"
+    if not stake:
+        return f"learned {lessons}: what best and worst attempts have in common"
+    advice, _ = stake.most_common(1)[0]
+    widest = max(entry.gap for entry in new)
+    return f"learned {lessons}, above all: {advice.rstrip('.')} (best less worst: up to {widest:.2f})"
+
+
+def evolution_end(run, seconds):
+    """The last lines of an evolution: before, after, what to type next."""
+    s = run.settings
+    lines = []
+    if run.first_validation:
+        lines.append(f"before: {validation_line(run.first_validation)}")
+    measured = [row for row in run.log if row.get("validation")]
+    if measured:
+        lines.append(f"after {measured[-1]['step']} steps: {validation_line(measured[-1]['validation'])}")
+    policy = os.path.join(s.out, "policy")
+    lines.append(f"wrote {os.path.join(s.out, 'log.jsonl')}, {os.path.join(s.out, 'report.html')}, "
+                 f"{os.path.join(s.out, 'last')} and what was promoted, {policy} ({time_text(seconds)})")
+    if os.path.isdir(policy):
+        lines.append(f"next: python genevolve.py run --policy {shlex.quote(policy)}     (its pictures; to keep it: "
+                     f"python genevolve.py promote {shlex.quote(s.out)})")
+    return lines
 
 
 # ---- Flags: every one is a field, every default stands once ----------------------------------------------------------
@@ -1512,7 +1646,7 @@ class Common:
     """Flags of every command."""
     out: str = flag("out", "folder for everything that is written")
     seed: int = flag(0, "every random stream derives from it", bounds="[0, inf)")
-    device: str = flag("auto", "auto, cpu, cuda or mps")
+    device: str = flag("auto", "where it computes", choices=("auto", "cpu", "cuda", "mps"))
 
     def __post_init__(self):
         distill.check_fields(self, flag_name)
@@ -1537,7 +1671,7 @@ class ComponentFlags(Compute):
     renderer: str = flag("", "renderer folder, URL of an image-edit service, or 'gemini' (default: weights/renderer)")
     judge: str = flag("", "URL of an OpenAI-compatible vision model (default: the pixel judge, Atlas requests only)")
     judge_model: str = flag("judge", "model name sent to a judge URL")
-    corpus: str = flag(os.path.join(HERE, "atlas", "corpus"), "folder of texts and images that the local search reads")
+    corpus: str = flag(ATLAS_CORPUS, "folder of texts and images that the local search reads")
     sampling_steps: int = flag(20, "sampling steps of the renderer", bounds="[1, inf)")
     sampler: str = flag("euler", "how the embedded renderer samples; midpoint: two calls a step",
                         choices=diffusion.SAMPLERS)
@@ -1571,6 +1705,7 @@ class Serve(ComponentFlags):
     """Search, images, chat, renderer and judge over HTTP."""
     host: str = flag("127.0.0.1", "address to bind to")
     port: int = flag(8765, "port (0: any free one)", bounds="[0, 65535]")
+    runs: str = flag("runs,out,results", "folders, with commas, whose runs and evolutions the page shows and compares")
 
 
 @dataclass
@@ -1743,11 +1878,15 @@ class Components:
         self.budget = tools.Budget(s.max_calls) if s.max_calls else None
         self.server = None
         if not s.search and not s.replay:
-            self.server = tools.Server(tools.Corpus(s.corpus)).start()
+            show_status(f"reading {s.corpus}")
+            corpus = tools.Corpus(s.corpus)
+            check_pictures(corpus, s)
+            self.server = tools.Server(corpus).start()
         self.policy = self.open_policy()
         self.toolbox = self.open_toolbox(out)
         renderer, judge = self.open_renderer(), self.open_judge()
         self.scorer = Scorer(renderer, judge, s.sampling_steps, guidance=s.guidance, sampler=s.sampler)
+        clear_status()
         self.summarizer = None  # callable (messages, temperature=, max_tokens=) -> text; None: rules write lessons
 
     def __enter__(self):
@@ -1802,6 +1941,7 @@ class Components:
             client = self.chat_client(s.policy, s.policy_model)
             return ChatPolicy(client, sampling, compact=s.protocol == "compact", send_seed=s.send_seed)
         path = s.policy or os.path.join(HERE, "weights", "policy")
+        show_status(f"loading the policy, {path} ({folder_megabytes(path):.0f} MB)")
         net, tokenizer = model.load(path, self.device)
         if tokenizer is None:
             raise ValueError(f"{path}: no tokenizer.json")
@@ -1836,6 +1976,7 @@ class Components:
         if is_url(s.renderer):
             return tools.RemoteRenderer(s.renderer.split(","), **self.client_options())
         path = s.renderer or os.path.join(HERE, "weights", "renderer")
+        show_status(f"loading the renderer, {path} ({folder_megabytes(path):.0f} MB)")
         return diffusion.Renderer.load(path, os.path.join(HERE, "weights", "vae"), self.device)
 
     def open_judge(self):
@@ -1843,6 +1984,52 @@ class Components:
         if s.judge:
             return distill.ModelJudge(self.chat_client(s.judge, s.judge_model).complete)
         return atlas.judge.PixelJudge(atlas.world.vocabulary())
+
+
+def is_atlas(corpus):
+    """Whether a folder of texts and pictures is the embedded world's."""
+    return os.path.realpath(corpus) == os.path.realpath(ATLAS_CORPUS)
+
+
+def check_pictures(corpus, settings):
+    """Raise ValueError where the pictures of a corpus need a decoder that is missing."""
+    others = [picture.path for picture in corpus.pictures if not picture.path.lower().endswith(".png")]
+    if others and importlib.util.find_spec("PIL") is None:
+        raise ValueError(f"--corpus {settings.corpus}: {len(others)} of its pictures are JPEG or WebP ({others[0]}); "
+                         "reading them takes Pillow (pip install pillow)")
+
+
+def limits(settings, question=None):
+    """What the embedded parts cannot do with a world of somebody's own, or with a request that no world of ours knows:
+    lines to be said before they try. [] where there is nothing to say. question: a request, or None.
+    """
+    s = settings
+    has_own_world = bool(s.search) or not is_atlas(s.corpus)
+    is_strange = question is not None and question not in atlas.world.known_requests()
+    policy = s.policy or os.path.join(HERE, "weights", "policy")
+    is_small = not is_url(policy) and model.read_protocol(policy) == "compact"
+    draws_here = not is_url(s.renderer) and s.renderer != "gemini"
+    if not (has_own_world or is_strange) or not (is_small or draws_here):
+        return []
+
+    lines = []
+    if is_small and has_own_world:
+        lines.append("The embedded policy has learned an invented world, the Atlas, and no other. Here its searches "
+                     "are real, but it misspells names, and its programs speak of the Atlas's things.")
+    elif is_small:
+        lines.append("This request is not of the Atlas, the invented world that the embedded policy has learned: it "
+                     "will look up and write the Atlas's things.")
+    if draws_here:
+        lines.append("The embedded renderer draws the Atlas's simple shapes at 64 pixels; of a photograph it takes "
+                     "over colours at best.")
+    flags = ["--policy URL"] * is_small + ["--renderer URL"] * draws_here
+    if not has_own_world:
+        flags.append("--search URL (or --corpus DIR)")
+    lines.append(f"For a real picture: {' '.join(flags)}.")
+    if not has_own_world:
+        lines.append("Requests of the Atlas to try:")
+        lines += [f'  "{row["question"]}"' for row in atlas.world.samples(3)]
+    return lines
 
 
 @functools.cache
@@ -1918,15 +2105,62 @@ def record(trajectory, image_path):
 
 # ---- What a person sees in the terminal ------------------------------------------------------------------------------
 
+STYLES = {"dim": 2, "bold": 1, "pass": 32, "fail": 31}
+
+
+def paint(text, style, file=None):
+    """The text in a style, where the file is a terminal and NO_COLOR is not set. file: stdout unless given."""
+    is_plain = not (file or sys.stdout).isatty() or os.environ.get("NO_COLOR")
+    return text if is_plain else f"\033[{STYLES[style]}m{text}\033[0m"
+
+
+def show_status(text):
+    """Say on the terminal what is going on, in a line that the next one writes over; nothing where stderr is a file."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def clear_status():
+    show_status("")
+
+
+def show_progress(what, done, total, seconds):
+    """A status with the time left. seconds: spent so far."""
+    left = seconds / done * (total - done)
+    show_status(f"{done}/{total} {what}, {time_text(left)} left")
+
+
+def time_text(seconds):
+    """A duration as people say it: "7 s", "3 min 20 s", "2 h 5 min"."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 1:
+        return f"{rest} s"
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def print_line(text):
+    """A line of a long run, where a status may stand."""
+    clear_status()
+    print(text, flush=True)
+
+
+def folder_megabytes(path):
+    """Size of a folder's files in MB (0: there is none)."""
+    if not os.path.isdir(path):
+        return 0
+    return sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file()) / 1e6
+
+
 def print_step(step, file=sys.stdout):
     """A turn as it happens: thought dim, action and observation short."""
-    dim, bold, plain = ("\033[2m", "\033[1m", "\033[0m") if file.isatty() else ("", "", "")
-    print(f"{dim}{step.think}{plain}", file=file)
+    print(paint(step.think, "dim", file), file=file)
     if step.kind == "tool_call":
         asked = ["; ".join(map(str, v)) if isinstance(v, list) else str(v) for v in step.arguments.values()]
-        print(f"  {bold}{step.name}{plain} {', '.join(asked)}", file=file)
+        print(f"  {paint(step.name, 'bold', file)} {', '.join(asked)}", file=file)
     elif step.kind == "format_error":
-        print(f"  {bold}format error{plain}", file=file)
+        print(f"  {paint('format error', 'fail', file)}", file=file)
     for line in step.observation.splitlines()[:6]:
         print(f"    {line[:110]}", file=file)
     file.flush()
@@ -1959,8 +2193,13 @@ def print_result(trajectory, file=sys.stdout):
               f"{j['visual_correctness']}, "
               f"text {text}, aesthetics {j['aesthetics']}); program {j['text_reward']}; reward {t.reward:.2f}",
               file=file)
-        failed = [f"{c['name']}: {c['detail']}" for c in j["constraints"] if not c["passed"]]
-        print("failed: " + ("; ".join(failed) or "nothing"), file=file)
+        checks = j["constraints"] + (j.get("program_checks") or [])
+        passed = [check["name"] for check in checks if check["passed"]]
+        for check in checks:
+            if not check["passed"]:
+                print(paint(f"✗ {check['name']}: {check['detail']}", "fail", file), file=file)
+        if passed:
+            print(paint(f"✓ {len(passed)} checks passed: {', '.join(passed)}", "pass", file), file=file)
 
 
 # ---- Views: what web/report.html shows, as JSON ----------------------------------------------------------------------
@@ -2475,17 +2714,24 @@ def microscope_turn(step, bundle):
 
 # -- the file --
 
+DATA_TAG = '<script type="application/json" id="data">'
+
+
 def write_report(path, view):
-    """One self-contained file: web/report.html with the view's JSON in it."""
+    """One self-contained file that shows a view."""
+    model.write_text(path, page_text(view))
+
+
+def page_text(view):
+    """web/report.html with the view's JSON in it."""
     with open(os.path.join(HERE, "web", "report.html"), encoding="utf-8") as file:
         page = file.read()
-    opening = '<script type="application/json" id="data">'
-    head, _, rest = page.partition(opening)
+    head, _, rest = page.partition(DATA_TAG)
     _, closing, tail = rest.partition("</script>")
 
     text = json.dumps(finite(view), ensure_ascii=False, allow_nan=False)
     text = text.replace("<", "\\u003c")  # no tag in the data ends the element
-    model.write_text(path, head + opening + text + closing + tail)
+    return head + DATA_TAG + text + closing + tail
 
 
 def finite(value):
@@ -2499,6 +2745,182 @@ def finite(value):
     return value
 
 
+# ---- The playground: the page of `serve` and its API (web/report.html documents it) ----------------------------------
+
+LIVE_ATTEMPTS = 8    # answered side by side; others wait
+KEPT_ATTEMPTS = 64   # the oldest finished ones are dropped
+RUN_DEPTH = 3        # levels of folders in which runs are looked for
+
+
+@dataclass(eq=False)
+class Attempt:
+    """A request that was typed in the page. state: "queued", "thinking", "rendering", "done", "cancelled", "failed"."""
+    trajectory: distill.Trajectory
+    policy: object                # a fork of the server's
+    cancel: Future
+    state: str = "queued"
+    error: str = ""
+    steps: list = field(default_factory=list)  # turns as the page shows them
+    view: dict | None = None      # the whole request, once it has ended
+
+    def listen(self, trajectory, step):
+        self.steps.append(turn_view(step))
+
+    def shown(self):
+        """What the page asks for again and again."""
+        is_thinking = self.state == "thinking"
+        writing = self.policy.unfinished(self.trajectory) if is_thinking else ""
+        return {"state": self.state, "error": self.error, "steps": list(self.steps), "writing": writing,
+                "view": self.view}
+
+
+class Playground:
+    """Requests from the page, answered by the agent in the engine that the server holds, several at once.
+
+    Each attempt has a thread of its own and a fork of the policy, so its turns decode in one batch with all others.
+    """
+
+    def __init__(self, components, drawing, corpus):
+        """drawing: the lock of the renderer."""
+        self.components, self.settings = components, components.settings
+        self.drawing, self.corpus = drawing, corpus
+        self.pool = ThreadPoolExecutor(LIVE_ATTEMPTS)
+        self.lock, self.attempts, self.count = threading.Lock(), {}, 0  # id -> Attempt, oldest first
+
+    def page(self):
+        return page_text({"title": "GenEvolve", "mode": "live", "notes": limits(self.settings)})
+
+    def get(self, path):
+        """What a GET of /api/path answers."""
+        name, _, rest = path.partition("/")
+        if path == "samples":
+            return self.samples()
+        if path == "runs":
+            return [run_summary(name, folder) for name, folder in run_folders(self.settings.runs).items()]
+        if name == "runs":
+            folder = run_folders(self.settings.runs).get(urllib.parse.unquote(rest))
+            if folder is None:
+                raise tools.HttpError(404, "no such run")
+            return read_view(os.path.join(folder, "report.html"))
+        if name == "run":
+            return self.attempt(rest).shown()
+        raise tools.HttpError(404, "no such path")
+
+    def post(self, path, request):
+        """What a POST to /api/path answers."""
+        name, _, rest = path.partition("/")
+        if path == "run":
+            return self.start(tools.check_request(tools.text_field(request, "request")))
+        if name == "cancel":
+            return self.cancel(self.attempt(rest))
+        raise tools.HttpError(404, "no such path")
+
+    def samples(self):
+        """Requests to try: the world's own, or one for each of the first pictures of somebody's folder."""
+        if is_atlas(self.settings.corpus) and not self.settings.search:
+            return [row["question"] for row in atlas.world.samples(12)]
+        return [f"A picture of {picture.title}" for picture in self.corpus.pictures[:12]]
+
+    def attempt(self, name):
+        if name not in self.attempts:
+            raise tools.HttpError(404, "no such attempt")
+        return self.attempts[name]
+
+    def start(self, question):
+        """Begin an attempt at a request; returns its id, and what has to be said before it is answered."""
+        with self.lock:
+            finished = [name for name, attempt in self.attempts.items() if attempt.view or attempt.error]
+            if len(self.attempts) - len(finished) >= KEPT_ATTEMPTS:
+                raise tools.HttpError(503, "too many requests are waiting: try again later")
+            for name in finished[:max(0, len(self.attempts) + 1 - KEPT_ATTEMPTS)]:
+                del self.attempts[name]
+            self.count += 1
+            name = str(self.count)
+
+            cancel = Future()
+            policy = self.components.policy.fork(cancel)
+            seed = self.settings.seed * 1_000_003 + self.count - 1
+            agent = self.components.agent()
+            trajectory = agent.open(with_truth({"id": f"attempt-{name}", "question": question}), seed)
+            self.attempts[name] = Attempt(trajectory, policy, cancel)
+            agent.policy, agent.listen = policy, self.attempts[name].listen
+            self.pool.submit(self.answer, agent, self.attempts[name])
+        return {"id": name, "notes": limits(self.settings, question)}
+
+    def cancel(self, attempt):
+        """End an attempt: no token more is decoded for it."""
+        with self.lock:
+            if not attempt.cancel.done():
+                attempt.cancel.set_result(None)
+        return {"state": attempt.state}
+
+    def answer(self, agent, attempt):
+        """Play an attempt to its end, in a thread of the pool."""
+        trajectory = attempt.trajectory
+        try:
+            check_cancelled(attempt.cancel)
+            attempt.state = "thinking"
+            for _ in agent.play([trajectory]):
+                pass
+            attempt.state = "rendering"
+            with self.drawing:
+                check_cancelled(attempt.cancel)
+                self.components.scorer.render_and_score([trajectory])
+                self.components.scorer.forget()  # a server runs for long
+            attempt.view = request_view(trajectory)
+            attempt.state = "failed" if trajectory.termination == "error" else "done"
+        except CancelledError:
+            trajectory.termination = "cancelled"
+            attempt.view, attempt.state = request_view(trajectory), "cancelled"
+        except Exception as error:  # whatever it is, the page must not wait for ever
+            tools.report("attempt", error)
+            attempt.error, attempt.state = str(error) or type(error).__name__, "failed"
+        finally:
+            attempt.policy.abandon()
+
+    def close(self):
+        for attempt in self.attempts.values():
+            self.cancel(attempt)
+        self.pool.shutdown(cancel_futures=True)
+
+
+def run_folders(places):
+    """{name: folder} of the runs in some places (separated by commas), newest first. A run has a page and a record."""
+    found = []
+    for place in map(os.path.abspath, filter(None, places.split(","))):
+        for folder, folders, names in os.walk(place):
+            below = os.path.relpath(folder, place)
+            depth = 0 if below == "." else below.count(os.sep) + 1
+            if depth >= RUN_DEPTH:
+                folders.clear()
+            if "report.html" in names and ("log.jsonl" in names or "results.json" in names):
+                name = os.path.normpath(os.path.join(os.path.basename(place), below)).replace(os.sep, "/")
+                found.append((os.path.getmtime(os.path.join(folder, "report.html")), name, folder))
+    return {name: folder for _, name, folder in sorted(found, reverse=True)}
+
+
+def run_summary(name, folder):
+    """A run in the page's list, {"name", "kind", "steps", "kscore"}, from the small files beside its report.html."""
+    log = os.path.join(folder, "log.jsonl")
+    if os.path.exists(log):
+        rows = model.read_lines(log)
+        kscores = [row["validation"]["kscore"] for row in rows if row.get("validation")][-1:]
+        return {"name": name, "kind": "evolution", "steps": len(rows), "kscore": (kscores or [None])[0]}
+    records = read_list(os.path.join(folder, "results.json"))
+    kscores = [row["judgement"]["kscore"] for row in records if row.get("judgement")]
+    return {"name": name, "kind": "run", "steps": len(records),
+            "kscore": distill.average(kscores) if kscores else None}
+
+
+def read_view(path):
+    """The JSON that a report.html draws."""
+    with open(path, encoding="utf-8") as file:
+        _, found, rest = file.read().partition(DATA_TAG)
+    if not found:
+        raise ValueError(f"{path}: holds no data")
+    return json.loads(rest.partition("</script>")[0])
+
+
 # ---- Commands --------------------------------------------------------------------------------------------------------
 
 def run(s):
@@ -2506,8 +2928,14 @@ def run(s):
     started, out = time.perf_counter(), model.make_folder(s.out)
     model.make_folder(os.path.join(out, "images"))
     rows = run_requests(s)
+    known = atlas.world.known_requests()
+    strange = next((row["question"] for row in rows if row["question"] not in known), None)
+    for line in limits(s, strange):
+        print(line, file=sys.stderr, flush=True)
     is_quiet = s.json or s.input
     with Components(s, out) as components, ThreadPoolExecutor(1) as scoring:
+        if components.server and not is_atlas(s.corpus):
+            print(f"{s.corpus}: {components.server.corpus.summary()}", file=sys.stderr, flush=True)
         if not is_quiet:
             print(rows[0]["question"])
         components.announce(len(rows))
@@ -2528,11 +2956,6 @@ def run(s):
                 scores[-1].result()
         for score in scores:
             score.result()
-
-    known = atlas.world.known_requests()
-    if any(row["question"] not in known for row in rows) and not s.policy and not s.search:
-        print("The embedded policy knows only the Atlas, an invented world; for other requests name a real model and a "
-              "real search: --policy URL --search URL --renderer URL", file=sys.stderr)
     print_written(s, trajectories[0], time.perf_counter() - started)
 
 
@@ -2549,26 +2972,31 @@ def print_written(s, trajectory, seconds):
         print_result(trajectory)
         written += [image] if trajectory.image is not None else []
     print(f"wrote {', '.join(written)} ({seconds:.1f} s)")
+    if not s.input:
+        print("next: python genevolve.py serve     (the same in a browser; python genevolve.py evolve: it learns)")
 
 
 def run_requests(s):
     """The rows that ``run`` is asked for. One that the Atlas knows gets what its judge needs."""
-    known = atlas.world.known_requests()
     if s.input:
         rows = tools.read_requests(s.input)
     elif s.request is None:
         rows = [atlas.world.default_request()]
     else:
         rows = [{"id": "image", "question": tools.check_request(s.request)}]
-    for_judge = ("recipe", "gt_image", "_folder")
-    return [row | {key: known[row["question"]][key] for key in for_judge} if row["question"] in known else row
-            for row in rows]
+    return [with_truth(row) for row in rows]
+
+
+def with_truth(row):
+    """A row with what the judge needs, where the Atlas knows its request."""
+    known = atlas.world.known_requests().get(row["question"])
+    return row | {key: known[key] for key in ("recipe", "gt_image", "_folder")} if known else row
 
 
 def print_progress(finished, total, seconds):
     programs = sum(t.program is not None for t in finished)
     left = seconds / len(finished) * (total - len(finished))
-    print(f"{len(finished)}/{total} requests, {programs} programs, {seconds:.0f} s, {left:.0f} s left", flush=True)
+    print_line(f"{len(finished)}/{total} requests, {programs} programs, {time_text(seconds)}, {time_text(left)} left")
 
 
 def save_results(out, trajectories, single):
@@ -2578,11 +3006,19 @@ def save_results(out, trajectories, single):
         name = "image.png" if single else f"images/{t.id}.png"
         path = os.path.join(out, name) if t.image is not None else ""
         if path and not t.saved:
-            diffusion.write_png(path, t.image)
+            diffusion.write_png(path, enlarged(t.image) if single else t.image)
+            if single:
+                diffusion.write_png(os.path.join(out, "image-original.png"), t.image)
             t.saved = True
         records.append(record(t, path))
     model.write_json(os.path.join(out, "results.json"), records)
     write_report(os.path.join(out, "report.html"), run_view(trajectories))
+
+
+def enlarged(image, longest=SHOWN_SIZE):
+    """A small picture for people: every pixel a square, as many whole pixels wide as fit. uint8 (H, W, 3)."""
+    factor = max(1, longest // max(image.shape[:2]))
+    return image.repeat(factor, 0).repeat(factor, 1)
 
 
 def sft(s):
@@ -2600,30 +3036,34 @@ def train_renderer(s):
 
 def serve(s):
     """python genevolve.py serve"""
-    out = model.make_folder(s.out)
-    with Components(s, out) as components:
-        lock = threading.Lock()  # one engine and one renderer, one caller at a time
+    for line in limits(s):
+        print(line, file=sys.stderr, flush=True)
+    with Components(s, model.make_folder(s.out)) as components:
+        drawing = threading.Lock()  # one renderer, one picture at a time; policies share their engine by themselves
 
         def policy(request):
             if isinstance(components.policy, LocalPolicy):
-                with lock:
-                    yield from components.policy.reply(request)
+                yield from components.policy.reply(request)
             else:  # a finished text is one piece
                 yield components.policy.client.reply(**{k: v for k, v in request.items() if k != "stream"})
 
         def renderer(prompt, references, seed, steps, width, height):
             options = components.scorer.options | {"steps": min(steps, 40)}
-            with lock:
+            with drawing:
                 image = components.scorer.renderer.render([prompt], [references], [seed], **options)[0]
             return diffusion.resize(image, min(height, 256), min(width, 256))
 
-        corpus = tools.Corpus(s.corpus)
-        server = tools.Server(corpus, s.host, s.port, policy=policy, renderer=renderer,
+        corpus = components.server.corpus if components.server else tools.Corpus(s.corpus)
+        site = Playground(components, drawing, corpus)
+        server = tools.Server(corpus, s.host, s.port, policy=policy, renderer=renderer, site=site,
                               judge=functools.partial(judge_request, components.scorer.judge))
-        print(f"serving on {server.url}: /search /images /v1/chat/completions /v1/models /generate /health "
-              "(Ctrl-C ends)", flush=True)
+        print(f"serving on {server.url}: open it in a browser, or ask /search /images /v1/chat/completions /v1/models "
+              "/generate /health (Ctrl-C ends)", flush=True)
         print(f"{s.corpus}: {corpus.summary()}", flush=True)
-        server.forever()
+        try:
+            server.forever()
+        finally:
+            site.close()
 
 
 def judge_request(judge, text, images):
@@ -2682,6 +3122,12 @@ COMMANDS = {"run": (Run, run), "sft": (Sft, sft), "train-renderer": (TrainRender
             "export": (Export, export)}
 
 
+VERSION = "1.0"
+ALIASES = {  # field -> the name that other trainers and samplers give it
+    "out": "--output-dir", "lr": "--learning-rate", "steps": "--max-steps", "rollouts": "--num-generations",
+    "sampling_steps": "--num-inference-steps", "guidance": "--guidance-scale"}
+
+
 class Parser(argparse.ArgumentParser):
     """Says what is wrong as a ValueError, in one line, instead of printing the usage."""
 
@@ -2693,33 +3139,64 @@ def flag_name(name):
     return f"--{name.replace('_', '-')}"
 
 
+def flag_names(f):
+    """All the names of a field's flag."""
+    alias = f.metadata.get("alias", ALIASES.get(f.name))
+    return [flag_name(f.name)] + ([alias] if alias else [])
+
+
 def build_parser(commands):
     """One sub-command per settings class; every flag is one of its fields."""
     parser = Parser(description=sys.modules["__main__"].__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version",
+                        version=f"genevolve {VERSION} (torch {torch.__version__}, Python {platform.python_version()})")
     chosen = parser.add_subparsers(dest="command", metavar="command")
     for name, (settings, _) in commands.items():
         sub = chosen.add_parser(name, help=settings.__doc__, description=settings.__doc__, allow_abbrev=False)
         for f in fields(settings):
-            help = f.metadata["help"]
-            if f.metadata.get("positional"):
-                sub.add_argument(f.name, nargs="?", default=None, help=help)
-            elif f.type in (bool, "bool"):
-                sub.add_argument(flag_name(f.name), default=f.default, help=help, action=argparse.BooleanOptionalAction)
-            else:
-                taken = distill.values_of(f)
-                taken = f"; {taken}" if taken else ""
-                sub.add_argument(flag_name(f.name), type=f.type, default=f.default,
-                                 help=f"{help} (default: {f.default!r}{taken})")
+            add_flag(sub, f)
     return parser
 
 
-def parse(arguments, commands):
-    """Settings of the command on the command line. Raises ValueError with one line, with a suggestion for a typo."""
+METAVARS = {int: "N", float: "X", str: "TEXT"}
+
+
+def add_flag(parser, f):
+    """The flag of a field, or its place on the command line."""
+    help = f.metadata["help"].replace("%", "%%")
+    if f.metadata.get("positional"):
+        parser.add_argument(f.name, nargs="?", default=None, help=help)
+        return
+    if f.type in (bool, "bool"):
+        parser.add_argument(*flag_names(f), default=f.default, help=help, action=argparse.BooleanOptionalAction)
+        return
+    choices = f.metadata.get("choices")
+    notes = []
+    if f.default not in ("", None):  # else the help says what its absence means
+        notes.append(f"default: {os.path.relpath(f.default) if os.path.isabs(str(f.default)) else f.default}")
+    if not choices and distill.values_of(f):
+        notes.append(distill.values_of(f))
+    if notes:
+        help += f" ({'; '.join(notes)})"
+    parser.add_argument(*flag_names(f), type=f.type, default=f.default, choices=choices, dest=f.name, help=help,
+                        metavar=None if choices else METAVARS[f.type])
+
+
+def parse(arguments, commands, default=None):
+    """Settings of the command on the command line. Raises ValueError with one line, with a suggestion for a typo.
+
+    default: the command that is meant where none is named; without it the help is.
+    """
     parser = build_parser(commands)
+    is_unnamed = not arguments or arguments[0].startswith("-") and arguments[0] not in ("-h", "--help", "--version")
+    if default and is_unnamed:
+        arguments = [default, *arguments]
     if not arguments or arguments[0] in ("-h", "--help"):
         parser.print_help()
         raise SystemExit(0)
+    if arguments[0] == "--version":
+        parser.parse_args(arguments)
     name = arguments[0]
     if name not in commands:
         raise ValueError(f"unknown command {name!r}{suggest(name, commands)}")
@@ -2728,7 +3205,8 @@ def parse(arguments, commands):
     settings = commands[name][0]
     names = [f.name for f in fields(settings)]
     if unknown:
-        raise ValueError(f"unknown flag {unknown[0]}{suggest(unknown[0], map(flag_name, names))}")
+        flags = itertools.chain.from_iterable(map(flag_names, fields(settings)))
+        raise ValueError(f"unknown flag {unknown[0]}{suggest(unknown[0], flags)}")
     return name, settings(**{name: getattr(known, name) for name in names})
 
 
@@ -2750,11 +3228,11 @@ def processor_line():
     return f"{threads} thread{'s' * (threads > 1)}, float32 products by {model.current_products()}"
 
 
-def main(arguments=None, commands=None):
-    """Exit codes: 0 done, 2 unusable input (one line on stderr), 130 interrupted."""
+def main(arguments=None, commands=None, default=None):
+    """Exit codes: 0 done, 2 unusable input (one line on stderr), 130 interrupted. default: see ``parse``."""
     commands = commands or COMMANDS
     try:
-        name, settings = parse(sys.argv[1:] if arguments is None else arguments, commands)
+        name, settings = parse(sys.argv[1:] if arguments is None else arguments, commands, default)
         if isinstance(settings, Compute) and model.pick_device(settings.device) == "cpu":
             use_processor(settings)
         commands[name][1](settings)

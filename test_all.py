@@ -1983,8 +1983,12 @@ def test_requests_of_every_released_format_are_read(name, text, expected, tmp_pa
 
 @pytest.mark.parametrize("name, text, reason", [
     ("a.jsonl", "", "no requests"), ("a.json", "[]", "no requests"), ("a.jsonl", "{", "not valid JSON"),
-    ("a.json", "7", "not valid JSON"), ("a.jsonl", '{"question": "x"}\n[]', "line 2: no prompt or question"),
-    ("a.jsonl", '{"question": 7}', "line 1: no prompt"), ("a.json", '{"question": "x"}', "line 1: no prompt"),
+    ("a.json", "7", "must hold a list"), ("a.jsonl", '{"question": "x"}\n[]', "line 2: no prompt or question"),
+    ("a.jsonl", '{"question": 7}', "line 1: no prompt"), ("a.json", '{"question": "x"}', "must hold a list"),
+    ("a.jsonl", '{"question": "x"}\n\n{"question": "y"', "line 3: not valid JSON"),
+    ("a.json", '[\n{"question": "x"},\n{"question" "y"}]', "line 3: not valid JSON"),
+    ("a.json", '[{"question": "x"}, {"question": 7}]', "entry 2: no prompt"),
+    ("a.jsonl", '{"question": ' + "[" * 100000, "line 1: not valid JSON"),
     ("a.jsonl", '{"question": "  "}', "line 1: the request is empty"),
     ("a.jsonl", json.dumps({"question": "a" * 8001}), "line 1: the request has 8001 characters")])
 def test_an_unusable_requests_file_is_refused_in_one_line(name, text, reason, tmp_path):
@@ -2747,6 +2751,58 @@ def test_null_fields_are_absent_and_n_is_one(model_server):
     assert (seen[-1]["max_tokens"], seen[-1]["stop"], seen[-1]["stream"]) == (7, [], False)
     assert post_chat(server, n=1).status_code == 200
     assert post_chat(server, n=2).status_code == post_chat(server, n=0).status_code == 400
+
+
+class EchoSite:
+    """A page whose API says what it was asked."""
+
+    def page(self):
+        return "<!doctype html><title>echo</title>"
+
+    def get(self, path):
+        return {"path": path}
+
+    def post(self, path, request):
+        if path == "teapot":
+            raise tools.HttpError(418, "no tea")
+        return {"path": path} | request
+
+
+@pytest.fixture(scope="module")
+def site_server():
+    with tools.Server(site=EchoSite()) as server:
+        yield server
+
+
+def test_a_page_and_its_api_are_served(site_server):
+    page = requests.get(site_server.url)
+    assert "echo" in page.text and page.headers["Content-Type"].startswith("text/html")
+    assert "connect-src 'self'" in page.headers["Content-Security-Policy"]
+    assert requests.get(site_server.url + "/api/runs/a%2Fb").json() == {"path": "runs/a%2Fb"}
+    assert requests.post(site_server.url + "/api/run", json={"request": "x"}).json() == {"path": "run", "request": "x"}
+    refused = requests.post(site_server.url + "/api/teapot", json={})
+    assert refused.status_code == 418 and refused.json()["error"]["message"] == "no tea"
+    with tools.Server() as bare:
+        assert requests.get(bare.url).status_code == requests.get(bare.url + "/api/runs").status_code == 404
+        assert requests.post(bare.url + "/api/run", json={}).status_code == 404
+
+
+@pytest.mark.parametrize("headers, status", [
+    ({}, 200), ({"Origin": "{own}"}, 200), ({"Host": "localhost:{port}"}, 200),
+    ({"Origin": "http://evil.example"}, 403), ({"Origin": "null"}, 403), ({"Origin": "http://localhost:1"}, 403),
+    ({"Host": "evil.example"}, 403), ({"Host": "evil.example", "Origin": "http://evil.example"}, 403),
+    ({"Host": ""}, 403), ({"Content-Type": "text/plain"}, 415), ({"Content-Type": ""}, 415),
+    ({"Content-Length": "70000"}, 413)])
+def test_only_the_page_itself_may_call_its_api(headers, status, site_server):
+    port = site_server.http.server_port
+    plain = {"Content-Type": "application/json", "Host": f"127.0.0.1:{port}", "Content-Length": "2"}
+    given = {name: text.format(own=site_server.url, port=port) for name, text in (plain | headers).items()}
+    head = "".join(f"{name}: {text}\r\n" for name, text in given.items())
+    body = "{}" if status != 413 else " " * 70000
+    answer = raw_exchange(site_server, f"POST /api/run HTTP/1.1\r\n{head}\r\n{body}")
+    assert answer.startswith(f"HTTP/1.1 {status}".encode()), answer
+    if status == 403:  # pictures of runs are not for other sites either
+        assert raw_exchange(site_server, f"GET /api/runs HTTP/1.1\r\n{head}\r\n{body}").startswith(b"HTTP/1.1 403")
 
 
 def too_long(request):
