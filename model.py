@@ -236,22 +236,37 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TAGS = tuple(f"<{slash}{name}>" for name in ("think", "tool_call", "answer", "tool_response") for slash in ("", "/"))
 SPLIT = r"\p{Lu}(?=[\p{Lu}\p{N}])|(?<=[\p{Lu}\p{N}])\p{Lu}| ?\p{L}\p{Ll}+| ?\p{Ll}|\p{Lu}|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
 CHAT_TEMPLATE = (
-    "{%- for m in messages %}{{- '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{%- endfor %}"
+    "{%- for m in messages %}{%- set text = m['content'] %}"
+    "{%- if text is not string %}{%- set text = text | map(attribute='text') | join %}{%- endif %}"
+    "{{- '<|im_start|>' + m['role'] + '\\n' + text + '<|im_end|>\\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}")
 
 
 class Tokenizer:
     """ChatML over a `tokenizers.Tokenizer`. Text that spells a special token never becomes one: special ids are added
-    around it, as ids."""
+    around it, as ids. ValueError if the vocabulary does not allow that."""
 
     def __init__(self, fast, config=None):
         self.fast = fast
-        self.fast.encode_special_tokens = True  # "<|im_end|>" inside a text is ten ordinary characters
         self.config = dict(config or {})
+
+        # what a training script left switched on in the file: prompts cut or filled up, merges left out at random
+        fast.no_truncation()
+        fast.no_padding()
+        if isinstance(fast.model, models.BPE):
+            fast.model.dropout = None
+
+        # "<|im_end|>" inside a text is ten ordinary characters, also where the file does not call it special
+        known = [token for token in SPECIAL if fast.token_to_id(token) is not None]
+        fast.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in known])
+        fast.encode_special_tokens = True
+        if forged := [token for token in known if fast.token_to_id(token) in self.encode(token)]:
+            raise ValueError(f"tokenizer: a text can forge {forged[0]}, which is a word of the vocabulary")
 
     @property
     def size(self):
-        return self.fast.get_vocab_size()
+        """One more than the largest id: what a network's vocabulary must hold. Not every id below need be a token."""
+        return 1 + max(self.fast.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def id(self, token):
         """Id of a special token or tag; ValueError if the vocabulary lacks it."""
@@ -269,7 +284,10 @@ class Tokenizer:
         return self.fast.decode(known, skip_special_tokens=False)
 
     def apply_chat(self, messages, add_generation_prompt=False):
-        """[{"role", "content"}] -> ids of `<|im_start|>role\\ncontent<|im_end|>\\n`, contents verbatim."""
+        """[{"role", "content"}] -> ids of `<|im_start|>role\\ncontent<|im_end|>\\n`, contents verbatim.
+
+        A content is a text or a list of text parts, [{"type": "text", "text"}]; ValueError for any other message.
+        """
         ids, _ = self.apply_chat_with_mask(messages)
         return ids + self._opening() if add_generation_prompt else ids
 
@@ -277,7 +295,7 @@ class Tokenizer:
         """(ids, mask): mask is True on what an assistant writes, its content and the <|im_end|> that closes it."""
         ids, mask = [], []
         for message in messages:
-            role, content = message["role"], message["content"]
+            role, content = message_text(message)
             if role == "assistant":  # cut where sampling starts, so that demonstrations and rollouts have the same ids
                 head = self._opening()
                 body = self.encode(content)
@@ -303,6 +321,41 @@ class Tokenizer:
 
     def _opening(self):
         return [self.id("<|im_start|>")] + self.encode("assistant\n")
+
+
+def message_text(message):
+    """(role, content) of a chat message; text parts are put together, as Qwen's chat templates do. ValueError if there
+    is no such text: a picture, null beside tool calls."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise ValueError(f"a chat message is an object with a role, not {type(message).__name__}")
+    role, content = message["role"], message.get("content")
+    parts = content if isinstance(content, list) else [content]
+
+    texts = []
+    for part in parts:
+        if isinstance(part, dict) and part.get("type", "text") == "text":
+            part = part.get("text")
+        if not isinstance(part, str):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise ValueError(f"a message of the role {role!r}: its content must be text, not {kind}")
+        texts.append(part)
+    return role, "".join(texts)
+
+
+def token_list(ids, vocab_size, what):
+    """Token ids - a list, a tuple, an array or a tensor (T,) of integers - as a list of int.
+
+    ValueError, with `what` they are, where one is no integer or not in the vocabulary.
+    """
+    if isinstance(ids, (np.ndarray, torch.Tensor)):
+        ids = ids.tolist()
+    if isinstance(ids, (list, tuple, set, frozenset, range)):
+        ids = list(ids)
+        if not set(map(type, ids)) <= {int}:
+            ids = [int(i) if isinstance(i, np.integer) else i for i in ids]
+        if set(map(type, ids)) <= {int} and (not ids or 0 <= min(ids) <= max(ids) < vocab_size):
+            return ids
+    raise ValueError(f"{what} must be token ids, whole numbers from 0 to {vocab_size - 1}")
 
 
 # ---- Log-probs for training ------------------------------------------------------------------------------------------
@@ -372,9 +425,9 @@ class PrefixTree:
                     ids += sequence[start:stop]
                     positions += range(start, stop)
                     start = stop
-            self.token_rows.append(torch.tensor(rows, device=device))
-        self.ids = torch.tensor(ids, device=device)                                       # (N,)
-        self.positions = torch.tensor(positions, device=device)                           # (N,)
+            self.token_rows.append(torch.tensor(rows, dtype=torch.long, device=device))
+        self.ids = torch.tensor(ids, dtype=torch.long, device=device)                     # (N,)
+        self.positions = torch.tensor(positions, dtype=torch.long, device=device)         # (N,)
 
     def attend(self, layer, q, k, v):
         """q (N, H, D), k and v (N, J, D) -> (N, H, D). `split` rather than slices: its backward is one copy."""
@@ -412,8 +465,8 @@ class ChunkedLogprobs(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, temperature, tile, dtype):
         N, V = len(hidden), len(weight)
         logp, entropy, lse = (torch.empty(N, device=hidden.device) for _ in range(3))
-        for rows in torch.arange(N, device=hidden.device).split(tile):
-            a, b = rows[0].item(), rows[-1].item() + 1
+        for a in range(0, N, tile):
+            b = min(a + tile, N)
             h = hidden[a:b].to(dtype)
             total, weighted, chosen = torch.zeros(3, b - a, device=h.device)
             top = torch.full_like(total, -math.inf)
@@ -477,6 +530,8 @@ def chunked_logprobs(hidden, weight, targets, temperature=1.0, tile=None):
 
     Equals log_softmax(hidden @ weight.T / temperature) and its gather; memory grows with tile^2, not with N x V.
     """
+    if not COLDEST <= temperature < math.inf:
+        raise ValueError(f"log-probs at temperature {temperature}: it must be a number above 0")
     kind = hidden.device.type
     tile = tile or (1024 if kind == "cpu" else 8192)  # a tile that stays in a core's cache; one that fills a GPU
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
@@ -526,7 +581,10 @@ def weighted_logprobs(hidden, weight, targets, weights, rows=None):
 
 
 def token_logprobs(net, sequences, temperature=1.0):
-    """List of (T - 1,) float32: log p of tokens 1..T-1 of each sequence, differentiable."""
+    """List of (T - 1,) float32: log p of tokens 1..T-1 of each sequence, differentiable.
+
+    sequences: token lists, arrays or tensors. One of a single token has nothing to predict: (0,); an empty one, too.
+    """
     return token_logprobs_and_entropy(net, sequences, temperature)[0]
 
 
@@ -535,9 +593,14 @@ def token_logprobs_and_entropy(net, sequences, temperature=1.0, masks=None):
 
     A shared token's prediction is scored once, however many sequences contain it.
     """
+    V, device = net.config.vocab_size, net.embed.weight.device
+    sequences = [token_list(s, V, f"sequence {i}") for i, s in enumerate(sequences)]
+    if not any(sequences):
+        nothing = [torch.zeros(0, device=device) for _ in sequences]
+        return nothing, nothing
+
     # the row that predicts each token, and the token
     hidden, rows = hidden_states(net, sequences)
-    V, device = net.config.vocab_size, hidden.device
     row = torch.cat([r[:-1] for r in rows])                                               # (S,) over all sequences
     target = torch.cat([torch.tensor(s[1:], dtype=torch.long, device=device) for s in sequences])
 
@@ -551,7 +614,7 @@ def token_logprobs_and_entropy(net, sequences, temperature=1.0, masks=None):
         inverse.masked_scatter_(wanted, inverse_wanted)
 
     logp, entropy = chunked_logprobs(hidden[pairs // V], net.output_weight, pairs % V, temperature)
-    lengths = [len(s) - 1 for s in sequences]
+    lengths = [max(len(s) - 1, 0) for s in sequences]
 
     def by_sequence(values):
         return F.pad(values, (0, 1))[inverse].split(lengths)
@@ -564,6 +627,7 @@ def token_logprobs_and_entropy(net, sequences, temperature=1.0, masks=None):
 MASK64 = 2**64 - 1
 GOLDEN, MIX1, MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # splitmix64
 ROUNDS = 64  # draws per token, at most
+COLDEST = 1e-30  # the lowest temperature but 0: logits of up to 1e8 divided by it are still float32 numbers
 
 
 def signed(x):
@@ -592,6 +656,7 @@ def sample(logits, temperature, top_p, streams, positions):
     """One token per row: logits (B, V) float32, the others (B,) -> (tokens (B,), logp (B,)).
 
     logp is log softmax(logits / temperature), before top-p; at temperature 0 the token is the argmax, logp untempered.
+    Where logits are nan or inf, logp is nan and the token means nothing: nothing is looked at here, the engine does.
 
     Nucleus sampling without a sort: a token is in the nucleus if what is likelier than it weighs less than top_p. Draw
     from the whole distribution and test that one token; if it falls outside, draw again from what is likelier than it.
