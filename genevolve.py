@@ -3110,8 +3110,8 @@ def export(s):
     """python genevolve.py export --policy DIR --base DIR --out DIR"""
     if not s.policy or not s.base:
         raise ValueError("export needs --policy and --base")
-    net, _ = model.load(s.policy)
-    model.export(net, s.base, s.out)
+    net, tokenizer = model.load(s.policy)
+    model.export(net, s.base, s.out, tokenizer)
     print(f"wrote {s.out}")
 
 
