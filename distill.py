@@ -759,6 +759,13 @@ class Entry:
     attempts: dict | None = None                    # the pair in short, for the report
     uses: list = field(default_factory=list)        # {"step", "request", "agreement"} of its uses at other requests
 
+    def agreement(self):
+        """(mean of ``lesson_agreement`` over its uses at other requests, standard error (inf below two), count)."""
+        values = [use["agreement"] for use in self.uses if use["agreement"] is not None]
+        if len(values) < 2:
+            return average(values), math.inf, len(values)
+        return average(values), float(np.std(values, ddof=1)) / math.sqrt(len(values)), len(values)
+
     def effect(self):
         """Mean change of the reward and its standard error (inf below two audits)."""
         mean = self.effect_sum / max(self.audits, 1)
@@ -863,6 +870,11 @@ class Memory:
         return max(near, key=lambda entry: (entry.best, entry.step))
 
     @staticmethod
+    def record_use(entry, step, request, agreement):
+        """Note a use at a request that the lesson was not written from: there it would agree by construction."""
+        entry.uses.append({"step": step, "request": request, "agreement": agreement})
+
+    @staticmethod
     def record_audit(entry, with_guide, without, placebo):
         """Note the mean rewards of a request's group sampled with the guide, without it, and with a placebo of its
         length; a missing one (nan) voids the audit."""
@@ -874,12 +886,13 @@ class Memory:
         entry.effect_sq_sum += effect * effect
         entry.placebo_sum += placebo - without
 
-    def retire(self, audits=3):
-        """Forget lessons that hurt: those whose mean effect, after enough audits, is negative by more than its standard
-        error. Returns them."""
+    def retire(self, uses=3):
+        """Forget lessons that hurt: those that, after enough uses at other requests, disagree with what turned out well
+        by more than their standard error. Returns them."""
         indices = set()
         for i, entry in enumerate(self.entries):
-            if entry.audits >= audits and sum(entry.effect()) < 0:
+            mean, error, count = entry.agreement()
+            if count >= uses and mean + error < 0:
                 indices.add(i)
         retired = [self.entries[i] for i in sorted(indices)]
         if retired:
@@ -1051,6 +1064,7 @@ class Recipe:
     aggregation: str = one_of("token-mean", AGGREGATIONS)
     denominator: str = one_of("selected", ("selected", "all"))  # "all": assistant tokens of guided rows
     weight: float = within(2.0, "[0, inf)")                 # of L_SDL beside L_GRPO
+    silence: float | None = within(None, "(0, 1]")          # agreement of the lessons at which the weight is whole
     anneal: int = within(0, "[0, inf)")                     # updates over which the weight falls to zero (0: it stays)
     teacher: str = one_of("same", ("same", "ema", "frozen"))  # weights; "same": gradient stopped, "frozen": the start's
     ema_decay: float = within(0.98, "[0, 1]")               # of the "ema" teacher, per step
@@ -1291,6 +1305,9 @@ class TrainingRow:
     teacher_tokens: list | None = None    # the same conversation under the teacher's opening
     teacher_mask: list | None = None
     logp_old: torch.Tensor | None = None  # (T,) log p of the actions; None: the policy in training wrote them, u = 1
+    group: int = 0                        # which of the step's requests it answers
+    advice: float | None = None           # d_i of ``lesson_agreement``; the update notes it where the guide was read
+    pull: float | None = None             # the same against the student: log q(y|guide) - log p(y), selected tokens
     logp_engine: torch.Tensor | None = None  # (T,) of the actions, by the engine that sampled them; nan: unknown
 
 
@@ -1318,7 +1335,8 @@ def score_rows(net, rows, temperature=1.0, with_logits=False, guided=False):
 
 @torch.no_grad()
 def teacher_scores(teacher, student, rows, recipe, temperature=1.0, unguided=None, with_logits=False):
-    """(the teacher's TokenScores of guided rows, the score by which selection "position" chooses); no gradient.
+    """(the teacher's TokenScores of rows under the guide, without it or None, the score by which selection "position"
+    chooses); no gradient.
 
     student: TokenScores of the same rows. unguided: the teacher's TokenScores of them without a guide, where they are
     known. with_logits: keep the logits even if the recipe does not read them.
@@ -1330,10 +1348,10 @@ def teacher_scores(teacher, student, rows, recipe, temperature=1.0, unguided=Non
     """
     guided = score_rows(teacher, rows, temperature, with_logits or recipe.reads_logits, guided=True)
     if not recipe.reads_unguided:
-        return guided, student.entropy.detach()
+        return guided, unguided, student.entropy.detach()
     if unguided is None:
         unguided = score_rows(teacher, rows, temperature, with_logits=True)
-    return guided, position_kl(unguided.logits, guided.logits, "forward")                            # (N, T)
+    return guided, unguided, position_kl(unguided.logits, guided.logits, "forward")                  # (N, T)
 
 
 @dataclass
@@ -1408,7 +1426,8 @@ def distillation_loss(batch, teacher, unguided, recipe, temperature, normalizer)
     mask = batch.mask[batch.guided][:, :width]                                                       # (guided, T)
     logp_old = batch.logp_old[batch.guided][:, :width]
 
-    guided, score = teacher_scores(teacher, student, rows, recipe, temperature, unguided)
+    guided, unguided, score = teacher_scores(teacher, student, rows, recipe, temperature, unguided)
+    note_advice(rows, student, guided, unguided, mask, recipe, score)
     loss = experience_loss(student.logp, logp_old, guided.logp, mask, recipe, score, normalizer, student.logits,
                            guided.logits)
 
@@ -1420,6 +1439,45 @@ def distillation_loss(batch, teacher, unguided, recipe, temperature, normalizer)
         metrics |= {"guided_tokens": tokens, "gap": share["gap"] * tokens, "selected": selected,
                     "saturated": share["saturated"] * selected, "capped": share["capped"] * selected}
     return loss, metrics
+
+
+@torch.no_grad()
+def note_advice(rows, student, guided, unguided, mask, recipe, score):
+    """Note in each row how much likelier the guide makes its actions: ``advice`` and ``pull``.
+
+    A borrowed row, whose mask is empty, keeps what its own process notes.
+    """
+    gap = masked(guided.logp - student.logp.detach(), mask)
+    pulls = (gap * select_tokens(gap, mask, recipe, score)).sum(1)                                   # (N,)
+    advice = None if unguided is None else masked(guided.logp - unguided.logp, mask).sum(1)          # (N,)
+    for i, row in enumerate(rows):
+        if mask[i].any():
+            row.pull = float(pulls[i])
+            row.advice = None if advice is None else float(advice[i])
+
+
+def lesson_agreement(advantages, advice):
+    """Correlation, within a group, of A_i with d_i = sum over the actions of log q(y|guide) - log q(y|no guide).
+
+    Both log q are the same teacher's. The mean of A_i d_i estimates the derivative of the expected advantage under
+    p exp(epsilon d) at epsilon = 0, which is Cov(A, d): how the reward changes as the policy moves along the lesson. So
+    every use of a lesson is an audit that costs no rollout. None: all attempts are equally good, or equally advised.
+
+    advantages, advice: floats of the same attempts. With ``pull`` for d it is the correlation with the direction in
+    which L_SDL moves the student, away from what it has learned since the teacher stopped.
+    """
+    A, d = np.array(advantages, np.float64), np.array(advice, np.float64)
+    if len(A) < 2 or A.std() < 1e-6 or d.std() < 1e-6:
+        return None
+    return float(np.corrcoef(A, d)[0, 1])
+
+
+def gather_advice(rows, processes):
+    """Let every process know what the others have noted in their rows."""
+    local = [(i, row.advice, row.pull) for i, row in enumerate(rows) if row.pull is not None]
+    for noted in processes.all_gather_objects(local):
+        for i, advice, pull in noted:
+            rows[i].advice, rows[i].pull = advice, pull
 
 
 def update_gradients(net, reference, teacher, rows, recipe, temperature=1.0, policy=True, limit=None, together=False,
@@ -1463,6 +1521,7 @@ def update_gradients(net, reference, teacher, rows, recipe, temperature=1.0, pol
         entropy = aggregate(batch.student.entropy.detach(), batch.mask, normalizer=1)
         metrics.update({"entropy": float(entropy), "tokens": int(batch.mask.sum())})
 
+    gather_advice(rows, processes)
     totals = Counter()  # the log's sums over all processes
     for part in processes.all_gather_objects(metrics):
         totals.update(part)
@@ -2060,7 +2119,7 @@ def reverse_kl_cosine(net, teacher, rows, recipe, temperature=1.0):
     if not rows:
         return math.nan
     student = score_rows(net, rows, temperature, with_logits=True)
-    guided, score = teacher_scores(teacher, student, rows, recipe, temperature, with_logits=True)
+    guided, _, score = teacher_scores(teacher, student, rows, recipe, temperature, with_logits=True)
     estimate = experience_loss(student.logp, student.logp.detach(), guided.logp, student.mask, recipe, score,
                                student_logits=student.logits, teacher_logits=guided.logits)
     exact = full_kl_loss(student.logits, guided.logits, student.mask, "reverse")

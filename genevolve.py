@@ -502,7 +502,8 @@ def truth_of(row):
 
 # ---- Evolution: from its own attempts to a better policy -------------------------------------------------------------
 
-KEPT = ("lr_scale", "window_start", "promoted_rewards", "first_validation")  # what a checkpoint's state.json holds
+# what a checkpoint's state.json holds
+KEPT = ("lr_scale", "window_start", "agreement_average", "promoted_rewards", "first_validation")
 
 
 class Evolution:
@@ -530,6 +531,7 @@ class Evolution:
         self.steps_done, self.log = 0, []  # rows of log.jsonl
         self.lr_scale = 1.0           # a rollback halves it
         self.window_start = 0         # ``collapse`` reads log[window_start:]
+        self.agreement_average = 1.0  # of lessons from other requests, see ``recipe_now``
         self.first_validation = None  # figures of the policy that the run began with
         self.promoted_rewards = None  # of the best policy so far on the validation requests
         self.example = None           # (trajectory, bundle) for the report
@@ -557,15 +559,16 @@ class Evolution:
         lessons = self.remember(requests, groups)  # before the look-up, so that a group learns from its own lesson, too
         entries = self.memory.lookup([request["question"] for request in requests])
         guides = self.choose_guides(requests, entries)
-        batch = training_batch(groups, rewards, guides, self.recipe.at(self.steps_done), self.tokenizer)
+        batch = training_batch(groups, rewards, guides, self.recipe_now(), self.tokenizer)
         audit = audit_lessons(self, requests, entries, rewards) if self.is_due(s.audit_every) else {}
         update = self.update(batch, groups, entries)
+        agreement = judge_lessons(self, batch, requests, entries)
         self.steps_done += 1
         self.sync_weights()
         update_seconds = time.perf_counter() - update_started
 
         row = {"step": self.steps_done, **rollout_metrics(groups, rewards), **lessons, "memory": len(self.memory),
-               **guide_metrics(requests, entries, guides), **update, **audit,
+               **guide_metrics(requests, entries, guides), **agreement, **update, **audit,
                "rollout_seconds": rollout_seconds,
                "render_seconds": render_seconds,
                "update_seconds": update_seconds}
@@ -582,6 +585,15 @@ class Evolution:
     def is_due(self, every):
         """Whether the step at hand is one of every so many (0: none is)."""
         return every > 0 and (self.steps_done + 1) % every == 0
+
+    def recipe_now(self):
+        """The recipe of the step at hand: its weight fades, and falls where lessons do not agree with what turns out
+        well, down to a twentieth, which still measures them."""
+        recipe = self.recipe.at(self.steps_done)
+        if recipe.silence is None:
+            return recipe
+        loudness = min(1.0, max(0.05, self.agreement_average / recipe.silence))
+        return dataclasses.replace(recipe, weight=recipe.weight * loudness)
 
     # -- roll out, render, judge --
 
@@ -639,7 +651,7 @@ class Evolution:
             raise tools.ToolError(f"step {self.steps_done + 1}: no trajectory was written "
                                   f"({groups[0][0].error or 'no tokens'})")
 
-        s, recipe = self.settings, self.recipe.at(self.steps_done)
+        s, recipe = self.settings, self.recipe_now()
         minibatches = list(chunks(batch, math.ceil(len(batch) / s.minibatches)))
         with self.autocast():
             if len(minibatches) > 1:  # the first step changes the policy that wrote the rows of the others
@@ -667,7 +679,7 @@ class Evolution:
         """
         s = self.settings
         together = self.is_joint()
-        recipe = self.recipe.at(self.steps_done)
+        recipe = self.recipe_now()
         with self.autocast():
             policy_grads, sdl_grads, metrics = distill.update_gradients(
                 self.net, self.reference, self.teacher, minibatch, recipe, s.temperature, s.grpo, s.micro_tokens,
@@ -710,7 +722,7 @@ class Evolution:
 
     def sdl_weight(self, policy_norm, sdl_norm):
         """The weight of L_SDL beside L_GRPO, given the norms of both gradients."""
-        return self.recipe.at(self.steps_done).weight
+        return self.recipe_now().weight
 
     def optimizer_step(self):
         """Clip, step, let an EMA teacher follow. Returns the gradient's norm before clipping."""
@@ -1047,11 +1059,11 @@ def training_batch(groups, rewards, guides, recipe, tokenizer):
     """
     advantages = distill.group_advantages(rewards, recipe.std).tolist()                                    # (G, K)
     batch = []
-    for group, group_advantages, guide in zip(groups, advantages, guides):
+    for g, (group, group_advantages, guide) in enumerate(zip(groups, advantages, guides)):
         for trajectory, advantage in zip(group, group_advantages):
             if not any(trajectory.mask):
                 continue
-            row = distill.TrainingRow(trajectory.tokens, trajectory.mask, advantage)
+            row = distill.TrainingRow(trajectory.tokens, trajectory.mask, advantage, group=g)
             if recipe.tis_cap is not None:
                 row.logp_engine = torch.tensor(trajectory.logprobs)[torch.tensor(trajectory.mask)]          # (T,)
             if guide is not None and recipe.weight:
@@ -1097,8 +1109,37 @@ def spread_subset(rows, count=4, limit=2048):
     return kept
 
 
+AGREEMENT_RATE = 0.2  # of the average that `Recipe.silence` reads: about five steps
+
+
+def judge_lessons(run, batch, requests, entries):
+    """Note how far each lesson agreed with its group's attempts; lessons that disagree go. The log's part of it."""
+    agreements, foreign, own, pulls = [], [], [], []
+    for g, (request, entry) in enumerate(zip(requests, entries)):
+        rows = [row for row in batch if row.group == g and row.pull is not None]
+        advantages = [row.advantage for row in rows]
+        agreement = None
+        if rows and rows[0].advice is not None:
+            agreement = distill.lesson_agreement(advantages, [row.advice for row in rows])
+        agreements.append(agreement)
+        if not rows:
+            continue
+        if entry.prompt == request["question"]:  # it was written from this request's attempts, perhaps these
+            own.append(agreement)
+        else:
+            foreign.append(agreement)
+            pulls.append(distill.lesson_agreement(advantages, [row.pull for row in rows]))
+            run.memory.record_use(entry, run.steps_done, request["question"], agreement)
+
+    pull = distill.average(pulls)
+    if not math.isnan(pull):
+        run.agreement_average += AGREEMENT_RATE * (pull - run.agreement_average)
+    return {"agreements": agreements, "agreement": distill.average(foreign), "own_agreement": distill.average(own),
+            "pull_agreement": pull, "agreement_average": run.agreement_average, "retired": len(run.memory.retire())}
+
+
 def audit_lessons(run, requests, entries, rewards):
-    """How a group's reward moves with its guide and with a placebo of the same length; lessons that hurt go.
+    """How a group's reward moves with its guide and with a placebo of the same length: a check of ``judge_lessons``.
 
     Before the update, so that all three are written by the same weights. rewards (G, K): without a guide.
     """
@@ -1116,14 +1157,16 @@ def audit_lessons(run, requests, entries, rewards):
         means.append([distill.average([t.reward for t in group]) for group in groups])
     with_guide, with_placebo = means
 
+    effects = [None] * len(entries)  # beside the step's agreements, to check the estimator
     for i, *rewards_of_entry in zip(audited, with_guide, without, with_placebo):
         distill.Memory.record_audit(entries[i], *rewards_of_entry)
+        effects[i] = rewards_of_entry[0] - rewards_of_entry[1]
     return {"lesson_audit": {
         "lessons": len(audited),
         "with_guide": distill.average(with_guide),
         "without": distill.average(without),
         "placebo": distill.average(with_placebo),
-        "retired": len(run.memory.retire()),
+        "effects": effects,
         "rollouts": 2 * run.settings.rollouts * len(audited)}}
 
 
@@ -2668,7 +2711,7 @@ def microscope_view(run, t, bundle):
     # three views of the same action tokens: the student's, the teacher's without the guide, the teacher's with it
     student = distill.score_actions(run.net, [t.tokens], [t.mask], temperature, True)
     unguided = distill.score_actions(run.teacher, [t.tokens], [t.mask], temperature, True)
-    guided, score = distill.teacher_scores(run.teacher, student, [row], recipe, temperature, with_logits=True)
+    guided, _, score = distill.teacher_scores(run.teacher, student, [row], recipe, temperature, with_logits=True)
     selected = distill.select_tokens(guided.logp - student.logp, student.mask, recipe, score)[0].tolist()
 
     positions = [i for i, is_action in enumerate(t.mask) if is_action]

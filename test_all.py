@@ -4531,16 +4531,40 @@ def test_an_empty_memory_answers_nothing():
     assert memory.lookup(["a", "b"]) == [None, None] and memory.lookup([]) == []
 
 
-def test_lessons_that_hurt_are_retired_after_enough_audits():
-    memory = table_memory({"a": [1, 0], "b": [0, 1], "c": [-1, 0]})
-    for prompt in "abc":
+def test_an_audit_of_which_a_reward_is_missing_does_not_count():
+    memory = table_memory({"a": [1, 0]})
+    memory.add("a", look_bundle(), 0.9, 0.1, 0)
+    (entry,) = memory.entries
+    for with_guide in (0.6, 0.7, 0.5, NAN):
+        memory.record_audit(entry, with_guide, 0.5, 0.5)
+    assert entry.audits == 3 and entry.effect() == pytest.approx((0.1, 0.1 / 3**0.5))  # of .1, .2 and 0
+
+
+def test_lessons_that_disagree_are_retired_after_enough_uses():
+    memory = table_memory({"a": [1, 0], "b": [0, 1], "c": [-1, 0], "d": [0, -1]})
+    for prompt in "abcd":
         memory.add(prompt, look_bundle(), 0.9, 0.1, 0)
-    a, b, c = memory.entries
-    for entry, rewards in ((a, (0.3, 0.32, 0.31)), (b, (0.6, 0.7, 0.5)), (c, (0.1, 0.1, NAN))):
-        for with_guide in rewards:
-            memory.record_audit(entry, with_guide, 0.5, 0.5)
-    assert memory.retire() == [a] and [e.prompt for e in memory.entries] == ["b", "c"] and len(memory.keys) == 2
-    assert b.effect()[0] == pytest.approx(0.1) and memory.lookup(["a"]) == [None] and c.audits == 2
+    a, b, c, d = memory.entries
+    uses = ((a, (-0.5, -0.4, -0.6)), (b, (-0.9, 0.9, -0.3)), (c, (-0.9, -0.9, None)), (d, (0.5, 0.4, 0.6)))
+    for entry, agreements in uses:
+        for agreement in agreements:
+            memory.record_use(entry, 3, "Another request.", agreement)
+    assert a.agreement() == pytest.approx((-0.5, 0.1 / 3**0.5, 3))    # deviation .1
+    assert memory.retire() == [a]                                     # b is in doubt, c has been used too seldom
+    assert [e.prompt for e in memory.entries] == ["b", "c", "d"] and len(memory.keys) == 3
+    assert memory.lookup(["a"]) == [None] and c.agreement()[2] == 2 and memory.counters["retired"] == 1
+
+
+@pytest.mark.parametrize("advantages, advice, expected", [
+    ([1, 0, -1], [2.0, 0.0, -2.0], 1.0),
+    ([1, 0, -1], [-3.0, -2.0, -1.0], -1.0),
+    ([1, 1, -1, -1], [1.0, -1.0, 1.0, -1.0], 0.0),
+    ([1.5, -0.5, -1.0], [1.0, 0.0, 0.0], 0.98198),  # 1.5 / sqrt(3.5 x 2 / 3)
+    ([0, 0, 0], [1.0, 2.0, 3.0], None),             # a dead group
+    ([1, -1], [0.7, 0.7], None), ([1], [1.0], None), ([], [], None)])
+def test_a_lessons_agreement_is_the_correlation_of_advantage_and_advice(advantages, advice, expected):
+    found = distill.lesson_agreement(advantages, advice)
+    assert found is None if expected is None else found == pytest.approx(expected, abs=1e-5)
 
 
 def test_memory_state_survives_json_and_answers_alike():
@@ -4792,7 +4816,7 @@ def test_the_advice_score_is_the_kl_between_the_teacher_with_and_without_the_gui
     frozen = small_policy()
     net, rows = moved(frozen), [row for row in update_rows if row.teacher_tokens]
     student = distill.score_rows(net, rows, with_logits=True)
-    guided, score = distill.teacher_scores(frozen, student, rows, distill.RECIPES["stable"])
+    guided, _, score = distill.teacher_scores(frozen, student, rows, distill.RECIPES["stable"])
     unguided = distill.score_rows(frozen, rows, with_logits=True)
     assert score.shape == student.mask.shape and not score.requires_grad
     p, q = unguided.logits.log_softmax(-1), guided.logits.log_softmax(-1)
@@ -7034,6 +7058,54 @@ def test_an_audit_is_the_reward_with_the_guide_and_with_a_placebo_less_that_with
     assert (audit["with_guide"], audit["without"], audit["placebo"]) == pytest.approx((0.9, 0.5, 0.2))
     for entry in run.memory.entries:
         assert (entry.audits, entry.effect_sum, entry.placebo_sum) == pytest.approx((1, 0.4, -0.3))
+
+
+def test_advice_and_pull_are_sums_of_log_ratios_over_the_actions(update_rows):
+    frozen, rows = small_policy(), update_rows
+    net, recipe = moved(frozen), dataclasses.replace(distill.RECIPES["stable"], threshold=0.0, gate=0.0)
+    distill.update_gradients(net, frozen, frozen, rows, recipe)
+    for row in rows:
+        if row.teacher_tokens is None:
+            assert row.advice is row.pull is None
+            continue
+        mask, teacher_mask = torch.tensor(row.mask[1:]), torch.tensor(row.teacher_mask[1:])
+        (p,), (q,) = (model.token_logprobs(network, [row.tokens]) for network in (net, frozen))
+        (guided,) = model.token_logprobs(frozen, [row.teacher_tokens])
+        guided = guided[teacher_mask].sum()
+        assert row.advice == pytest.approx(float(guided - q[mask].sum()), abs=1e-3)
+        assert row.pull == pytest.approx(float(guided - p[mask].sum()), abs=1e-3)  # threshold 0 selects every token
+
+
+def test_each_use_of_a_lesson_at_another_request_is_noted_and_logged(offline_evolution):
+    run = offline_evolution(set="gate=-1,near_tie=2")  # the best lesson answers every request
+    row = run.step()
+    (entry,) = [entry for entry in run.memory.entries if entry.uses]
+    asked = [request["question"] for request in genevolve.step_requests(run.data, 2, 0, 0)]
+    assert [use["request"] for use in entry.uses] == [question for question in asked if question != entry.prompt]
+    assert entry.uses[0]["step"] == 0 and entry.uses[0]["agreement"] == row["agreement"]
+    assert len(row["agreements"]) == 2 and row["own_agreement"] in row["agreements"] and row["retired"] == 0
+    assert all(-1 <= value <= 1 for value in row["agreements"])
+    # one step of the average, from 1
+    assert row["agreement_average"] == pytest.approx(1 + 0.2 * (row["pull_agreement"] - 1))
+
+
+def test_a_lesson_that_others_attempts_contradict_is_gone_within_four_uses(offline_evolution, monkeypatch):
+    run = offline_evolution(set="gate=-1,near_tie=2")
+    run.memory.add("Planted.", distill.Bundle.from_dict(LESSON), 2.0, 1.0, 0)  # a best reward that nobody reaches
+    planted = run.memory.entries[0]
+    monkeypatch.setattr(distill, "lesson_agreement", lambda advantages, advice: -0.4 - 0.01 * len(planted.uses))
+    rows = [run.step(), run.step()]  # two uses a step
+    assert planted not in run.memory.entries and sum(row["retired"] for row in rows) == 1
+    assert len(planted.uses) == 4
+
+
+@pytest.mark.parametrize("average, share", [(0.5, 1.0), (0.2, 1.0), (0.1, 0.5), (-0.3, 0.05)])
+def test_experience_falls_silent_with_its_agreement(offline_evolution, average, share):
+    run = offline_evolution(set="weight=4,anneal=0,silence=0.2")
+    run.agreement_average = average
+    assert run.recipe_now().weight == pytest.approx(4 * share)
+    run.recipe = dataclasses.replace(run.recipe, silence=None)
+    assert run.recipe_now().weight == 4
 
 
 def test_a_rollback_loads_what_was_promoted_and_halves_the_rate_of_the_next_step(offline_evolution):
