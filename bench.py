@@ -1,5 +1,6 @@
 """GenEvolve-Bench: what the embedded world is worth, how good the agent is, and how fast the code runs.
 
+    python bench.py             within five minutes: the promoted policy on the bench, pictures, and the speed, in out/
     python bench.py world       the Atlas itself: judge, renderer, skills, oracle, cold-started policy
     python bench.py quality     ablations of the training, with intervals (--suite FILE: one policy on any requests)
     python bench.py speed       side by side with peers (pip install -r requirements-peers.txt)
@@ -22,6 +23,7 @@ Contents, in reading order:
     suite_rows              one policy on a file of requests, WISE's included
     rollout_row ...         one row of the speed table each, ours beside a peer
     speed                   the table, with the share of the machine that was used
+    short                   what `python bench.py` alone shows: the promoted policy, its pictures, the speed
     released                the released runtime against our server
     Machine room            smoke runs and folders, tables, figures, timing and memory, peers
 """
@@ -68,7 +70,7 @@ class Bench(Compute):
     out: str = flag("", "folder for the JSON of the results (default: results, or out for a smoke run)")
     quick: bool = flag(False, "a smoke run on a few rows")
     policy: str = flag(os.path.join(HERE, "weights", "sft"), "policy folder that is measured")
-    steps: int = flag(20, "sampling steps of the renderer")
+    steps: int = flag(20, "sampling steps of the renderer", alias="")
     guidance: float = flag(1.0, "classifier-free guidance of the renderer")
 
 
@@ -1572,6 +1574,125 @@ def least_seconds(row, machine):
     return compute + row.get("GB moved", 0) / machine["memory, GB/s"]
 
 
+# ---- Short: a policy and the speed, within five minutes --------------------------------------------------------------
+
+SHEET = 8          # requests on the contact sheet
+SHORT_BATCH = 32   # requests answered and drawn between two lines of progress
+
+
+@dataclass
+class Short(Bench):
+    """The promoted policy on the bench, a sheet of its pictures, and the speed: five minutes on two cores."""
+    out: str = flag("out", "folder for bench.json, bench.png and bench.html")
+    policy: str = flag(os.path.join(HERE, "weights", "policy"), "policy folder that is measured")
+
+
+def short(settings):
+    """python bench.py"""
+    out = results_folder(settings)
+    requests = suite_requests(settings)
+    attempts, views, rates = answer_requests(settings, requests)
+    rows = [attempt_row(attempt, request) for attempt, request in zip(attempts, requests)]
+    print_scores(rows)
+
+    # pictures before speed: they are there while the rest is measured
+    every = max(1, len(attempts) // SHEET)
+    diffusion.write_png(os.path.join(out, "bench.png"), contact_sheet(attempts[::every][:SHEET]))
+    genevolve.write_report(os.path.join(out, "bench.html"),
+                           {"title": "GenEvolve-Bench", "mode": "run", "requests": views})
+
+    rates |= speed_rates(settings)
+    print()
+    for name, rate in rates.items():
+        print(f"{name:<52} {rate:10.1f}")
+    values = {"policy": model.portable(settings.policy), "requests": len(rows), "steps": settings.steps,
+              "quality": table_row([rows]), "quality error": mean_and_error(rows), "speed": rates,
+              "threads": torch.get_num_threads(), "torch": torch.__version__}
+    write_json(os.path.join(out, "bench.json"), values)
+    print(f"\nwrote {', '.join(os.path.join(out, name) for name in ('bench.json', 'bench.png', 'bench.html'))}")
+
+
+def answer_requests(settings, requests):
+    """(judged attempts, one a request; their views for the page; {rate: a second}). The seeds of ``attempt_bench``."""
+    attempts, views, thinking, drawing = [], [], 0.0, 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        flags = genevolve.Run(policy=settings.policy, out=folder, sampling_steps=settings.steps,
+                              guidance=settings.guidance, device=settings.device)
+        with genevolve.Components(flags, folder) as components:
+            for start in range(0, len(requests), SHORT_BATCH):
+                batch = requests[start:start + SHORT_BATCH]
+                seeds = [7919 * (start + n) for n in range(len(batch))]
+                started = time.perf_counter()
+                answered = components.agent().run(batch, seeds)
+                thinking += time.perf_counter() - started
+
+                started = time.perf_counter()
+                components.scorer.render_and_score(answered)
+                drawing += time.perf_counter() - started
+                attempts += answered
+                views += map(genevolve.request_view, answered)  # now, for the folder of what was found goes
+                left = (thinking + drawing) / len(attempts) * (len(requests) - len(attempts))
+                genevolve.print_line(f"{len(attempts)}/{len(requests)} requests, {genevolve.time_text(left)} left")
+    return attempts, views, {"agent: requests a second, tools included": len(attempts) / thinking,
+                             f"renderer: pictures a second, {settings.steps} steps, judged": len(attempts) / drawing}
+
+
+def attempt_row(attempt, request):
+    """``bench_row`` of a judged attempt."""
+    calls = sum(step.kind == "tool_call" for step in attempt.steps)
+    return bench_row(request, attempt.judgement, attempt.program is not None, calls, attempt.reward)
+
+
+def mean_and_error(rows):
+    """[mean, standard error] of KScore and its parts, over the rows that have them."""
+    columns = {name: [math.nan if row[name] is None else row[name] for row in rows] for name in SCORES}
+    return {name: list(genevolve.mean_and_error(values)) for name, values in columns.items()}
+
+
+def print_scores(rows):
+    """KScore with its parts, and by track."""
+    print()
+    for name, (average, error) in mean_and_error(rows).items():
+        label = "KScore" if name == "kscore" else "  " + name.replace("_", " ")
+        print(f"{label:<28} {average:.3f} ± {error:.3f}")
+    row = table_row([rows])
+    for name in ("knowledge", "quality", "valid", "tool calls"):
+        label = {"knowledge": "KScore, knowledge track", "quality": "KScore, quality track",
+                 "valid": "valid programs", "tool calls": "tool calls a request"}[name]
+        print(f"{label:<28} {row[name]:.3f}")
+
+
+def contact_sheet(attempts, side=256, gap=8, columns=4):
+    """Pictures beside what was wanted, pair by pair, as one picture, uint8 (H, W, 3); grey where there is none."""
+    width = 2 * side + gap // 2
+    rows = math.ceil(len(attempts) / columns)
+    sheet = np.full((rows * (side + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
+    for number, attempt in enumerate(attempts):
+        top = gap + number // columns * (side + gap)
+        left = gap + number % columns * (width + gap)
+        for image, offset in ((attempt.image, 0), (genevolve.ground_truth(attempt.row), side + gap // 2)):
+            tile = sheet[top:top + side, left + offset:left + offset + side]
+            tile[:] = 200 if image is None else diffusion.resize(genevolve.enlarged(image, side), side, side)
+    return sheet
+
+
+def speed_rates(settings):
+    """{rate: a second} of decoding and of an update, with the sizes of the speed table and random weights."""
+    net = small_policy(settings)
+    prompts = random_prompts(GROUPS, torch.Generator().manual_seed(0))
+    new = 16 if settings.quick else 128
+    model.generate(net, prompts, 4)  # the first call allocates
+    decoding = timed(lambda: model.generate(net, prompts, new), settings.device).seconds
+
+    rows = training_batch(settings.quick)
+    update = our_update(net, rows, distill.RECIPES["paper"])
+    update()
+    updating = timed(update, settings.device).seconds
+    size = sum(p.numel() for p in net.parameters()) / 1e6
+    return {f"decoding: tokens a second, {len(prompts)} side by side, {size:.1f} M": len(prompts) * new / decoding,
+            f"update: tokens a second, GRPO and SDL, {size:.1f} M": sum(map(len, [r.tokens for r in rows])) / updating}
+
+
 # ---- Released: the authors' runtime against the local server ---------------------------------------------------------
 
 @dataclass
@@ -1661,20 +1782,32 @@ def released_figures(folder):
 # ---- Folders and files -----------------------------------------------------------------------------------------------
 
 RESULTS = os.path.join(HERE, "results")
+UNTRACKED = ("out", "runs")  # folders of the project that hold no committed file
 
 
 def results_folder(settings):
-    """--out, or results/; a smoke run writes to out/, and never into results/, whose files are committed."""
+    """--out, or results/; a smoke run writes to out/, and never where files are committed."""
     folder = settings.out or ("out" if settings.quick else RESULTS)
-    path, committed = (os.path.realpath(f) + os.sep for f in (folder, RESULTS))
-    if settings.quick and path.startswith(committed):
-        raise ValueError("a --quick run must not replace the committed figures in results: name another --out")
+    if settings.quick or isinstance(settings, Short):
+        check_untracked(folder, "--out")
     return model.make_folder(folder)
+
+
+def check_untracked(folder, flag_name):
+    """Refuse a folder of this project whose files are committed; out/ and runs/ hold none."""
+    path, home = os.path.realpath(folder), os.path.realpath(HERE)
+    if path != home and not path.startswith(home + os.sep):
+        return
+    if os.path.relpath(path, home).split(os.sep)[0] not in UNTRACKED:
+        raise ValueError(f"{flag_name} {folder}: a short run must not replace committed files; take a folder below "
+                         f"{' or '.join(UNTRACKED)}")
 
 
 def runs_folder(settings):
     """--runs, or runs/quality; a smoke run trains in a folder beside its results."""
     if settings.runs:
+        if settings.quick:
+            check_untracked(settings.runs, "--runs")
         return settings.runs
     if settings.quick:
         return os.path.join(results_folder(settings), "runs")
@@ -1994,9 +2127,9 @@ def peer_generate(peer, ids, new):
     return made.cpu()
 
 
-COMMANDS = {"world": (Bench, world), "quality": (Quality, quality), "speed": (Speed, speed),
+COMMANDS = {"short": (Short, short), "world": (Bench, world), "quality": (Quality, quality), "speed": (Speed, speed),
             "released": (Released, released)}
 
 
 if __name__ == "__main__":
-    sys.exit(genevolve.main(commands=COMMANDS))
+    sys.exit(genevolve.main(commands=COMMANDS, default="short"))
