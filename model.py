@@ -833,7 +833,7 @@ class SlotOwner:
     slot: int = -1               # -1: none
     cached: int = 0              # tokens in the slot
     logits: torch.Tensor = None  # (V,) after the last token, once they are computed
-    generation: int = 0          # of the weights that computed what is cached, see `Engine.note_weights`
+    generation: int = 0          # of the weights that computed what is cached, see `WeightsCounter`
 
     prefix = None                # the shared prompt in front of them, in a slot of its own
 
@@ -975,6 +975,97 @@ def zeros(shape, like):
     return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
 
+class SharedPrompts:
+    """Prompts that stand once in the cache, for all sequences which begin with them."""
+
+    def __init__(self, cache):
+        self.cache = cache
+        self.prefixes = {}        # prompt -> Prefix in the cache
+        self.pending = Counter()  # prompt -> open sequences that have not started their first turn
+
+    def attach(self, sequence):
+        """Let a first turn use the shared prompt, if there is one or others are about to start with the same."""
+        prompt = sequence.prompt
+        if prompt in self.prefixes and self.prefixes[prompt].generation != sequence.generation:
+            self.retire(self.prefixes[prompt])
+        if prompt not in self.prefixes and self.pending[prompt] > 1 and len(prompt) >= SHORTEST_SHARED:
+            prefix = Prefix(list(prompt), generation=sequence.generation)
+            if self.cache.allocate(prefix):
+                self.prefixes[prompt] = prefix
+        if prompt in self.prefixes:
+            sequence.prefix = self.prefixes[prompt]
+            sequence.prefix.users += 1
+        self.started(sequence)
+
+    def started(self, sequence):
+        """The sequence no longer counts among those that will want its prompt."""
+        prompt, sequence.prompt = sequence.prompt, None
+        self.pending[prompt] -= 1
+        if not self.pending[prompt]:
+            del self.pending[prompt]
+        if prompt in self.prefixes:
+            self.free_if_unused(self.prefixes[prompt])
+
+    def leave(self, sequence):
+        """The sequence no longer looks back to a shared prompt."""
+        prefix, sequence.prefix = sequence.prefix, None
+        if prefix:
+            prefix.users -= 1
+            self.free_if_unused(prefix)
+
+    def retire(self, prefix):
+        """Nobody starts with this prefix any more; who looks back to it keeps it."""
+        if self.is_offered(prefix):
+            del self.prefixes[tuple(prefix.tokens)]
+        self.free_if_unused(prefix)
+
+    def is_offered(self, prefix):
+        """Whether a sequence with this prompt would start with this prefix."""
+        return self.prefixes.get(tuple(prefix.tokens)) is prefix
+
+    def free_if_unused(self, prefix):
+        prompt, is_offered = tuple(prefix.tokens), self.is_offered(prefix)
+        if prefix.users == 0 and not (is_offered and prompt in self.pending):
+            self.cache.free(prefix)
+            if is_offered:
+                del self.prefixes[prompt]
+
+
+class WeightsCounter:
+    """How often a net's weights have changed, as far as PyTorch counts: in place, through a tensor or `detach`, but not
+    through `.data`, nor by an optimizer with fused=True."""
+
+    def __init__(self, net):
+        self.linears = [module for module in net.modules() if isinstance(module, Linear)]
+        self.others = [module for module in net.modules() if isinstance(module, (RMSNorm, nn.Embedding))]
+        self.generation = 0
+        self.places = self.changes = None  # where each weight lies, and how often it has changed
+
+    def look(self):
+        """Count `generation` on if anything has changed since the last look."""
+        weights = [module.weight for module in self.linears + self.others]
+        scales = []
+        for linear in self.linears:
+            if linear.lora_A:
+                weights += [*linear.lora_A.values(), *linear.lora_B.values()]
+                scales.append(linear.lora_scale)
+
+        before = self.places, self.changes
+        self.places = [weight.data_ptr() for weight in weights] + scales  # all that a CUDA graph fixes
+        self.changes = [0 if weight.is_inference() else weight._version for weight in weights]
+        self.generation += before != (self.places, self.changes)
+
+
+def check_sampling(max_new_tokens, temperature, top_p):
+    """Raise ValueError for settings with which no token could be sampled, or always the same."""
+    if not max_new_tokens >= 0:  # nan, too
+        raise ValueError(f"max_new_tokens {max_new_tokens}: must not be negative")
+    if temperature != 0 and not COLDEST <= temperature < math.inf:
+        raise ValueError(f"temperature {temperature}: 0 (greedy) or a number from {COLDEST} on")
+    if not 0 <= top_p <= 1:
+        raise ValueError(f"top_p {top_p}: must lie between 0 and 1")
+
+
 class Engine:
     """Samples many conversations at once, and keeps each one's cache across its turns.
 
@@ -1003,16 +1094,14 @@ class Engine:
         self.capacity = capacity          # tokens of a conversation, at most
         self.device = net.embed.weight.device
         self.cache = KVCache(net, slots, capacity)
+        self.prompts = SharedPrompts(self.cache)
+        self.weights = WeightsCounter(net)
         self.batch = DecodeBatch(net, self.cache)
         self.batch_changed = False        # its inputs must be written anew
 
         self.waiting = deque()            # sequences with a turn to start, in order of submission
         self.running = []                 # sequences that decode
         self.ended = []                   # sequences whose turn has ended, for `step` to return
-        self.version = None               # of the weights, see `weights_version`
-        self.generation = 0               # how often they have changed
-        self.prefixes = {}                # prompt -> Prefix in the cache
-        self.pending_prompts = Counter()  # prompt -> open sequences that have not started their first turn
         self.wave_tokens = 1024 if self.device.type == "cpu" else 8192  # of a prefill pass; few stay in a CPU's cache
         self.stats = Counter()            # tokens prefilled, decoded; steps
 
@@ -1022,7 +1111,7 @@ class Engine:
         if not prompt:
             raise ValueError("a prompt must hold 1 token id or more")
         sequence = Sequence(prompt, prompt=tuple(prompt), stream=stream(seed))
-        self.pending_prompts[sequence.prompt] += 1
+        self.prompts.pending[sequence.prompt] += 1
         return sequence
 
     def extend(self, sequence, ids):
@@ -1036,12 +1125,7 @@ class Engine:
         temperature 0 takes the likeliest token each time. ValueError for settings that cannot be sampled with.
         """
         self.check_between_turns(sequence)
-        if not max_new_tokens >= 0:  # nan, too
-            raise ValueError(f"max_new_tokens {max_new_tokens}: must not be negative")
-        if temperature != 0 and not COLDEST <= temperature < math.inf:
-            raise ValueError(f"temperature {temperature}: 0 (greedy) or a number from {COLDEST} on")
-        if not 0 <= top_p <= 1:
-            raise ValueError(f"top_p {top_p}: must lie between 0 and 1")
+        check_sampling(max_new_tokens, temperature, top_p)
         stop_ids = token_list(stop_ids, self.net.config.vocab_size, "stop ids")
 
         sequence.max_length = min(len(sequence.tokens) + max_new_tokens, self.capacity)
@@ -1064,10 +1148,9 @@ class Engine:
         if sequence in self.waiting:
             self.waiting.remove(sequence)
         if sequence.prompt is not None:
-            self.prompt_started(sequence)
+            self.prompts.started(sequence)
         self.cache.free(sequence)
-        if sequence.prefix:
-            self.leave_prefix(sequence)
+        self.prompts.leave(sequence)
 
     def poll(self):
         """Work until a turn ends; returns the sequences whose turn has ended ([]: nothing was submitted)."""
@@ -1093,42 +1176,33 @@ class Engine:
         """Admit queued turns, in order, while slots last. What has no room for a single token has ended."""
         admitted = []
         if self.waiting:
-            self.note_weights()
+            self.notice_new_weights()
         while self.waiting:
             sequence = self.waiting[0]
             if len(sequence.tokens) >= sequence.max_length:  # the context is full: the turn ends without a token
                 sequence.finish = "length"
                 self.ended.append(self.waiting.popleft())
                 continue
-            if sequence.generation != self.generation:
-                self.forget_outdated(sequence)
+            if sequence.generation != self.weights.generation:  # computed by older weights: again, the prompt, too
+                self.cache.forget(sequence)
+                self.prompts.leave(sequence)
+                sequence.generation = self.weights.generation
             if sequence.slot < 0 and not self.find_slot(sequence):
                 break
             if sequence.prompt is not None:
-                self.attach_prefix(sequence)
+                self.prompts.attach(sequence)
             self.waiting.popleft()
             self.running.append(sequence)
             self.batch_changed = True
             admitted.append(sequence)
         return admitted
 
-    def note_weights(self):
-        """Count a generation on if the weights have changed since the last turn began."""
-        version = weights_version(self.net)
-        if version == self.version:
-            return
-        places = [place for place, _ in version]
-        if self.version is None or places != [place for place, _ in self.version]:  # a graph has fixed where they lie
+    def notice_new_weights(self):
+        """See whether the weights have changed; a CUDA graph survives that unless they lie elsewhere now."""
+        places = self.weights.places
+        self.weights.look()
+        if self.weights.places != places:
             self.batch.graphs.clear()
-        self.version = version
-        self.generation += 1
-
-    def forget_outdated(self, sequence):
-        """What older weights have computed for a sequence, its share of a prompt included, is computed again."""
-        self.cache.forget(sequence)
-        if sequence.prefix:
-            self.leave_prefix(sequence)
-        sequence.generation = self.generation
 
     def find_slot(self, sequence):
         """Whether there is a slot: a free one, or that of a conversation which does not run and lends it."""
@@ -1143,48 +1217,6 @@ class Engine:
         lender = max(idle, key=lambda owner: position.get(owner, math.inf))
         self.cache.lend(lender)
         return self.cache.allocate(sequence)
-
-    def attach_prefix(self, sequence):
-        """Let a first turn use the shared prompt, if there is one or others are about to start with the same."""
-        prompt = sequence.prompt
-        if prompt in self.prefixes and self.prefixes[prompt].generation != self.generation:
-            self.retire(self.prefixes[prompt])
-        if prompt not in self.prefixes and self.pending_prompts[prompt] > 1 and len(prompt) >= SHORTEST_SHARED:
-            prefix = Prefix(list(prompt), generation=self.generation)
-            if self.cache.allocate(prefix):
-                self.prefixes[prompt] = prefix
-        if prompt in self.prefixes:
-            sequence.prefix = self.prefixes[prompt]
-            sequence.prefix.users += 1
-        self.prompt_started(sequence)
-
-    def prompt_started(self, sequence):
-        """The sequence no longer counts among those that will want its prompt."""
-        prompt, sequence.prompt = sequence.prompt, None
-        self.pending_prompts[prompt] -= 1
-        if not self.pending_prompts[prompt]:
-            del self.pending_prompts[prompt]
-        if prompt in self.prefixes:
-            self.free_if_unused(self.prefixes[prompt])
-
-    def leave_prefix(self, sequence):
-        """The sequence no longer looks back to its shared prompt."""
-        prefix, sequence.prefix = sequence.prefix, None
-        prefix.users -= 1
-        self.free_if_unused(prefix)
-
-    def retire(self, prefix):
-        """Nobody starts with this prefix any more; who looks back to it keeps it."""
-        del self.prefixes[tuple(prefix.tokens)]
-        self.free_if_unused(prefix)
-
-    def free_if_unused(self, prefix):
-        prompt = tuple(prefix.tokens)
-        is_retired = self.prefixes.get(prompt) is not prefix
-        if prefix.users == 0 and (is_retired or prompt not in self.pending_prompts):
-            self.cache.free(prefix)
-            if not is_retired:
-                del self.prefixes[prompt]
 
     # -- prefill: keys and values of prompts and observations
 
@@ -1232,7 +1264,7 @@ class Engine:
 
         n, slot = 0, -1
         for other in self.cache.slot_owner:
-            if other and other.cached and not other.prefix and other.generation == self.generation:
+            if other and other.cached and not other.prefix and other.generation == self.weights.generation:
                 n, slot = max((n, slot), (min(in_common(other), other.cached), other.slot))
         ahead = max([in_common(other) for other in wave if not other.prefix], default=0)
         if ahead >= n + SHORTEST_SHARED:
@@ -1311,8 +1343,8 @@ class Engine:
     def fail(self, sequences):
         """Close sequences whose logits were not numbers, with what they have left in the cache; always raises."""
         for s in sequences:
-            if s.prefix and self.prefixes.get(tuple(s.prefix.tokens)) is s.prefix:
-                self.retire(s.prefix)
+            if s.prefix:
+                self.prompts.retire(s.prefix)
             self.close(s)
             s.finish = "error"
         self.cache.clear_nan()
@@ -1438,19 +1470,6 @@ class DecodeBatch:
             outputs = self.forward(n, longest, static_groups)
         self.state.copy_(saved)
         return graph, static_groups, outputs
-
-
-def weights_version(net):
-    """[(where it lies and its scale, count of changes in place)] of all weights: another list if one has changed.
-
-    PyTorch counts changes through a tensor and what shares its count (`detach`), not those through `.data`.
-    """
-    version = []
-    for module in net.modules():
-        scale = module.lora_scale if isinstance(module, Linear) else 1.0
-        for p in module.parameters(recurse=False):
-            version.append(((p.data_ptr(), scale), 0 if p.is_inference() else p._version))
-    return version
 
 
 def attend_with_lse(q, k, v, bias):
@@ -1584,7 +1603,7 @@ class FileTensor(NamedTuple):
 
     @property
     def data(self):
-        return self.parameter.detach()[self.start:self.stop]  # unlike .data, it counts changes, see weights_version
+        return self.parameter.detach()[self.start:self.stop]  # unlike .data, it counts, see WeightsCounter
 
     def merged_weight(self):
         """The tensor as a file holds it: with its adapter merged."""
