@@ -57,13 +57,13 @@ import model
 import tools
 from atlas import build
 from distill import average as mean
-from genevolve import HERE, Common, flag
+from genevolve import HERE, Compute, flag
 
 SCORES = ("kscore",) + distill.DIMENSIONS
 
 
 @dataclass
-class Bench(Common):
+class Bench(Compute):
     """Flags of every benchmark."""
     out: str = flag("", "folder for the JSON of the results (default: results, or out for a smoke run)")
     quick: bool = flag(False, "a smoke run on a few rows")
@@ -527,6 +527,12 @@ class Ablation(genevolve.Evolution):
                 best = max(rated, key=lambda t: t.reward)
                 examples.append((best.tokens, best.mask))
         return examples
+
+    def is_joint(self):
+        """--match-ratio needs both norms, imitation has a backward pass of its own; else every tenth update notes the
+        ratio that ``unfaded_ratio`` reads."""
+        is_apart = self.settings.match_ratio or self.settings.imitate or self.steps_done % 10 == 0
+        return not is_apart and not self.is_due(self.settings.audit_every)
 
     def sdl_weight(self, policy_norm, sdl_norm):
         """The weight that gives L_SDL's gradient --match-ratio times the norm of GRPO's, or the recipe's."""
@@ -1119,7 +1125,7 @@ def evaluated_row(row):
 # ---- Speed: side by side with peers ----------------------------------------------------------------------------------
 
 @dataclass
-class Speed(Common):
+class Speed(Compute):
     """Ours and the peers in one process, alternating."""
     out: str = flag("", "folder for speed.json (default: results, or out for a smoke run)")
     quick: bool = flag(False, "a smoke run on small sizes")
@@ -1538,6 +1544,8 @@ def speed(settings):
     found = read_json(path) or {}
     found["machine"] = measure_machine(model.pick_device(settings.device)) | {
         "threads": torch.get_num_threads(),
+        "products": model.current_products(),
+        "load before": os.getloadavg()[0],
         "torch": torch.__version__,
         "quick": settings.quick,
     }

@@ -49,6 +49,7 @@ import random
 import re
 import shutil
 import time
+import typing
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 
@@ -349,14 +350,27 @@ def importance_ratio(logp, logp_old, cap=None):
     return (logp - logp_old).clamp(-LOG_BOUND, bound).exp()
 
 
+def tis_weights(logp_old, logp_engine, cap=2.0):
+    """w = sg min(exp(log p_old - log p_engine), cap), (N, T): truncated importance sampling (TIS).
+
+    log p_old is the trainer's view of a sampled token under the weights that wrote it, log p_engine the engine's. An
+    engine with other kernels, another precision, a nucleus or older weights draws from another policy: E[w A grad log
+    p] over its samples is the trainer's own policy gradient where w is below the cap, and the cap bounds the variance.
+    Where the engine gave no number (nan), w = 1.
+    """
+    weight = (upcast(logp_old) - upcast(logp_engine)).clamp(max=math.log(cap)).exp().detach()
+    return torch.where(logp_engine.isnan(), torch.ones_like(weight), weight)
+
+
 def grpo_loss(logp, logp_old, logp_ref, advantages, mask, clip=(0.20, 0.28), beta=1e-3, aggregation="token-mean",
-              normalizer=None):
-    """L = -1/(sum m) sum m min(u A, clip(u, 1 - clip[0], 1 + clip[1]) A) + beta K_ref, u = exp(log p - sg log p_old).
+              normalizer=None, weights=None):
+    """L = -1/(sum m) sum m w min(u A, clip(u, 1 - clip[0], 1 + clip[1]) A) + beta K_ref, u = exp(log p - sg log p_old).
 
     logp (with gradient), logp_old, logp_ref: (N, T), log-probabilities of the sampled tokens; advantages (N,); mask
     bool (N, T). K_ref = k3(log p - sg log p_ref). Rows with advantage 0 (dead groups, missing rewards) are not counted
     by the first term's denominator, but the reference KL is taken over all rows. ``normalizer``: one global count for
-    both terms, or a pair (count of ``policy_mask``, count of the mask). Returns a scalar, float32 or wider.
+    both terms, or a pair (count of ``policy_mask``, count of the mask). ``weights``: w (N, T), see ``tis_weights``
+    (None: 1). Returns a scalar, float32 or wider.
     """
     logp = masked(logp, mask)                                                                  # (N, T)
     logp_old = masked(logp_old, mask).detach()
@@ -367,6 +381,8 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, clip=(0.20, 0.28), bet
     ratio = importance_ratio(logp, logp_old)
     A = upcast(advantages)[:, None]                                                            # (N, 1)
     gain = torch.minimum(ratio * A, ratio.clamp(1 - clip[0], 1 + clip[1]) * A)
+    if weights is not None:
+        gain = gain * masked(weights, mask)
     loss = -aggregate(gain, policy_mask(advantages, mask), aggregation, live_count)
     if not beta:
         return loss
@@ -946,52 +962,112 @@ def ema_update(teacher, student, decay):
         old.copy_(new)
 
 
+# ---- Settings: the values that a field takes stand beside it ---------------------------------------------------------
+
+def one_of(default, choices, **metadata):
+    """A field of settings that takes one of these texts."""
+    return field(default=default, metadata={"choices": choices, **metadata})
+
+
+def within(default, bounds, **metadata):
+    """A field of settings that takes a number. bounds: its interval, "[0, 1)" is from 0 to below 1; inf: no bound."""
+    return field(default=default, metadata={"bounds": bounds, **metadata})
+
+
+def check_fields(settings, label=str):
+    """Raise ValueError, in one line, for a field that has not one of the values that stand beside it.
+
+    settings: a dataclass. label: callable, a field's name -> what the message calls it.
+    """
+    for f in fields(settings):
+        value = getattr(settings, f.name)
+        if not takes(f, value):
+            raise ValueError(f"{label(f.name)} {value!r}: must be {values_of(f)}")
+
+
+def takes(f, value):
+    """Whether a field (of ``dataclasses.fields``) takes a value."""
+    choices, bounds = f.metadata.get("choices"), f.metadata.get("bounds")
+    if choices:
+        return value in choices
+    if f.type is bool:
+        return isinstance(value, bool)
+    if not bounds or (value is None and is_optional(f)):
+        return True
+    if f.type is tuple:
+        return isinstance(value, tuple) and len(value) == 2 and all(lies_within(part, bounds) for part in value)
+    return lies_within(value, bounds, int if f.type is int else (int, float))
+
+
+def is_optional(f):
+    """Whether a field takes None, too."""
+    return type(None) in typing.get_args(f.type)
+
+
+def lies_within(value, bounds, kinds=(int, float)):
+    """Whether a value is a finite number of an interval, such as "(0, 1]". A truth value is no number."""
+    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+        return False
+    low, high = map(float, bounds[1:-1].split(", "))
+    is_above = value > low if bounds[0] == "(" else value >= low
+    is_below = value < high if bounds[-1] == ")" else value <= high
+    return is_above and is_below
+
+
+def values_of(f):
+    """What a field takes, in words; "" where anything goes."""
+    if choices := f.metadata.get("choices"):
+        return "one of " + ", ".join(choices)
+    if f.type is bool:
+        return "true or false"
+    if not (bounds := f.metadata.get("bounds")):
+        return ""
+    if f.type is tuple:
+        return f"two numbers in {bounds}, low:high"
+    kind = "a whole number" if f.type is int else "a number"
+    return f"{kind} in {bounds}" + ", or none" * is_optional(f)
+
+
 # ---- Recipe: what the method leaves open -----------------------------------------------------------------------------
 
 SAMPLED_ESTIMATORS = ("k3_live", "k3_detached", "k2", "surrogate")  # of the sampled token alone, see ``sdl_loss``
 FULL_ESTIMATORS = ("forward_kl", "reverse_kl", "topk_tail")         # over the vocabulary: they need logits
 SELECTIONS = ("sampled", "position", "all")
-RECIPE_CHOICES = {"estimator": SAMPLED_ESTIMATORS + FULL_ESTIMATORS, "selection": SELECTIONS,
-                  "saturation": ("clamp", "zero"), "aggregation": AGGREGATIONS, "denominator": ("selected", "all"),
-                  "score": ("entropy", "advice"), "teacher": ("same", "ema", "frozen"), "std": ("population", "sample")}
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How experience becomes a gradient. The defaults are the paper's, read literally."""
-    estimator: str = "k3_live"        # SAMPLED_ESTIMATORS or FULL_ESTIMATORS (topk_tail: reverse KL over top_k + rest)
-    selection: str = "sampled"        # which positions: "sampled", "position" (by the score), "all"
-    top_fraction: float = 0.1         # of a row's tokens, unless selection is "all" or there is a threshold
-    score: str = "entropy"            # of selection "position": "entropy" or "advice", see ``teacher_scores``
-    threshold: float | None = None    # of the score, in nats; all positions that reach it (None: the top fraction)
-    ratio_cap: float | None = 2.0     # of rho
-    k3_clamp: float | None = 10.0     # of k3
-    saturation: str = "clamp"         # what the clamp does: "clamp" (literal) or "zero"
-    token_cap: float | None = None    # c_tok, open in the paper
-    top_k: int = 32                   # of topk_tail
-    aggregation: str = "token-mean"   # or "seq-mean-token-sum"
-    denominator: str = "selected"     # or "all" assistant tokens of guided rows
-    weight: float = 2.0               # of L_SDL beside L_GRPO
-    anneal: int = 0                   # updates over which the weight falls to zero, in a straight line (0: it stays)
-    teacher: str = "same"             # weights: "same" (gradient stopped), "ema" or "frozen" at the start
-    ema_decay: float = 0.98           # of the "ema" teacher, per step
-    std: str = "population"           # in the advantage
-    clip: tuple = (0.20, 0.28)        # of GRPO's ratio
-    beta: float = 1e-3                # of the reference KL
-    min_reward_gap: float = 0.20      # least R(best) - R(worst) of a lesson
-    pairs: int = 8                    # lessons a step, at most
-    capacity: int = 500               # of the memory
-    gate: float = 0.84                # least cosine; belongs to Qwen3-Embedding, fit it for another embedder
-    near_tie: float = 0.0             # cosines this near count as equal: the better best reward decides
-    entity_free: bool = False         # keys without names
-    standard: bool = True             # keep the bullets on which best and worst agree
+    estimator: str = one_of("k3_live", SAMPLED_ESTIMATORS + FULL_ESTIMATORS)  # topk_tail: reverse KL, top_k + rest
+    selection: str = one_of("sampled", SELECTIONS)          # which positions: "position" goes by the score
+    top_fraction: float = within(0.1, "(0, 1]")             # of a row's tokens, unless "all" or there is a threshold
+    score: str = one_of("entropy", ("entropy", "advice"))   # of selection "position", see ``teacher_scores``
+    threshold: float | None = within(None, "[0, inf)")      # of the score, in nats (None: the top fraction)
+    ratio_cap: float | None = within(2.0, "(0, inf)")       # of rho
+    k3_clamp: float | None = within(10.0, "(0, inf)")       # of k3
+    saturation: str = one_of("clamp", ("clamp", "zero"))    # what the clamp does; "clamp" is literal
+    token_cap: float | None = within(None, "(0, inf)")      # c_tok, open in the paper
+    top_k: int = within(32, "[1, inf)")                     # of topk_tail
+    aggregation: str = one_of("token-mean", AGGREGATIONS)
+    denominator: str = one_of("selected", ("selected", "all"))  # "all": assistant tokens of guided rows
+    weight: float = within(2.0, "[0, inf)")                 # of L_SDL beside L_GRPO
+    anneal: int = within(0, "[0, inf)")                     # updates over which the weight falls to zero (0: it stays)
+    teacher: str = one_of("same", ("same", "ema", "frozen"))  # weights; "same": gradient stopped, "frozen": the start's
+    ema_decay: float = within(0.98, "[0, 1]")               # of the "ema" teacher, per step
+    std: str = one_of("population", ("population", "sample"))  # in the advantage
+    clip: tuple = within((0.20, 0.28), "(0, inf)")          # of GRPO's ratio, below and above 1
+    beta: float = within(1e-3, "[0, inf)")                  # of the reference KL
+    tis_cap: float | None = within(None, "(0, inf)")        # of truncated importance sampling against the engine
+    min_reward_gap: float = within(0.20, "(0, inf)")        # least R(best) - R(worst) of a lesson
+    pairs: int = within(8, "[0, inf)")                      # lessons a step, at most
+    capacity: int = within(500, "[1, inf)")                 # of the memory
+    gate: float = within(0.84, "[-1, 1]")  # least cosine; belongs to Qwen3-Embedding, fit it for another embedder
+    near_tie: float = within(0.0, "[0, 2]")  # cosines this near count as equal: the better best reward decides
+    entity_free: bool = False                               # keys without names
+    standard: bool = True                                   # keep the bullets on which best and worst agree
 
     def __post_init__(self):
-        for name, choices in RECIPE_CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} {getattr(self, name)!r}: must be one of {', '.join(choices)}")
-        if self.anneal < 0:
-            raise ValueError(f"anneal {self.anneal}: must not be negative")
+        check_fields(self)
         if self.threshold is not None and (self.selection != "position" or self.denominator != "all"):
             raise ValueError("threshold: goes with selection 'position' and denominator 'all', which is known before "
                              "any forward pass")
@@ -1215,6 +1291,7 @@ class TrainingRow:
     teacher_tokens: list | None = None    # the same conversation under the teacher's opening
     teacher_mask: list | None = None
     logp_old: torch.Tensor | None = None  # (T,) log p of the actions; None: the policy in training wrote them, u = 1
+    logp_engine: torch.Tensor | None = None  # (T,) of the actions, by the engine that sampled them; nan: unknown
 
 
 @dataclass
@@ -1266,6 +1343,7 @@ class MicroBatch:
     student: TokenScores      # with gradient
     mask: torch.Tensor        # (N, T) bool: action tokens of the rows that count
     logp_old: torch.Tensor    # (N, T) under the policy that wrote the rows
+    weights: torch.Tensor | None  # (N, T) of the policy gradient, see ``tis_weights``
     guided: list              # indices of the rows for which a teacher has read a guide
 
 
@@ -1280,7 +1358,12 @@ def student_forward(net, rows, counted, recipe, temperature):
     logp_old = []
     for row, logp in zip(rows, student.logp.detach()):  # logp (T,)
         logp_old.append(logp if row.logp_old is None else row.logp_old.to(logp))  # None: on-policy, the ratio is 1
-    return MicroBatch(rows, student, mask, pad_rows(logp_old), guided)
+    logp_old = pad_rows(logp_old)
+    weights = None
+    if recipe.tis_cap is not None:
+        logp_engine = [row.logp_engine.to(logp_old) for row in rows]
+        weights = tis_weights(logp_old, pad_rows(logp_engine), recipe.tis_cap)
+    return MicroBatch(rows, student, mask, logp_old, weights, guided)
 
 
 @torch.no_grad()
@@ -1297,14 +1380,18 @@ def policy_loss(batch, reference, recipe, normalizer):
     ``grpo_loss``."""
     advantages = torch.tensor([row.advantage for row in batch.rows], device=batch.mask.device)       # (N,)
     loss = grpo_loss(batch.student.logp, batch.logp_old, reference.logp, advantages, batch.mask, recipe.clip,
-                     recipe.beta, recipe.aggregation, normalizer)
+                     recipe.beta, recipe.aggregation, normalizer, batch.weights)
 
     logp = batch.student.logp.detach()
     reference_kl = aggregate(k3(logp - reference.logp), batch.mask, normalizer=1)
     ratio = importance_ratio(logp, batch.logp_old)
     clipped = (ratio < 1 - recipe.clip[0]) | (ratio > 1 + recipe.clip[1])
-    return loss, {"grpo_loss": float(loss.detach()), "reference_kl": float(reference_kl),
-                  "clipped": int((clipped & batch.mask).sum())}
+    metrics = {"grpo_loss": float(loss.detach()), "reference_kl": float(reference_kl),
+               "clipped": int((clipped & batch.mask).sum())}
+    if batch.weights is not None:
+        weights = batch.weights[batch.mask]
+        metrics |= {"tis_weight": float(weights.sum()), "tis_capped": int((weights >= recipe.tis_cap).sum())}
+    return loss, metrics
 
 
 def distillation_loss(batch, teacher, unguided, recipe, temperature, normalizer):

@@ -10,6 +10,7 @@ import concurrent.futures
 import copy
 import dataclasses
 import gc
+import hashlib
 import http.server
 import importlib
 import io
@@ -193,6 +194,53 @@ def test_chunked_log_probs_and_entropy_equal_the_full_ones_with_gradients(tile):
     assert all((x - y).abs().max() < 1e-5 for x, y in zip(ours, full, strict=True))
     for x, y in zip(torch.autograd.grad((ours[0] * a + ours[1] * b).sum(), (h, w)), expected, strict=True):
         assert (x - y).norm() < 1e-5 * y.norm()
+
+
+@pytest.mark.parametrize("lengths, is_causal", [((9, 9), True), ((5, 12), False), ((1, 7), False)])
+@pytest.mark.parametrize("products", model.PRODUCTS)
+def test_attention_is_the_softmax_written_out_in_value_and_gradient(lengths, is_causal, products):
+    (T, L), H, J, D = lengths, 4, 2, 8
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, n, D, requires_grad=True) for heads, n in ((H, T), (J, L), (J, L)))
+    mask = torch.ones(T, L, dtype=torch.bool).tril(L - T)  # token i of the last T sees L - T + i others and itself
+    keys, values = k.repeat_interleave(H // J, 1), v.repeat_interleave(H // J, 1)
+    scores = (q @ keys.transpose(2, 3) / D**0.5).masked_fill(~mask, -math.inf)
+    expected = scores.softmax(-1) @ values
+    with model.products(products):
+        ours = model.attention(q, k, v, None if is_causal or T == 1 else mask, is_causal)
+        upstream = torch.randn_like(ours)
+        grads = torch.autograd.grad(ours, (q, k, v), upstream)
+    assert torch.allclose(ours, expected, atol=1e-5)
+    for ours, theirs in zip(grads, torch.autograd.grad(expected, (q, k, v), upstream), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("speeds, errors, expected", [
+    ({"mkl": 100.0, "onednn": 200.0}, {"mkl": 2e-7, "onednn": 4e-7}, "onednn"),
+    ({"mkl": 100.0, "onednn": 200.0}, {"mkl": 2e-7, "onednn": 3e-3}, "mkl"),     # it rounds to bfloat16
+    ({"mkl": 100.0, "onednn": 105.0}, {"mkl": 2e-7, "onednn": 2e-7}, "mkl")])    # it gains nothing
+def test_the_product_is_chosen_by_speed_among_the_exact(monkeypatch, speeds, errors, expected):
+    names = {setting: name for name, setting in model.PRODUCTS.items()}
+
+    def measured():
+        name = names[torch.get_float32_matmul_precision()]
+        return speeds[name], errors[name]
+    monkeypatch.setattr(model, "measure_products", measured)
+    with model.products("mkl"):
+        assert model.choose_products()["products"] == expected
+        assert torch.get_float32_matmul_precision() == model.PRODUCTS[expected]
+        assert model.choose_products("mkl")["products"] == "mkl"
+        assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_the_error_of_a_product_is_measured_against_float64(monkeypatch):
+    speed, error = model.measure_products(64, 32, 48)
+    assert speed > 0 and 1e-9 < error < 1e-6
+    exact = model.F.linear
+    monkeypatch.setattr(model.F, "linear", lambda x, w: exact(x.bfloat16(), w.bfloat16()).to(x.dtype)
+                        if x.dtype == torch.float32 else exact(x, w))
+    assert 1e-3 < model.measure_products(64, 32, 48)[1] < 1e-2  # bfloat16 has 8 bits
 
 
 @pytest.mark.parametrize("rows", [7, 64])
@@ -933,6 +981,55 @@ def test_a_damaged_newest_checkpoint_is_named_in_one_line_and_skipped(tmp_path, 
     assert error.count("\n") == 1 and str(tmp_path / "000010") in error and "skipped" in error
     model.save_checkpoint(tmp_path, 10, {"x": torch.tensor([11.0])}, {})  # the step is done again
     assert model.latest_checkpoint(tmp_path)[1]["x"].item() == 11 and capsys.readouterr().err == ""
+    assert sorted(os.listdir(tmp_path)) == ["000009", "000010", "000010.aside"]
+    model.save_checkpoint(tmp_path, 10, {"x": torch.tensor([12.0])}, {})  # a whole one is replaced
+    assert sorted(os.listdir(tmp_path)) == ["000009", "000010", "000010.aside"]
+
+
+@pytest.mark.parametrize("fault", ["torn", "unreadable"])
+def test_where_no_checkpoint_can_be_read_nothing_is_removed_and_nothing_begins_again(tmp_path, fault, monkeypatch):
+    for step in (1, 2):
+        model.save_checkpoint(tmp_path, step, {"x": torch.tensor([float(step)])}, {})
+    with monkeypatch.context() as patched:
+        if fault == "unreadable":  # for a moment
+            patched.setattr(model, "checksum", lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        else:
+            for step in ("000001", "000002"):
+                flip_a_bit("state-00001-of-00001.safetensors")(tmp_path / step)
+        with pytest.raises(ValueError, match=r"none of its checkpoints \(000001, 000002\) can be read; they stay"):
+            model.latest_checkpoint(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["000001", "000002"]
+    if fault == "unreadable":
+        assert model.latest_checkpoint(tmp_path)[1]["x"].item() == 2
+
+
+def test_a_folder_is_locked_until_its_process_ends_however_it_ends(tmp_path):
+    holder = "import sys, time, model\nwith model.locked(sys.argv[1]):\n    print('held', flush=True), time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", holder, str(tmp_path)], stdout=subprocess.PIPE,
+                               cwd=genevolve.HERE)
+    try:
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match=f"process {process.pid} is at work there"), model.locked(str(tmp_path)):
+            pass
+    finally:
+        process.kill()
+        process.wait()
+    with model.locked(str(tmp_path)):  # what a killed process leaves behind locks nothing
+        assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
+
+
+def test_a_fingerprint_is_of_what_a_folder_computes_with(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"abc")
+    (tmp_path / "config.json").write_text("{}")
+    digests = {"config.json": b"{}", "model.safetensors": b"abc"}
+    lines = "".join(f"{name} {hashlib.sha256(data).hexdigest()}\n" for name, data in digests.items())
+    expected = hashlib.sha256(lines.encode()).hexdigest()
+    assert model.fingerprint(str(tmp_path)) == expected
+    (tmp_path / "training.json").write_text("{}")
+    assert model.fingerprint(str(tmp_path)) == expected and model.fingerprint(str(tmp_path / "nothing")) is None
+    (tmp_path / "model.safetensors").write_bytes(b"abd")
+    assert model.fingerprint(str(tmp_path)) != expected
+    assert model.fingerprint(str(tmp_path / "config.json")) == hashlib.sha256(b"{}").hexdigest()
 
 
 def test_an_unfinished_checkpoint_is_none(tmp_path, capsys, monkeypatch):
@@ -956,8 +1053,8 @@ def test_the_newest_checkpoints_stay(tmp_path, keep):
     os.makedirs(tmp_path / "999999")  # left by a run that went further: its steps are done again
     for step in (1, 5, 20, 1000000):
         model.save_checkpoint(tmp_path, step, {"x": torch.zeros(1)}, {}, keep=keep)
-    kept = sorted(os.listdir(tmp_path), key=int)
-    assert kept == ["000001", "000005", "000020", "1000000"][-keep:]
+    kept = sorted(filter(str.isdecimal, os.listdir(tmp_path)), key=int)
+    assert kept == ["000001", "000005", "000020", "1000000"][-keep:] and (tmp_path / "999999.aside").exists()
 
 
 ADAPTER_TRAINING = """
@@ -1752,17 +1849,24 @@ def respond(handler, body=b"", status=200, **headers):
 
 
 class RolloutService(Service):
-    """A stand-in for SGLang: its endpoints over generate(input_ids, sampling_params) -> Rollout and load(path).
+    """A stand-in for SGLang: its endpoints over generate(input_ids, sampling_params) -> Rollout, load(path) and
+    score(input_ids) -> log-probs of all tokens but the first.
 
     stubborn: it says that it took the new weights, and goes on with the old ones.
     """
 
-    def __init__(self, generate, load, stubborn=False):
+    def __init__(self, generate, load, stubborn=False, score=None):
         served = {"model_path": "first", "is_generation": True}
 
         def behave(handler):
             request = json.loads(handler.body or b"{}")
-            if handler.path == "/generate" and request["input_ids"]:
+            if handler.path == "/generate" and "logprob_start_len" in request:
+                scored = [[None, request["input_ids"][0], None]]
+                scored += [[logprob, 0, None] for logprob in score(request["input_ids"])]
+                respond(handler, {"meta_info": {"input_token_logprobs": scored}})
+            elif handler.path == "/get_server_info":
+                respond(handler, {"dtype": "torch.float32"})
+            elif handler.path == "/generate" and request["input_ids"]:
                 respond(handler, self.reply(generate(request["input_ids"], request["sampling_params"])))
             elif handler.path == "/update_weights_from_disk":
                 if not stubborn:
@@ -1879,8 +1983,12 @@ def test_requests_of_every_released_format_are_read(name, text, expected, tmp_pa
 
 @pytest.mark.parametrize("name, text, reason", [
     ("a.jsonl", "", "no requests"), ("a.json", "[]", "no requests"), ("a.jsonl", "{", "not valid JSON"),
-    ("a.json", "7", "not valid JSON"), ("a.jsonl", '{"question": "x"}\n[]', "line 2: no prompt or question"),
-    ("a.jsonl", '{"question": 7}', "line 1: no prompt"), ("a.json", '{"question": "x"}', "line 1: no prompt"),
+    ("a.json", "7", "must hold a list"), ("a.jsonl", '{"question": "x"}\n[]', "line 2: no prompt or question"),
+    ("a.jsonl", '{"question": 7}', "line 1: no prompt"), ("a.json", '{"question": "x"}', "must hold a list"),
+    ("a.jsonl", '{"question": "x"}\n\n{"question": "y"', "line 3: not valid JSON"),
+    ("a.json", '[\n{"question": "x"},\n{"question" "y"}]', "line 3: not valid JSON"),
+    ("a.json", '[{"question": "x"}, {"question": 7}]', "entry 2: no prompt"),
+    ("a.jsonl", '{"question": ' + "[" * 100000, "line 1: not valid JSON"),
     ("a.jsonl", '{"question": "  "}', "line 1: the request is empty"),
     ("a.jsonl", json.dumps({"question": "a" * 8001}), "line 1: the request has 8001 characters")])
 def test_an_unusable_requests_file_is_refused_in_one_line(name, text, reason, tmp_path):
@@ -2467,14 +2575,14 @@ def test_rollout_client_and_engine_agree():
     with RolloutService(generate, loaded.append) as engine:
         client = tools.SGLangClient(engine.url)
         client.health()
-        done = client.generate([5, 6], max_new_tokens=4, seed=1)
+        done, = client.generate([[5, 6]], max_new_tokens=4, seed=1)
         assert (done.tokens, done.logprobs, done.finish) == ([6, 7], [-0.5, -0.5], "stop")
         assert asked == [{"max_new_tokens": 4, "temperature": 1.0, "top_p": 1.0, "stop_token_ids": [],
                           "sampling_seed": 1}]
         client.update_weights("checkpoints/step1")
         assert loaded == ["checkpoints/step1"]
         with pytest.raises(tools.ToolError):
-            client.generate([], max_new_tokens=4)
+            client.generate([[]], max_new_tokens=4)
 
 
 def test_a_rollout_engine_that_keeps_the_old_weights_is_noticed():
@@ -2499,7 +2607,7 @@ def test_an_aborted_generation_has_no_reward():
     meta = {"finish_reason": {"type": "abort", "message": "out of memory"}, "output_token_logprobs": []}
     with Service(lambda h: respond(h, {"output_ids": [], "meta_info": meta})) as engine:
         with pytest.raises(tools.ToolError, match="aborted: out of memory"):
-            tools.SGLangClient(engine.url, retries=0).generate([1], 4)
+            tools.SGLangClient(engine.url, patience=0.0, backoff=0.01).generate([[1]], 4)
 
 
 # ---- The local server ------------------------------------------------------------------------------------------------
@@ -2643,6 +2751,58 @@ def test_null_fields_are_absent_and_n_is_one(model_server):
     assert (seen[-1]["max_tokens"], seen[-1]["stop"], seen[-1]["stream"]) == (7, [], False)
     assert post_chat(server, n=1).status_code == 200
     assert post_chat(server, n=2).status_code == post_chat(server, n=0).status_code == 400
+
+
+class EchoSite:
+    """A page whose API says what it was asked."""
+
+    def page(self):
+        return "<!doctype html><title>echo</title>"
+
+    def get(self, path):
+        return {"path": path}
+
+    def post(self, path, request):
+        if path == "teapot":
+            raise tools.HttpError(418, "no tea")
+        return {"path": path} | request
+
+
+@pytest.fixture(scope="module")
+def site_server():
+    with tools.Server(site=EchoSite()) as server:
+        yield server
+
+
+def test_a_page_and_its_api_are_served(site_server):
+    page = requests.get(site_server.url)
+    assert "echo" in page.text and page.headers["Content-Type"].startswith("text/html")
+    assert "connect-src 'self'" in page.headers["Content-Security-Policy"]
+    assert requests.get(site_server.url + "/api/runs/a%2Fb").json() == {"path": "runs/a%2Fb"}
+    assert requests.post(site_server.url + "/api/run", json={"request": "x"}).json() == {"path": "run", "request": "x"}
+    refused = requests.post(site_server.url + "/api/teapot", json={})
+    assert refused.status_code == 418 and refused.json()["error"]["message"] == "no tea"
+    with tools.Server() as bare:
+        assert requests.get(bare.url).status_code == requests.get(bare.url + "/api/runs").status_code == 404
+        assert requests.post(bare.url + "/api/run", json={}).status_code == 404
+
+
+@pytest.mark.parametrize("headers, status", [
+    ({}, 200), ({"Origin": "{own}"}, 200), ({"Host": "localhost:{port}"}, 200),
+    ({"Origin": "http://evil.example"}, 403), ({"Origin": "null"}, 403), ({"Origin": "http://localhost:1"}, 403),
+    ({"Host": "evil.example"}, 403), ({"Host": "evil.example", "Origin": "http://evil.example"}, 403),
+    ({"Host": ""}, 403), ({"Content-Type": "text/plain"}, 415), ({"Content-Type": ""}, 415),
+    ({"Content-Length": "70000"}, 413)])
+def test_only_the_page_itself_may_call_its_api(headers, status, site_server):
+    port = site_server.http.server_port
+    plain = {"Content-Type": "application/json", "Host": f"127.0.0.1:{port}", "Content-Length": "2"}
+    given = {name: text.format(own=site_server.url, port=port) for name, text in (plain | headers).items()}
+    head = "".join(f"{name}: {text}\r\n" for name, text in given.items())
+    body = "{}" if status != 413 else " " * 70000
+    answer = raw_exchange(site_server, f"POST /api/run HTTP/1.1\r\n{head}\r\n{body}")
+    assert answer.startswith(f"HTTP/1.1 {status}".encode()), answer
+    if status == 403:  # pictures of runs are not for other sites either
+        assert raw_exchange(site_server, f"GET /api/runs HTTP/1.1\r\n{head}\r\n{body}").startswith(b"HTTP/1.1 403")
 
 
 def too_long(request):
@@ -2903,6 +3063,19 @@ def test_an_unusable_reference_fails_its_picture_alone(reference, model_server):
     good = random_picture(7)
     images = tools.RemoteRenderer([server.url], retries=0).render(["a", "b"], [[reference], [good]], [1, 2])
     assert isinstance(images[0], tools.ToolError) and np.array_equal(images[1], good)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("side, reader", [(511, "ours"), (512, "pillow")])
+def test_a_large_png_is_read_by_pillow_to_the_same_pixels(monkeypatch, side, reader):
+    pytest.importorskip("PIL.Image")
+    ramp = np.add.outer(np.arange(side), np.arange(side))
+    image = (ramp[..., None] // np.array([2, 3, 5])).astype(np.uint8)  # (H, W, 3)
+    used = []
+    for name, module, function in (("ours", diffusion, "decode_png"), ("pillow", tools, "decode_with_pillow")):
+        real = getattr(module, function)
+        monkeypatch.setattr(module, function, lambda *data, name=name, real=real: used.append(name) or real(*data))
+    assert np.array_equal(tools.read_image(diffusion.encode_png(image)), image) and used == [reader]
 
 
 def test_without_pillow_a_jpeg_is_refused_and_says_what_to_install(monkeypatch):
@@ -4046,10 +4219,23 @@ def test_gradient_cosine_knows_equal_opposite_and_missing():
     ({"teacher": "old"}, "teacher"), ({"std": "none"}, "std"), ({"anneal": -1}, "anneal"),
     ({"estimator": "surrogate", "token_cap": 1.0}, "token_cap"),
     ({"threshold": 0.1, "selection": "all", "denominator": "all"}, "threshold"),
-    ({"threshold": 0.1, "selection": "position", "denominator": "selected"}, "threshold")])
+    ({"threshold": 0.1, "selection": "position", "denominator": "selected"}, "threshold"),
+    ({"weight": NAN}, r"weight nan: must be a number in \[0, inf\)"), ({"weight": None}, "weight None"),
+    ({"beta": math.inf}, "beta inf"), ({"weight": True}, "weight True"), ({"top_k": 2.5}, "a whole number in"),
+    ({"standard": "true"}, "standard 'true': must be true or false"), ({"clip": 0.2}, "clip 0.2: must be two numbers"),
+    ({"clip": (0.2, NAN)}, "clip"), ({"gate": 1.5}, "gate"), ({"min_reward_gap": -0.1}, "min_reward_gap"),
+    ({"top_fraction": 0.0}, r"in \(0, 1\]"), ({"ema_decay": 2.0}, "ema_decay"), ({"pairs": -1}, "pairs")])
 def test_a_recipe_whose_options_do_not_exist_or_do_not_go_together_is_refused(changes, said):
     with pytest.raises(ValueError, match=said):
         paper(**changes)
+
+
+@pytest.mark.parametrize("bounds, inside, outside", [
+    ("(0, 1]", [1e-9, 1, 0.5], [0, 1.001, -1, math.inf, NAN, True, "1", None]),
+    ("[0, inf)", [0, 10**9], [-1e-9, math.inf, NAN]), ("[-1, 1)", [-1, 0.999], [1, -1.001])])
+def test_an_interval_holds_finite_numbers_between_its_ends(bounds, inside, outside):
+    assert all(distill.lies_within(value, bounds) for value in inside)
+    assert not any(distill.lies_within(value, bounds) for value in outside)
 
 
 def test_an_estimator_over_the_vocabulary_is_not_one_of_the_sampled_token():
@@ -5136,11 +5322,15 @@ def test_a_tokens_mask_covers_exactly_what_the_policy_wrote(atlas_box):
 
 class FailingClient:
     """A rollout engine and a chat model that answer no request."""
+    AT_ONCE, context = 1, None
 
     def generate(self, *_):
         raise tools.ToolError("no engine")
 
-    def complete(self, *_, **__):
+    def served_model(self):
+        return {}
+
+    def reply(self, *_, **__):
         raise tools.ToolError("no model")
 
 
@@ -5149,7 +5339,7 @@ def test_a_policy_that_cannot_be_reached_ends_its_trajectory_with_an_error(atlas
     net, tokenizer = model.load(SFT)
     policy = genevolve.ChatPolicy(FailingClient(), genevolve.Sampling())
     if kind == "rollout engine":
-        policy = genevolve.RolloutPolicy(FailingClient(), net, tokenizer, genevolve.Sampling(), compact=True)
+        policy = genevolve.RolloutPolicy([FailingClient()], net, tokenizer, genevolve.Sampling(), compact=True)
     t, = genevolve.Agent(policy, atlas_box).run(atlas.world.requests("validation")[:1], [0])
     assert t.termination == "error" and t.error.startswith("error: no ") and t.program is None and t.rounds == 1
 
@@ -5309,6 +5499,24 @@ def test_the_gradient_of_a_step_is_grpos_plus_the_weight_times_sdls(offline_evol
     assert math.isnan(run.combine_gradients(nothing, nothing))  # no policy gradient: a ratio is missing
 
 
+def test_one_backward_pass_of_both_losses_gives_the_sum_of_the_two(offline_evolution):
+    run = offline_evolution(set="weight=3,anneal=0", audit_every=1)  # an audit step: the two stay apart
+    groups, _ = run.roll_out_groups(run.data[:2])
+    rewards = torch.tensor([[t.reward for t in group] for group in groups])
+    bundle = distill.Bundle.from_dict(LESSON)
+    batch = genevolve.training_batch(groups, rewards, [bundle, None], run.recipe, run.tokenizer)
+    policy, sdl, _ = run.gradients(batch, groups, [])
+    assert distill.gradient_norm(policy) > 0 and distill.gradient_norm(sdl) > 0
+
+    run.settings.audit_every = 0
+    joint, nothing, metrics = run.gradients(batch, groups, [])
+    assert nothing is None and metrics["sdl_loss"] > 0
+    for both, a, b in zip(joint, policy, sdl, strict=True):
+        assert torch.allclose(both, a + 3 * b, atol=1e-6)
+    assert math.isnan(run.combine_gradients(joint, None))
+    assert all(torch.equal(p.grad, g) for p, g in zip(run.parameters(), joint, strict=True))
+
+
 def test_a_step_needs_nothing_but_an_agent_and_a_scorer(offline_evolution):
     run = offline_evolution()
     before = [p.clone() for p in run.net.parameters()]
@@ -5466,10 +5674,26 @@ def test_the_policy_of_a_lora_run_is_merged_and_peft_finds_the_adapters_beside_i
 
 
 @pytest.mark.parametrize("flags, message", [
-    ({"lora": -1}, "--lora -1"), ({"rollouts": "few"}, "--rollouts few"), ({"steps": 0}, "--steps must be at least 1")])
+    ({"lora": -1}, "--lora -1"), ({"rollouts": "few"}, "--rollouts few"), ({"steps": 0}, "--steps 0: must be a whole"),
+    ({"rollouts": 1}, "--rollouts 1"), ({"temperature": 0.0}, "--temperature 0.0"), ({"temperature": NAN}, "nan"),
+    ({"temperature": -1.0}, "--temperature -1"), ({"lr": math.inf}, "--lr inf"), ({"top_p": 0.0}, "--top-p 0.0"),
+    ({"recipe": "best"}, "--recipe 'best': must be one of paper, stable"), ({"seed": -1}, "--seed -1")])
 def test_an_impossible_run_is_refused(flags, message):
     with pytest.raises(ValueError, match=message):
         genevolve.Evolve(**flags)
+
+
+def test_help_says_what_every_flag_and_every_field_of_a_recipe_takes(capsys):
+    for command, (settings, _) in genevolve.COMMANDS.items():
+        with pytest.raises(SystemExit):
+            genevolve.parse([command, "--help"], genevolve.COMMANDS)
+        said = " ".join(capsys.readouterr().out.split())
+        for f in dataclasses.fields(settings):
+            assert f.metadata.get("bounds", "") in said
+            assert f.type not in (int, float) or "bounds" in f.metadata, f"{command} {f.name}: which numbers?"
+        if command == "evolve":
+            for f in dataclasses.fields(distill.Recipe):
+                assert f"{f.name}, {distill.values_of(f)}" in said
 
 
 def test_promotion_compares_with_the_best_so_far_and_allows_for_chance_alone(offline_evolution, monkeypatch):
@@ -5788,10 +6012,19 @@ def test_trajectories_from_a_serving_engine(tiny_evolution, tmp_path, command):
 
 
 @pytest.mark.parametrize("changes, said", [
-    ("weigth=1", "weight"), ("weight=heavy", "weight"), ("teacher=teh", "teacher")])
+    ("weigth=1", "weight"), ("weight=heavy", "weight"), ("teacher=teh", "one of same, ema, frozen"),
+    ("weight=nan", "weight must be a number in [0, inf)"), ("lr=1", "no such field"), ("weight=none", "weight must be"),
+    ("standard=True", "true or false"), ("clip=0.2", "two numbers in (0, inf), low:high"), ("top_k=0", "[1, inf)"),
+    ("estimator=surrogate,token_cap=2", "--set estimator=surrogate,token_cap=2: token_cap")])
 def test_a_wrong_recipe_is_said_in_one_line(changes, said, command, tmp_path):
-    code, _, err = command("evolve", "--out", tmp_path, "--set", changes)
-    assert code == 2 and said in err and err.count("\n") == 1
+    code, _, err = command("evolve", "--out", tmp_path / "run", "--set", changes)
+    assert code == 2 and said in err and err.count("\n") == 1 and not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_changes_to_a_recipe_are_read_by_the_type_of_their_field():
+    recipe = genevolve.read_recipe("paper", "standard=false,clip=0.1:0.4,ratio_cap=none,top_k=7,weight=1,teacher=ema")
+    expected = paper(standard=False, clip=(0.1, 0.4), ratio_cap=None, top_k=7, weight=1.0, teacher="ema")
+    assert recipe == expected
 
 
 # ---- The other commands ----------------------------------------------------------------------------------------------
@@ -6022,13 +6255,17 @@ class StandInEngine:
         self.loaded = []
         self.lock = threading.Lock()
         self.net, _ = model.load(os.path.join(genevolve.HERE, "weights", "sft"))
-        self.server = RolloutService(self.rollout, self.load)
+        self.server = RolloutService(self.rollout, self.load, score=self.score)
         self.server.thread.start()
+
+    @torch.no_grad()
+    def score(self, ids):
+        return model.token_logprobs(self.net, [ids])[0].tolist()
 
     def rollout(self, ids, sampling):
         with self.lock:
             done, = model.generate(self.net, [ids], sampling["max_new_tokens"], sampling["temperature"],
-                                   sampling["top_p"], sampling["stop_token_ids"], sampling["sampling_seed"])
+                                   sampling["top_p"], sampling["stop_token_ids"], sampling.get("sampling_seed", 0))
         return tools.Rollout(done.tokens, done.logprobs, done.finish)
 
     def load(self, path):
