@@ -95,8 +95,8 @@ MUTANTS = [
            "means.append(words.float().mean(0))",
            "means.append(words.float().sum(0))"),
     Mutant("model.py", "adapters", "alpha_over_rank",
-           "linear.lora_scale = alpha / rank",
-           "linear.lora_scale = rank / alpha"),
+           "add_adapter(linear, key, rows, rank, alpha / rank)",
+           "add_adapter(linear, key, rows, rank, rank / alpha)"),
     Mutant("model.py", "merging", "merging_switching",
            "scaled = linear.lora_scale * linear.lora_B[key]",
            "scaled = linear.lora_B[key]"),
@@ -107,11 +107,14 @@ MUTANTS = [
            "write(temporary)\n        os.replace(temporary, path)",
            "write(path)"),
     Mutant("model.py", "newest", "newest_checkpoints_stay",
-           "earlier[-keep:]",
-           "earlier[:keep]"),
+           "for name in checkpoint_names(folder)[:-keep]:",
+           "for name in checkpoint_names(folder)[keep:]:"),
     Mutant("model.py", "averages", "resumed_run or ema",
            'p.copy_(tensor_like(p, f"{keyword}.{name}"))',
            "pass"),
+    Mutant("model.py", "swap", "one_of_the_two_is_always",
+           "    if os.path.exists(path):\n        os.rename(path, old)\n    os.rename(source, path)",
+           "    shutil.rmtree(path, ignore_errors=True)\n    os.rename(source, path)"),
 
     # -- diffusion.py
     Mutant("diffusion.py", "latents", "latents_are_normalised",
@@ -299,8 +302,8 @@ MUTANTS = [
            "trajectory.messages[:2], guide)",
            "trajectory.messages[:1], guide)"),
     Mutant("genevolve.py", "rollback", "a_rollback_loads",
-           "**averages(self))\n        self.lr_scale /= 2",
-           "**averages(self)) if self.log is None else 0\n        self.lr_scale /= 2"),
+           "self.optimizer, **averages(self))\n        self.lr_scale /= 2",
+           "self.optimizer, **averages(self)) if False else None\n        self.lr_scale /= 2"),
     Mutant("genevolve.py", "halving", "a_rollback_loads",
            "self.lr_scale /= 2",
            "self.lr_scale *= 2"),
@@ -326,14 +329,25 @@ MUTANTS = [
            "F.normalize(self.bags(texts) - self.mean, dim=-1)",
            "F.normalize(self.bags(texts), dim=-1)"),
     Mutant("genevolve.py", "format", "three_places",
-           'return "-" if value is None else f"{value:.3f}"',
-           'return "-" if value is None else f"{value:.2f}"'),
+           'math.isnan(value) else f"{value:.3f}"',
+           'math.isnan(value) else f"{value:.2f}"'),
     Mutant("genevolve.py", "promotion", "promotion_compares",
            'figures["change"] >= -figures["standard_error"]',
            'figures["change"] >= figures["standard_error"]'),
     Mutant("genevolve.py", "promotion", "promotion_compares",
            "change = np.array(rewards) - np.array(before)",
            "change = np.array(before) - np.array(rewards)"),
+    Mutant("genevolve.py", "log-first", "log_opens_after",
+           "        model.save_checkpoint(folder, self.steps_done, tensors, state, self.processes)\n"
+           "        if self.processes.is_main:\n"
+           '            log = os.path.join(self.settings.out, "log.jsonl")\n'
+           '            with open(log, "a", encoding="utf-8") as file:\n'
+           '                file.write(json.dumps(row) + "\\n")\n',
+           "        if self.processes.is_main:\n"
+           '            log = os.path.join(self.settings.out, "log.jsonl")\n'
+           '            with open(log, "a", encoding="utf-8") as file:\n'
+           '                file.write(json.dumps(row) + "\\n")\n'
+           "        model.save_checkpoint(folder, self.steps_done, tensors, state, self.processes)\n"),
 
     # -- bench.py
     Mutant("bench.py", "seeds", "interval_resamples",
