@@ -2804,6 +2804,7 @@ def test_bm25_equals_its_formula_on_a_small_corpus():
     expected = sorted((i for i in range(4) if score(docs[i])), key=lambda i: -score(docs[i]))
     assert index.search("Red LAMP", 10) == expected and index.search("Red LAMP", 1) == expected[:1]
     assert index.search("zebra", 5) == [] and index.search("", 5) == []
+    assert (index.idf("red"), index.idf("lamp")) == pytest.approx((math.log(10 / 3), math.log(10 / 7)))  # 1, 3 of 4
 
 
 def test_ranking_prefers_what_was_asked_and_ties_keep_their_order(corpus_folder):
@@ -7765,6 +7766,17 @@ def test_a_perfect_copyist_has_no_copy_loss():
     assert max(losses) < 4 and min(losses) < 1e-3  # a token that is drawn twice costs 30 once
 
 
+def test_the_cold_start_minimises_the_weighted_cross_entropy_of_what_was_written():
+    net, weights = small_policy(), torch.ones(50)
+    weights[7] = 4.0
+    tokens, mask = [3, 1, 7, 5], [False, True, True, False]
+    with torch.no_grad():
+        logp = net(torch.tensor([tokens]))[0].log_softmax(-1)
+        one, seven = -float(logp[0, 1]), -float(logp[1, 7])
+        assert float(distill.sft_loss(net, [(tokens, mask)])) == pytest.approx((one + seven) / 2, abs=1e-5)
+        assert float(distill.sft_loss(net, [(tokens, mask)], weights)) == pytest.approx((one + 4 * seven) / 5, abs=1e-5)
+
+
 def test_the_rate_of_the_cold_start_rises_and_falls_along_a_cosine():
     s = SimpleNamespace(lr=1.0, warmup=0.1, steps=100)
     rates = [distill.sft_lr(s, step, 40) for step in (0, 9, 39, 40, 49, 50, 95, 140)]
@@ -8040,6 +8052,20 @@ def test_the_renderers_loss_weighs_a_step_by_its_time_and_adds_the_classes(denoi
     assert float(loss) == pytest.approx(sum(weights) / 8 + 0.5 * math.log(7), rel=1e-4) and min(metrics["t"]) < 1
 
 
+def test_muon_goes_against_the_gradient_by_its_rate_in_every_direction(denoiser):
+    optimizer = diffusion.MuonAdamW(denoiser, lr=0.0, muon_lr=0.1)
+    matrix = denoiser.blocks[0].out.weight                              # (32, 32)
+    before = matrix.detach().clone()
+    for p in denoiser.parameters():
+        p.grad = torch.zeros_like(p)
+    u, _, v = torch.linalg.svd(torch.randn(32, 32, generator=torch.Generator().manual_seed(0)))
+    matrix.grad = u @ torch.diag(torch.linspace(1, 2, 32)) @ v
+    optimizer.step(0.5)
+    change = u.T @ (matrix.detach() - before) @ v.T / 0.05              # about -1 along each pair of singular vectors
+    assert change.diagonal().max() < -0.6 and change.diagonal().min() > -1.3
+    assert (change - torch.diag(change.diagonal())).abs().max() < 0.1
+
+
 def test_averaged_weights_follow_slowly_and_faster_at_first(tmp_path, colour_scenes):
     run = small_training(tmp_path, colour_scenes, ema=0.998)
     before = [p.clone() for p in run.ema_net.parameters()]
@@ -8218,3 +8244,13 @@ def test_a_probe_is_the_right_program_with_one_skill_in_plain_words():
             plain = [name for name, words in wanted["wordings"].items() if words["plain"] in prompt]
             exact = [name for name, words in wanted["wordings"].items() if words["exact"] in prompt]
             assert plain == [skill] and set(exact) == set(wanted["skills"]) - {skill}
+
+
+@pytest.mark.mutants
+def test_no_mutant_survives(request):
+    """Every claim is protected: of the changes listed in .ci/mutants.py none leaves all tests green."""
+    if "mutants" not in request.config.option.markexpr:
+        pytest.skip("takes long: python -m pytest -m mutants test_all.py")
+    done = subprocess.run([sys.executable, os.path.join(genevolve.HERE, ".ci", "mutants.py")], text=True,
+                          stdout=subprocess.PIPE)
+    assert done.returncode == 0, done.stdout
