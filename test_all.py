@@ -2462,6 +2462,111 @@ class RolloutService(Service):
         return {"output_ids": rollout.tokens, "meta_info": meta}
 
 
+class VLLMService(Service):
+    """A stand-in for ``vllm serve FOLDER`` with the manners of release 0.32 on a CPU, computed by our own engine.
+
+    Its output matrix is a packed copy, which only a checkpoint that names lm_head.weight renews. It ends at a seed,
+    refuses more tokens than its context, and answers nothing while it is paused. A restart brings the weights of FOLDER
+    back. Samples depend on the prompt alone.
+    raw: log-probs of samples are those of temperature 1. stale: the name of a parameter that a reload forgets.
+    away: the behaviours, one a request, that come before any answer: a status, "cut" (no answer) or "restart".
+    """
+    CONTEXT = 1536
+
+    def __init__(self, folder, raw=False, stale=None, development=True):
+        self.folder, self.raw, self.stale, self.development = folder, raw, stale, development
+        self.asked, self.loaded, self.away, self.lock = [], [], [], threading.RLock()
+        self.restart()
+        super().__init__(self.behave)
+
+    def restart(self):
+        self.version, self.paused, self.dead = "default", False, False
+        self.net, _ = model.load(self.folder)
+        self.pack(self.net.embed.weight)
+
+    def pack(self, matrix):
+        """Compute with a copy of this output matrix from now on."""
+        self.head = matrix.detach().clone()
+        self.net.head = model.Linear(self.net.config.hidden_size, ("lm_head", self.net.config.vocab_size))
+        self.net.head.weight.data = self.head
+
+    def behave(self, handler):
+        path, _, query = handler.path.partition("?")
+        request = json.loads(handler.body or b"{}")
+        with self.lock:
+            self.asked.append((path, request))
+            trouble = self.away.pop(0) if self.away and path != "/health" else None
+            if trouble == "restart":
+                self.restart()
+            if trouble == "cut":
+                handler.connection.close()
+            elif self.dead or isinstance(trouble, int):
+                respond(handler, {"error": {"message": "EngineDeadError"}}, trouble or 500)
+            else:
+                respond(handler, *self.answer(path, request))
+
+    def answer(self, path, request):
+        """(value, status)"""
+        stated = {
+            "/health": b"", "/version": {"version": "0.32.0"},
+            "/v1/models": {"data": [{"id": "served", "owned_by": "vllm", "max_model_len": self.CONTEXT}]}}
+        developers = {
+            "/weight_info": lambda: {"weight_version": self.version},
+            "/server_info": lambda: {"vllm_config": {"model_config": {"dtype": "torch.float32"}}},
+            "/pause": lambda: self.set(paused=True), "/resume": lambda: self.set(paused=False),
+            "/reset_prefix_cache": lambda: {"success": self.paused},
+            "/update_weight_version": lambda: self.set(version=request["new_version"]),
+            "/collective_rpc": lambda: self.reload(**request["kwargs"])}
+        if path in stated:
+            return stated[path], 200
+        if path in developers and self.development:
+            return developers[path](), 200
+        if path == "/v1/completions":
+            return self.complete(**request)
+        return {"detail": "Not Found"}, 404
+
+    def set(self, **values):
+        self.__dict__.update(values)
+        return {"status": "done"}
+
+    def reload(self, weights_path):
+        assert self.paused
+        self.loaded.append(weights_path)
+        old, (self.net, _) = self.net, model.load(weights_path)
+        if self.stale:
+            self.net.get_parameter(self.stale).data.copy_(old.get_parameter(self.stale))
+        self.pack(self.head if self.net.head is None else self.net.head.weight)
+        return {"results": [None]}
+
+    def complete(self, prompt, max_tokens, temperature, seed=None, prompt_logprobs=None, **options):
+        if seed is not None:
+            self.dead = True
+        if self.dead or self.paused:
+            return {"error": {"message": "EngineDeadError"}}, 500
+        if options.pop("model") != "served" or max_tokens > self.CONTEXT or max(map(len, prompt)) >= self.CONTEXT:
+            return {"error": {"message": f"max_tokens={max_tokens} cannot be greater than max_model_len=1536."}}, 400
+        choices = []
+        for index, ids in enumerate(prompt):
+            if prompt_logprobs is not None:
+                scores = [{str(token): {"logprob": float(logp)}} for token, logp in zip(ids[1:], self.scores(ids))]
+                choices.append({"index": index, "finish_reason": "length", "prompt_logprobs": [None, *scores]})
+            else:
+                choices.append({"index": index} | self.sample(ids, max_tokens, temperature, **options))
+        return {"choices": choices[::-1]}, 200  # in the order in which they end
+
+    def sample(self, ids, max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, stop_token_ids, ignore_eos,
+               logprobs, return_token_ids):
+        assert (top_k, min_p, repetition_penalty, ignore_eos, return_token_ids) == (0, 0.0, 1.0, True, True)
+        seed = zlib.crc32(str(ids).encode())
+        done, = model.generate(self.net, [ids], max_tokens, temperature, top_p, stop_token_ids, seed)
+        given = self.scores(ids + done.tokens)[len(ids) - 1:].tolist() if self.raw else done.logprobs
+        return {"finish_reason": done.finish, "token_ids": done.tokens, "logprobs": {"token_logprobs": given}}
+
+    @torch.no_grad()
+    def scores(self, ids):
+        return model.token_logprobs(self.net, [ids])[0]
+
+
 # ---- The protocol: a turn --------------------------------------------------------------------------------------------
 
 CALL = ('<think>look it up</think>\n'
@@ -3184,6 +3289,96 @@ def test_an_aborted_generation_has_no_reward():
     with Service(lambda h: respond(h, {"output_ids": [], "meta_info": meta})) as engine:
         with pytest.raises(tools.ToolError, match="aborted: out of memory"):
             tools.SGLangClient(engine.url, patience=0.0, backoff=0.01).generate([[1]], 4)
+
+
+def vllm_client(server, **options):
+    """Of a stand-in; what it says of outages is in client.said."""
+    client = tools.open_engine(server.url, **{"backoff": 0.01} | options)
+    client.said = []
+    client.say = client.said.append
+    return client
+
+
+def test_what_answers_is_recognised_as_vllm_or_sglang():
+    with VLLMService(SFT) as vllm, RolloutService(None, None) as sglang, Service(lambda h: respond(h, {})) as other:
+        client = tools.open_engine(vllm.url + "/v1")
+        assert type(client) is tools.VLLMClient and client.context == 1536 and client.dtype() == "float32"
+        assert type(tools.open_engine(sglang.url)) is tools.SGLangClient
+        assert type(tools.open_engine(other.url, kind="sglang")) is tools.SGLangClient
+        with pytest.raises(tools.ToolError, match="neither like vLLM nor like SGLang; --rollouts-engine"):
+            tools.open_engine(other.url)
+    with pytest.raises(tools.ToolError, match="connection failed"):
+        tools.open_engine(vllm.url)
+
+
+@pytest.mark.parametrize("temperature", (1.0, 0.7))
+def test_vllm_writes_many_conversations_in_one_request_with_the_trainers_log_probs(temperature):
+    net, tokenizer = model.load(SFT)
+    prompts = [tokenizer.encode(text) for text in ("a red star", "two", "a red star over a tower")]
+    with VLLMService(SFT) as server:
+        rollouts = vllm_client(server).generate(prompts, 24, temperature, 1.0, [tokenizer.id("<|im_end|>")])
+        assert [path for path, _ in server.asked].count("/v1/completions") == 1
+        assert not [request for _, request in server.asked if "seed" in request]
+    for prompt, rollout in zip(prompts, rollouts):
+        expected = model.token_logprobs(net, [prompt + rollout.tokens], temperature)[0][len(prompt) - 1:]
+        assert rollout.logprobs == pytest.approx(expected.tolist(), abs=1e-5)
+        assert rollout.finish == "stop" or len(rollout.tokens) == 24
+
+
+@pytest.mark.parametrize("trouble", ([500] * 6, ["cut", 503, "cut"], ["restart"], [500, "restart"]))
+def test_a_server_that_is_away_is_waited_for_and_gets_its_weights_before_it_writes_again(tmp_path, trouble):
+    net, tokenizer = model.load(SFT)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(1.05)
+    prompt = tokenizer.encode("a red star")
+    with VLLMService(SFT) as server:
+        client = vllm_client(server)
+        policy = genevolve.RolloutPolicy([client], net, tokenizer, genevolve.Sampling(1.0, 1.0), compact=True)
+        policy.load_weights(str(tmp_path), 1)
+        server.away = list(trouble)
+        rollout, = client.generate([prompt], 16)
+    expected = model.token_logprobs(net, [prompt + rollout.tokens])[0][len(prompt) - 1:]
+    assert rollout.logprobs == pytest.approx(expected.tolist(), abs=1e-5) and not server.away
+    assert "waits for it" in client.said[0] and "back after" in client.said[-1]
+
+
+def test_many_threads_wait_for_one_server_together():
+    with VLLMService(SFT) as server:
+        client = vllm_client(server)
+        server.away = ["cut"] * 3
+        with ThreadPoolExecutor(8) as pool:
+            rollouts = list(pool.map(lambda token: client.generate([[token, 8]], 4), range(8)))
+        assert client.generate([[3, 8]], 4) == rollouts[3]
+    assert all(len(rollout.tokens) == 4 for rollout, in rollouts) and len(client.said) < 8
+
+
+def test_a_server_that_stays_away_is_given_up_after_the_time_that_was_allowed():
+    with VLLMService(SFT) as server:
+        client = vllm_client(server, patience=0.2)
+        server.away = [500] * 1000
+        with pytest.raises(tools.ToolError, match="HTTP 500"):
+            client.generate([[1]], 4)
+        server.away = []
+        with pytest.raises(tools.ToolError, match="HTTP 400"):
+            client.generate([[1]], 9999)
+    assert len(client.said) == 1
+
+
+def test_a_vllm_without_its_developers_pages_takes_no_weights():
+    with VLLMService(SFT, development=False) as server:
+        with pytest.raises(tools.ToolError, match="VLLM_SERVER_DEV_MODE=1"):
+            vllm_client(server).update_weights("folder")
+
+
+@pytest.mark.parametrize("choice, error", [
+    ({"finish_reason": "abort"}, tools.Transient), ({"finish_reason": "stop", "token_ids": [1]}, ValueError),
+    ({"finish_reason": "stop", "token_ids": [1, 2], "logprobs": {"token_logprobs": [-1.0]}}, ValueError)])
+def test_a_completion_without_a_log_probability_for_each_token_is_unusable(choice, error):
+    with pytest.raises(error):
+        tools.read_completions({"choices": [{"index": 0} | choice]}, 1)
+    with pytest.raises(ValueError):
+        tools.read_completions({"choices": []}, 1)
 
 
 # ---- The local server ------------------------------------------------------------------------------------------------

@@ -1233,7 +1233,8 @@ class RolloutEngine:
         self.version = 0                 # of the weights, an attempt_index: to new weights a prompt is another call
         self.path = None                 # checkpoint folder whose weights were handed over last
         self.context = None              # tokens that prompt and reply may have together; None: unknown
-        self.outages = 0
+        self.outages = 0                 # that are over
+        self.away_since = None           # time.monotonic
         self.back = threading.Lock()     # held by the thread that waits for the server
         defaults = {"timeout": 600.0, "deadline": 1800.0, "max_bytes": 2**28, "retries": 0}
         self.client = HttpClient(self.NAME, (api_key,), **defaults | http)
@@ -1270,26 +1271,24 @@ class RolloutEngine:
         """Let the server go on with a checkpoint folder that it can see, by way of ``restore``."""
         self.path = path
         self.version += 1
-        try:
-            self.restore()
-        except Transient as error:
-            self.wait_until_back(self.outages, error, time.monotonic() + self.patience)
+        self.insist(self.restore)
 
     def insist(self, ask):
         """ask(), again and again until the server answers with the weights that it was given."""
         until = time.monotonic() + self.patience
-        while True:
+        for attempt in itertools.count():
             with self.back:
                 outages = self.outages
             try:
                 answer = ask()
                 self.check_weights()
                 if outages == self.outages:
+                    self.end_outage()
                     return answer
             except Transient as error:
                 if time.monotonic() > until:
                     raise
-                self.wait_until_back(outages, error, until)
+                self.wait_until_back(outages, error, attempt, until)
 
     def check_weights(self):
         """Raises Transient where a server holds other weights than it was given: it has been started anew."""
@@ -1297,18 +1296,17 @@ class RolloutEngine:
         if held and held != self.weights_name(self.path):
             raise Transient(f"{self.NAME}: it has been started anew and holds the weights of {held!r}")
 
-    def wait_until_back(self, outages, error, until):
-        """Return when the server is up and has its weights again. outages: how many there were when the call began; a
-        thread that finds another count has only to ask again."""
+    def wait_until_back(self, outages, error, attempt, until):
+        """Return when the server may be asked again: it is up and has its weights. outages: how many there were when
+        the call began; a thread that finds another count has only to ask again."""
         with self.back:
             if outages != self.outages:
                 return
-            minutes = self.patience / 60
-            self.say(f"{self.base}: {error}; the run waits for it, for {minutes:.0f} minutes at most")
-            started, pause = time.monotonic(), self.client.backoff
-            while True:
-                time.sleep(pause)
-                pause = min(2 * pause, 15.0)
+            if self.away_since is None:
+                self.away_since = time.monotonic()
+                self.say(f"{self.base}: {error}; the run waits for it, for {self.patience / 60:.0f} minutes at most")
+            for attempt in itertools.count(attempt):
+                time.sleep(min(self.client.backoff * 2 ** attempt, 15.0))
                 try:
                     self.health()
                     self.restore()
@@ -1317,7 +1315,13 @@ class RolloutEngine:
                     if time.monotonic() > until:
                         raise
             self.outages += 1
-            self.say(f"{self.base}: back after {time.monotonic() - started:.0f} s")
+
+    def end_outage(self):
+        if self.away_since is not None:
+            with self.back:
+                since, self.away_since = self.away_since, None
+            if since is not None:  # another thread may have said it
+                self.say(f"{self.base}: back after {time.monotonic() - since:.0f} s")
 
 
 class SGLangClient(RolloutEngine):
