@@ -25,6 +25,7 @@ Letters: y, x: row and column of a block, 0..31; (25, 25): all places at which 8
 """
 import functools
 import re
+from collections import Counter
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -142,6 +143,7 @@ class PixelJudge:
     GLYPH_INK = 0.35          # how much darker the ink is, at least
     SMOOTH, CRISP = 0.02, 0.06  # unevenness of a cell: below, above; between them it is muddy
     MUDDY_SHARE = 0.2         # of the 64 cells, at most
+    CLUTTER = 2               # cells with something that nobody asked for, at most; the smallest thing takes three
     WARMTH = 0.12             # red minus blue of a warm backdrop; of a cool one its negative
     FALL = 0.2                # how much brighter the top is than the bottom, at least
 
@@ -172,9 +174,10 @@ class PixelJudge:
         sign, text, text_accuracy = self.judge_sign(picture, wanted["text"])
         clean = self.judge_clean(picture)
         mood = self.judge_mood(picture, wanted["mood"])
+        clutter = self.judge_clutter(picture, wanted, subjects + arrangement + shapes + sign)
 
         faithful = subjects + shapes + style + sign
-        visual = looks + arrangement + colours
+        visual = looks + arrangement + colours + clutter
         beauty = clean + mood
         scores = {"faithfulness": grade(passed_share(faithful) == 1, passed_share(faithful) >= 0.5),
                   "visual_correctness": grade(passed_share(visual) == 1, passed_share(looks) == 1),
@@ -213,20 +216,20 @@ class PixelJudge:
         return there, looks
 
     def judge_arrangement(self, picture, wanted, matches):
-        """At most one verdict: what the arrangement asks of the place at which a subject is seen best."""
+        """As many copies of each subject as are wanted, one unless a number is asked for; and what the arrangement asks
+        of the place at which a subject is seen best."""
         arrangement, (y, x) = wanted["arrangement"], best_place(matches[0])
+        copies = [self.judge_count(match, wanted["count"]) for match in matches]
         if arrangement == "place":
-            return [self.judge_quarter(y, x, wanted["place"])]
+            return [self.judge_quarter(y, x, wanted["place"]), *copies]
         if arrangement == "pair":
             _, other_x = best_place(matches[1])
-            return [self.judge_sides(y, x, other_x, wanted["place"])]
-        if arrangement == "count":
-            return [self.judge_count(matches[0], wanted["count"])]
+            return [self.judge_sides(y, x, other_x, wanted["place"]), *copies]
         if arrangement == "body":
-            return [self.judge_body(picture, y, x)]
+            return [self.judge_body(picture, y, x), *copies]
         if arrangement == "shadow":
-            return [self.judge_shadow(picture, y, x, wanted["light"])]
-        return []
+            return [self.judge_shadow(picture, y, x, wanted["light"]), *copies]
+        return copies
 
     def judge_quarter(self, y, x, quarter):
         """The subject's middle lies in the quarter that was named."""
@@ -241,14 +244,16 @@ class PixelJudge:
         return verdict("sides", actual == side, f"the first stands {actual}", sprite_box(y, x))
 
     def judge_count(self, match, count):
-        """As many separate copies as were asked for; the box goes around all of them."""
+        """As many separate copies as were asked for; the box goes around all of them. That a single subject is nowhere
+        to be seen is its look's fault."""
         places = separate_peaks(match, self.IDENTITY)
         box = None
         if places:
             top, left = np.min(places, axis=0)
             bottom, right = np.max(places, axis=0) + SPRITE
             box = block_box(top, left, bottom, right)
-        return verdict("count", len(places) == count, f"{len(places)} copies, wanted {count}", box)
+        passed = len(places) == count or (count == 1 and not places)
+        return verdict("count", passed, f"copies: {len(places)}, wanted {count}", box)
 
     def judge_body(self, picture, y, x):
         """Below the head stands a body whose outline is nearest to a whole one."""
@@ -315,18 +320,21 @@ class PixelJudge:
         """Enough of the 64 cells, and hardly any of another style, have light that follows the style's pattern."""
         if not style:
             return []
-        light = picture.light - picture.light.mean((2, 3), keepdims=True)                   # (8, 8, 8, 8)
-        deviation = light.std((2, 3)) + 1e-6                                                # (8, 8)
-
-        shares = {}
-        for name, wave in style_waves(CELL).items():
-            correlation = (light * (2 * wave - 1)).mean((2, 3)) / deviation
-            follows = (correlation > self.STYLE_CORRELATION) & (deviation > self.STYLE_CONTRAST)
-            shares[name] = float(follows.mean())
+        shares = {name: float(follows.mean()) for name, follows in self.pattern_cells(picture).items()}
         others = max(share for name, share in shares.items() if name != style)
         passed = shares[style] >= self.STYLE_SHARE and others < self.OTHER_STYLE_SHARE
         detail = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
         return [verdict(f"{style} style", passed, detail)]
+
+    def pattern_cells(self, picture):
+        """{style: which cells have light that follows its pattern, bool (8, 8)}"""
+        light = picture.light - picture.light.mean((2, 3), keepdims=True)                   # (8, 8, 8, 8)
+        deviation = light.std((2, 3)) + 1e-6                                                # (8, 8)
+        cells = {}
+        for name, wave in style_waves(CELL).items():
+            correlation = (light * (2 * wave - 1)).mean((2, 3)) / deviation
+            cells[name] = (correlation > self.STYLE_CORRELATION) & (deviation > self.STYLE_CONTRAST)
+        return cells
 
     def judge_sign(self, picture, text):
         """([whether there is a sign], [whether it reads as it should], text accuracy).
@@ -377,6 +385,28 @@ class PixelJudge:
         muddy = float(is_muddy.mean())
         return [verdict("clean", muddy <= self.MUDDY_SHARE, f"{muddy:.0%} of the cells are muddy")]
 
+    def judge_clutter(self, picture, wanted, found):
+        """Nothing else is in the picture: what lies outside the boxes of what was found is backdrop.
+
+        found: the verdicts on everything that may stand there. A cell is backdrop if it is smooth or muddy, or, where a
+        style is wanted, follows a pattern, the wrong one included: that is another verdict's business.
+        """
+        taken = np.zeros((SIZE, SIZE), bool)
+        for top, left, bottom, right in (check["box"] for check in found if check.get("box")):
+            is_sign = wanted["text"] and bottom - top == CELL  # its illegible characters are not something else
+            taken[top:bottom, slice(None) if is_sign else slice(left, right)] = True
+
+        is_other = (picture.unevenness > self.CRISP) & ~by_cell(taken).any((2, 3))          # (8, 8)
+        if wanted["style"]:
+            is_other &= ~np.any(list(self.pattern_cells(picture).values()), axis=0)
+        count = int(is_other.sum())
+        rows, columns = np.nonzero(is_other)
+        box = None
+        if count:
+            edges = (rows.min(), columns.min(), rows.max() + 1, columns.max() + 1)
+            box = [CELL * int(edge) for edge in edges]
+        return [verdict("nothing else", count <= self.CLUTTER, f"{count} cells hold something else", box)]
+
     def judge_mood(self, picture, mood):
         """Warm or cool backdrop, and bright above, deep below; read from the smooth cells only."""
         if not mood:
@@ -409,44 +439,144 @@ class PixelJudge:
         wanted = trajectory.row.get("recipe", {}).get("wanted")
         if not wanted:
             return None, []
-        guides = [step for step in trajectory.steps if step.name == "query_knowledge"]
-        skills_used = {step.arguments.get("skill_name") for step in guides}
-        return judge_program(trajectory.program, trajectory.question, wanted, skills_used)
+        titles = {img_id: image.get("title", "") for img_id, image in trajectory.images.items()}
+        return judge_program(trajectory.program, trajectory.question, wanted, guides_read(trajectory), titles)
 
 
 # ---- The program judge -----------------------------------------------------------------------------------------------
 
-def judge_program(program, question, wanted, skills_used):
+# what a sentence that states a requirement of a skill has in it, once: in the guide's wording, in the plain one, or in
+# the request's own words that leave a fact open; whatever its value
+STATEMENTS = {skill: re.compile(rf"\b(?:{pattern})\b", re.I) for skill, pattern in {
+    "spatial_layout": "(?:inside|in) the (?:upper|lower) (?:left|right)|stands wholly in the|to the (?:left|right) of the",
+    "quantity_counting": r"separate copies|\w+ of them",
+    "anatomy_body_coherence": "whole body|full figure",
+    "physical_material_consistency": "contact shadow|lit from the",
+    "text_rendering": "sign (?:with the text|saying|showing)|on a sign",
+    "attribute_binding": r"and only \w+; the|with an? \w+ (?:ball|cube|cone|ring|cross) and",
+    "creative_drawing": "pattern covers|(?:mosaic|woven|banded) style",
+    "aesthetic_drawing": "gradient light|(?:warm|cool) light"}.items()}
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+WORD = re.compile(r"(?<![\w-])\w+(?:-\w+)*(?![\w-])")  # 1104, KEL, K-E-L: never a part of something longer
+NUMBER_WORD = re.compile(r"(?<![\w-])(?:two|three|four|[2-4])(?![\w-])", re.I)
+NO_NUMBER = re.compile(r"(?<=copies: )[\w, ]+|two arms, two legs", re.I)  # in the wordings, what is no number of copies
+
+
+def judge_program(program, question, wanted, skills_used, titles=None):
     """R_text: is the program sufficient? Four checks, a quarter each; it never looks at a pixel.
 
-    program: Program or None; wanted: the recipe's constraints; skills_used: skills whose guide was read. Returns
-    (score in {0, 0.25, 0.5, 0.75, 1}, checks). Facts: the wanted text (or number) stands in the prompt. References:
-    as many ordinal phrases as subjects, in order. Skills: every wanted skill was read and its wording is followed.
-    Constraints: every requirement appears, in the plain wording at least.
+    program: Program or None; wanted: the recipe's constraints; skills_used: skills whose guide was read; titles:
+    {img_id: title of the picture}, or None where nobody knows what the references show. Returns (score in {0, 0.25,
+    0.5, 0.75, 1}, checks).
+
+    Facts: the wanted text and number stand in the prompt, and no other of their kind. References: one a subject, in
+    order, in the look asked for. Skills: every wanted skill was read and its wording is followed. Constraints: every
+    requirement appears, in the plain wording at least, and the look.
+
+    A program that says more than that is worth 0. One that states every value, every wording, or shows something else
+    besides, has decided nothing; it would pass each of the checks that look for what is wanted.
     """
     if program is None:
         return 0.0, [verdict("program", False, "no program")]
-    prompt = program.gen_prompt
-    facts = wanted["text"] in prompt  # true of an empty text: none is wanted
+    skills = wanted["skills"]
+    stated = read_statements(program.gen_prompt, wanted["wordings"])
+    followed = {skill for skill, form in stated if form == "exact" and skill in skills_used}
+    carried = {skill for skill, form in stated if form != "other"}
+
+    fact_faults = wrong_facts(program.gen_prompt, wanted)
+    ordinals = names_in_order(program.gen_prompt, wanted["subjects"])
+    looks, shown = shows_the_look(program, wanted, titles)
+    surplus = surplus_statements(stated, skills) + foreign_pictures(program, wanted, titles)
+
+    checks = [verdict("facts", not fact_faults, "; ".join(fact_faults) or "the facts stand in the prompt"),
+              verdict("ordinal references", ordinals and looks, shown),
+              verdict("skill advice", followed == set(skills), f"followed: {listed(followed)}"),
+              verdict("executable constraints", carried == set(skills) and looks, f"stated: {listed(carried)}")]
+    score = 0.0 if surplus else sum(check["passed"] for check in checks) / 4
+    return score, [*checks, verdict("surplus statements", not surplus, listed(surplus))]
+
+
+def read_statements(prompt, wordings):
+    """What a prompt states of the skills' requirements, sentence by sentence: [(skill, form)].
+
+    wordings: {skill: {"exact": sentence, "plain": sentence}}, those that are wanted. form: "exact" or "plain" where a
+    whole sentence is that wording to the letter; "other" where it speaks of the skill in any other way.
+    """
+    wanted = {sentence: (skill, form) for skill, forms in wordings.items() for form, sentence in forms.items()}
+    stated = []
+    for sentence in SENTENCE_END.split(prompt.strip()):
+        if sentence in wanted:
+            stated.append(wanted[sentence])
+            continue
+        for skill, pattern in STATEMENTS.items():
+            stated += [(skill, "other")] * len(pattern.findall(sentence))
+    return stated
+
+
+def surplus_statements(stated, skills):
+    """What is stated more than once, or without being asked for."""
+    times = Counter(skill for skill, _ in stated)
+    return [f"{skill} {count} times" for skill, count in times.items() if count > (skill in skills)]
+
+
+def foreign_pictures(program, wanted, titles):
+    """What the references show beyond the subjects: more pictures, or those of something else."""
+    names = [subject["name"] for subject in wanted["subjects"]]
+    surplus = [f"{len(program.references)} pictures"] if len(program.references) > len(names) else []
+    if titles is None:
+        return surplus
+    shown = [titles.get(reference["img_id"], "") for reference in program.references]
+    return surplus + [f"a picture of {title}" for title, name in zip(shown, names)
+                      if not title.startswith(f"{name}, ")]
+
+
+def shows_the_look(program, wanted, titles):
+    """(whether the references are the subjects in the look asked for, one each, in their order; a detail)."""
+    count = len(program.references)
+    if titles is None:
+        return count == len(wanted["subjects"]), f"{count} references"
+    shown = [titles.get(reference["img_id"], "") for reference in program.references]
+    right = [f"{subject['name']}, {wanted['look']}" for subject in wanted["subjects"]]
+    return shown == right, f"shown: {listed(shown)}"
+
+
+def names_in_order(prompt, subjects):
+    """Whether the first subject's name goes with the first reference image, and the second's with the second."""
+    pairs = []
+    for subject, phrase in zip(subjects, tools.REFERENCE_PHRASES):
+        name = rf"(?<![\w-]){re.escape(subject['name'])}(?![\w-])"
+        pairs.append(rf"(?:{name}.*?\b(?i:{phrase})\b|\b(?i:{phrase})\b.*?{name})")
+    return re.search(".*?".join(pairs), prompt, re.S) is not None
+
+
+def wrong_facts(prompt, wanted):
+    """What is wrong with the facts: [text], empty if the wanted values are there and are the only ones of their kind."""
+    text, faults = wanted["text"], []
+    if text and (found := values_like(text, prompt)) != {text}:
+        faults.append(f"texts: {listed(found)}; wanted {text}")
     if wanted["arrangement"] == "count":
-        facts = facts and NUMBER[wanted["count"]] in prompt.lower()
+        word = NUMBER[wanted["count"]]
+        numbers = {number.lower() for number in NUMBER_WORD.findall(NO_NUMBER.sub("", prompt))}
+        if not numbers or not numbers <= {word, str(wanted["count"])}:
+            faults.append(f"numbers: {listed(numbers)}; wanted {word}")
+    return faults
 
-    phrases = tools.REFERENCE_PHRASES[:len(wanted["subjects"])]
-    has_phrases = all(phrase in prompt.lower() for phrase in phrases)
-    ordinals = has_phrases and len(program.references) == len(phrases)
 
-    skills, wordings = wanted["skills"], wanted["wordings"]
-    exact = [skill for skill in skills if wordings[skill]["exact"] in prompt]
-    plain = [skill for skill in skills if wordings[skill]["plain"] in prompt]
-    advised = [skill for skill in exact if skill in skills_used]
-    stated = [skill for skill in skills if skill in exact + plain]
+def values_like(text, prompt):
+    """Every value in a prompt that is of the wanted text's kind, digits or capitals. K-E-L is the value KEL."""
+    is_alike = str.isdecimal if text.isdecimal() else str.isupper
+    values = set()
+    for word in WORD.findall(prompt):
+        parts = word.split("-")
+        values |= {"".join(parts)} if all(len(part) == 1 for part in parts) else set(parts)
+    return {value for value in values if len(value) > 2 and is_alike(value)}
 
-    fact_detail = "the facts stand in the prompt" if facts else "a fact is missing"
-    checks = [verdict("facts", facts, fact_detail),
-              verdict("ordinal references", ordinals, f"{len(program.references)} references"),
-              verdict("skill advice", len(advised) == len(skills), f"followed: {', '.join(advised) or 'none'}"),
-              verdict("executable constraints", len(stated) == len(skills), f"stated: {', '.join(stated) or 'none'}")]
-    return sum(check["passed"] for check in checks) / 4, checks
+
+def guides_read(trajectory):
+    """Skills whose guide a trajectory has read; a call that was answered with an error has read none."""
+    calls = [step for step in trajectory.steps if step.name == "query_knowledge"]
+    names = [step.arguments.get("skill_name") for step in calls if not step.observation.startswith("Error:")]
+    return {name for name in names if isinstance(name, str)}
 
 
 # ==== Machine room ====================================================================================================
@@ -463,6 +593,10 @@ def block_box(top, left, bottom, right):
     edges = [BLOCK * int(edge) for edge in (top, left, bottom, right)]
     top, left, bottom, right = (min(max(edge, 0), SIZE) for edge in edges)
     return [top, left, bottom, right] if top < bottom and left < right else None
+
+
+def listed(names):
+    return ", ".join(sorted(names)) or "none"
 
 
 def sprite_box(y, x):
