@@ -388,17 +388,18 @@ class PixelJudge:
     def judge_clutter(self, picture, wanted, found):
         """Nothing else is in the picture: what lies outside the boxes of what was found is backdrop.
 
-        found: the verdicts on everything that may stand there. A cell is backdrop if it is smooth or muddy, or, where a
-        style is wanted, follows a pattern, the wrong one included: that is another verdict's business.
+        found: the verdicts on everything that may stand there. A cell is backdrop if it has no crisp edges, and follows
+        a pattern only where a style is wanted (the wrong pattern is another verdict's business).
         """
         taken = np.zeros((SIZE, SIZE), bool)
         for top, left, bottom, right in (check["box"] for check in found if check.get("box")):
             is_sign = wanted["text"] and bottom - top == CELL  # its illegible characters are not something else
             taken[top:bottom, slice(None) if is_sign else slice(left, right)] = True
 
-        is_other = (picture.unevenness > self.CRISP) & ~by_cell(taken).any((2, 3))          # (8, 8)
-        if wanted["style"]:
-            is_other &= ~np.any(list(self.pattern_cells(picture).values()), axis=0)
+        is_crisp = picture.unevenness > self.CRISP                                          # (8, 8)
+        has_pattern = np.any(list(self.pattern_cells(picture).values()), axis=0)            # (8, 8)
+        is_other = is_crisp & ~has_pattern if wanted["style"] else is_crisp | has_pattern
+        is_other &= ~by_cell(taken).any((2, 3))
         count = int(is_other.sum())
         rows, columns = np.nonzero(is_other)
         box = None
