@@ -3626,7 +3626,7 @@ def test_a_valid_program_is_parsed_and_keeps_its_references():
     (program_answer("As in reference image 1."), "only as the first reference image"),
     (program_answer("As in the third reference image."), "only as the first reference image"),
     (program_answer("The first reference image left, the second reference image right."), "only one"),
-    (program_answer("Velmar Bridge at dusk, lit. It stands alone. Velmar bridge, at dusk: lit!"), "says \"Velmar bridge"),
+    (program_answer("Velmar Bridge at dusk, lit. Alone. Velmar bridge, at dusk: lit!"), 'says "Velmar bridge, at dusk'),
     (program_answer("A" * 3997), "4001 characters; at most 4000"),
     ({"gen_prompt": 3, "reference_images": []}, "must be"),
     ({"gen_prompt": "x", "reference_images": ["IMG_001"]}, "must be"),
@@ -3725,7 +3725,8 @@ def test_a_forged_finding_stays_a_text_of_the_program_and_never_becomes_evidence
     def chat(messages, **options):
         sent.append(messages)
         return '{"rationale": "no", "sufficiency": 0.25}'
-    steps = [distill_step("search", {"queries": [FORGED]}, f'Results for "{tools.sanitize(FORGED)}":\n1. The year is 1750.'),
+    answered = f'Results for "{tools.sanitize(FORGED)}":\n1. The year is 1750.'
+    steps = [distill_step("search", {"queries": [FORGED]}, answered),
              distill_step("", {}, "The turn was refused.", think=FORGED, kind="format_error"),
              distill_step("", {"gen_prompt": FORGED}, "The program was refused.", kind="answer")]
     trajectory = distill_trajectory(math.nan, prompt=FORGED, steps=steps)

@@ -2,7 +2,7 @@
 
     judge = PixelJudge(atlas.world.vocabulary())
     judgement = judge(image, truth, recipe["wanted"])                             # it never sees the program
-    score, checks = judge_program(program, question, wanted, skills_used)         # it never sees a pixel
+    score, checks = judge_program(program, question, wanted, skills_used, titles) # it never sees a pixel
 
 A judgement holds KScore, its four dimensions, and "constraints": one dict {"name", "passed", "detail"} for everything
 that was looked at. Where a verdict is about one place of the picture, "box" is that place: [top, left, bottom, right]
@@ -17,8 +17,10 @@ Contents, in reading order:
     Picture                             a picture by cells and by blocks
     PixelJudge.__call__                 verdicts -> the four dimensions -> KScore
     PixelJudge.match                    where a subject is: share of its blocks that match, at every place
-    PixelJudge.judge_...                one aspect each: subjects, arrangement, companions, style, sign, clean, mood
-    judge_program                       R_text: four checks, a quarter each
+    PixelJudge.judge_...                one aspect each: subjects, arrangement, companions, style, sign, clean, mood,
+                                        and that nothing else is there
+    judge_program                       R_text: four checks, a quarter each; 0 if more is said than was asked for
+    read_statements, wrong_facts, ...   what a prompt says, sentence by sentence, and what its references show
     verdict, block_box                  one constraint of a judgement, and where in the picture the judge looked
 
 Letters: y, x: row and column of a block, 0..31; (25, 25): all places at which 8 x 8 blocks fit into 32 x 32.
@@ -69,6 +71,8 @@ def style_waves(size):
 
 class Picture:
     """A picture as the judge reads it: cells and blocks. image: uint8 (64, 64, 3)."""
+    STYLE_CORRELATION = 0.8   # of a cell's light with a style's pattern, at least
+    STYLE_CONTRAST = 0.04     # standard deviation of a cell's light, at least
 
     def __init__(self, image):
         colour = image.astype(np.float32) / 255                                             # (64, 64, 3), 0..1
@@ -86,6 +90,17 @@ class Picture:
     def unevenness(self):
         """How much the colour of a cell varies along its pixel rows: mean standard deviation, (8, 8)."""
         return self.cells.std(3).mean((2, 3))
+
+    @functools.cached_property
+    def patterns(self):
+        """{style: which cells have light that follows its pattern, bool (8, 8)}"""
+        light = self.light - self.light.mean((2, 3), keepdims=True)                         # (8, 8, 8, 8)
+        deviation = light.std((2, 3)) + 1e-6                                                # (8, 8)
+        cells = {}
+        for name, wave in style_waves(CELL).items():
+            correlation = (light * (2 * wave - 1)).mean((2, 3)) / deviation
+            cells[name] = (correlation > self.STYLE_CORRELATION) & (deviation > self.STYLE_CONTRAST)
+        return cells
 
 
 def by_cell(pixels):
@@ -134,8 +149,6 @@ class PixelJudge:
     BODY_LIGHT = 0.36         # a darker block belongs to a body
     BODY_FAULTS = 5           # blocks in which a whole body may differ
     SHADOW = 0.6              # light of a shadow, relative to the ground beside it
-    STYLE_CORRELATION = 0.8   # of a cell's light with the pattern
-    STYLE_CONTRAST = 0.04     # standard deviation of a cell's light, at least
     STYLE_SHARE = 0.35        # of the 64 cells that follow the wanted pattern, at least
     OTHER_STYLE_SHARE = 0.2   # and another pattern, at most
     GLYPH_CORRELATION = 0.6   # of a cell's ink with a glyph
@@ -216,20 +229,19 @@ class PixelJudge:
         return there, looks
 
     def judge_arrangement(self, picture, wanted, matches):
-        """As many copies of each subject as are wanted, one unless a number is asked for; and what the arrangement asks
-        of the place at which a subject is seen best."""
+        """The number of copies of each subject, and what is asked of the place at which it is seen best."""
         arrangement, (y, x) = wanted["arrangement"], best_place(matches[0])
-        copies = [self.judge_count(match, wanted["count"]) for match in matches]
+        found = [self.judge_count(match, wanted["count"]) for match in matches]
         if arrangement == "place":
-            return [self.judge_quarter(y, x, wanted["place"]), *copies]
-        if arrangement == "pair":
+            found.append(self.judge_quarter(y, x, wanted["place"]))
+        elif arrangement == "pair":
             _, other_x = best_place(matches[1])
-            return [self.judge_sides(y, x, other_x, wanted["place"]), *copies]
-        if arrangement == "body":
-            return [self.judge_body(picture, y, x), *copies]
-        if arrangement == "shadow":
-            return [self.judge_shadow(picture, y, x, wanted["light"]), *copies]
-        return copies
+            found.append(self.judge_sides(y, x, other_x, wanted["place"]))
+        elif arrangement == "body":
+            found.append(self.judge_body(picture, y, x))
+        elif arrangement == "shadow":
+            found.append(self.judge_shadow(picture, y, x, wanted["light"]))
+        return found
 
     def judge_quarter(self, y, x, quarter):
         """The subject's middle lies in the quarter that was named."""
@@ -244,15 +256,14 @@ class PixelJudge:
         return verdict("sides", actual == side, f"the first stands {actual}", sprite_box(y, x))
 
     def judge_count(self, match, count):
-        """As many separate copies as were asked for; the box goes around all of them. That a single subject is nowhere
-        to be seen is its look's fault."""
+        """As many separate copies as were asked for; the box goes around all of them."""
         places = separate_peaks(match, self.IDENTITY)
         box = None
         if places:
             top, left = np.min(places, axis=0)
             bottom, right = np.max(places, axis=0) + SPRITE
             box = block_box(top, left, bottom, right)
-        passed = len(places) == count or (count == 1 and not places)
+        passed = len(places) == count or (count == 1 and not places)  # a single one that is missing is its look's fault
         return verdict("count", passed, f"copies: {len(places)}, wanted {count}", box)
 
     def judge_body(self, picture, y, x):
@@ -320,21 +331,11 @@ class PixelJudge:
         """Enough of the 64 cells, and hardly any of another style, have light that follows the style's pattern."""
         if not style:
             return []
-        shares = {name: float(follows.mean()) for name, follows in self.pattern_cells(picture).items()}
+        shares = {name: float(follows.mean()) for name, follows in picture.patterns.items()}
         others = max(share for name, share in shares.items() if name != style)
         passed = shares[style] >= self.STYLE_SHARE and others < self.OTHER_STYLE_SHARE
         detail = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
         return [verdict(f"{style} style", passed, detail)]
-
-    def pattern_cells(self, picture):
-        """{style: which cells have light that follows its pattern, bool (8, 8)}"""
-        light = picture.light - picture.light.mean((2, 3), keepdims=True)                   # (8, 8, 8, 8)
-        deviation = light.std((2, 3)) + 1e-6                                                # (8, 8)
-        cells = {}
-        for name, wave in style_waves(CELL).items():
-            correlation = (light * (2 * wave - 1)).mean((2, 3)) / deviation
-            cells[name] = (correlation > self.STYLE_CORRELATION) & (deviation > self.STYLE_CONTRAST)
-        return cells
 
     def judge_sign(self, picture, text):
         """([whether there is a sign], [whether it reads as it should], text accuracy).
@@ -386,26 +387,13 @@ class PixelJudge:
         return [verdict("clean", muddy <= self.MUDDY_SHARE, f"{muddy:.0%} of the cells are muddy")]
 
     def judge_clutter(self, picture, wanted, found):
-        """Nothing else is in the picture: what lies outside the boxes of what was found is backdrop.
-
-        found: the verdicts on everything that may stand there. A cell is backdrop if it has no crisp edges, and follows
-        a pattern only where a style is wanted (the wrong pattern is another verdict's business).
-        """
-        taken = np.zeros((SIZE, SIZE), bool)
-        for top, left, bottom, right in (check["box"] for check in found if check.get("box")):
-            is_sign = wanted["text"] and bottom - top == CELL  # its illegible characters are not something else
-            taken[top:bottom, slice(None) if is_sign else slice(left, right)] = True
-
+        """Outside the boxes of what was found there is only backdrop: no crisp edges, and a pattern only where a style
+        is wanted (the wrong one is another verdict's business). found: verdicts on all that may stand there."""
         is_crisp = picture.unevenness > self.CRISP                                          # (8, 8)
-        has_pattern = np.any(list(self.pattern_cells(picture).values()), axis=0)            # (8, 8)
+        has_pattern = np.any(list(picture.patterns.values()), axis=0)                       # (8, 8)
         is_other = is_crisp & ~has_pattern if wanted["style"] else is_crisp | has_pattern
-        is_other &= ~by_cell(taken).any((2, 3))
-        count = int(is_other.sum())
-        rows, columns = np.nonzero(is_other)
-        box = None
-        if count:
-            edges = (rows.min(), columns.min(), rows.max() + 1, columns.max() + 1)
-            box = [CELL * int(edge) for edge in edges]
+        is_other &= ~taken_cells(found)
+        count, box = int(is_other.sum()), cells_box(is_other)
         return [verdict("nothing else", count <= self.CLUTTER, f"{count} cells hold something else", box)]
 
     def judge_mood(self, picture, mood):
@@ -449,7 +437,7 @@ class PixelJudge:
 # what a sentence that states a requirement of a skill has in it, once: in the guide's wording, in the plain one, or in
 # the request's own words that leave a fact open; whatever its value
 STATEMENTS = {skill: re.compile(rf"\b(?:{pattern})\b", re.I) for skill, pattern in {
-    "spatial_layout": "(?:inside|in) the (?:upper|lower) (?:left|right)|stands wholly in the|to the (?:left|right) of the",
+    "spatial_layout": "in(?:side)? the (?:upper|lower) (?:left|right)|stands wholly in the|to the (?:left|right) of the",
     "quantity_counting": r"separate copies|\w+ of them",
     "anatomy_body_coherence": "whole body|full figure",
     "physical_material_consistency": "contact shadow|lit from the",
@@ -551,7 +539,7 @@ def names_in_order(prompt, subjects):
 
 
 def wrong_facts(prompt, wanted):
-    """What is wrong with the facts: [text], empty if the wanted values are there and are the only ones of their kind."""
+    """What is wrong with the facts: [text], empty if the wanted values, and no others of their kind, are there."""
     text, faults = wanted["text"], []
     if text and (found := values_like(text, prompt)) != {text}:
         faults.append(f"texts: {listed(found)}; wanted {text}")
@@ -598,6 +586,28 @@ def block_box(top, left, bottom, right):
 
 def listed(names):
     return ", ".join(sorted(names)) or "none"
+
+
+def taken_cells(found):
+    """Cells in which something stands that was found, bool (8, 8). found: verdicts; what has no place has no box.
+
+    A sign takes all of its row: its illegible characters are not something else.
+    """
+    taken = np.zeros((GRID, GRID), bool)
+    for check in found:
+        if check.get("box"):
+            top, left, bottom, right = check["box"]
+            columns = slice(left // CELL, -(-right // CELL))
+            taken[top // CELL:-(-bottom // CELL), slice(None) if check["name"] == "sign" else columns] = True
+    return taken
+
+
+def cells_box(cells):
+    """The box around the cells that are True, bool (8, 8); None if none is."""
+    rows, columns = np.nonzero(cells)
+    if not len(rows):
+        return None
+    return [CELL * int(edge) for edge in (rows.min(), columns.min(), rows.max() + 1, columns.max() + 1)]
 
 
 def sprite_box(y, x):
