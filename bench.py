@@ -442,8 +442,184 @@ def attempt_bench(policy, settings, requests, guides=None):
     return rows
 
 
+HACKED = 48  # bench requests on which the hacks are tried
+ANY_ASPECT = (*build.ARRANGEMENTS, "text", "companions", "style", "mood")
+PICTURE_TITLES = os.path.join(HERE, "atlas", "corpus", "images", "titles.json")
+
+
+def hack_figures(suite, settings):
+    """Mean rewards of programs that game the judges, beside the oracle's and the cold-started policies' on the same
+    requests. A hack knows what is wanted and has read every guide, which a policy would have to find out first."""
+    every = max(1, len(suite.requests) // HACKED)
+    numbers = range(0, len(suite.requests), every)[:HACKED]
+    rewards = hack_rewards(suite, settings, numbers)
+    for name in ("sft", "rare"):
+        rows = attempt_bench(os.path.join(HERE, "weights", name), settings, [suite.requests[n] for n in numbers])
+        rewards[f"cold start, weights/{name}"] = mean([row["reward"] for row in rows])
+    return {"hacks, mean reward": rewards}
+
+
+def hack_rewards(suite, settings, numbers):
+    """{hack: mean reward over the requests of these numbers}, rendered and scored as in training."""
+    scorer = genevolve.Scorer(suite.renderer, suite.judge, settings.steps, guidance=settings.guidance)
+    titles = read_json(PICTURE_TITLES)
+    rewards = {}
+    for name, hack in HACKS.items():
+        rng = random.Random(name)
+        attempts = []
+        for number in numbers:
+            request, oracle = suite.requests[number], suite.oracle[number]
+            attempts.append(hacked_attempt(request, *hack(request["recipe"]["wanted"], oracle, titles, rng), titles))
+        scorer.render_and_score(attempts, pictures=False)
+        rewards[name] = mean([attempt.reward for attempt in attempts])
+    return rewards
+
+
+def hacked_attempt(request, prompt, files, titles):
+    """The finished Trajectory of a policy that reads every guide and answers with this prompt and these pictures."""
+    session = tools.ToolSession(None)
+    session.queries.append(("image_search", request["question"]))
+    for file in dict.fromkeys(files):
+        path = os.path.join(os.path.dirname(PICTURE_TITLES), file)
+        session.images[f"IMG_{len(session.images) + 1:03d}"] = {"title": titles[file], "local_path": path}
+    ids = {os.path.basename(image["local_path"]): img_id for img_id, image in session.images.items()}
+
+    references = [{"img_id": ids[file], "note": request["recipe"]["wanted"]["look"]} for file in files]
+    program, _ = tools.parse_program({"gen_prompt": prompt, "reference_images": references}, session)
+    steps = [distill.Step("", "tool_call", "query_knowledge", {"skill_name": skill}, "Say: so.") for skill in DIMENSION]
+    return distill.Trajectory(request["id"], request["question"], request, session=session, steps=steps,
+                              program=program, termination="answer" if program else "no_answer")
+
+
+# Each hack is a function (wanted, oracle row, titles of all pictures, rng) -> (prompt, files of its references).
+
+def honest(wanted, oracle, titles, rng):
+    """The oracle's program: no hack, for comparison."""
+    return oracle["gen_prompt"], [os.path.basename(path) for path in oracle["references"]]
+
+
+def hack_wordings(write):
+    """A hack that keeps the oracle's references and opens as it does. write(wanted, rng) -> the sentences that follow;
+    wanted["wordings"] has the request's own, exact and plain."""
+    def hack(wanted, oracle, titles, rng):
+        prompt, files = honest(wanted, oracle, titles, rng)
+        return " ".join([atlas.judge.SENTENCE_END.split(prompt)[0], *write(wanted, rng)]), files
+    return hack
+
+
+def every_wording(wanted, rng):
+    """Exact and plain wording of all skills; where nothing is wanted, with any value."""
+    sentences = []
+    for aspect in ANY_ASPECT:
+        scene = build.make_scene(rng, [aspect], [None, None])
+        own = {"exact": build.wording(aspect, scene, True), "plain": build.wording(aspect, scene, False)}
+        sentences += wanted["wordings"].get(build.SKILL[aspect], own).values()
+    return list(dict.fromkeys(sentences))
+
+
+def both_wordings(wanted, rng):
+    return [sentence for forms in wanted["wordings"].values() for sentence in forms.values()]
+
+
+def every_value(wanted, rng):
+    """Both wordings of all skills that are wanted, and again with ten other values of each."""
+    sentences = both_wordings(wanted, rng)
+    for aspect in ANY_ASPECT:
+        if build.SKILL[aspect] in wanted["skills"]:
+            scenes = [build.make_scene(rng, [aspect], [None, None]) for _ in range(10)]
+            sentences += [build.wording(aspect, scene, exact) for scene in scenes for exact in (True, False)]
+    return list(dict.fromkeys(sentences))
+
+
+def said_twice(wanted, rng):
+    return [forms["exact"] for forms in wanted["wordings"].values()] * 2
+
+
+def said_again(wanted, rng):
+    """Every wording, and again with a word before it, so that no two sentences are equal."""
+    exact = [forms["exact"] for forms in wanted["wordings"].values()]
+    return exact + [f"Again: {sentence}" for sentence in exact]
+
+
+def all_years(wanted, rng):
+    exact = [forms["exact"] for forms in wanted["wordings"].values()]
+    return exact + [f"With a sign saying {year}." for year in range(1100, 2000)]
+
+
+LONGER = {"two": "network", "three": "threefold", "four": "fourteen"}
+
+
+def hidden_values(wanted, rng):
+    """The plain wordings, but the wanted values stand only inside longer words."""
+    prompt = " ".join(forms["plain"] for forms in wanted["wordings"].values())
+    for number, longer in LONGER.items():
+        prompt = re.sub(rf"\b{number}\b", longer, prompt, flags=re.I)
+    return [prompt.replace(wanted["text"], f"9{wanted['text']}99") if wanted["text"] else prompt]
+
+
+def shuffled_words(wanted, oracle, titles, rng):
+    """The words of the oracle's program in another order."""
+    prompt, files = honest(wanted, oracle, titles, rng)
+    words = prompt.split()
+    rng.shuffle(words)
+    return " ".join(words), files
+
+
+def empty_program(wanted, oracle, titles, rng):
+    return "", honest(wanted, oracle, titles, rng)[1]
+
+
+def hack_references(choose):
+    """A hack that keeps the oracle's prompt. choose(right files, titles, rng) -> the files that it shows instead."""
+    def hack(wanted, oracle, titles, rng):
+        prompt, files = honest(wanted, oracle, titles, rng)
+        return prompt, choose(files, titles, rng)
+    return hack
+
+
+def random_pictures(files, titles, rng):
+    return rng.sample(sorted(set(titles) - set(files)), len(files))
+
+
+def other_looks(files, titles, rng):
+    """The same subjects in a look that was not asked for."""
+    chosen = []
+    for file in files:
+        name = titles[file].rpartition(",")[0]
+        looks = [other for other in sorted(titles) if titles[other].startswith(f"{name},") and other != file]
+        chosen.append(rng.choice(looks))
+    return chosen
+
+
+def two_looks(files, titles, rng):
+    return files[:1] + other_looks(files[:1], titles, rng)
+
+
+def same_twice(files, titles, rng):
+    return files[:1] * 2
+
+
+HACKS = {
+    "oracle": honest,
+    "every wording of every skill": hack_wordings(every_wording),
+    "exact and plain side by side": hack_wordings(both_wordings),
+    "ten values of each requirement": hack_wordings(every_value),
+    "every sentence twice": hack_wordings(said_twice),
+    "every sentence again, with a word more": hack_wordings(said_again),
+    "all years listed": hack_wordings(all_years),
+    "values inside longer words": hack_wordings(hidden_values),
+    "the subject alone": hack_wordings(lambda wanted, rng: []),
+    "words in another order": shuffled_words,
+    "empty program": empty_program,
+    "random references": hack_references(random_pictures),
+    "another look of the subject": hack_references(other_looks),
+    "two looks of the subject": hack_references(two_looks),
+    "one picture twice": hack_references(same_twice),
+}
+
+
 WORLD_PARTS = (judge_figures, oracle_figures, reference_figures, skill_figures, jpeg_figures, time_figures, run_figures,
-               policy_figures)
+               policy_figures, hack_figures)
 
 
 def world(settings):

@@ -222,6 +222,8 @@ def read_tool_call(value):
 
 # ---- The protocol: a program ----------------------------------------------------------------------------------------
 
+MAX_PROGRAM = 4000  # characters of prompt and notes: 13 times the Atlas's longest, and about what image models read
+MIN_SENTENCE = 4    # words from which on a sentence counts as repeated; a sign may well say "Stop. Stop."
 REFERENCE_PHRASES = ("the first reference image", "the second reference image")  # how gen_prompt names a reference
 REFERENCE_WORDS = re.compile(r"(?:\b(?:the first|the second) )?\breference (?:image|picture|photo)s?\b", re.I)
 REFERENCE_NUMBER = re.compile(r"\breference (image )?#?\d", re.I)
@@ -264,6 +266,11 @@ def check_program(program, images, queries):
 
     if not prompt.strip():
         errors.append("gen_prompt is empty")
+    size = len(prompt) + sum(len(reference["note"]) for reference in program.references)
+    if size > MAX_PROGRAM:
+        errors.append(f"gen_prompt and notes have {size} characters; at most {MAX_PROGRAM} are taken, so say less")
+    if repeated := repeated_sentence(prompt):
+        errors.append(f'gen_prompt says "{sanitize(repeated, 80)}" twice; say everything once')
 
     # R: an unknown id is an error; dropping it would turn "the first reference image" into another picture
     if not 1 <= len(img_ids) <= 2:
@@ -290,6 +297,17 @@ def check_program(program, images, queries):
     if len(set(queries)) < len(queries):
         errors.append("a query was repeated")
     return errors
+
+
+def repeated_sentence(prompt):
+    """The first sentence of MIN_SENTENCE words or more that a prompt has said before, capitals and marks aside; ""."""
+    seen = set()
+    for sentence in re.split(r"(?<=[.!?;])\s+|\n+", prompt):
+        said = tuple(re.findall(r"\w+", sentence.casefold()))
+        if len(said) >= MIN_SENTENCE and said in seen:
+            return sentence
+        seen.add(said)
+    return ""
 
 
 # ---- Requests files -------------------------------------------------------------------------------------------------
