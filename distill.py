@@ -141,15 +141,20 @@ def kscore(faithfulness, visual_correctness, text_accuracy, aesthetics, missing_
 
 
 def mixed_reward(image, text, alpha=0.5):
-    """R = (1 - alpha) R_img + alpha R_text; nan or None = missing, and R is missing (nan) if either half is."""
-    if image is None or text is None:
+    """R = (1 - alpha) R_img + alpha R_text, missing (nan) if either half is, see ``is_missing``."""
+    if is_missing(image) or is_missing(text):
         return math.nan
     return (1 - alpha) * image + alpha * text
 
 
+def is_missing(value):
+    """Whether a reward or a score is not there: None, nan or infinite."""
+    return value is None or not math.isfinite(value)
+
+
 def average(values):
-    """Mean of the values that are there (not None, not nan); nan if none is."""
-    kept = [v for v in values if v is not None and not math.isnan(v)]
+    """Mean of the values that are there, see ``is_missing``; nan if none is."""
+    kept = [v for v in values if not is_missing(v)]
     return sum(kept) / len(kept) if kept else math.nan
 
 
@@ -275,19 +280,19 @@ def sft(s):
 # ---- Advantages and GRPO (section 5) ---------------------------------------------------------------------------------
 
 def group_advantages(rewards, std="population", eps=1e-6, tolerance=1e-6):
-    """A_i = (R_i - mean R) / (std R + eps) within each group. rewards (G, K), nan = missing -> (G, K), same dtype.
+    """A_i = (R_i - mean R) / (std R + eps) within each group. rewards (G, K) -> (G, K), same dtype.
 
-    Missing entries, groups whose rewards lie within ``tolerance`` of each other (dead), and lone valid entries are
-    exactly 0. std: "population" divides by n, "sample" by n - 1 (advantages smaller by 1.095 at K = 6).
+    Missing entries (nan or infinite), groups whose rewards lie within ``tolerance`` of each other (dead), and lone
+    valid entries are exactly 0. std: "population" divides by n, "sample" by n - 1 (advantages smaller by 1.095 at K = 6).
     """
     if std not in ("population", "sample"):
         raise ValueError(f"std {std!r}: must be population or sample")
     given = torch.as_tensor(rewards)
     if given.dim() != 2:
         raise ValueError(f"rewards must have the shape (groups, rollouts), not {tuple(given.shape)}")
-    values, valid = given.double(), ~given.isnan()                                             # (G, K)
+    values, valid = given.double(), given.isfinite()                                           # (G, K)
     count = valid.sum(1, keepdim=True)                                                         # (G, 1)
-    centred = values - values.nan_to_num(0.0).sum(1, keepdim=True) / count.clamp(min=1)
+    centred = values - torch.where(valid, values, 0.0).sum(1, keepdim=True) / count.clamp(min=1)
     centred = torch.where(valid, centred, 0.0)                                                 # (G, K)
     divisor = (count - int(std == "sample")).clamp(min=1)
     deviation = (centred.square().sum(1, keepdim=True) / divisor).sqrt()                       # (G, 1)
@@ -350,6 +355,12 @@ def importance_ratio(logp, logp_old, cap=None):
     return (logp - logp_old).clamp(-LOG_BOUND, bound).exp()
 
 
+def is_clipped(ratio, advantages, clip):
+    """Where the clip takes the gradient away: u > 1 + clip[1] if A > 0, u < 1 - clip[0] if A < 0. ratio (N, T)."""
+    A = advantages[:, None]                                                                    # (N, 1)
+    return ((A > 0) & (ratio > 1 + clip[1])) | ((A < 0) & (ratio < 1 - clip[0]))
+
+
 def grpo_loss(logp, logp_old, logp_ref, advantages, mask, clip=(0.20, 0.28), beta=1e-3, aggregation="token-mean",
               normalizer=None):
     """L = -1/(sum m) sum m min(u A, clip(u, 1 - clip[0], 1 + clip[1]) A) + beta K_ref, u = exp(log p - sg log p_old).
@@ -404,7 +415,7 @@ def select_pair(trajectories, min_reward_gap=0.20):
     reference, are no candidates. Of equals, the first.
     """
     candidates = [t for t in trajectories if t.program is not None and t.program.references]
-    candidates = [t for t in candidates if not math.isnan(t.reward)]
+    candidates = [t for t in candidates if not is_missing(t.reward)]
     if not candidates:
         return None
     best = max(candidates, key=lambda t: t.reward)
@@ -1275,6 +1286,7 @@ class TrainingRow:
     teacher_tokens: list | None = None    # the same conversation under the teacher's opening
     teacher_mask: list | None = None
     logp_old: torch.Tensor | None = None  # (T,) log p of the actions; None: the policy in training wrote them, u = 1
+    logp_engine: torch.Tensor | None = None  # (T,) the same as the engine that wrote them says; nan: it does not
 
 
 @dataclass
@@ -1344,6 +1356,22 @@ def student_forward(net, rows, counted, recipe, temperature):
 
 
 @torch.no_grad()
+def engine_gap(batch):
+    """Sums for the log: how far the engine's log-probs of the actions are from the trainer's, both under the policy
+    that wrote them. Above rounding they tell of two temperatures, two sets of weights, or log-probs after top-p."""
+    gaps = [torch.zeros(0)]
+    for row, logp_old, mask in zip(batch.rows, batch.logp_old, batch.mask):
+        logp_old = logp_old[mask].float().cpu()                                                      # (T,)
+        if row.logp_engine is not None and len(row.logp_engine) == len(logp_old):  # a borrowed row has none
+            gap = (row.logp_engine - logp_old).abs()
+            gaps.append(gap[~gap.isnan()])
+    gaps = torch.cat(gaps)
+    if not len(gaps):
+        return {}
+    return {"engine_gap": float(gaps.sum()), "engine_tokens": len(gaps), "engine_gap_max": float(gaps.max())}
+
+
+@torch.no_grad()
 def reference_forward(reference, batch, teacher, recipe, temperature):
     """(TokenScores of the reference, those of the guided rows if the reference is also the teacher, else None)."""
     # a reference that is the teacher, too, gives the teacher's view without a guide in the same pass
@@ -1361,8 +1389,7 @@ def policy_loss(batch, reference, recipe, normalizer):
 
     logp = batch.student.logp.detach()
     reference_kl = aggregate(k3(logp - reference.logp), batch.mask, normalizer=1)
-    ratio = importance_ratio(logp, batch.logp_old)
-    clipped = (ratio < 1 - recipe.clip[0]) | (ratio > 1 + recipe.clip[1])
+    clipped = is_clipped(importance_ratio(logp, batch.logp_old), advantages, recipe.clip)
     return loss, {"grpo_loss": float(loss.detach()), "reference_kl": float(reference_kl),
                   "clipped": int((clipped & batch.mask).sum())}
 
@@ -1409,12 +1436,12 @@ def update_gradients(net, reference, teacher, rows, recipe, temperature=1.0, pol
     policy_grads = [torch.zeros_like(p) for p in parameters]
     sdl_grads = [torch.zeros_like(p) for p in parameters]
     live_count, token_count, distilled_count = step_counts(rows, recipe)
-    limit = limit or MICRO_TOKENS.get(parameters[0].device.type, 65536)
     metrics = Counter()
 
-    for micro_batch in micro_batches(rows, limit * processes.size):
+    for micro_batch in micro_batches(rows, micro_limit(limit, net) * processes.size):
         local, counted = local_rows(micro_batch, processes)
         batch = student_forward(net, local, counted, recipe, temperature)  # one pass serves both losses
+        add_up(metrics, engine_gap(batch))
         grpo = sdl = unguided = None
         if policy:
             reference_scores, unguided = reference_forward(reference, batch, teacher, recipe, temperature)
@@ -1438,8 +1465,14 @@ def update_gradients(net, reference, teacher, rows, recipe, temperature=1.0, pol
 
     totals = Counter()  # the log's sums over all processes
     for part in processes.all_gather_objects(metrics):
-        totals.update(part)
+        add_up(totals, part)
     return policy_grads, sdl_grads, dict(totals)
+
+
+def add_up(totals, part):
+    """totals += part, both sums for the log (totals a Counter); of a "..._max" the greater one stays."""
+    for name, value in part.items():
+        totals[name] = max(totals[name], value) if name.endswith("_max") else totals[name] + value
 
 
 # ==== Machine room ====================================================================================================
@@ -1934,6 +1967,11 @@ def select_rows(scores, index):
 MICRO_TOKENS = {"cpu": 6144}
 
 
+def micro_limit(limit, net):
+    """Tokens of a micro-batch: the limit, or (0, None) what suits the network's device."""
+    return limit or MICRO_TOKENS.get(next(net.parameters()).device.type, 65536)
+
+
 def micro_batches(rows, limit):
     """Neighbouring rows in pieces of at most ``limit`` tokens (at least one row each).
 
@@ -2026,21 +2064,24 @@ def gradient_cosine(first, second):
     return product / length if length else math.nan
 
 
-def reverse_kl_cosine(net, teacher, rows, recipe, temperature=1.0):
+def reverse_kl_cosine(net, teacher, rows, recipe, temperature=1.0, limit=None):
     """Cosine between the gradient of L_SDL as the recipe estimates it and that of the reverse KL over the vocabulary
-    (what the paper's loss estimates), on the same rows. nan without guided rows. A second pass over these rows."""
+    (what the paper's loss estimates), on the same rows. nan without guided rows. A second pass over these rows, in
+    micro-batches of at most ``limit`` tokens."""
     rows = [row for row in rows if row.teacher_tokens is not None]
     if not rows:
         return math.nan
-    student = score_rows(net, rows, temperature, with_logits=True)
-    guided, score = teacher_scores(teacher, student, rows, recipe, temperature, with_logits=True)
-    estimate = experience_loss(student.logp, student.logp.detach(), guided.logp, student.mask, recipe, score,
-                               student_logits=student.logits, teacher_logits=guided.logits)
-    exact = full_kl_loss(student.logits, guided.logits, student.mask, "reverse")
-
     parameters = [p for p in net.parameters() if p.requires_grad]
-    gradients = []
-    for loss in (estimate, exact):
-        gradients.append([torch.zeros_like(p) for p in parameters])
-        add_gradients(gradients[-1], loss, parameters, keep=True)
-    return gradient_cosine(*gradients)
+    estimate_grads = [torch.zeros_like(p) for p in parameters]
+    exact_grads = [torch.zeros_like(p) for p in parameters]
+    distilled, token_count = distilled_count(rows, recipe), sum(sum(row.mask) for row in rows)
+
+    for batch in micro_batches(rows, micro_limit(limit, net)):
+        student = score_rows(net, batch, temperature, with_logits=True)
+        guided, score = teacher_scores(teacher, student, batch, recipe, temperature, with_logits=True)
+        estimate = experience_loss(student.logp, student.logp.detach(), guided.logp, student.mask, recipe, score,
+                                   distilled, student.logits, guided.logits)
+        exact = full_kl_loss(student.logits, guided.logits, student.mask, "reverse", normalizer=token_count)
+        add_gradients(estimate_grads, estimate, parameters, keep=True)
+        add_gradients(exact_grads, exact, parameters)
+    return gradient_cosine(estimate_grads, exact_grads)
