@@ -48,6 +48,7 @@ import os
 import random
 import re
 import shutil
+import sys
 import time
 import typing
 from collections import Counter
@@ -222,6 +223,13 @@ def sft(s):
     s: flags of ``genevolve.py sft``. With s.lora (a rank, 0: none) low-rank adapters train and the weights of s.init
     stay: the policy in s.out is merged, s.out/adapter holds the adapters in PEFT's layout.
     """
+    with model.locked(sft_checkpoints(s.out)):
+        train_on_demonstrations(s)
+    shutil.rmtree(sft_checkpoints(s.out))  # the run is complete: nothing is left to continue
+
+
+def train_on_demonstrations(s):
+    """The training loop of ``sft``."""
     device = model.pick_device(s.device)
     conversations = read_demonstrations(s.data)
     stopped_run = model.latest_checkpoint(sft_checkpoints(s.out))                     # (state, tensors) or None
@@ -241,7 +249,7 @@ def sft(s):
     loader = sft_batches(rows, s.batch_tokens, np.random.default_rng(s.seed))
     loader = itertools.islice(loader, max(0, first_step - copy_steps), None)  # a stopped run has seen the first ones
 
-    log = {}
+    log, skipped = {}, 0
     started = time.perf_counter() - earlier_seconds
     for step in range(first_step, total_steps):
         copying = step < copy_steps
@@ -263,7 +271,9 @@ def sft(s):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        skipped = count_skipped(skipped, float(grad_norm), f"sft: step {step}")
+        if not skipped:
+            optimizer.step()
 
         is_last = step == total_steps - 1
         seconds = time.perf_counter() - started
@@ -274,7 +284,6 @@ def sft(s):
             print_log(log)
         if (step + 1) % s.save_every == 0 or is_last:
             save_sft(s, net, tokenizer, optimizer, step + 1, seconds, log)
-    shutil.rmtree(sft_checkpoints(s.out))  # the run is complete: nothing is left to continue
 
 
 # ---- Advantages and GRPO (section 5) ---------------------------------------------------------------------------------
@@ -283,7 +292,7 @@ def group_advantages(rewards, std="population", eps=1e-6, tolerance=1e-6):
     """A_i = (R_i - mean R) / (std R + eps) within each group. rewards (G, K) -> (G, K), same dtype.
 
     Missing entries (nan or infinite), groups whose rewards lie within ``tolerance`` of each other (dead), and lone
-    valid entries are exactly 0. std: "population" divides by n, "sample" by n - 1 (advantages smaller by 1.095 at K = 6).
+    valid entries are exactly 0. std: "population" divides by n, "sample" by n - 1 (smaller by 1.095 at K = 6).
     """
     if std not in ("population", "sample"):
         raise ValueError(f"std {std!r}: must be population or sample")
@@ -1798,7 +1807,9 @@ def open_sft_policy(s, stopped_run, device):
     if s.lora and os.path.realpath(s.init) == os.path.realpath(s.out):
         raise ValueError(f"--lora needs {s.init} as it is: write to another --out")
     if stopped_run is not None:
-        check_same_settings(s, stopped_run[0]["settings"])
+        check_same_settings(s, stopped_run[0])
+    elif os.path.exists(os.path.join(s.out, "config.json")):
+        print(f"sft: the policy in {s.out} will be replaced", file=sys.stderr, flush=True)
 
     if s.init and (s.lora or stopped_run is None):  # the weights in s.out have their adapters merged
         net, tokenizer = model.load(s.init, device)
@@ -1812,11 +1823,26 @@ def open_sft_policy(s, stopped_run, device):
 
 
 def check_same_settings(s, earlier):
-    """Raise ValueError if a stopped run had other settings; device and save_every may change."""
+    """Raise ValueError if a stopped run (earlier: its state) had other settings, or files that have changed since;
+    device and save_every may change."""
+    way_out = f"remove {sft_checkpoints(s.out)} to start afresh"
     for name, value in model.portable(asdict(s)).items():
-        if earlier.get(name) != value and name not in ("device", "save_every"):
-            raise ValueError(f"{s.out} holds an unfinished run with another --{name.replace('_', '-')} "
-                             f"({earlier.get(name)!r}); remove {sft_checkpoints(s.out)} to start afresh")
+        before = earlier["settings"].get(name)
+        if before != value and name not in ("device", "save_every", "accept_changes"):
+            raise ValueError(f"{s.out} holds an unfinished run with another --{name.replace('_', '-')} ({before!r}); "
+                             f"{way_out}")
+
+    now = sft_inputs(s)
+    for name, fingerprint in earlier.get("inputs", {}).items():
+        if now.get(name) != fingerprint and not s.accept_changes:
+            raise ValueError(f"--{name} ({getattr(s, name)}) has changed since the unfinished run in {s.out} was "
+                             f"begun; put it back, {way_out}, or say with --accept-changes that it is meant")
+
+
+def sft_inputs(s):
+    """{flag: fingerprint} of the files that a cold start reads."""
+    paths = {"data": s.data} | ({"init": s.init} if s.init else {"vocabulary": s.vocabulary})
+    return {name: model.fingerprint(path) for name, path in paths.items()}
 
 
 def new_policy(s, device):
@@ -1849,7 +1875,7 @@ def save_sft(s, net, tokenizer, optimizer, step, seconds, log):
     record = {"command": model.command_line(), "settings": settings, **log}
     model.write_json(os.path.join(s.out, "training.json"), record)
 
-    state = {"settings": settings, "seconds": seconds}
+    state = {"settings": settings, "seconds": seconds, "inputs": sft_inputs(s)}
     model.save_checkpoint(sft_checkpoints(s.out), step, model.training_tensors(net, optimizer), state, keep=1)
 
 
@@ -2046,6 +2072,22 @@ def add_gradients(total, loss, parameters, keep=False):
         if parameter.grad is not None:
             accumulated.add_(parameter.grad)
             parameter.grad = None
+
+
+MAX_SKIPPED = 3  # updates in a row whose gradient is no finite number, after which a run stops
+
+
+def count_skipped(before, norm, where):
+    """Updates in a row that were skipped: 0 where the gradient's norm is finite, else one more than before.
+
+    One step by such a gradient makes every weight nan. Raises ValueError after MAX_SKIPPED; where: "step 12".
+    """
+    if math.isfinite(norm):
+        return 0
+    if before + 1 == MAX_SKIPPED:
+        raise ValueError(f"{where}: the gradient's norm is {norm}, the last of {MAX_SKIPPED} updates in a row without "
+                         "a finite one; no weight has moved by them. Begin again with another --lr and another --out")
+    return before + 1
 
 
 def gradient_norm(gradients):

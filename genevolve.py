@@ -434,7 +434,6 @@ def truth_of(row):
 
 # what a checkpoint's state.json holds, beside settings, memory and log
 KEPT = ("lr_scale", "window_start", "promoted_rewards", "first_rewards", "first_validation", "skipped_in_a_row")
-MAX_SKIPPED = 3          # updates in a row whose gradient is no number, after which a run stops
 ENGINE_TOLERANCE = 0.05  # nats, on average: rounding in bfloat16 stays below, another temperature does not
 
 
@@ -638,7 +637,8 @@ class Evolution:
             if self.recipe.teacher == "ema":
                 distill.ema_update(self.teacher, self.net, self.recipe.ema_decay)
         self.optimizer.zero_grad(set_to_none=True)  # the next backward pass adds to the gradients that it finds
-        count_skipped(self, norm)
+        where = f"step {self.steps_done + 1}"
+        self.skipped_in_a_row = distill.count_skipped(self.skipped_in_a_row, norm, where)
         return norm
 
     def autocast(self):
@@ -729,13 +729,10 @@ class Evolution:
 
     def resume(self):
         """Go on from the newest whole checkpoint, if there is one. ValueError if the folder's run is another one."""
-        out = self.settings.out
-        found = model.latest_checkpoint(os.path.join(out, "checkpoints"), self.processes)
+        folder = os.path.join(self.settings.out, "checkpoints")
+        found = model.latest_checkpoint(folder, self.processes)
         if found is None:
-            check_unused(out)
-            return
-
-        check_same_run(self, found[0])
+            return check_unused(self.settings.out)
         take_up(self, *found)
         if self.processes.is_main:
             mend_files(self)
@@ -935,18 +932,6 @@ def set_old_logprobs(rows, net, temperature, processes, limit=None):
         gathered = itertools.chain.from_iterable(processes.all_gather_objects(values))
         for row, logp in zip(batch, gathered):
             row.logp_old = torch.tensor(logp)
-
-
-def count_skipped(run, norm):
-    """Count updates in a row whose gradient is no finite number. ValueError after MAX_SKIPPED of them."""
-    if math.isfinite(norm):
-        run.skipped_in_a_row = 0
-        return
-    run.skipped_in_a_row += 1
-    if run.skipped_in_a_row == MAX_SKIPPED:
-        raise ValueError(f"step {run.steps_done + 1}: the gradient's norm is {norm}, the last of {MAX_SKIPPED} updates in "
-                         "a row without a finite one; no weight has moved by them. Begin again with another --lr or "
-                         "--recipe, and another --out")
 
 
 def reward_table(groups):
@@ -1499,6 +1484,7 @@ class Promote(Common):
     """Make the policy of an evolution run the one that run uses."""
     run: str = flag("", "folder of the run, or a policy folder", positional=True)
     undo: bool = flag(False, "take the last promotion back")
+    force: bool = flag(False, "promote what was not measured better than the policy that its run began with")
     weights: str = flag(os.path.join(HERE, "weights"), "folder that holds policy/")
 
 
@@ -1739,7 +1725,8 @@ def state_of(run):
 
 
 def take_up(run, state, tensors):
-    """The inverse of ``state_of``."""
+    """The inverse of ``state_of``. Raises ValueError if the state is another run's."""
+    check_same_run(run, state)
     model.load_training_tensors(tensors, run.net, run.optimizer, **averages(run))
     run.memory.load_state(state["memory"], {"keys": tensors["memory.keys"]})
     run.steps_done, run.log = state["step"], state["log"]
@@ -2549,31 +2536,75 @@ def judge_request(judge, text, images):
 
 
 def promote(s):
-    """python genevolve.py promote DIR | --undo"""
-    path, before = os.path.join(s.weights, "policy"), os.path.join(s.weights, "policy.before")
+    """python genevolve.py promote DIR | --undo
+
+    The policy before stays, as policy.before, and those before it as policy.before-2 and so on (the newest has the
+    highest number): an interruption at any place, or a second promotion, loses none.
+    """
+    path = os.path.join(s.weights, "policy")
+    kept = policies_before(path)
+    is_mended = bool(kept) and not os.path.exists(path)  # a promotion was interrupted between its two renames
+    if is_mended:
+        os.rename(kept.pop(), path)
     if s.undo:
-        if not os.path.isdir(before):
-            raise ValueError(f"{before}: nothing to take back")
-        model.replace_folder(before, path)
+        if not kept and not is_mended:
+            raise ValueError(f"{path}.before: nothing to take back")
+        if not is_mended:
+            model.replace_folder(kept[-1], path)
         print(f"{path} is what it was before the last promotion")
         return
 
-    if not s.run:
-        raise ValueError("promote needs the folder of a run")
-    candidates = (os.path.join(s.run, "policy"), s.run)
-    source = next((c for c in candidates if os.path.isfile(os.path.join(c, "config.json"))), None)
-    if source is None:
-        raise ValueError(f"{s.run}: no policy in it")
-    model.load(source)  # raises if it is not whole
+    source = find_policy(s.run)
+    if not s.force:
+        check_better(source)
+    if model.fingerprint(source) == model.fingerprint(path):
+        print(f"{path} is {source} already")
+        return
 
     staging = path + ".new"
     shutil.rmtree(staging, ignore_errors=True)
     shutil.copytree(source, staging)
-    shutil.rmtree(before, ignore_errors=True)
     if os.path.exists(path):
-        os.rename(path, before)
+        number = kept[-1].partition(".before-")[2] or 1 if kept else 0  # of the newest
+        os.rename(path, f"{path}.before-{int(number) + 1}" if kept else f"{path}.before")
     os.rename(staging, path)
     print(f"{path} is now {source} (python genevolve.py promote --undo takes it back)")
+
+
+def policies_before(path):
+    """The folders of earlier promotions of a policy folder, oldest first."""
+    folder, name = os.path.split(path)
+    names = [other for other in os.listdir(folder or ".") if re.fullmatch(rf"{name}\.before(-\d+)?", other)]
+    return [os.path.join(folder, other) for other in sorted(names, key=lambda other: (len(other), other))]
+
+
+def find_policy(folder):
+    """The policy folder of a run, or the folder itself. ValueError if there is none, or it is not whole."""
+    if not folder:
+        raise ValueError("promote needs the folder of a run")
+    candidates = (os.path.join(folder, "policy"), folder)
+    source = next((c for c in candidates if os.path.isfile(os.path.join(c, "config.json"))), None)
+    if source is None:
+        raise ValueError(f"{folder}: no policy in it")
+    model.load(source)  # raises if it is not whole
+    return source
+
+
+def check_better(source):
+    """Raise ValueError unless a policy was measured better, by more than a standard error, than the one that its
+    evolution began with."""
+    path = os.path.join(source, "training.json")
+    training = model.read_json(path) if os.path.exists(path) else {}
+    figures = training.get("validation") or {}
+    gain, error = figures.get("gain"), figures.get("gain_error")
+    if gain is None or error is None:
+        fault = "was not measured better than the policy that its run began with"
+    elif gain > error:
+        return
+    else:
+        fault = (f"is no better than the policy that its run began with, as far as was measured (validation reward "
+                 f"{gain:+.3f}, standard error {error:.3f})")
+    raise ValueError(f"{source} {fault}; --force promotes it all the same")
 
 
 def export(s):
