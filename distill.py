@@ -48,6 +48,7 @@ import os
 import random
 import re
 import shutil
+import sys
 import time
 import typing
 from collections import Counter
@@ -141,15 +142,20 @@ def kscore(faithfulness, visual_correctness, text_accuracy, aesthetics, missing_
 
 
 def mixed_reward(image, text, alpha=0.5):
-    """R = (1 - alpha) R_img + alpha R_text; nan or None = missing, and R is missing (nan) if either half is."""
-    if image is None or text is None:
+    """R = (1 - alpha) R_img + alpha R_text, missing (nan) if either half is, see ``is_missing``."""
+    if is_missing(image) or is_missing(text):
         return math.nan
     return (1 - alpha) * image + alpha * text
 
 
+def is_missing(value):
+    """Whether a reward or a score is not there: None, nan or infinite."""
+    return value is None or not math.isfinite(value)
+
+
 def average(values):
-    """Mean of the values that are there (not None, not nan); nan if none is."""
-    kept = [v for v in values if v is not None and not math.isnan(v)]
+    """Mean of the values that are there, see ``is_missing``; nan if none is."""
+    kept = [v for v in values if not is_missing(v)]
     return sum(kept) / len(kept) if kept else math.nan
 
 
@@ -217,6 +223,13 @@ def sft(s):
     s: flags of ``genevolve.py sft``. With s.lora (a rank, 0: none) low-rank adapters train and the weights of s.init
     stay: the policy in s.out is merged, s.out/adapter holds the adapters in PEFT's layout.
     """
+    with model.locked(sft_checkpoints(s.out)):
+        train_on_demonstrations(s)
+    shutil.rmtree(sft_checkpoints(s.out))  # the run is complete: nothing is left to continue
+
+
+def train_on_demonstrations(s):
+    """The training loop of ``sft``."""
     device = model.pick_device(s.device)
     conversations = read_demonstrations(s.data)
     stopped_run = model.latest_checkpoint(sft_checkpoints(s.out))                     # (state, tensors) or None
@@ -236,7 +249,7 @@ def sft(s):
     loader = sft_batches(rows, s.batch_tokens, np.random.default_rng(s.seed))
     loader = itertools.islice(loader, max(0, first_step - copy_steps), None)  # a stopped run has seen the first ones
 
-    log = {}
+    log, skipped = {}, 0
     started = time.perf_counter() - earlier_seconds
     for step in range(first_step, total_steps):
         copying = step < copy_steps
@@ -258,7 +271,9 @@ def sft(s):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        skipped = count_skipped(skipped, float(grad_norm), f"sft: step {step}")
+        if not skipped:
+            optimizer.step()
 
         is_last = step == total_steps - 1
         seconds = time.perf_counter() - started
@@ -269,25 +284,24 @@ def sft(s):
             print_log(log)
         if (step + 1) % s.save_every == 0 or is_last:
             save_sft(s, net, tokenizer, optimizer, step + 1, seconds, log)
-    shutil.rmtree(sft_checkpoints(s.out))  # the run is complete: nothing is left to continue
 
 
 # ---- Advantages and GRPO (section 5) ---------------------------------------------------------------------------------
 
 def group_advantages(rewards, std="population", eps=1e-6, tolerance=1e-6):
-    """A_i = (R_i - mean R) / (std R + eps) within each group. rewards (G, K), nan = missing -> (G, K), same dtype.
+    """A_i = (R_i - mean R) / (std R + eps) within each group. rewards (G, K) -> (G, K), same dtype.
 
-    Missing entries, groups whose rewards lie within ``tolerance`` of each other (dead), and lone valid entries are
-    exactly 0. std: "population" divides by n, "sample" by n - 1 (advantages smaller by 1.095 at K = 6).
+    Missing entries (nan or infinite), groups whose rewards lie within ``tolerance`` of each other (dead), and lone
+    valid entries are exactly 0. std: "population" divides by n, "sample" by n - 1 (smaller by 1.095 at K = 6).
     """
     if std not in ("population", "sample"):
         raise ValueError(f"std {std!r}: must be population or sample")
     given = torch.as_tensor(rewards)
     if given.dim() != 2:
         raise ValueError(f"rewards must have the shape (groups, rollouts), not {tuple(given.shape)}")
-    values, valid = given.double(), ~given.isnan()                                             # (G, K)
+    values, valid = given.double(), given.isfinite()                                           # (G, K)
     count = valid.sum(1, keepdim=True)                                                         # (G, 1)
-    centred = values - values.nan_to_num(0.0).sum(1, keepdim=True) / count.clamp(min=1)
+    centred = values - torch.where(valid, values, 0.0).sum(1, keepdim=True) / count.clamp(min=1)
     centred = torch.where(valid, centred, 0.0)                                                 # (G, K)
     divisor = (count - int(std == "sample")).clamp(min=1)
     deviation = (centred.square().sum(1, keepdim=True) / divisor).sqrt()                       # (G, 1)
@@ -362,6 +376,12 @@ def tis_weights(logp_old, logp_engine, cap=2.0):
     return torch.where(logp_engine.isnan(), torch.ones_like(weight), weight)
 
 
+def is_clipped(ratio, advantages, clip):
+    """Where the clip takes the gradient away: u > 1 + clip[1] if A > 0, u < 1 - clip[0] if A < 0. ratio (N, T)."""
+    A = advantages[:, None]                                                                    # (N, 1)
+    return ((A > 0) & (ratio > 1 + clip[1])) | ((A < 0) & (ratio < 1 - clip[0]))
+
+
 def grpo_loss(logp, logp_old, logp_ref, advantages, mask, clip=(0.20, 0.28), beta=1e-3, aggregation="token-mean",
               normalizer=None, weights=None):
     """L = -1/(sum m) sum m w min(u A, clip(u, 1 - clip[0], 1 + clip[1]) A) + beta K_ref, u = exp(log p - sg log p_old).
@@ -419,7 +439,7 @@ def select_pair(trajectories, min_reward_gap=0.20):
     reference, are no candidates. Of equals, the first.
     """
     candidates = [t for t in trajectories if t.program is not None and t.program.references]
-    candidates = [t for t in candidates if not math.isnan(t.reward)]
+    candidates = [t for t in candidates if not is_missing(t.reward)]
     if not candidates:
         return None
     best = max(candidates, key=lambda t: t.reward)
@@ -1385,6 +1405,22 @@ def student_forward(net, rows, counted, recipe, temperature):
 
 
 @torch.no_grad()
+def engine_gap(batch):
+    """Sums for the log: how far the engine's log-probs of the actions are from the trainer's, both under the policy
+    that wrote them. Above rounding they tell of two temperatures, two sets of weights, or log-probs after top-p."""
+    gaps = [torch.zeros(0)]
+    for row, logp_old, mask in zip(batch.rows, batch.logp_old, batch.mask):
+        logp_old = logp_old[mask].float().cpu()                                                      # (T,)
+        if row.logp_engine is not None and len(row.logp_engine) == len(logp_old):  # a borrowed row has none
+            gap = (row.logp_engine - logp_old).abs()
+            gaps.append(gap[~gap.isnan()])
+    gaps = torch.cat(gaps)
+    if not len(gaps):
+        return {}
+    return {"engine_gap": float(gaps.sum()), "engine_tokens": len(gaps), "engine_gap_max": float(gaps.max())}
+
+
+@torch.no_grad()
 def reference_forward(reference, batch, teacher, recipe, temperature):
     """(TokenScores of the reference, those of the guided rows if the reference is also the teacher, else None)."""
     # a reference that is the teacher, too, gives the teacher's view without a guide in the same pass
@@ -1402,8 +1438,7 @@ def policy_loss(batch, reference, recipe, normalizer):
 
     logp = batch.student.logp.detach()
     reference_kl = aggregate(k3(logp - reference.logp), batch.mask, normalizer=1)
-    ratio = importance_ratio(logp, batch.logp_old)
-    clipped = (ratio < 1 - recipe.clip[0]) | (ratio > 1 + recipe.clip[1])
+    clipped = is_clipped(importance_ratio(logp, batch.logp_old), advantages, recipe.clip)
     metrics = {"grpo_loss": float(loss.detach()), "reference_kl": float(reference_kl),
                "clipped": int((clipped & batch.mask).sum())}
     if batch.weights is not None:
@@ -1494,12 +1529,12 @@ def update_gradients(net, reference, teacher, rows, recipe, temperature=1.0, pol
     policy_grads = [torch.zeros_like(p) for p in parameters]
     sdl_grads = [torch.zeros_like(p) for p in parameters]
     live_count, token_count, distilled_count = step_counts(rows, recipe)
-    limit = limit or MICRO_TOKENS.get(parameters[0].device.type, 65536)
     metrics = Counter()
 
-    for micro_batch in micro_batches(rows, limit * processes.size):
+    for micro_batch in micro_batches(rows, micro_limit(limit, net) * processes.size):
         local, counted = local_rows(micro_batch, processes)
         batch = student_forward(net, local, counted, recipe, temperature)  # one pass serves both losses
+        add_up(metrics, engine_gap(batch))
         grpo = sdl = unguided = None
         if policy:
             reference_scores, unguided = reference_forward(reference, batch, teacher, recipe, temperature)
@@ -1524,8 +1559,14 @@ def update_gradients(net, reference, teacher, rows, recipe, temperature=1.0, pol
     gather_advice(rows, processes)
     totals = Counter()  # the log's sums over all processes
     for part in processes.all_gather_objects(metrics):
-        totals.update(part)
+        add_up(totals, part)
     return policy_grads, sdl_grads, dict(totals)
+
+
+def add_up(totals, part):
+    """totals += part, both sums for the log (totals a Counter); of a "..._max" the greater one stays."""
+    for name, value in part.items():
+        totals[name] = max(totals[name], value) if name.endswith("_max") else totals[name] + value
 
 
 # ==== Machine room ====================================================================================================
@@ -1874,7 +1915,9 @@ def open_sft_policy(s, stopped_run, device):
     if s.lora and os.path.realpath(s.init) == os.path.realpath(s.out):
         raise ValueError(f"--lora needs {s.init} as it is: write to another --out")
     if stopped_run is not None:
-        check_same_settings(s, stopped_run[0]["settings"])
+        check_same_settings(s, stopped_run[0])
+    elif os.path.exists(os.path.join(s.out, "config.json")):
+        print(f"sft: the policy in {s.out} will be replaced", file=sys.stderr, flush=True)
 
     if s.init and (s.lora or stopped_run is None):  # the weights in s.out have their adapters merged
         net, tokenizer = model.load(s.init, device)
@@ -1888,11 +1931,26 @@ def open_sft_policy(s, stopped_run, device):
 
 
 def check_same_settings(s, earlier):
-    """Raise ValueError if a stopped run had other settings; device and save_every may change."""
+    """Raise ValueError if a stopped run (earlier: its state) had other settings, or files that have changed since;
+    device and save_every may change."""
+    way_out = f"remove {sft_checkpoints(s.out)} to start afresh"
     for name, value in model.portable(asdict(s)).items():
-        if earlier.get(name) != value and name not in ("device", "save_every"):
-            raise ValueError(f"{s.out} holds an unfinished run with another --{name.replace('_', '-')} "
-                             f"({earlier.get(name)!r}); remove {sft_checkpoints(s.out)} to start afresh")
+        before = earlier["settings"].get(name)
+        if before != value and name not in ("device", "save_every", "accept_changes"):
+            raise ValueError(f"{s.out} holds an unfinished run with another --{name.replace('_', '-')} ({before!r}); "
+                             f"{way_out}")
+
+    now = sft_inputs(s)
+    for name, fingerprint in earlier.get("inputs", {}).items():
+        if now.get(name) != fingerprint and not s.accept_changes:
+            raise ValueError(f"--{name} ({getattr(s, name)}) has changed since the unfinished run in {s.out} was "
+                             f"begun; put it back, {way_out}, or say with --accept-changes that it is meant")
+
+
+def sft_inputs(s):
+    """{flag: fingerprint} of the files that a cold start reads."""
+    paths = {"data": s.data} | ({"init": s.init} if s.init else {"vocabulary": s.vocabulary})
+    return {name: model.fingerprint(path) for name, path in paths.items()}
 
 
 def new_policy(s, device):
@@ -1925,7 +1983,7 @@ def save_sft(s, net, tokenizer, optimizer, step, seconds, log):
     record = {"command": model.command_line(), "settings": settings, **log}
     model.write_json(os.path.join(s.out, "training.json"), record)
 
-    state = {"settings": settings, "seconds": seconds}
+    state = {"settings": settings, "seconds": seconds, "inputs": sft_inputs(s)}
     model.save_checkpoint(sft_checkpoints(s.out), step, model.training_tensors(net, optimizer), state, keep=1)
 
 
@@ -2043,6 +2101,11 @@ def select_rows(scores, index):
 MICRO_TOKENS = {"cpu": 6144}
 
 
+def micro_limit(limit, net):
+    """Tokens of a micro-batch: the limit, or (0, None) what suits the network's device."""
+    return limit or MICRO_TOKENS.get(next(net.parameters()).device.type, 65536)
+
+
 def micro_batches(rows, limit):
     """Neighbouring rows in pieces of at most ``limit`` tokens (at least one row each).
 
@@ -2119,6 +2182,22 @@ def add_gradients(total, loss, parameters, keep=False):
             parameter.grad = None
 
 
+MAX_SKIPPED = 3  # updates in a row whose gradient is no finite number, after which a run stops
+
+
+def count_skipped(before, norm, where):
+    """Updates in a row that were skipped: 0 where the gradient's norm is finite, else one more than before.
+
+    One step by such a gradient makes every weight nan. Raises ValueError after MAX_SKIPPED; where: "step 12".
+    """
+    if math.isfinite(norm):
+        return 0
+    if before + 1 == MAX_SKIPPED:
+        raise ValueError(f"{where}: the gradient's norm is {norm}, the last of {MAX_SKIPPED} updates in a row without "
+                         "a finite one; no weight has moved by them. Begin again with another --lr and another --out")
+    return before + 1
+
+
 def gradient_norm(gradients):
     """Norm of a list of gradients, None counting as 0."""
     squares = [g.double().square().sum() for g in gradients if g is not None]
@@ -2135,21 +2214,24 @@ def gradient_cosine(first, second):
     return product / length if length else math.nan
 
 
-def reverse_kl_cosine(net, teacher, rows, recipe, temperature=1.0):
+def reverse_kl_cosine(net, teacher, rows, recipe, temperature=1.0, limit=None):
     """Cosine between the gradient of L_SDL as the recipe estimates it and that of the reverse KL over the vocabulary
-    (what the paper's loss estimates), on the same rows. nan without guided rows. A second pass over these rows."""
+    (what the paper's loss estimates), on the same rows. nan without guided rows. A second pass over these rows, in
+    micro-batches of at most ``limit`` tokens."""
     rows = [row for row in rows if row.teacher_tokens is not None]
     if not rows:
         return math.nan
-    student = score_rows(net, rows, temperature, with_logits=True)
-    guided, _, score = teacher_scores(teacher, student, rows, recipe, temperature, with_logits=True)
-    estimate = experience_loss(student.logp, student.logp.detach(), guided.logp, student.mask, recipe, score,
-                               student_logits=student.logits, teacher_logits=guided.logits)
-    exact = full_kl_loss(student.logits, guided.logits, student.mask, "reverse")
-
     parameters = [p for p in net.parameters() if p.requires_grad]
-    gradients = []
-    for loss in (estimate, exact):
-        gradients.append([torch.zeros_like(p) for p in parameters])
-        add_gradients(gradients[-1], loss, parameters, keep=True)
-    return gradient_cosine(*gradients)
+    estimate_grads = [torch.zeros_like(p) for p in parameters]
+    exact_grads = [torch.zeros_like(p) for p in parameters]
+    distilled, token_count = distilled_count(rows, recipe), sum(sum(row.mask) for row in rows)
+
+    for batch in micro_batches(rows, micro_limit(limit, net)):
+        student = score_rows(net, batch, temperature, with_logits=True)
+        guided, _, score = teacher_scores(teacher, student, batch, recipe, temperature, with_logits=True)
+        estimate = experience_loss(student.logp, student.logp.detach(), guided.logp, student.mask, recipe, score,
+                                   distilled, student.logits, guided.logits)
+        exact = full_kl_loss(student.logits, guided.logits, student.mask, "reverse", normalizer=token_count)
+        add_gradients(estimate_grads, estimate, parameters, keep=True)
+        add_gradients(exact_grads, exact, parameters)
+    return gradient_cosine(estimate_grads, exact_grads)

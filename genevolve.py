@@ -502,8 +502,10 @@ def truth_of(row):
 
 # ---- Evolution: from its own attempts to a better policy -------------------------------------------------------------
 
-# what a checkpoint's state.json holds
-KEPT = ("lr_scale", "window_start", "agreement_average", "promoted_rewards", "first_validation")
+# what a checkpoint's state.json holds, beside settings, memory and log
+KEPT = ("lr_scale", "window_start", "agreement_average", "promoted_rewards", "first_rewards", "first_validation",
+        "skipped_in_a_row")
+ENGINE_TOLERANCE = 0.05  # nats, on average: rounding in bfloat16 stays below, another temperature does not
 
 
 class Evolution:
@@ -521,8 +523,8 @@ class Evolution:
         self.recipe = read_recipe(settings.recipe, settings.set)
         if settings.correct_mismatch and self.recipe.tis_cap is None:
             self.recipe = dataclasses.replace(self.recipe, tis_cap=2.0)
-        self.data = tools.read_requests(settings.data)
-        self.validation = tools.read_requests(settings.validation)
+        self.data, self.validation = read_data(settings)
+        self.inputs = self.processes.all_gather_objects(input_fingerprints(settings, self.processes.is_main))[0]
 
         self.net, self.reference, self.teacher = open_networks(settings, self.recipe, components, self.processes)
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
@@ -533,7 +535,10 @@ class Evolution:
         self.window_start = 0         # ``collapse`` reads log[window_start:]
         self.agreement_average = 1.0  # of lessons from other requests, see ``recipe_now``
         self.first_validation = None  # figures of the policy that the run began with
-        self.promoted_rewards = None  # of the best policy so far on the validation requests
+        self.first_rewards = None     # of that policy on the validation requests
+        self.promoted_rewards = None  # of the best policy so far
+        self.skipped_in_a_row = 0     # updates whose gradient was no number
+        self.has_warned = False       # of an engine whose log-probs are not the trainer's
         self.example = None           # (trajectory, bundle) for the report
 
     def parameters(self):
@@ -555,7 +560,7 @@ class Evolution:
         check_budget(self.components.budget, self.steps_done)  # else some rewards are missing for want of calls
 
         update_started = time.perf_counter()
-        rewards = torch.tensor([[t.reward for t in group] for group in groups], dtype=torch.float64)       # (G, K)
+        rewards = reward_table(groups)                                                                     # (G, K)
         lessons = self.remember(requests, groups)  # before the look-up, so that a group learns from its own lesson, too
         entries = self.memory.lookup([request["question"] for request in requests])
         guides = self.choose_guides(requests, entries)
@@ -572,9 +577,10 @@ class Evolution:
                "rollout_seconds": rollout_seconds,
                "render_seconds": render_seconds,
                "update_seconds": update_seconds}
-        if s.eval_every and self.steps_done % s.eval_every == 0:
+        if s.eval_every and (self.steps_done % s.eval_every == 0 or self.steps_done == s.steps):
             row["validation"] = self.evaluate()
         row = without_nan(row)
+        warn_of_engine(self, row["engine_logprob_gap"])
         self.log.append(row)
         if reason := collapse(self.log[self.window_start:]):
             row["rolled_back"] = reason
@@ -656,20 +662,22 @@ class Evolution:
         with self.autocast():
             if len(minibatches) > 1:  # the first step changes the policy that wrote the rows of the others
                 for minibatch in minibatches:
-                    set_old_logprobs(minibatch, self.net, s.temperature, self.processes)
+                    set_old_logprobs(minibatch, self.net, s.temperature, self.processes, s.micro_tokens)
             cosine = math.nan
             if self.is_due(s.audit_every):  # a second forward and backward pass for one figure
                 guided = spread_subset([row for row in batch if row.teacher_tokens])
-                cosine = distill.reverse_kl_cosine(self.net, self.teacher, guided, recipe, s.temperature)
+                cosine = distill.reverse_kl_cosine(self.net, self.teacher, guided, recipe, s.temperature,
+                                                   s.micro_tokens)
 
         sums, norms, ratios = Counter(), [], []
         for minibatch in minibatches:
             policy_grads, sdl_grads, metrics = self.gradients(minibatch, groups, entries)
             ratios.append(self.combine_gradients(policy_grads, sdl_grads))
             norms.append(self.optimizer_step())
-            sums.update(metrics)
+            distill.add_up(sums, metrics)
         return update_metrics(sums, len(minibatches), recipe, s.grpo) | {
             "gradient_norm": distill.average(norms), "gradient_ratio": distill.average(ratios),
+            "skipped_updates": sum(map(distill.is_missing, norms)),
             "reverse_kl_cosine": cosine, "lr": s.lr * self.lr_scale}
 
     def gradients(self, minibatch, groups, entries):
@@ -725,15 +733,21 @@ class Evolution:
         return self.recipe_now().weight
 
     def optimizer_step(self):
-        """Clip, step, let an EMA teacher follow. Returns the gradient's norm before clipping."""
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.lr * self.lr_scale
-        self.optimizer.step()
+        """Clip, step, let an EMA teacher follow. Returns the gradient's norm before clipping.
+
+        One that is no finite number moves nothing: such a step would make every weight nan.
+        """
+        norm = float(model.full_tensor(torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)))
+        if math.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.settings.lr * self.lr_scale
+            self.optimizer.step()
+            if self.recipe.teacher == "ema":
+                distill.ema_update(self.teacher, self.net, self.recipe.ema_decay)
         self.optimizer.zero_grad(set_to_none=True)  # the next backward pass adds to the gradients that it finds
-        if self.recipe.teacher == "ema":
-            distill.ema_update(self.teacher, self.net, self.recipe.ema_decay)
-        return float(model.full_tensor(norm))
+        where = f"step {self.steps_done + 1}"
+        self.skipped_in_a_row = distill.count_skipped(self.skipped_in_a_row, norm, where)
+        return norm
 
     def autocast(self):
         return torch.autocast(self.components.device, torch.bfloat16, enabled=self.settings.bf16)
@@ -764,12 +778,14 @@ class Evolution:
         rewards = [t.reward for t in trajectories]
         figures = validation_figures(trajectories)
         if self.promoted_rewards is not None:
-            figures |= paired_change(rewards, self.promoted_rewards)
+            figures |= gain_figures(rewards, self.first_rewards) | paired_change(rewards, self.promoted_rewards)
 
         # no worse than the best so far, on the same requests with the same seeds, than chance alone would have it
         is_first = self.promoted_rewards is None
         figures["promoted"] = is_first or figures["change"] >= -figures["standard_error"]
         if figures["promoted"]:
+            if is_first:
+                self.first_rewards = rewards
             if is_first or figures["change"] > 0:
                 self.promoted_rewards = rewards
             self.save_promoted()
@@ -785,9 +801,12 @@ class Evolution:
     def restore_promoted(self):
         """Back to the promoted weights and their optimizer, with half the learning rate. Memory and data go on."""
         folder = os.path.join(self.settings.out, "promoted")
-        _, tensors = model.latest_checkpoint(folder, self.processes)
-        model.load_training_tensors(tensors, self.net, self.optimizer, **averages(self))
+        found = model.latest_checkpoint(folder, self.processes)
+        if found is None:
+            raise ValueError(f"{folder}: missing, and step {self.steps_done} wants to go back to it")
+        model.load_training_tensors(found[1], self.net, self.optimizer, **averages(self))
         self.lr_scale /= 2
+        self.skipped_in_a_row = 0
         self.window_start = len(self.log)
         self.components.policy.reset()  # its cache may hold what is not a number
         self.sync_weights()
@@ -812,12 +831,8 @@ class Evolution:
 
     def save(self, row):
         """A checkpoint of the finished step; then the log's line, which ``resume`` mends if a kill comes between."""
-        memory, keys = self.memory.state_dict()
-        tensors = model.training_tensors(self.net, self.optimizer, **averages(self))
-        tensors["memory.keys"] = keys["keys"]
-        state = {"settings": run_identity(self.settings, self.recipe), "row": row, "memory": memory,
-                 "extra": self.extra_state(), **{name: getattr(self, name) for name in KEPT}}
         folder = os.path.join(self.settings.out, "checkpoints")
+        state, tensors = state_of(self)
         model.save_checkpoint(folder, self.steps_done, tensors, state, self.processes)
         if self.processes.is_main:
             log = os.path.join(self.settings.out, "log.jsonl")
@@ -825,26 +840,14 @@ class Evolution:
                 file.write(json.dumps(row) + "\n")
 
     def resume(self):
-        """Go on from the newest whole checkpoint, if there is one."""
-        log = os.path.join(self.settings.out, "log.jsonl")
-        found = model.latest_checkpoint(os.path.join(self.settings.out, "checkpoints"), self.processes)
+        """Go on from the newest whole checkpoint, if there is one. ValueError if the folder's run is another one."""
+        folder = os.path.join(self.settings.out, "checkpoints")
+        found = model.latest_checkpoint(folder, self.processes)
         if found is None:
-            if os.path.exists(log) and self.processes.is_main:
-                os.remove(log)
-            return
-
-        state, tensors = found
-        check_same_run(self.settings.out, state["settings"], run_identity(self.settings, self.recipe))
-        model.load_training_tensors(tensors, self.net, self.optimizer, **averages(self))
-        self.memory.load_state(state["memory"], {"keys": tensors["memory.keys"]})
-        self.steps_done = state["step"]
-        for name in KEPT:
-            setattr(self, name, state[name])
-        self.load_extra_state(state["extra"])
-        earlier = [row for row in model.read_lines(log) if row["step"] < self.steps_done]
-        self.log = [*earlier, state["row"]]
+            return check_unused(self.settings.out)
+        take_up(self, *found)
         if self.processes.is_main:
-            model.write_lines(log, self.log)
+            mend_files(self)
             print(f"resuming after step {self.steps_done}", flush=True)
 
 
@@ -853,8 +856,15 @@ def evolve(s, evolution=Evolution):
 
     evolution: the class of the run, for a subclass that tries an idea. Returns the finished run.
     """
-    started = time.perf_counter()
-    run = open_evolution(s, evolution)
+    with model.locked(s.out):
+        run = open_evolution(s, evolution)
+        go_on(run)
+    return run
+
+
+def go_on(run):
+    """Take the steps of an evolution that are left, and say and write what comes of them."""
+    started, s = time.perf_counter(), run.settings
     is_main = run.processes.is_main
     say = print_line if is_main else lambda text: None
     with run.components, run.processes:
@@ -885,7 +895,6 @@ def evolve(s, evolution=Evolution):
         run.write_policy("last")
     for line in evolution_end(run, time.perf_counter() - started):
         say(line)
-    return run
 
 
 def open_evolution(settings, evolution=Evolution):
@@ -1021,20 +1030,39 @@ def gather_trajectories(local, requests, processes):
     return [distill.Trajectory.from_json(*each) for each in zip(values, requests)]
 
 
-def set_old_logprobs(rows, net, temperature, processes):
-    """Note log p of the rows' actions under the policy that wrote them: the denominator of the importance ratio."""
-    local, counted = distill.local_rows(rows, processes)
-    with torch.no_grad():
-        tokens, masks = [row.tokens for row in local], [row.mask for row in local]
-        scores = distill.score_actions(net, tokens, masks, temperature)
+@torch.no_grad()
+def set_old_logprobs(rows, net, temperature, processes, limit=None):
+    """Note log p of the rows' actions under the policy that wrote them: the denominator of the importance ratio.
 
-    values = []
-    for logp, mask, counts in zip(scores.logp, scores.mask, counted):
-        if counts:
-            values.append(logp[mask].tolist())
-    gathered = itertools.chain.from_iterable(processes.all_gather_objects(values))
-    for row, logp in zip(rows, gathered):
-        row.logp_old = torch.tensor(logp)
+    limit: tokens of a micro-batch, as in ``distill.update_gradients``.
+    """
+    for batch in distill.micro_batches(rows, distill.micro_limit(limit, net) * processes.size):
+        local, counted = distill.local_rows(batch, processes)
+        scores = distill.score_rows(net, local, temperature)
+        values = []
+        for logp, mask, counts in zip(scores.logp, scores.mask, counted):
+            if counts:
+                values.append(logp[mask].tolist())
+        gathered = itertools.chain.from_iterable(processes.all_gather_objects(values))
+        for row, logp in zip(batch, gathered):
+            row.logp_old = torch.tensor(logp)
+
+
+def reward_table(groups):
+    """Rewards of groups of trajectories, float64 (G, K); nan: missing."""
+    rewards = torch.tensor([[t.reward for t in group] for group in groups], dtype=torch.float64)           # (G, K)
+    return torch.where(rewards.isfinite(), rewards, math.nan)
+
+
+def warn_of_engine(run, gap):
+    """Say once that the engine's log-probs are not the trainer's. gap: their mean distance in nats, None: unknown."""
+    if run.has_warned or gap is None or gap <= ENGINE_TOLERANCE:
+        return
+    run.has_warned = True
+    if run.processes.is_main:
+        print(f"step {run.steps_done}: the engine's log-probs differ from the trainer's by {gap:.3f} nats a token; "
+              "do both have the same weights and temperature, and are the engine's taken before top-p?",
+              file=sys.stderr, flush=True)
 
 
 def check_budget(budget, steps_done):
@@ -1064,8 +1092,8 @@ def training_batch(groups, rewards, guides, recipe, tokenizer):
             if not any(trajectory.mask):
                 continue
             row = distill.TrainingRow(trajectory.tokens, trajectory.mask, advantage, group=g)
-            if recipe.tis_cap is not None:
-                row.logp_engine = torch.tensor(trajectory.logprobs)[torch.tensor(trajectory.mask)]          # (T,)
+            if trajectory.logprobs:
+                row.logp_engine = torch.tensor(trajectory.logprobs)[torch.tensor(trajectory.mask)]
             if guide is not None and recipe.weight:
                 row.teacher_tokens, row.teacher_mask = teacher_view(trajectory, guide, tokenizer)
             batch.append(row)
@@ -1216,7 +1244,7 @@ def validation_figures(trajectories):
 
 def mean_and_error(values):
     """Mean of the values that are not missing, and the mean's standard error (nan below two)."""
-    kept = [value for value in values if not math.isnan(value)]
+    kept = [value for value in values if not distill.is_missing(value)]
     mean = distill.average(kept)
     if len(kept) < 2:
         return mean, math.nan
@@ -1227,10 +1255,16 @@ def mean_and_error(values):
 def paired_change(rewards, before):
     """Mean change of the reward over the same requests, and its standard error; missing ones are left out."""
     change = np.array(rewards) - np.array(before)
-    change = change[~np.isnan(change)]
+    change = change[np.isfinite(change)]
     count = max(len(change), 1)
     return {"change": distill.average(change.tolist()),
             "standard_error": float(change.std() / count**0.5)}
+
+
+def gain_figures(rewards, first_rewards):
+    """The change since the run began, as in ``paired_change``: what ``promote`` asks for."""
+    gain = paired_change(rewards, first_rewards)
+    return {"gain": gain["change"], "gain_error": gain["standard_error"]}
 
 
 # ==== Machine room ====================================================================================================
@@ -1595,6 +1629,8 @@ def update_metrics(sums, minibatches, recipe, has_grpo):
             "capped": sums["capped"] / selected if is_sampled else math.nan,
             "clipped": grpo * sums["clipped"] / tokens,
             **{name: grpo * sums[name] / tokens for name in corrections},
+            "engine_logprob_gap": sums["engine_gap"] / sums["engine_tokens"] if sums["engine_tokens"] else math.nan,
+            "engine_logprob_gap_max": sums["engine_gap_max"] if sums["engine_tokens"] else math.nan,
             "weight": recipe.weight}
 
 
@@ -1602,7 +1638,7 @@ def without_nan(value):
     """A log's row with null for what is missing, at any depth."""
     if isinstance(value, dict):
         return {key: without_nan(part) for key, part in value.items()}
-    is_missing = isinstance(value, float) and math.isnan(value)
+    is_missing = isinstance(value, float) and distill.is_missing(value)
     return None if is_missing else value
 
 
@@ -1847,6 +1883,7 @@ class Evolve(ComponentFlags):
         super().__post_init__()
         if self.correct_mismatch and self.rollouts_url and self.probe == "off":
             raise ValueError("--correct-mismatch needs the engine's log-probs, which --probe off leaves unchecked")
+        read_recipe(self.recipe, self.set)  # raises before anything starts
 
 
 @dataclass
@@ -1854,6 +1891,7 @@ class Promote(Common):
     """Make the policy of an evolution run the one that run uses."""
     run: str = flag("", "folder of the run, or a policy folder", positional=True)
     undo: bool = flag(False, "take the last promotion back")
+    force: bool = flag(False, "promote what was not measured better than the policy that its run began with")
     weights: str = flag(os.path.join(HERE, "weights"), "folder that holds policy/")
 
 
@@ -2087,7 +2125,8 @@ def announce_calls(run):
     steps = s.steps - run.steps_done
     evaluations = 0
     if s.eval_every:
-        evaluations = s.steps // s.eval_every - run.steps_done // s.eval_every + (run.steps_done == 0)
+        checks = range(run.steps_done + 1, s.steps + 1)
+        evaluations = sum(step % s.eval_every == 0 or step == s.steps for step in checks) + (run.steps_done == 0)
     trajectories = steps * s.prompts_per_step * s.rollouts + evaluations * len(run.validation)
     more = {}
     if s.summarizer:
@@ -2097,24 +2136,120 @@ def announce_calls(run):
 
 # ---- Files of an evolution -------------------------------------------------------------------------------------------
 
-FREE_SETTINGS = ("steps", "out", "device", "record", "replay", "max_calls", "per_minute", "checkpointing", "protocol",
-                 "rollouts_url", "rollouts_engine", "probe", "send_seed", "correct_mismatch")  # the last: set tis_cap
+FREE_SETTINGS = (
+    "steps", "out", "device", "threads", "products", "record", "replay", "max_calls", "per_minute", "checkpointing",
+    "protocol", "rollouts_url", "rollouts_engine", "probe", "send_seed", "accept_changes",
+    "recipe", "set", "correct_mismatch")  # their meaning is kept, field by field
 
 
-def run_identity(settings, recipe):
-    """The settings that make it this run; how long it goes on and where it runs may change."""
-    identity = {name: value for name, value in asdict(settings).items() if name not in FREE_SETTINGS}
+def read_data(settings):
+    """(requests to learn from, validation requests). ValueError where two of a file have one id; a warning where the
+    validation repeats what is learnt."""
+    data = tools.read_requests(settings.data)
+    validation = tools.read_requests(settings.validation)
+    for path, rows in ((settings.data, data), (settings.validation, validation)):
+        name, count = Counter(str(row["id"]) for row in rows).most_common(1)[0]
+        if count > 1:
+            raise ValueError(f"{path}: {count} requests have the id {name!r}; an id belongs to one request")
+
+    learnt = {row["question"] for row in data}
+    shared = sum(row["question"] in learnt for row in validation)
+    if shared and settings.eval_every:
+        print(f"{settings.validation}: {shared} of {len(validation)} validation requests are learnt from, too; they "
+              "cannot tell learning from memorising", file=sys.stderr, flush=True)
+    return data, validation
+
+
+def input_fingerprints(s, is_main=True):
+    """{flag: fingerprint} of the files and folders that a run reads, those that are there; {} but in one process."""
+    paths = {"policy": s.policy, "data": s.data, "validation": s.validation, "system_prompt": s.system_prompt,
+             "renderer": s.renderer or os.path.join(HERE, "weights", "renderer")}
+    found = {name: model.fingerprint(path) for name, path in paths.items()} if is_main else {}
+    return {name: value for name, value in found.items() if value}
+
+
+def run_identity(settings, recipe, inputs):
+    """The settings that make it this run; how long it goes on and where it runs may change. A file counts by what is in
+    it (inputs), not by its name."""
+    identity = {}
+    for name, value in asdict(settings).items():
+        if name not in FREE_SETTINGS and name not in inputs:
+            identity[name] = value
     for name, value in asdict(recipe).items():  # what a recipe's name means may change between versions
         identity[f"set {name}"] = list(value) if isinstance(value, tuple) else value  # as JSON has it
     return identity
 
 
-def check_same_run(out, before, now):
-    """Raise ValueError if the run in ``out`` was begun with another setting."""
-    for name, value in now.items():
-        if before.get(name) != value:
-            raise ValueError(f"{out} holds a run with another --{name.replace('_', '-')} ({before.get(name)!r}); "
+def state_of(run):
+    """(state.json, tensors) of a run's checkpoint."""
+    memory, keys = run.memory.state_dict()
+    tensors = model.training_tensors(run.net, run.optimizer, **averages(run))
+    tensors["memory.keys"] = keys["keys"]
+    state = {"settings": run_identity(run.settings, run.recipe, run.inputs), "inputs": run.inputs, "log": run.log,
+             "memory": memory, "extra": run.extra_state(), **{name: getattr(run, name) for name in KEPT}}
+    return state, tensors
+
+
+def take_up(run, state, tensors):
+    """The inverse of ``state_of``. Raises ValueError if the state is another run's."""
+    check_same_run(run, state)
+    model.load_training_tensors(tensors, run.net, run.optimizer, **averages(run))
+    run.memory.load_state(state["memory"], {"keys": tensors["memory.keys"]})
+    run.steps_done, run.log = state["step"], state["log"]
+    for name in KEPT:
+        setattr(run, name, state[name])
+    run.load_extra_state(state["extra"])
+
+
+def check_same_run(run, state):
+    """Raise ValueError if the run of a checkpoint's state was begun with other settings or other files."""
+    s = run.settings
+    needed = {"settings", "inputs", "log", "memory", "extra", *KEPT}
+    if missing := sorted(needed - set(state)):
+        raise ValueError(f"{s.out} holds a run of another version of this program (its checkpoints lack "
+                         f"{', '.join(missing)}); choose another --out")
+
+    for name, value in run_identity(s, run.recipe, run.inputs).items():
+        if name in state["settings"] and state["settings"][name] != value:
+            before = state["settings"][name]
+            raise ValueError(f"{s.out} holds a run with another --{name.replace('_', '-')} ({before!r}); "
                              "choose another --out")
+    for name in sorted(set(run.inputs) | set(state["inputs"])):
+        if run.inputs.get(name) == state["inputs"].get(name):
+            continue
+        path = getattr(s, name) or "the default"
+        if not s.accept_changes:
+            raise ValueError(f"{flag_name(name)} ({path}) is not what {s.out} was begun with, or has changed since; "
+                             "put it back, choose another --out, or say with --accept-changes that it is meant")
+        if run.processes.is_main:
+            print(f"going on with another {flag_name(name)} ({path})", file=sys.stderr)
+
+
+def check_unused(out):
+    """Raise ValueError if a folder without checkpoints holds the log of a run: it does not begin again in silence."""
+    log = os.path.join(out, "log.jsonl")
+    if os.path.exists(log) and os.path.getsize(log):
+        raise ValueError(f"{log}: the log of a run whose checkpoints are gone; put them back, choose another --out, or "
+                         f"remove {out} to start afresh")
+
+
+def mend_files(run):
+    """Write the log again where the file is not what the checkpoint says; harm that no kill does is named on stderr."""
+    log = os.path.join(run.settings.out, "log.jsonl")
+    try:
+        is_same = model.read_lines(log) == run.log
+        harm = "" if os.path.exists(log) else f"{log}: missing"
+    except ValueError as error:
+        is_same, harm = False, str(error)
+        model.put_aside(log)
+    if harm:
+        print(f"{harm}; written again from the checkpoint", file=sys.stderr)
+    if not is_same:
+        model.write_lines(log, run.log)
+
+    promoted = os.path.join(run.settings.out, "promoted")
+    if not model.checkpoint_names(promoted):
+        print(f"{promoted}: missing; should the policy collapse, there is nothing to go back to", file=sys.stderr)
 
 
 # ---- Records and views -----------------------------------------------------------------------------------------------
@@ -3122,31 +3257,75 @@ def judge_request(judge, text, images):
 
 
 def promote(s):
-    """python genevolve.py promote DIR | --undo"""
-    path, before = os.path.join(s.weights, "policy"), os.path.join(s.weights, "policy.before")
+    """python genevolve.py promote DIR | --undo
+
+    The policy before stays, as policy.before, and those before it as policy.before-2 and so on (the newest has the
+    highest number): an interruption at any place, or a second promotion, loses none.
+    """
+    path = os.path.join(s.weights, "policy")
+    kept = policies_before(path)
+    is_mended = bool(kept) and not os.path.exists(path)  # a promotion was interrupted between its two renames
+    if is_mended:
+        os.rename(kept.pop(), path)
     if s.undo:
-        if not os.path.isdir(before):
-            raise ValueError(f"{before}: nothing to take back")
-        model.replace_folder(before, path)
+        if not kept and not is_mended:
+            raise ValueError(f"{path}.before: nothing to take back")
+        if not is_mended:
+            model.replace_folder(kept[-1], path)
         print(f"{path} is what it was before the last promotion")
         return
 
-    if not s.run:
-        raise ValueError("promote needs the folder of a run")
-    candidates = (os.path.join(s.run, "policy"), s.run)
-    source = next((c for c in candidates if os.path.isfile(os.path.join(c, "config.json"))), None)
-    if source is None:
-        raise ValueError(f"{s.run}: no policy in it")
-    model.load(source)  # raises if it is not whole
+    source = find_policy(s.run)
+    if not s.force:
+        check_better(source)
+    if model.fingerprint(source) == model.fingerprint(path):
+        print(f"{path} is {source} already")
+        return
 
     staging = path + ".new"
     shutil.rmtree(staging, ignore_errors=True)
     shutil.copytree(source, staging)
-    shutil.rmtree(before, ignore_errors=True)
     if os.path.exists(path):
-        os.rename(path, before)
+        number = kept[-1].partition(".before-")[2] or 1 if kept else 0  # of the newest
+        os.rename(path, f"{path}.before-{int(number) + 1}" if kept else f"{path}.before")
     os.rename(staging, path)
     print(f"{path} is now {source} (python genevolve.py promote --undo takes it back)")
+
+
+def policies_before(path):
+    """The folders of earlier promotions of a policy folder, oldest first."""
+    folder, name = os.path.split(path)
+    names = [other for other in os.listdir(folder or ".") if re.fullmatch(rf"{name}\.before(-\d+)?", other)]
+    return [os.path.join(folder, other) for other in sorted(names, key=lambda other: (len(other), other))]
+
+
+def find_policy(folder):
+    """The policy folder of a run, or the folder itself. ValueError if there is none, or it is not whole."""
+    if not folder:
+        raise ValueError("promote needs the folder of a run")
+    candidates = (os.path.join(folder, "policy"), folder)
+    source = next((c for c in candidates if os.path.isfile(os.path.join(c, "config.json"))), None)
+    if source is None:
+        raise ValueError(f"{folder}: no policy in it")
+    model.load(source)  # raises if it is not whole
+    return source
+
+
+def check_better(source):
+    """Raise ValueError unless a policy was measured better, by more than a standard error, than the one that its
+    evolution began with."""
+    path = os.path.join(source, "training.json")
+    training = model.read_json(path) if os.path.exists(path) else {}
+    figures = training.get("validation") or {}
+    gain, error = figures.get("gain"), figures.get("gain_error")
+    if gain is None or error is None:
+        fault = "was not measured better than the policy that its run began with"
+    elif gain > error:
+        return
+    else:
+        fault = (f"is no better than the policy that its run began with, as far as was measured (validation reward "
+                 f"{gain:+.3f}, standard error {error:.3f})")
+    raise ValueError(f"{source} {fault}; --force promotes it all the same")
 
 
 def export(s):

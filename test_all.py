@@ -4674,6 +4674,17 @@ def test_dead_missing_and_lone_entries_have_advantage_exactly_zero():
     assert not advantages.isnan().any()
 
 
+def test_an_infinite_reward_is_missing():
+    """0.2 and 0.8 alone have the advantages -1 and 1."""
+    rewards = torch.tensor([[math.inf, 0.2, 0.8], [-math.inf, NAN, 0.4]], dtype=torch.float64)
+    expected = torch.tensor([[0.0, -1, 1], [0, 0, 0]], dtype=torch.float64)
+    assert torch.allclose(distill.group_advantages(rewards), expected, atol=1e-5)
+    assert math.isnan(distill.mixed_reward(math.inf, 0.5)) and math.isnan(distill.mixed_reward(0.5, -math.inf))
+    assert distill.average([math.inf, 0.5, None, 0.7]) == pytest.approx(0.6)
+    pair = [distill_trajectory(reward) for reward in (math.inf, 0.3, 0.9, -math.inf)]
+    assert distill.select_pair(pair) == (pair[2], pair[1])
+
+
 def test_missing_entries_do_not_change_the_others_advantages():
     full = distill.group_advantages(torch.tensor([[0.1, 0.9, 0.5]]))
     assert torch.allclose(distill.group_advantages(torch.tensor([[0.1, NAN, 0.9, 0.5]]))[:, [0, 2, 3]], full)
@@ -4690,6 +4701,19 @@ def test_the_clip_stops_gradients_in_two_of_four_quadrants(ratio, advantage, pas
     loss.backward()
     assert loss.item() == pytest.approx(-(min(ratio, 1.28) if advantage > 0 else -max(ratio, 0.8)))
     assert logp.grad.item() == pytest.approx(-ratio * advantage if passes else 0.0)
+
+
+def test_the_share_of_clipped_tokens_counts_those_whose_gradient_is_cut():
+    ratio = torch.tensor([[0.5, 1.0, 1.5]])
+    by_sign = {1.0: [False, False, True], -1.0: [True, False, False], 0.0: [False] * 3}
+    for advantage, expected in by_sign.items():
+        assert distill.is_clipped(ratio, torch.tensor([advantage]), (0.2, 0.28)).tolist() == [expected]
+        logp = ratio.log().requires_grad_()
+        old = torch.zeros(1, 3)
+        mask = torch.ones(1, 3, dtype=torch.bool)
+        distill.grpo_loss(logp, old, old, torch.tensor([advantage]), mask, beta=0).backward()
+        if advantage:
+            assert (logp.grad == 0).tolist() == [expected]
 
 
 def test_on_policy_the_gradient_is_the_plain_policy_gradient():
@@ -5599,6 +5623,39 @@ def test_micro_batches_keep_groups_whole_and_count_a_shared_beginning_once(limit
     assert [len(batch) for batch in distill.micro_batches(rows, limit)] == lengths
     for other in range(1, 13):
         assert sum(distill.micro_batches(rows, other), []) == rows
+
+
+@pytest.mark.parametrize("work", ("old log-probs", "cosine"))
+def test_old_log_probs_and_the_cosine_keep_to_the_limit_of_a_micro_batch(update_rows, work, monkeypatch):
+    net, sizes = small_policy(), []
+    teacher, recipe = moved(net), distill.RECIPES["stable"]
+
+    def compute(limit):
+        if work == "cosine":
+            return [distill.reverse_kl_cosine(net, teacher, update_rows, recipe, limit=limit)]
+        genevolve.set_old_logprobs(update_rows, net, 1.0, model.ProcessGroup(), limit)
+        return [value for row in update_rows for value in row.logp_old.tolist()]
+    whole = compute(10**6)
+    real = distill.score_actions
+    monkeypatch.setattr(distill, "score_actions",
+                        lambda net, sequences, *more: sizes.append(len(sequences)) or real(net, sequences, *more))
+    assert compute(1) == pytest.approx(whole, abs=1e-5) and set(sizes) == {1}
+    assert abs(whole[0]) > 1e-3 and not math.isnan(whole[0])
+
+
+def test_the_engines_log_probs_are_compared_with_the_trainers(update_rows):
+    """Off by 0.5 in one row and by -0.1 in another, known for these two alone: mean and greatest distance by hand."""
+    net = small_policy()
+    genevolve.set_old_logprobs(update_rows, net, 1.0, model.ProcessGroup())
+    counts = []
+    for row, shift in zip(update_rows, (0.5, -0.1)):
+        row.logp_engine, row.logp_old = row.logp_old + shift, None
+        counts.append(len(row.logp_engine))
+    update_rows[1].logp_engine[0] = NAN
+    for limit in (1, 10**6):
+        sums = distill.update_gradients(net, net, net, update_rows, paper(), limit=limit)[2]
+        assert sums["engine_tokens"] == sum(counts) - 1 and sums["engine_gap_max"] == pytest.approx(0.5, abs=1e-4)
+        assert sums["engine_gap"] == pytest.approx(0.5 * counts[0] + 0.1 * (counts[1] - 1), abs=1e-3)
 
 
 def test_rows_in_which_nothing_was_written_have_micro_batches_too():
@@ -6527,6 +6584,70 @@ def test_a_step_needs_nothing_but_an_agent_and_a_scorer(offline_evolution):
     assert any(not torch.equal(a, b) for a, b in zip(before, run.net.parameters()))
 
 
+def break_gradients(run, value):
+    """One entry of every gradient that follows is this value."""
+    real = run.gradients
+
+    def broken(*arguments):
+        policy_grads, sdl_grads, metrics = real(*arguments)
+        policy_grads[0].flatten()[0] = value
+        return policy_grads, sdl_grads, metrics
+    run.gradients = broken
+
+
+@pytest.mark.parametrize("value", (math.inf, NAN))
+def test_a_gradient_that_is_no_number_moves_nothing_and_the_run_stops_after_three(offline_evolution, value):
+    run = offline_evolution(set="teacher=ema")
+    run.step()
+    kept = [p.clone() for p in [*run.net.parameters(), *run.teacher.parameters()]]
+    moments = [state["exp_avg"].clone() for state in run.optimizer.state.values()]
+    break_gradients(run, value)
+    rows = [run.step(), run.step()]
+    assert [row["skipped_updates"] for row in rows] == [1, 1] and rows[0]["gradient_norm"] is None
+    with pytest.raises(ValueError, match=f"step 4: the gradient's norm is {value}, the last of 3 updates in a row"):
+        run.step()
+    assert all(torch.equal(a, b) for a, b in zip(kept, [*run.net.parameters(), *run.teacher.parameters()], strict=True))
+    assert all(torch.equal(a, state["exp_avg"]) for a, state in zip(moments, run.optimizer.state.values()))
+    del run.gradients
+    run.skipped_in_a_row = 2
+    assert run.step()["skipped_updates"] == 0 and run.skipped_in_a_row == 0 and run.log[0]["skipped_updates"] == 0
+    assert all(p.isfinite().all() for p in run.net.parameters())
+
+
+def test_an_engine_whose_log_probs_are_not_the_trainers_is_named_once(offline_evolution, capsys):
+    run = offline_evolution()
+    assert run.step()["engine_logprob_gap"] is None and capsys.readouterr().err == ""  # this agent knows none
+    answer = CountingAgent.answer
+
+    def shifted(self, *arguments):
+        t = answer(self, *arguments)
+        with torch.no_grad():
+            logp, = model.token_logprobs(run.net, [t.tokens], 0.7)
+        t.logprobs = [NAN] * t.prompt_length + [float(value) + 0.25 for value in logp[t.prompt_length - 1:]]
+        return t
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(CountingAgent, "answer", shifted)
+        rows = [run.step(), run.step()]
+    assert all(row["engine_logprob_gap"] == pytest.approx(0.25, abs=1e-3) for row in rows)
+    assert all(row["engine_logprob_gap_max"] == pytest.approx(0.25, abs=1e-3) for row in rows)
+    line = "step 2: the engine's log-probs differ from the trainer's by 0.250"
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith(line)
+
+
+def test_an_infinite_reward_is_missing_in_a_step(offline_evolution):
+    run = offline_evolution()
+    real = run.components.scorer.render_and_score
+
+    def score(trajectories, pictures=True):
+        real(trajectories)
+        trajectories[0].reward = math.inf
+    run.components.scorer.render_and_score = score
+    row = run.step()
+    assert row["missing"] == 1 and row["spread"] <= 1 and 0 < row["reward"] < 1 and row["gradient_norm"] > 0
+    assert all(p.isfinite().all() for p in run.net.parameters())
+
+
 def test_an_audit_step_measures_the_lessons_and_the_gradients_cosine(offline_evolution):
     run = offline_evolution(audit_every=2, recipe="paper", set="gate=0")
     assert "lesson_audit" not in run.step()
@@ -7189,18 +7310,73 @@ def test_train_renderer_runs_on_a_tiny_budget(tmp_path, command, monkeypatch):
 
 @pytest.fixture
 def promotable(tmp_path):
-    """A weights folder with a policy and a better one, which has a mark."""
-    for name in ("policy", "better"):
-        shutil.copytree(SFT, tmp_path / "weights" / name)
-    (tmp_path / "weights" / "better" / "mark").write_text("")
+    """A weights folder: the policy in use, and two (better, best) that were measured better; each has its mark."""
+    for number, name in enumerate(("policy", "better", "best")):
+        folder = tmp_path / "weights" / name
+        shutil.copytree(SFT, folder)
+        (folder / "mark").write_text(name)
+        (folder / "genevolve.json").write_text(json.dumps({"protocol": "compact", "number": number}))  # not the same
+        figures = {"gain": 0.05, "gain_error": 0.02}
+        (folder / "training.json").write_text(json.dumps({"step": 20, "validation": figures}))
     return tmp_path / "weights"
+
+
+def mark_of(folder):
+    return (folder / "mark").read_text()
 
 
 def test_promotion_and_its_undoing(promotable, command):
     assert command("promote", promotable / "better", "--weights", promotable)[0] == 0
-    assert (promotable / "policy" / "mark").exists()
+    assert mark_of(promotable / "policy") == "better" and mark_of(promotable / "policy.before") == "policy"
     assert command("promote", "--undo", "--weights", promotable)[0] == 0
-    assert not (promotable / "policy" / "mark").exists()
+    assert mark_of(promotable / "policy") == "policy" and not (promotable / "policy.before").exists()
+
+
+def test_a_second_promotion_loses_no_earlier_policy_and_each_is_taken_back(promotable, command):
+    for name in ("better", "better", "best"):  # the second time nothing is to be done
+        assert command("promote", promotable / name, "--weights", promotable)[0] == 0
+    marks = {folder.name: mark_of(folder) for folder in promotable.glob("policy*")}
+    assert marks == {"policy": "best", "policy.before-2": "better", "policy.before": "policy"}
+    for expected in ("better", "policy"):
+        assert command("promote", "--undo", "--weights", promotable)[0] == 0
+        assert mark_of(promotable / "policy") == expected
+
+
+@pytest.mark.parametrize("stop_at", (1, 2))
+@pytest.mark.parametrize("then", ("--undo", "best"))
+def test_a_promotion_that_is_interrupted_between_its_renames_loses_nothing(promotable, command, monkeypatch, stop_at,
+                                                                           then):
+    rename, calls = os.rename, []
+
+    def interrupted(source, target):
+        calls.append(source)
+        if len(calls) == stop_at:
+            raise KeyboardInterrupt
+        rename(source, target)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", interrupted)
+        assert command("promote", promotable / "better", "--weights", promotable)[0] == 130
+    if then == "--undo" and stop_at == 1:  # nothing has been promoted
+        assert command("promote", "--undo", "--weights", promotable)[0] == 2
+        assert mark_of(promotable / "policy") == "policy"
+        return
+    argument = then if then == "--undo" else promotable / then
+    assert command("promote", argument, "--weights", promotable)[0] == 0
+    assert mark_of(promotable / "policy") == ("policy" if then == "--undo" else "best")
+    assert then == "--undo" or mark_of(promotable / "policy.before") == "policy"
+
+
+@pytest.mark.parametrize("figures, said", [
+    (None, "was not measured better"), ({"reward": 0.8, "promoted": True}, "was not measured better"),  # the start
+    ({"gain": 0.01, "gain_error": 0.02}, "+0.010, standard error 0.020"), ({"gain": NAN, "gain_error": 0.0}, "nan")])
+def test_what_was_not_measured_better_than_the_start_is_promoted_by_force_alone(promotable, command, figures, said):
+    training = promotable / "better" / "training.json"
+    training.write_text(json.dumps({"step": 3, "validation": figures}))
+    code, _, err = command("promote", promotable / "better", "--weights", promotable)
+    assert code == 2 and said in err and "--force" in err and err.count("\n") == 1
+    assert mark_of(promotable / "policy") == "policy"
+    assert command("promote", promotable / "better", "--weights", promotable, "--force")[0] == 0
+    assert mark_of(promotable / "policy") == "better"
 
 
 @pytest.mark.parametrize("arguments", ([], ["nowhere"], ["--undo"]))
