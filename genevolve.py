@@ -2186,7 +2186,8 @@ def state_of(run):
     tensors = model.training_tensors(run.net, run.optimizer, **averages(run))
     tensors["memory.keys"] = keys["keys"]
     state = {"settings": run_identity(run.settings, run.recipe, run.inputs), "inputs": run.inputs, "log": run.log,
-             "memory": memory, "extra": run.extra_state(), **{name: getattr(run, name) for name in KEPT}}
+             "memory": memory, "extra": run.extra_state(), **{name: getattr(run, name) for name in KEPT},
+             "threads": torch.get_num_threads(), "products": model.current_products()}
     return state, tensors
 
 
@@ -2200,11 +2201,16 @@ def take_up(run, state, tensors):
         setattr(run, name, state[name])
     run.load_extra_state(state["extra"])
 
+    # with as many threads and the same products the run goes on bit for bit; flags may say otherwise
+    torch.set_num_threads(run.settings.threads or state["threads"])
+    if run.settings.products == "auto":
+        torch.set_float32_matmul_precision(model.PRODUCTS[state["products"]])
+
 
 def check_same_run(run, state):
     """Raise ValueError if the run of a checkpoint's state was begun with other settings or other files."""
     s = run.settings
-    needed = {"settings", "inputs", "log", "memory", "extra", *KEPT}
+    needed = {"settings", "inputs", "log", "memory", "extra", "threads", "products", *KEPT}
     if missing := sorted(needed - set(state)):
         raise ValueError(f"{s.out} holds a run of another version of this program (its checkpoints lack "
                          f"{', '.join(missing)}); choose another --out")

@@ -8260,6 +8260,32 @@ def test_experience_falls_silent_with_its_agreement(offline_evolution, average, 
     assert run.recipe_now().weight == 4
 
 
+def test_a_run_goes_on_with_the_threads_and_products_that_it_began_with(offline_evolution):
+    run = offline_evolution()
+    with model.products("onednn"):
+        run.save(run.step())
+    with model.products("mkl"):
+        offline_evolution().resume()
+        assert model.current_products() == "onednn"
+        offline_evolution(products="mkl").resume()
+        assert model.current_products() == "onednn"  # a flag is carried out at the start of the command
+    threads = torch.get_num_threads()
+    offline_evolution(threads=1).resume()
+    assert torch.get_num_threads() == 1
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("idle, threads", [((10.0, 10.2), 2), ((10.0, 10.1), 1), ((10.0, 10.0), 1), ((None, 9.0), 2)])
+def test_there_are_as_many_threads_as_cores_that_stand_idle(monkeypatch, idle, threads):
+    readings = iter(idle)
+    monkeypatch.setattr(model, "idle_seconds", lambda: next(readings))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert model.idle_threads.__wrapped__() == threads
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert model.idle_threads.__wrapped__() == 2  # the user has decided
+
+
 def test_a_rollback_loads_what_was_promoted_and_halves_the_rate_of_the_next_step(offline_evolution):
     run = offline_evolution(lr=2e-4)
     start = [p.clone() for p in run.net.parameters()]
