@@ -7891,7 +7891,7 @@ def test_quick_rows_of_the_speed_table(tmp_path, monkeypatch, capsys, committed_
     assert code == 0, err
     found = bench.read_json("out/speed.json")
     assert list(found) == ["machine", *rows] and found["machine"]["quick"] is True
-    assert found["log-probs"]["target"] == 1.2 and found["scaling"]["48: tokens/s"] > 0
+    assert found["log-probs"]["target"] == [1.8, None] and found["scaling"]["48: tokens/s"] > 0
     assert found["slow tools"]["ratio"] > 1 and found["slow tools"]["turns a request"] > 1
     assert found["low-rank adapters"]["trained"] == 16 * lora_width(256, 768) < found["low-rank adapters"]["parameters"]
 
@@ -8547,10 +8547,25 @@ def test_a_validation_curve_adds_up_rollouts_and_the_seconds_of_three_stages():
 def test_a_speed_ratio_above_one_means_that_ours_is_faster(monkeypatch):
     seconds = {"ours": 2.0, "theirs": 5.0}
     monkeypatch.setattr(bench, "timed", lambda work, device: bench.Timed(seconds[work()], None, None))
-    row = bench.side_by_side(lambda: "ours", lambda: "theirs", SimpleNamespace(repeats=3, device="cpu"))
-    assert row == {"ours s": 2.0, "peer s": 5.0, "ratio": 2.5, "ratio low": 2.5, "ratio high": 2.5}
+    with model.products("mkl"):
+        row = bench.side_by_side(lambda: "ours", lambda: "theirs", SimpleNamespace(repeats=3, device="cpu"))
+    assert row == {"ours s": 2.0, "peer s": 5.0, "ratio": 2.5, "ratio quartiles": [2.5, 2.5], "runs": [[2.0, 5.0]] * 3}
     machine = {"matrix product, GFLOP/s": 100.0, "memory, GB/s": 10.0}
     assert bench.least_seconds({"GFLOP": 50.0, "GB moved": 20.0}, machine) == pytest.approx(0.5 + 2.0)
+
+
+def test_the_peer_runs_with_torchs_products_and_with_ours(monkeypatch):
+    seconds = {("ours", "onednn"): [9.0, 2.0, 2.0, 4.0], ("theirs", "mkl"): [6.0, 8.0, 20.0],
+               ("theirs", "onednn"): [9.0, 3.0, 4.0, 4.0]}  # the first of ours and one of the peer's warm up
+
+    def run(name):
+        return seconds[name, model.current_products()].pop(0)
+    monkeypatch.setattr(bench, "timed", lambda work, device: bench.Timed(work(), None, None))
+    with model.products("onednn"):
+        row = bench.side_by_side(lambda: run("ours"), lambda: run("theirs"), SimpleNamespace(repeats=3, device="cpu"))
+    assert row["runs"] == [[2.0, 6.0, 3.0], [2.0, 8.0, 4.0], [4.0, 20.0, 4.0]]
+    assert row["ratio"] == 4.0 and row["ratio quartiles"] == [3.5, 4.5] and row["peer s"] == 8.0  # 3, 4, 5
+    assert row["same products, ratio"] == 1.5 and row["same products, ratio quartiles"] == [1.25, 1.75]  # 1.5, 2, 1
 
 
 @pytest.mark.parametrize("score, share", [(1.0, 0.0), (0.5, 1.0)])
