@@ -6430,6 +6430,75 @@ def test_a_turn_of_the_embedded_policy_is_streamed_as_it_is_decoded():
     assert closed["message"]["content"] == text.split("</think>")[0] and closed["finish_reason"] == "stop"
 
 
+def attempts_alone(policy, atlas_box, rows):
+    """What the policy writes for each of the rows alone."""
+    agent = genevolve.Agent(policy, atlas_box)
+    return [agent.run([row], [seed])[0].messages for seed, row in enumerate(rows)]
+
+
+@pytest.mark.slow
+def test_threads_that_share_an_engine_write_what_each_writes_alone_and_decode_in_one_batch(atlas_box, monkeypatch):
+    policy = genevolve.LocalPolicy(*model.load(SFT), genevolve.Sampling())
+    rows = atlas.world.requests("validation")[:4]
+    expected = attempts_alone(policy, atlas_box, rows)
+    together, step = [], model.Engine.step
+    monkeypatch.setattr(model.Engine, "step", lambda self: together.append(len(self.running)) or step(self))
+
+    def answer(seed):
+        agent = genevolve.Agent(policy.fork(concurrent.futures.Future()), atlas_box)
+        return agent.run([rows[seed]], [seed])[0].messages
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(answer, range(4))) == expected
+    assert max(together) > 1 and not policy.engine.running
+
+
+def test_a_cancelled_attempt_decodes_no_token_more_and_gives_its_slot_back(atlas_box):
+    policy = genevolve.LocalPolicy(*model.load(SFT), genevolve.Sampling())
+    cancel = concurrent.futures.Future()
+    fork = policy.fork(cancel)
+    row = atlas.world.requests("validation")[0]
+    trajectory = genevolve.Agent(fork, atlas_box).open(row, 0)
+    fork.start(trajectory)
+    fork.decode_step(fork.writing)
+    length = len(trajectory.handle.tokens)
+    assert len(fork.unfinished(trajectory)) > 0
+    cancel.set_result(None)
+    with pytest.raises(concurrent.futures.CancelledError):
+        fork.poll()
+    assert len(trajectory.handle.tokens) == length
+    fork.abandon()
+    assert not policy.engine.running and not policy.engine.waiting and not any(policy.engine.cache.slot_owner)
+
+
+def test_cancelling_ends_the_wait_for_a_service():
+    cancel, silent = concurrent.futures.Future(), threading.Event()
+    client = SimpleNamespace(complete=lambda *_, **__: silent.wait(20))
+    policy = genevolve.ChatPolicy(client, genevolve.Sampling(), workers=1).fork(cancel)
+    policy.start(SimpleNamespace(messages=[], seed=0))
+    threading.Timer(0.05, cancel.set_result, [None]).start()
+    with pytest.raises(concurrent.futures.CancelledError):
+        policy.poll()
+    policy.abandon()
+    silent.set()
+
+
+def test_a_thread_in_a_loop_leaves_a_fair_lock_to_others():
+    lock, stop, turns = genevolve.FairLock(), threading.Event(), []
+
+    def loop():
+        while not stop.is_set():
+            with lock:
+                turns.append(time.sleep(0.002))
+    thread = threading.Thread(target=loop)
+    thread.start()
+    for _ in range(20):
+        with lock:
+            pass
+    stop.set()
+    thread.join()
+    assert len(turns) < 100  # a plain lock may be had by the loop thousands of times in a row
+
+
 def test_a_client_that_goes_away_gives_its_slot_back():
     net, tokenizer = model.load(SFT)
     policy = genevolve.LocalPolicy(net, tokenizer, genevolve.Sampling())
@@ -6955,6 +7024,17 @@ def test_evolve_leaves_a_log_a_policy_and_a_page(trained):
 
 
 @pytest.mark.slow
+def test_the_end_of_an_evolution_says_before_after_and_what_to_type_next(trained_copy, command, tiny_evolution):
+    code, out, _ = command(*tiny_evolution(trained_copy))  # finished: nothing is left to do
+    rows = without_durations(trained_copy / "log.jsonl")
+    before, after, wrote, following = out.strip().splitlines()[-4:]
+    first, = [v for v in page_data(trained_copy / "report.html")["validation"] if v["step"] == 0]
+    assert code == 0 and before.startswith(f"before: validation reward {first['reward']:.3f}")
+    assert after.startswith(f"after 2 steps: validation reward {rows[1]['validation']['reward']:.3f}")
+    assert "report.html" in wrote and f"genevolve.py promote {trained_copy}" in following
+
+
+@pytest.mark.slow
 def test_evolve_killed_and_restarted_ends_as_if_nothing_had_happened(trained, tiny_evolution, tmp_path, command):
     arguments = tiny_evolution(tmp_path / "killed")
     log = tmp_path / "killed" / "log.jsonl"
@@ -7158,7 +7238,9 @@ def test_run_leaves_an_image_a_record_and_a_page(tmp_path, command):
     shown, = page_data(tmp_path / "report.html")["requests"]
     assert shown["truth"]["src"].startswith("data:image/png;base64") and len(shown["turns"]) == row["rounds"]
     if row["success"]:
-        assert diffusion.read_png(tmp_path / "image.png").shape == (64, 64, 3)
+        image = diffusion.read_png(tmp_path / "image-original.png")
+        assert image.shape == (64, 64, 3)
+        assert np.array_equal(diffusion.read_png(tmp_path / "image.png"), np.kron(image, np.ones((8, 8, 1), np.uint8)))
         assert shown["picture"]["src"].startswith("data:image/png;base64")
         assert "".join(piece["text"] for piece in shown["program"]["pieces"]) == row["gen_prompt"]
 
@@ -7205,6 +7287,125 @@ def test_a_request_outside_the_atlas_completes_and_names_the_way_out(tmp_path, c
     assert code == 0 and "--policy" in err and len(json.loads((tmp_path / "results.json").read_text())) == 1
 
 
+@pytest.mark.parametrize("flags, question, said, unsaid", [
+    ({}, None, [], ["."]),
+    ({}, "default", [], ["."]),
+    ({}, "A lighthouse", ["--policy URL --renderer URL --search URL", "to try"], []),
+    ({"corpus": "."}, None, ["misspells", "64 pixels", "--policy URL --renderer URL"], ["to try", "--search"]),
+    ({"policy": "http://127.0.0.1:1", "search": "http://127.0.0.1:2"}, "A lighthouse", ["64 pixels", "--renderer URL"],
+     ["misspells", "--policy"]),
+    ({"policy": "http://127.0.0.1:1", "renderer": "gemini", "corpus": "."}, "A lighthouse", [], ["."])])
+def test_what_the_embedded_parts_cannot_do_is_said_before_they_try(flags, question, said, unsaid):
+    if question == "default":
+        question = atlas.world.default_request()["question"]
+    lines = genevolve.limits(genevolve.Run(**flags), question)
+    text = " ".join(lines)
+    assert all(part in text for part in said) and not any(part in text for part in unsaid), text
+    samples = [line for line in lines if line.startswith('  "')]
+    assert all(line.strip(' "') in atlas.world.known_requests() for line in samples)
+    assert len(samples) == 3 * ("to try" in text)
+
+
+def test_the_hint_comes_before_anything_is_loaded(tmp_path, command):
+    code, out, err = command("run", "A lighthouse", "--out", tmp_path, "--policy", tmp_path / "nowhere")
+    *hints, failure = err.splitlines()
+    assert code == 2 and not out and "nowhere" in failure and any("64 pixels" in line for line in hints)
+
+
+@pytest.mark.slow
+def test_a_folder_of_ones_own_is_searched_and_its_photos_are_references(tmp_path, command, monkeypatch):
+    image_library = pytest.importorskip("PIL.Image")
+    (tmp_path / "tower.md").write_text("# Old tower\nThe old tower was finished in 1889.\n")
+    image_library.fromarray(np.full((300, 400, 3), 90, np.uint8)).save(tmp_path / "old-tower.jpg")
+    turns = [call_turn("search", queries=["tower finished"]), call_turn("image_search", query="old tower"),
+             answer_turn("IMG_001")]
+    monkeypatch.setattr(genevolve.Components, "open_policy", lambda self: ScriptedPolicy(turns))
+    code, _, err = command("run", "The old tower", "--corpus", tmp_path, "--out", tmp_path / "out",
+                           "--sampling-steps", 1)
+    assert code == 0 and "1 texts, 1 pictures" in err and "64 pixels" in err
+    row, = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert row["success"] and row["reference_images"][0]["title"] == "old tower" and "1889" in str(row["messages"])
+
+
+def test_photos_that_nothing_can_decode_are_refused_before_anything_starts(tmp_path, command, monkeypatch):
+    (tmp_path / "photo.jpg").write_bytes(b"x")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    code, _, err = command("run", "--corpus", tmp_path, "--out", tmp_path / "out")
+    assert code == 2 and "photo.jpg" in err and "pip install pillow" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("command_name, alias, field", [
+    ("run", "--output-dir", "out"), ("evolve", "--learning-rate", "lr"), ("evolve", "--max-steps", "steps"),
+    ("evolve", "--num-generations", "rollouts"), ("run", "--num-inference-steps", "sampling_steps"),
+    ("run", "--guidance-scale", "guidance"), ("sft", "--max-steps", "steps")])
+def test_the_names_that_other_trainers_use_mean_the_same(command_name, alias, field):
+    _, settings = genevolve.parse([command_name, alias, "7"], genevolve.COMMANDS)
+    assert float(getattr(settings, field)) == 7 if field != "out" else settings.out == "7"
+
+
+def test_help_shows_choices_and_version_is_said(capsys):
+    for arguments in (["run", "--help"], ["evolve", "--help"], ["--version"]):
+        with pytest.raises(SystemExit) as end:
+            genevolve.main(arguments)
+        assert end.value.code == 0
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("{euler,midpoint,ancestral}", "{auto,cpu,cuda,mps}", "{paper,stable}",
+                                        "--num-generations", f"genevolve {genevolve.VERSION} (torch"))
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def judged(passed):
+    """A finished attempt with one check."""
+    check = {"name": "count", "passed": passed, "detail": "three of four", "box": None}
+    scores = dict.fromkeys(("kscore", *distill.DIMENSIONS), 0.5)
+    program = tools.Program("A lamp.", [])
+    return SimpleNamespace(program=program, images={}, image=None, reward=0.5,
+                           judgement=scores | {"text_reward": 0.5, "constraints": [check], "program_checks": []})
+
+
+@pytest.mark.parametrize("no_color, file, is_coloured", [
+    ("", Terminal(), True), ("1", Terminal(), False), ("", io.StringIO(), False)])
+def test_pass_and_fail_are_coloured_on_a_terminal_alone(monkeypatch, no_color, file, is_coloured):
+    monkeypatch.setenv("NO_COLOR", no_color)
+    genevolve.print_result(judged(False), file)
+    genevolve.print_result(judged(True), file)
+    text = file.getvalue()
+    assert ("\033[31m✗ count: three of four\033[0m" in text) == ("\033[32m✓ 1 checks passed: count\033[0m" in text)
+    assert ("\033[" in text) == is_coloured and "✗ count: three of four" in text and "✓ 1 checks passed: count" in text
+
+
+@pytest.mark.parametrize("seconds, text", [(6.6, "7 s"), (59.4, "59 s"), (60, "1 min 0 s"), (200, "3 min 20 s"),
+                                           (7500, "2 h 5 min")])
+def test_durations_are_said_as_people_say_them(seconds, text):
+    assert genevolve.time_text(seconds) == text
+
+
+def test_progress_is_one_line_of_a_terminal_and_nothing_in_a_file(monkeypatch, capsys):
+    genevolve.show_progress("attempts", 3, 12, 20.0)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    genevolve.show_progress("attempts", 3, 12, 20.0)  # nine more at 20 / 3 s each
+    assert sys.stderr.getvalue().endswith("3/12 attempts, 1 min 0 s left") and "\n" not in sys.stderr.getvalue()
+
+
+def lesson_entry(step, gap, *bullets):
+    bundle = distill.Bundle.from_bullets("q", {"prompt_program_guidance": list(bullets)})
+    return SimpleNamespace(step=step, gap=gap, bundle=bundle)
+
+
+def test_a_step_says_in_one_sentence_what_was_learned():
+    entries = [lesson_entry(4, 0.3, "Quote the text."), lesson_entry(4, 0.4, "Count aloud."),
+               lesson_entry(4, 0.2, "Quote the text."), lesson_entry(3, 0.9, "Look twice.")]
+    row = {"step": 5, "spread": 0.01}
+    said = genevolve.lesson_line(entries, row)
+    assert said == "learned 3 lessons, above all: Quote the text (best less worst: up to 0.40)"  # 0.3 + 0.2 > 0.4
+    assert "no new lesson" in genevolve.lesson_line(entries[3:], row) and "0.010" in genevolve.lesson_line([], row)
+
+
 @pytest.mark.parametrize("arguments, hint", [
     (["run", ""], "empty"), (["run", "x" * 20000], "20000"), (["run", "--input", "missing.json"], "missing.json"),
     (["run", "--smapling-steps", "3"], "--sampling-steps"), (["rum"], "run"),
@@ -7241,6 +7442,119 @@ def test_a_taken_port_is_one_clear_line(tmp_path, command):
     with tools.Server() as server:
         code, _, err = command("serve", "--port", server.url.rsplit(":", 1)[1], "--out", tmp_path)
     assert code == 2 and "port" in err and err.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def live_site(tmp_path_factory):
+    """(Playground, Server) of `serve` with the promoted policy; the folder of its runs holds two of them."""
+    folder = tmp_path_factory.mktemp("live")
+    runs = folder / "runs"
+    for name, view in (("a", {"mode": "run", "requests": []}), ("deep/b", {"mode": "evolution"})):
+        (runs / name).mkdir(parents=True)
+        genevolve.write_report(str(runs / name / "report.html"), {"title": name} | view)
+    (runs / "a" / "results.json").write_text('[{"judgement": {"kscore": 0.5}}, {"judgement": null}]')
+    (runs / "deep" / "b" / "log.jsonl").write_text('{"validation": {"kscore": 0.25}}\n{"reward": 1.0}\n')
+    (runs / "page-only").mkdir()
+    genevolve.write_report(str(runs / "page-only" / "report.html"), {"mode": "run"})
+    (folder / "secret").mkdir()
+    genevolve.write_report(str(folder / "secret" / "report.html"), {"mode": "run"})
+    (folder / "secret" / "results.json").write_text("[]")
+
+    settings = genevolve.Serve(out=str(folder / "out"), runs=str(runs), sampling_steps=2)
+    with genevolve.Components(settings, settings.out) as components:
+        site = genevolve.Playground(components, threading.Lock(), components.server.corpus)
+        with tools.Server(components.server.corpus, site=site) as server:
+            yield site, server
+        site.close()
+
+
+def ask_page(server, path, **body):
+    url = f"{server.url}/api/{path}"
+    reply = requests.post(url, json=body) if body or path.startswith("cancel") else requests.get(url)
+    assert reply.status_code == 200, reply.text
+    return reply.json()
+
+
+def follow_attempt(server, name, seconds=60):
+    """What the page sees of an attempt until it has ended: a list of its answers."""
+    seen, end = [], time.monotonic() + seconds
+    while not seen or seen[-1]["state"] not in ("done", "cancelled", "failed"):
+        seen.append(ask_page(server, f"run/{name}"))
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    return seen
+
+
+@pytest.mark.slow
+def test_a_request_of_the_page_is_answered_turn_by_turn_and_judged(live_site):
+    _, server = live_site
+    question = ask_page(server, "samples")[0]
+    assert question == atlas.world.default_request()["question"]
+    started = ask_page(server, "run", request=question)
+    seen = follow_attempt(server, started["id"])
+    view = seen[-1]["view"]
+    assert started["notes"] == [] and seen[-1]["state"] == "done" and view["question"] == question
+    counts = [len(now["steps"]) for now in seen]
+    assert counts == sorted(counts) and len(set(counts)) > 2 and seen[-1]["steps"] == view["turns"]
+    assert any(now["writing"] for now in seen)  # a turn in progress was seen, too
+
+    # the verdict is the judge's on the picture that was sent
+    row = atlas.world.known_requests()[question]
+    judge = atlas.judge.PixelJudge(atlas.world.vocabulary())
+    image = tools.from_data_uri(view["picture"]["src"])
+    assert view["scores"]["kscore"] == judge.score(image, genevolve.truth_of(row), row)["kscore"]
+
+
+@pytest.mark.slow
+def test_attempts_of_the_page_run_side_by_side_and_one_is_cancelled(live_site):
+    site, server = live_site
+    samples = ask_page(server, "samples")
+    names = [ask_page(server, "run", request=text)["id"] for text in samples[:3]]
+    assert ask_page(server, f"cancel/{names[1]}")["state"] in ("queued", "thinking")
+    ends = [follow_attempt(server, name)[-1] for name in names]
+    assert [end["state"] for end in ends] == ["done", "cancelled", "done"]
+    assert ends[1]["view"]["picture"] is None and ends[0]["view"]["picture"]
+    assert not site.components.policy.engine.running and not any(site.components.policy.engine.cache.slot_owner)
+
+
+def test_the_page_says_what_a_request_outside_its_world_will_meet(live_site):
+    _, server = live_site
+    started = ask_page(server, "run", request="A lighthouse at dawn")
+    ask_page(server, f"cancel/{started['id']}")
+    assert "64 pixels" in " ".join(started["notes"]) and follow_attempt(server, started["id"])
+
+
+@pytest.mark.parametrize("path, body, status", [
+    ("run", {"request": " "}, 400), ("run", {"request": 7}, 400), ("run", {"request": "x" * 8001}, 400),
+    ("cancel/none", {}, 404), ("nothing", {}, 404), ("run/none", None, 404), ("nothing", None, 404),
+    ("runs/secret", None, 404), ("runs/runs%2F..%2Fsecret", None, 404), ("runs/runs%2Fpage-only", None, 404)])
+def test_a_bad_request_of_the_page_is_refused(path, body, status, live_site):
+    url = f"{live_site[1].url}/api/{path}"
+    reply = requests.get(url) if body is None else requests.post(url, json=body)
+    assert reply.status_code == status and reply.json()["error"]["message"]
+
+
+def test_the_runs_of_a_folder_are_listed_and_shown(live_site):
+    _, server = live_site
+    runs = {run["name"]: run for run in ask_page(server, "runs")}
+    assert runs == {"runs/a": {"name": "runs/a", "kind": "run", "steps": 2, "kscore": 0.5},
+                    "runs/deep/b": {"name": "runs/deep/b", "kind": "evolution", "steps": 2, "kscore": 0.25}}
+    assert ask_page(server, "runs/runs%2Fdeep%2Fb") == {"title": "deep/b", "mode": "evolution"}
+
+
+def test_finished_attempts_are_dropped_and_too_many_are_refused(live_site, monkeypatch):
+    site, _ = live_site
+    monkeypatch.setattr(site, "attempts", {})
+    monkeypatch.setattr(site.pool, "submit", lambda *_: None)  # nothing is ever answered
+    for _ in range(genevolve.KEPT_ATTEMPTS):
+        site.start("A lamp")
+    with pytest.raises(tools.HttpError, match="waiting"):
+        site.start("A lamp")
+    oldest = next(iter(site.attempts))
+    site.attempts[oldest].view = {}
+    site.attempts[oldest].state = "done"
+    site.start("A lamp")
+    assert oldest not in site.attempts and len(site.attempts) == genevolve.KEPT_ATTEMPTS
 
 
 @pytest.mark.slow
@@ -7824,11 +8138,48 @@ def test_a_smoke_run_writes_to_out_and_never_into_the_committed_results(tmp_path
     assert bench.runs_folder(bench.Quality(runs="there", **flags)) == "there"
 
 
-@pytest.mark.parametrize("command", ["world", "quality", "speed"])
-@pytest.mark.parametrize("folder", ["", "common"])
-def test_a_smoke_run_into_the_committed_results_is_refused(capsys, command, folder):
-    code, _, err = bench_main(capsys, command, "--quick", "--out", os.path.join(bench.RESULTS, folder))
+@pytest.mark.parametrize("command", ["short", "world", "quality", "speed"])
+@pytest.mark.parametrize("folder", ["results", "results/common", "atlas", "weights/policy", "."])
+def test_a_smoke_run_into_a_folder_of_committed_files_is_refused(capsys, command, folder):
+    code, _, err = bench_main(capsys, command, "--quick", "--out", os.path.join(bench.HERE, folder))
     assert code == 2 and "committed" in err and err.count("\n") == 1
+
+
+def test_only_out_and_runs_of_the_project_may_be_written_by_a_smoke_run(tmp_path):
+    tracked = subprocess.run(["git", "ls-files"], cwd=bench.HERE, capture_output=True, text=True).stdout.splitlines()
+    assert not [name for name in tracked if name.split("/")[0] in bench.UNTRACKED]
+    for folder in ("out/x", "runs", str(tmp_path)):
+        bench.check_untracked(os.path.join(bench.HERE, folder), "--out")
+    with pytest.raises(ValueError, match="--runs .*committed"):
+        bench.runs_folder(bench.Quality(quick=True, runs=bench.RESULTS))
+
+
+@pytest.mark.slow
+def test_bench_alone_leaves_scores_pictures_and_rates(tmp_path, capsys, monkeypatch, committed_results):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "suite_requests", lambda settings: atlas.world.requests("bench")[:3])
+    code = genevolve.main(["--quick", "--steps", "2"], bench.COMMANDS, default="short")
+    out = capsys.readouterr().out
+    assert code == 0 and os.listdir() == ["out"] and sorted(os.listdir("out")) == ["bench.html", "bench.json",
+                                                                                   "bench.png"]
+    found = bench.read_json("out/bench.json")
+    shown = page_data(tmp_path / "out" / "bench.html")["requests"]
+    kscores = [request["scores"]["kscore"] for request in shown]
+    mean = sum(kscores) / 3
+    error = math.sqrt(sum((kscore - mean) ** 2 for kscore in kscores) / 2 / 3)
+    assert found["quality error"]["kscore"] == pytest.approx([mean, error])
+    assert f"KScore                       {mean:.3f} ± {error:.3f}" in out and min(found["speed"].values()) > 0
+    assert diffusion.read_png("out/bench.png").shape == (8 + 264, 8 + 4 * 524, 3)
+
+
+def test_a_contact_sheet_shows_each_picture_beside_what_was_wanted(monkeypatch):
+    row = atlas.world.requests("bench")[0]
+    truth = genevolve.truth_of(row)
+    attempts = [SimpleNamespace(image=np.full((64, 64, 3), 9, np.uint8), row=row), SimpleNamespace(image=None, row=row)]
+    sheet = bench.contact_sheet(attempts, side=64, gap=4, columns=1)
+    assert sheet.shape == (4 + 2 * 68, 4 + 134, 3)
+    assert (sheet[4:68, 4:68] == 9).all() and np.array_equal(sheet[4:68, 70:134], truth)
+    assert (sheet[72:136, 4:68] == 200).all() and np.array_equal(sheet[72:136, 70:134], truth)
 
 
 @pytest.fixture
