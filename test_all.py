@@ -4642,6 +4642,58 @@ def test_sft_stopped_and_started_again_ends_with_the_same_weights(tmp_path, sft,
     assert (tmp_path / "stopped" / "adapter").exists() is lora
 
 
+def test_three_updates_in_a_row_without_a_finite_gradient_end_a_run():
+    skipped = 0
+    for norm, expected in ((1.0, 0), (math.inf, 1), (0.5, 0), (NAN, 1), (math.inf, 2)):
+        skipped = distill.count_skipped(skipped, norm, "step 5")
+        assert skipped == expected
+    with pytest.raises(ValueError, match="step 5: the gradient's norm is nan, the last of 3 updates"):
+        distill.count_skipped(skipped, NAN, "step 5")
+
+
+@pytest.mark.slow
+def test_a_cold_start_skips_gradients_that_are_no_numbers(tmp_path, sft, monkeypatch):
+    calls, loss = [], distill.sft_loss
+
+    def broken(*arguments):
+        calls.append(1)
+        return loss(*arguments) * (NAN if len(calls) in bad else 1)
+    monkeypatch.setattr(distill, "sft_loss", broken)
+    bad = (2, 3)
+    assert sft(tmp_path / "policy", "--steps", 4)[0] == 0
+    net, _ = model.load(str(tmp_path / "policy"))
+    assert all(p.isfinite().all() for p in net.parameters())
+    bad = range(6, 20)
+    code, _, err = sft(tmp_path / "other", "--steps", 9)
+    assert code == 2 and "the gradient's norm is nan, the last of 3" in err
+
+
+@pytest.mark.slow
+def test_a_stopped_cold_start_knows_its_files_again(tmp_path, sft, monkeypatch, demonstrations):
+    data, loss, calls = tmp_path / "demos.jsonl", distill.sft_loss, []
+    shutil.copy(demonstrations / "sft.jsonl", data)
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return loss(*arguments)
+    monkeypatch.setattr(distill, "sft_loss", interrupted)
+    more = ("--steps", 4, "--save-every", 2, "--data", data)
+    assert sft(tmp_path / "policy", *more)[0] == 130
+    data.write_text(data.read_text() + data.read_text().splitlines()[0] + "\n")
+    code, _, err = sft(tmp_path / "policy", *more)
+    assert code == 2 and "--data" in err and "has changed since" in err and err.count("\n") == 1
+    code, out, err = sft(tmp_path / "policy", *more, "--accept-changes")
+    assert code == 0 and "resuming at step" in out, err
+    code, _, err = sft(tmp_path / "policy", "--steps", 1)
+    assert code == 0 and f"the policy in {tmp_path / 'policy'} will be replaced" in err
+
+
+def test_a_cold_start_writes_to_runs_unless_told():
+    assert genevolve.Sft().out == os.path.join("runs", "sft")
+
+
 @pytest.mark.parametrize("init, said", [("", "--init"), ("policy", "another --out")])
 def test_adapters_need_a_policy_that_stays_as_it_is(tmp_path, sft, init, said):
     code, _, err = sft(tmp_path / "policy", "--lora", 2, "--init", init and tmp_path / init)
@@ -6298,6 +6350,33 @@ def test_an_unknown_reference_is_an_error_the_policy_sees(attempt):
     assert "IMG_077" in t.steps[1].observation and t.termination == "answer" and t.rounds == 3
 
 
+WRONG = (["x"], {"x": 1}, 7, 0.5, True, None, "", [], {}, [[]], [None], [{"a": []}], "\ud800", ["\ud800"], "\0", 10**30)
+
+
+@pytest.mark.parametrize("name, field", [
+    ("search", "queries"), ("search", "top_k"), ("image_search", "query"), ("image_search", "top_k"),
+    ("query_knowledge", "skill_name"), ("answer", "gen_prompt"), ("answer", "reference_images")])
+def test_an_argument_of_any_wrong_type_is_an_observation(attempt, name, field, tmp_path):
+    """From the policy's text to the record on disk, the lesson and the page: nothing raises."""
+    good = {"search": {"queries": ["Kettle"]}, "image_search": {"query": "Kettle"}, "query_knowledge": {},
+            "answer": {"gen_prompt": "A kettle.", "reference_images": [{"img_id": "IMG_001", "note": ""}]}}[name]
+
+    def turn(value):
+        arguments = good | {field: value}
+        if name == "answer":
+            return f"<think>So.</think>\n<answer>{json.dumps(arguments)}</answer>"
+        return call_turn(name, **arguments)
+    for some in (WRONG[:8], WRONG[8:]):
+        t = attempt(*map(turn, some), *[call_turn("nothing")] * 3)
+        assert t.rounds == 11 and t.program is None and all(step.observation for step in t.steps)
+        t.reward, t.program = 0.5, tools.Program("A kettle.", [])  # the best of a pair may have erred before
+        assert isinstance(distill.describe(t), str) and distill.compare(t, t)
+        assert distill.summarize_pair(t.question, t, t) and json.dumps(genevolve.lesson_record(t, t))
+        json.dumps(t.to_json())
+        model.write_json(str(tmp_path / "results.json"), [genevolve.record(t, "")])
+        genevolve.write_report(str(tmp_path / "report.html"), genevolve.run_view([t]))
+
+
 def test_the_last_turn_is_announced_and_eleven_turns_are_the_end(attempt):
     t = attempt("nothing")
     assert t.rounds == 11 and t.termination == "max_rounds_reached" and t.program is None
@@ -6886,6 +6965,153 @@ def test_help_says_what_every_flag_and_every_field_of_a_recipe_takes(capsys):
                 assert f"{f.name}, {distill.values_of(f)}" in said
 
 
+@pytest.fixture
+def stopped_evolution(offline_evolution, tmp_path):
+    """A function: a run that was stopped after two steps and is opened again with further flags, not yet resumed.
+
+    Its policy folder and its data files are copies, which a test may change: tmp_path/policy, data, validation.
+    """
+    shutil.copytree(SFT, tmp_path / "policy")
+    for name, split in (("data", "evolve"), ("validation", "validation")):
+        rows = [{"id": row["id"], "question": row["question"]} for row in atlas.world.requests(split)[:8]]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def make(**flags):
+        paths = {name: str(tmp_path / f"{name}.jsonl") for name in ("data", "validation")}
+        return offline_evolution(out=str(tmp_path / "run"), policy=str(tmp_path / "policy"), **paths, **flags)
+    first = make()
+    first.save_promoted()
+    for _ in range(2):
+        first.save(first.step())
+    return make
+
+
+@pytest.mark.parametrize("name", ("policy", "data", "validation"))
+def test_a_run_does_not_go_on_with_a_changed_file_unless_that_is_meant(stopped_evolution, tmp_path, name, capsys):
+    if name == "policy":
+        flip_a_bit("model.safetensors")(tmp_path / "policy")
+    else:
+        lines = (tmp_path / f"{name}.jsonl").read_text().splitlines()
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines[1:]))
+    with pytest.raises(ValueError, match=rf"--{name} \(.*\) is not what .*run was begun with.*--accept-changes"):
+        stopped_evolution().resume()
+    run = stopped_evolution(accept_changes=True)
+    run.resume()
+    assert run.steps_done == 2 and f"another --{name}" in capsys.readouterr().err
+    run.save(run.step())
+    again = stopped_evolution()  # what was accepted is the run's from then on
+    again.resume()
+    assert again.steps_done == 3
+
+
+def test_a_run_goes_on_under_other_words_for_the_same_settings(stopped_evolution, tmp_path):
+    run = stopped_evolution(set="weight=1.0,teacher=frozen")
+    run.resume()
+    assert run.steps_done == 2
+    (tmp_path / "moved").mkdir()
+    shutil.copy(tmp_path / "data.jsonl", tmp_path / "moved" / "same.jsonl")
+    run.settings.data = str(tmp_path / "moved" / "same.jsonl")
+    run.resume()
+    with pytest.raises(ValueError, match=r"another --set weight \(1.0\)"):
+        stopped_evolution(set="weight=2").resume()
+
+
+@pytest.mark.parametrize("harm, said", [
+    (lambda log: log.unlink(), "log.jsonl: missing; written again"),
+    (lambda log: log.write_text("{\n" + log.read_text()), "log.jsonl, line 1: not JSON"),
+    (lambda log: log.write_text(log.read_text().splitlines()[0] + "\n"), ""),  # as a kill leaves it
+    (lambda log: log.write_text(log.read_text()[:-9]), "")])
+def test_a_damaged_log_is_named_and_written_again_from_the_checkpoint(stopped_evolution, tmp_path, capsys, harm, said):
+    log = tmp_path / "run" / "log.jsonl"
+    text = log.read_text()
+    harm(log)
+    run = stopped_evolution()
+    capsys.readouterr()
+    run.resume()
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == bool(said)
+    assert log.read_text() == text and run.log == [json.loads(line) for line in text.splitlines()]
+    assert len(list((tmp_path / "run").glob("log.jsonl.aside"))) == ("not JSON" in said)
+
+
+def test_a_run_without_checkpoints_is_not_begun_again_in_silence(stopped_evolution, tmp_path):
+    log = tmp_path / "run" / "log.jsonl"
+    text = log.read_text()
+    for step in ("000001", "000002"):
+        next((tmp_path / "run" / "checkpoints" / step).glob("*.safetensors")).write_bytes(b"torn")
+    with pytest.raises(ValueError, match="none of its checkpoints"):
+        stopped_evolution().resume()
+    assert (tmp_path / "run" / "checkpoints" / "000002" / "state.json").exists()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(ValueError, match="log.jsonl: the log of a run whose checkpoints are gone"):
+        stopped_evolution().resume()
+    assert log.read_text() == text
+
+
+def test_the_state_to_go_back_to_is_missed_at_once_and_named_when_it_is_wanted(stopped_evolution, tmp_path, capsys):
+    shutil.rmtree(tmp_path / "run" / "promoted")
+    run = stopped_evolution()
+    run.resume()
+    assert f"{tmp_path / 'run' / 'promoted'}: missing" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="promoted: missing, and step 2 wants to go back"):
+        run.restore_promoted()
+
+
+def test_a_checkpoint_of_another_version_is_refused_by_what_it_lacks(stopped_evolution, tmp_path):
+    path = str(tmp_path / "run" / "checkpoints" / "000002" / "state.json")
+    state = model.read_json(path)
+    del state["log"]
+    model.write_json(path, state)
+    with pytest.raises(ValueError, match="another version of this program .*lack log"):
+        stopped_evolution().resume()
+
+
+def test_a_folder_in_which_a_run_is_at_work_is_refused(tmp_path, command):
+    with model.locked(str(tmp_path / "run")):
+        code, _, err = command("evolve", "--out", tmp_path / "run", "--steps", 1)
+    assert code == 2 and f"process {os.getpid()} is at work there" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ("evolve", "sft"))
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path, command, name):
+    (tmp_path / "file").write_text("")
+    code, _, err = command(name, "--out", tmp_path / "file")
+    assert code == 2 and "cannot write there" in err and err.count("\n") == 1
+
+
+def test_requests_with_one_id_are_refused_and_learnt_validation_requests_are_named(tmp_path, capsys):
+    data, validation = str(tmp_path / "data.jsonl"), str(tmp_path / "validation.jsonl")
+    model.write_lines(data, [{"id": i, "question": f"A lamp {i}."} for i in range(3)])
+    model.write_lines(validation, [{"id": 7, "question": "A lamp 1."}, {"id": 8, "question": "A lamp 9."}])
+    settings = genevolve.Evolve(data=data, validation=validation)
+    assert [len(rows) for rows in genevolve.read_data(settings)] == [3, 2]
+    assert "1 of 2 validation requests are learnt from, too" in capsys.readouterr().err
+    model.write_lines(validation, [{"id": 7, "question": "A."}, {"id": 7, "question": "B."}])
+    with pytest.raises(ValueError, match="validation.jsonl: 2 requests have the id '7'"):
+        genevolve.read_data(settings)
+
+
+def test_a_run_that_is_shorter_than_its_evaluations_is_evaluated_at_its_end(offline_evolution, monkeypatch, tmp_path):
+    monkeypatch.setattr(genevolve, "keep_examples", lambda *_: None)
+    run, rewards = offline_evolution(eval_every=20, steps=2), iter((0.2, 0.5))
+
+    def sample(requests, seeds):
+        reward = next(rewards)
+        return [distill.Trajectory("", "", reward=reward + 0.1 * (i % 2)) for i in range(4)], 0.0
+    run.sample_trajectories = sample
+    run.evaluate()
+    del run.sample_trajectories
+    assert "validation" not in run.step()
+    run.sample_trajectories = sample
+    figures = run.evaluate()
+    assert figures["gain"] == pytest.approx(0.3) and figures["gain_error"] == pytest.approx(0)
+    training = model.read_json(str(tmp_path / "policy" / "training.json"))
+    assert training["step"] == 1 and training["validation"]["gain"] == pytest.approx(0.3)
+    del run.sample_trajectories
+    run.evaluate = lambda: {"reward": 0.5}
+    assert run.step()["validation"] == {"reward": 0.5} and run.steps_done == 2
+
+
 def test_promotion_compares_with_the_best_so_far_and_allows_for_chance_alone(offline_evolution, monkeypatch):
     """Paired on the same requests: a drop within one standard error is promoted, a larger one is not, and no drop
     lowers the bar for the next."""
@@ -7018,7 +7244,7 @@ def test_evolve_leaves_a_log_a_policy_and_a_page(trained):
     assert "lesson_audit" in rows[2] and [r["reverse_kl_cosine"] is None for r in rows[:2]] == [True, True]
     assert not same_tensors(trained / "last" / "model.safetensors", os.path.join(SFT, "model.safetensors"))
     page = page_data(trained / "report.html")
-    assert [row["step"] for row in page["log"]] == [1, 2, 3] and [v["step"] for v in page["validation"]] == [0, 2]
+    assert [row["step"] for row in page["log"]] == [1, 2, 3] and [v["step"] for v in page["validation"]] == [0, 2, 3]
     assert len(page["gallery"]) == 3 and page["gallery"][0]["before"]["picture"]["src"].startswith("data:image/png")
     assert page["lessons"] and all(lesson["attempts"]["best"]["turns"] for lesson in page["lessons"])
 
@@ -7054,7 +7280,7 @@ def test_evolve_killed_and_restarted_ends_as_if_nothing_had_happened(trained, ti
     for mine, other in zip(without_durations(log), without_durations(trained / "log.jsonl"), strict=True):
         assert {k: (v, other.get(k)) for k, v in mine.items() if other.get(k) != v} == {}, mine["step"]
     assert same_tensors(tmp_path / "killed" / "last" / "model.safetensors", trained / "last" / "model.safetensors")
-    assert [v["step"] for v in page_data(tmp_path / "killed" / "report.html")["validation"]] == [0, 2]
+    assert [v["step"] for v in page_data(tmp_path / "killed" / "report.html")["validation"]] == [0, 2, 3]
 
 
 @pytest.mark.slow
@@ -7081,7 +7307,8 @@ def test_evolve_goes_on_after_damage(trained_copy, command, harm, tiny_evolution
     assert code == 0 and "resuming" in out and ("skipped" in err) == (harm == "damaged checkpoint"), err
     assert without_durations(log)[-1] == whole[-1]
     assert all(torch.equal(weights[k], v) for k, v in model_tensors(last))
-    assert sorted(p.name for p in (trained_copy / "checkpoints").iterdir()) == ["000002", "000003"]
+    names = [p.name for p in (trained_copy / "checkpoints").iterdir() if not p.name.endswith(".aside")]
+    assert sorted(names) == ["000002", "000003"]
 
 
 @pytest.mark.slow
