@@ -5404,6 +5404,76 @@ def test_a_policy_that_cannot_be_reached_ends_its_trajectory_with_an_error(atlas
     assert t.termination == "error" and t.error.startswith("error: no ") and t.program is None and t.rounds == 1
 
 
+def changed_policy(clients, probe="stop", temperature=1.0, needs_logprobs=False):
+    """A RolloutPolicy whose net has moved away from the folder SFT by the length of an update."""
+    net, tokenizer = model.load(SFT)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(1e-3 * torch.randn(parameter.shape, generator=generator).sign())
+    sampling = genevolve.Sampling(temperature)
+    return genevolve.RolloutPolicy(clients, net, tokenizer, sampling, True, probe, needs_logprobs)
+
+
+@pytest.mark.parametrize("stale", [
+    f"blocks.{block}.{name}.weight" for block in (0, 3) for name in ("qkv", "out", "gate_up", "down", "norm1", "k_norm")
+] + ["norm.weight", "embed.weight", "head.weight"])
+def test_a_matrix_that_the_engine_did_not_take_over_stops_the_run(tmp_path, stale):
+    with VLLMService(SFT, stale=stale) as server:
+        policy = changed_policy([vllm_client(server)])
+        with pytest.raises(genevolve.StaleWeights) as stopped:
+            policy.load_weights(str(tmp_path), 1)
+    there, here, gap = re.search(r"probe (-[\d.]+) there, (-[\d.]+) here, mean difference (\S+), ",
+                                 str(stopped.value)).groups()
+    assert there != here and float(gap) > 1e-4 and "0.0001 is allowed (float32)" in str(stopped.value)
+
+
+@pytest.mark.parametrize("probe", ("stop", "reload", "off"))
+def test_an_output_matrix_that_a_reload_leaves_packed_is_noticed_and_there_is_another_way(
+        tmp_path, capsys, monkeypatch, probe):
+    monkeypatch.setattr(tools.VLLMClient, "UNTIED", (False, True))
+    with VLLMService(SFT) as server:
+        policy = changed_policy([vllm_client(server)], probe)
+        if probe == "stop":
+            with pytest.raises(genevolve.StaleWeights):
+                policy.load_weights(str(tmp_path), 1)
+        else:
+            policy.load_weights(str(tmp_path), 1)
+    is_new = torch.equal(server.head, policy.net.embed.weight)
+    assert is_new == (probe == "reload") and len(server.loaded) == 1 + is_new
+    assert capsys.readouterr().err.count("another way") == is_new
+    assert policy.net.head is None and policy.net.config.tie_embeddings  # as it was
+
+
+def test_several_servers_write_conversations_in_turn_with_the_same_weights(tmp_path, atlas_box):
+    with VLLMService(SFT) as first, VLLMService(SFT) as second:
+        policy = changed_policy([vllm_client(first), vllm_client(second)])
+        policy.load_weights(str(tmp_path), 1)
+        requests = atlas.world.requests("validation")[:4]
+        done = genevolve.Agent(policy, atlas_box, ordered=True).run(requests, [0] * 4)
+    assert all(t.rounds > 1 and not t.error for t in done)
+    for server in (first, second):
+        turns = [request for path, request in server.asked if path == "/v1/completions" and "logprobs" in request]
+        assert len(turns[0]["prompt"]) == 2 and len(server.loaded) == 1
+    assert all(torch.equal(a, b) for a, b in zip(first.net.parameters(), second.net.parameters()))
+
+
+def test_log_probs_of_another_temperature_than_the_samplings_are_no_ones_weights(tmp_path, capsys):
+    with VLLMService(SFT, raw=True) as raw, VLLMService(SFT) as processed:
+        for server, temperature, is_comparable in ((raw, 0.7, False), (processed, 0.7, True), (raw, 1.0, True)):
+            policy = changed_policy([vllm_client(server)], temperature=temperature)
+            policy.load_weights(str(tmp_path), 1)
+            trajectory = distill.Trajectory("1", "a", messages=[{"role": "user", "content": "a red star"}])
+            policy.start(trajectory)
+            policy.poll()
+            written = [logp for logp, by_policy in zip(trajectory.logprobs, trajectory.mask) if by_policy]
+            assert written and [math.isnan(logp) for logp in written] == [not is_comparable] * len(written)
+            said = capsys.readouterr().err
+            assert ("--logprobs-mode processed_logprobs" in said) == (not is_comparable) and said.count("\n") <= 1
+        with pytest.raises(tools.ToolError, match="--correct-mismatch"):
+            changed_policy([vllm_client(raw)], "stop", 0.7, needs_logprobs=True).load_weights(str(tmp_path), 1)
+
+
 def test_a_turn_without_room_in_the_servers_context_ends_as_cut_off():
     net, tokenizer = model.load(SFT)
     client = FailingClient()
@@ -6072,70 +6142,24 @@ def test_trajectories_from_a_serving_engine(tiny_evolution, tmp_path, command):
     assert code == 2 and err.count("\n") == 1
 
 
-ENGINE_FLAGS = ("--eval-every", 0, "--audit-every", 0, "--temperature", 1)
-
-
+@pytest.mark.slow
 def test_a_vllm_gives_the_same_run_however_often_it_is_away(tiny_evolution, tmp_path, command):
-    """Restarted with old weights, cut off and answering 500: no step lost, and every number as without."""
+    """Restarted with old weights, cut off and answering 500: no step lost, and every number as without. TIS finds that
+    the engine is the trainer's policy."""
     troubles = {"calm": [], "rough": [None] * 16 + ["cut", 500, None, None, "restart", None, None, None, 503] * 4}
     for name, away in troubles.items():
         with VLLMService(SFT) as server:
             server.away = list(away)
-            code, _, err = command(*tiny_evolution(tmp_path / name, *ENGINE_FLAGS, "--rollouts-url", server.url))
+            more = ("--eval-every", 0, "--audit-every", 0, "--correct-mismatch", "--rollouts-url", server.url)
+            code, _, err = command(*tiny_evolution(tmp_path / name, *more))
             assert code == 0, err
             assert not server.away and ("waits for it" in err) == bool(away)
             assert all(len(request["prompt"]) <= 6 for path, request in server.asked if path == "/v1/completions")
     rows = without_durations(tmp_path / "calm" / "log.jsonl")
     assert len(rows) == 3 and rows == without_durations(tmp_path / "rough" / "log.jsonl")
+    assert all(row["tis_weight"] == pytest.approx(1, abs=1e-5) and row["tis_capped"] == 0 for row in rows)
     calm, rough = (model.load(str(tmp_path / name / "last"))[0] for name in troubles)
     assert all(torch.equal(a, b) for a, b in zip(calm.parameters(), rough.parameters()))
-
-
-@pytest.mark.parametrize("stale", ("blocks.1.down.weight", "blocks.0.q_norm.weight", "norm.weight"))
-def test_a_matrix_that_the_engine_did_not_take_over_stops_the_run(tiny_evolution, tmp_path, command, stale):
-    with VLLMService(SFT, stale=stale) as server:
-        more = (*ENGINE_FLAGS, "--lr", 1e-2, "--rollouts-url", server.url)
-        code, _, err = command(*tiny_evolution(tmp_path / "run", *more))
-    assert code in (1, 2) and err.count("\n") == 1
-    there, here, gap = re.search(r"probe (-[\d.]+) there, (-[\d.]+) here, mean difference (\S+), ", err).groups()
-    assert there != here and float(gap) > 1e-4 and "0.0001 is allowed (float32)" in err
-    assert len(server.loaded) == 2  # before the first update, and after it
-
-
-@pytest.mark.parametrize("probe", ("stop", "reload"))
-def test_an_output_matrix_that_a_reload_leaves_packed_is_noticed_and_there_is_another_way(
-        tiny_evolution, tmp_path, command, monkeypatch, probe):
-    monkeypatch.setattr(tools.VLLMClient, "UNTIED", (False, True))
-    with VLLMService(SFT) as server:
-        more = (*ENGINE_FLAGS, "--rollouts-url", server.url, "--probe", probe)
-        code, _, err = command(*tiny_evolution(tmp_path / "run", *more))
-    if probe == "stop":
-        assert code in (1, 2) and "does not compute with the weights" in err and err.count("\n") == 1
-    else:
-        assert code == 0 and err.count("another way") == 3 and len(server.loaded) == 7
-
-
-def test_several_servers_write_conversations_in_turn_with_the_same_weights(tiny_evolution, tmp_path, command):
-    with VLLMService(SFT) as first, VLLMService(SFT) as second:
-        more = (*ENGINE_FLAGS, "--steps", 1, "--rollouts-url", f"{first.url},{second.url}")
-        code, _, err = command(*tiny_evolution(tmp_path / "run", *more))
-    assert code == 0, err
-    for server in (first, second):
-        turns = [request for path, request in server.asked if path == "/v1/completions" and "logprobs" in request]
-        assert len(turns[0]["prompt"]) == 3 and len(server.loaded) == 2
-    assert all(torch.equal(a, b) for a, b in zip(first.net.parameters(), second.net.parameters()))
-
-
-def test_tis_needs_log_probs_of_the_samplings_temperature(tiny_evolution, tmp_path, command):
-    for raw, more in ((True, ("--correct-mismatch",)), (False, ("--correct-mismatch",)), (True, ())):
-        with VLLMService(SFT, raw=raw) as server:
-            more = ("--eval-every", 0, "--audit-every", 0, "--steps", 1, "--rollouts-url", server.url, *more)
-            code, _, err = command(*tiny_evolution(tmp_path / f"{raw} {len(more)}", *more))
-        if raw:
-            assert "--logprobs-mode processed_logprobs" in err and err.count("\n") == 1
-            assert (code == 0) == ("--correct-mismatch" not in more)
-    row, = without_durations(tmp_path / "False 9" / "log.jsonl")
-    assert row["tis_weight"] == pytest.approx(1, abs=1e-5) and row["tis_capped"] == 0
 
 
 @pytest.mark.parametrize("flags", [
