@@ -38,6 +38,7 @@ import contextlib
 import hashlib
 import http.client
 import http.server
+import importlib.util
 import io
 import ipaddress
 import itertools
@@ -221,6 +222,8 @@ def read_tool_call(value):
 
 # ---- The protocol: a program ----------------------------------------------------------------------------------------
 
+MAX_PROGRAM = 4000  # characters of prompt and notes: 13 times the Atlas's longest, and about what image models read
+MIN_SENTENCE = 4    # words from which on a sentence counts as repeated; a sign may well say "Stop. Stop."
 REFERENCE_PHRASES = ("the first reference image", "the second reference image")  # how gen_prompt names a reference
 REFERENCE_WORDS = re.compile(r"(?:\b(?:the first|the second) )?\breference (?:image|picture|photo)s?\b", re.I)
 REFERENCE_NUMBER = re.compile(r"\breference (image )?#?\d", re.I)
@@ -263,6 +266,11 @@ def check_program(program, images, queries):
 
     if not prompt.strip():
         errors.append("gen_prompt is empty")
+    size = len(prompt) + sum(len(reference["note"]) for reference in program.references)
+    if size > MAX_PROGRAM:
+        errors.append(f"gen_prompt and notes have {size} characters; at most {MAX_PROGRAM} are taken, so say less")
+    if repeated := repeated_sentence(prompt):
+        errors.append(f'gen_prompt says "{sanitize(repeated, 80)}" twice; say everything once')
 
     # R: an unknown id is an error; dropping it would turn "the first reference image" into another picture
     if not 1 <= len(img_ids) <= 2:
@@ -291,6 +299,17 @@ def check_program(program, images, queries):
     return errors
 
 
+def repeated_sentence(prompt):
+    """The first sentence of MIN_SENTENCE words or more that a prompt has said before, capitals and marks aside; ""."""
+    seen = set()
+    for sentence in re.split(r"(?<=[.!?;])\s+|\n+", prompt):
+        said = tuple(re.findall(r"\w+", sentence.casefold()))
+        if len(said) >= MIN_SENTENCE and said in seen:
+            return sentence
+        seen.add(said)
+    return ""
+
+
 # ---- Requests files -------------------------------------------------------------------------------------------------
 
 MAX_REQUEST = 8000                                  # characters of a request
@@ -304,32 +323,45 @@ def read_requests(path):
     """
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file")
-    with open(path, encoding="utf-8") as file:
-        text = file.read()
-
     try:
-        if path.endswith(".json"):
-            numbered = list(enumerate(json.loads(text), 1))
-        else:
-            lines = enumerate(text.split("\n"), 1)
-            numbered = [(number, json.loads(line)) for number, line in lines if line.strip()]
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from None
+
+    if path.endswith(".json"):
+        rows = parse_json(text, path)
+        if not isinstance(rows, list):
+            raise ValueError(f"{path}: must hold a list of requests")
+        numbered = [(f"{path}, entry {number}", number, row) for number, row in enumerate(rows, 1)]
+    else:
+        lines = [(f"{path}, line {number}", number, line) for number, line in enumerate(text.split("\n"), 1)]
+        numbered = [(where, number, parse_json(line, where)) for where, number, line in lines if line.strip()]
 
     if not numbered:
         raise ValueError(f"{path}: no requests in it")
-    return [request_row(row, number, path) for number, row in numbered]
+    return [request_row(row, number, where, os.path.dirname(path) or ".") for where, number, row in numbered]
 
 
-def request_row(row, number, path):
+def parse_json(text, where):
+    """The value of a JSON text. ValueError in one line; where: the file, and the line if the text is one line of it."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:  # its own line number counts from the beginning of the text
+        line = f", line {error.lineno}" if "\n" in text else ""
+        raise ValueError(f"{where}{line}: not valid JSON ({error.msg} at character {error.colno})") from None
+    except RecursionError:
+        raise ValueError(f"{where}: not valid JSON (nested too deep)") from None
+
+
+def request_row(row, number, where, folder):
     """Check one row of a requests file. Its fields pass through; "id" is the row's, WISE's, or the line's number."""
-    where = f"{path}, line {number}"
     texts = [row[name] for name in QUESTION_FIELDS if row.get(name)] if isinstance(row, dict) else []
     if not texts or not isinstance(texts[0], str):
         raise ValueError(f"{where}: no prompt or question")
     question = check_request(texts[0], f"{where}: ")
     default_id = str(row.get("prompt_id", f"{number:04d}"))
-    return {"id": default_id} | row | {"question": question, "_folder": os.path.dirname(path) or "."}
+    return {"id": default_id} | row | {"question": question, "_folder": folder}
 
 
 def check_request(text, where=""):
@@ -1581,12 +1613,16 @@ class Server:
         request: messages (contents are plain text), max_tokens, temperature, top_p, stop (list), seed, stream.
     judge(text, images) -> dict or str; a chat request with pictures goes here: its text, and uint8 (H, W, 3) each.
     renderer(prompt, references, seed, steps, width, height) -> uint8 (H, W, 3); references: at most two, likewise.
-    ValueError and ToolError from a callable become status 400, anything else 500.
+    site: the page at / and its API; has page() -> HTML, and get(path) and post(path, request) -> JSON values of the
+        paths below /api/. Only the page itself may call them, see ``Handler.check_caller``.
+    ValueError and ToolError from a callable become status 400, HttpError its own status, anything else 500.
     """
 
-    def __init__(self, corpus=None, host="127.0.0.1", port=0, policy=None, judge=None, renderer=None,
+    def __init__(self, corpus=None, host="127.0.0.1", port=0, policy=None, judge=None, renderer=None, site=None,
                  model="genevolve", max_body=64 * 2**20, max_requests=64, idle_seconds=30):
         self.corpus = corpus
+        self.site = site
+        self.host = host
         self.policy = policy
         self.judge = judge
         self.renderer = renderer
@@ -1602,6 +1638,7 @@ class Server:
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", "") or str(error)
             raise ToolError(f"cannot listen on {host}, port {port}: {reason}; choose another port") from None
+        self.is_private = ipaddress.ip_address(self.http.server_address[0]).is_loopback
         if ":" in host:
             host = f"[{host}]"
         elif host in ("", "0.0.0.0"):
@@ -1670,6 +1707,10 @@ class Server:
         """(content type, bytes) of a path."""
         if path == "/health":
             return "application/json", b'{"status": "ok"}'
+        if self.site and path == "/":
+            return "text/html; charset=utf-8", self.site.page().encode()
+        if self.site and path.startswith(API):
+            return "application/json", json.dumps(self.site.get(path.removeprefix(API))).encode()
         entry = {"id": self.model, "object": "model", "owned_by": "genevolve"}
         if path == "/v1/models":
             return "application/json", json.dumps({"object": "list", "data": [entry]}).encode()
@@ -1715,6 +1756,10 @@ class Server:
         self.stop()
 
 
+API = "/api/"  # paths of the page
+PAGE_POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
+               "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'")
+MAX_API_BODY = 2**16
 POST_PATHS = {"/search": Server.search, "/images": Server.images, "/generate": Server.generate}
 CHAT_PATHS = ("/v1/chat/completions", "/chat/completions")
 
@@ -1774,16 +1819,23 @@ def webp_size(data):
     return width & 0x3FFF, height & 0x3FFF
 
 
+LARGE_PNG = 2**18  # pixels; from here on Pillow, which is eight times as fast, is worth its import
+
+
 def read_image(source):
     """Path or bytes of a PNG, JPEG or WebP picture -> uint8 (H, W, 3). ToolError in one line if that is impossible.
 
-    PNG needs nothing; the other formats need Pillow, the only optional package of the project.
+    PNG needs nothing, a large one is read faster by Pillow; the other formats need Pillow, the only optional package
+    of the project.
     """
     where = "" if isinstance(source, bytes) else f"{source}: "
     try:
         data = source if isinstance(source, bytes) else read_bytes(source)
-        kind, _, _ = image_header(data)
-        return diffusion.decode_png(data) if kind == "png" else decode_with_pillow(data, kind)
+        kind, width, height = image_header(data)
+        if kind != "png":
+            return decode_with_pillow(data, kind)
+        is_large = width * height >= LARGE_PNG and importlib.util.find_spec("PIL") is not None
+        return decode_with_pillow(data, kind) if is_large else diffusion.decode_png(data)
     except OSError as error:
         raise ToolError(f"{where}cannot be read ({error.strerror or error})") from None
     except (ValueError, ToolError) as error:
@@ -1791,7 +1843,7 @@ def read_image(source):
 
 
 def decode_with_pillow(data, kind):
-    """JPEG or WebP -> uint8 (H, W, 3), upright as its EXIF rotation says, transparency over white."""
+    """JPEG, WebP or PNG -> uint8 (H, W, 3), upright as its EXIF rotation says, transparency over white."""
     try:
         from PIL import Image, ImageOps
     except ImportError:
@@ -2604,7 +2656,28 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer_get(self, path):
         self.discard_body()
+        if self.is_site(path):
+            self.check_caller()
         self.reply(200, *self.owner.get(path))
+
+    def is_site(self, path):
+        """Whether a path belongs to the page."""
+        return self.owner.site is not None and (path == "/" or path.startswith(API))
+
+    def check_caller(self):
+        """Refuse whoever is not the page itself, for its API spends this machine's time and shows its files.
+
+        Another site's page has another Origin. A site whose name was made to resolve to this machine (DNS rebinding)
+        has its own name as Host: a server that listens on this machine alone is asked by address or as localhost.
+        """
+        host = self.headers.get("Host", "")
+        name = urlsplit(f"//{host}").hostname or ""
+        is_own_name = name in ("localhost", self.owner.host) or is_literal(name)
+        if self.owner.is_private and not is_own_name:
+            raise HttpError(403, f"this server is not known as {name or 'nothing'}: open {self.owner.url}")
+        origin = self.headers.get("Origin")
+        if origin is not None and urlsplit(origin).netloc != host:
+            raise HttpError(403, "another site's page may not ask this server")
 
     def answer_options(self, path):
         self.discard_body()
@@ -2623,8 +2696,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if int(length) > self.owner.max_body:
             raise HttpError(413, f"a body of more than {self.owner.max_body} bytes")
         # all that can be refused is refused before the body is read
-        if path not in POST_PATHS and path not in CHAT_PATHS:
+        is_site = path != "/" and self.is_site(path)
+        if path not in POST_PATHS and path not in CHAT_PATHS and not is_site:
             raise HttpError(404, "no such path")
+        if is_site:
+            self.check_caller()
+            if self.headers.get_content_type() != "application/json":  # what a form of another site cannot send
+                raise HttpError(415, "the body must be application/json")
+            if int(length) > MAX_API_BODY:
+                raise HttpError(413, f"a body of more than {MAX_API_BODY} bytes")
 
         body = self.rfile.read(int(length))
         self.body_read = True
@@ -2634,6 +2714,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise HttpError(400, f"the body is not a JSON object ({error})") from None
         if path in CHAT_PATHS:
             self.answer_chat(request, body)
+        elif is_site:
+            value = self.owner.site.post(path.removeprefix(API), request)
+            self.reply(200, "application/json", json.dumps(value).encode())
         else:
             value = POST_PATHS[path](self.owner, request, self.base())
             self.reply(200, "application/json", json.dumps(value).encode())
@@ -2685,6 +2768,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("X-Content-Type-Options", "nosniff")
+        if content_type.startswith("text/html"):  # the page needs its own style and script, data URIs and its API
+            self.send_header("Content-Security-Policy", PAGE_POLICY)
         if status == 503:
             self.send_header("Retry-After", "1")
         if self.command == "OPTIONS":
