@@ -1503,8 +1503,9 @@ class StaleWeights(tools.ToolError):
 
 
 PROBES, PROBE_TOKENS = 4, 64  # sequences and their length
-# mean difference of log-probs between a server and the trainer's float32 network
-PROBE_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
+# mean difference of log-probs (about -13) between a server and the trainer's float32 network; measured with right
+# weights: 4e-6 and 0.045
+PROBE_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
 
 
 class EngineProbe:

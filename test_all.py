@@ -2467,9 +2467,10 @@ class VLLMService(Service):
 
     Its output matrix is a packed copy, which only a checkpoint that names lm_head.weight renews. It ends at a seed,
     refuses more tokens than its context, and answers nothing while it is paused. A restart brings the weights of FOLDER
-    back. Samples depend on the prompt alone.
+    back. Samples depend on the prompt and on how many like it stand before it in the request.
     raw: log-probs of samples are those of temperature 1. stale: the name of a parameter that a reload forgets.
-    away: the behaviours, one a request, that come before any answer: a status, "cut" (no answer) or "restart".
+    away: what befalls the next requests, one each: a status, "cut" (no answer), "restart" (a completion comes from
+    the weights of FOLDER, anything else is cut) or None.
     """
     CONTEXT = 1536
 
@@ -2498,7 +2499,7 @@ class VLLMService(Service):
             trouble = self.away.pop(0) if self.away and path != "/health" else None
             if trouble == "restart":
                 self.restart()
-            if trouble == "cut":
+            if trouble == "cut" or trouble == "restart" and path != "/v1/completions":
                 handler.connection.close()
             elif self.dead or isinstance(trouble, int):
                 respond(handler, {"error": {"message": "EngineDeadError"}}, trouble or 500)
@@ -2551,13 +2552,13 @@ class VLLMService(Service):
                 scores = [{str(token): {"logprob": float(logp)}} for token, logp in zip(ids[1:], self.scores(ids))]
                 choices.append({"index": index, "finish_reason": "length", "prompt_logprobs": [None, *scores]})
             else:
-                choices.append({"index": index} | self.sample(ids, max_tokens, temperature, **options))
+                seed = zlib.crc32(str(ids).encode()) + prompt[:index].count(ids)
+                choices.append({"index": index} | self.sample(ids, seed, max_tokens, temperature, **options))
         return {"choices": choices[::-1]}, 200  # in the order in which they end
 
-    def sample(self, ids, max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, stop_token_ids, ignore_eos,
-               logprobs, return_token_ids):
+    def sample(self, ids, seed, max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, stop_token_ids,
+               ignore_eos, logprobs, return_token_ids):
         assert (top_k, min_p, repetition_penalty, ignore_eos, return_token_ids) == (0, 0.0, 1.0, True, True)
-        seed = zlib.crc32(str(ids).encode())
         done, = model.generate(self.net, [ids], max_tokens, temperature, top_p, stop_token_ids, seed)
         given = self.scores(ids + done.tokens)[len(ids) - 1:].tolist() if self.raw else done.logprobs
         return {"finish_reason": done.finish, "token_ids": done.tokens, "logprobs": {"token_logprobs": given}}
@@ -4803,6 +4804,50 @@ def test_dead_rows_do_not_dilute_the_policy_gradient():
     assert torch.allclose(distill.grpo_loss(logp, old, ref, advantages, mask, beta=0.0), some)
 
 
+def test_tis_weights_are_the_ratio_of_trainer_to_engine_up_to_the_cap():
+    old = torch.tensor([[0.5, 0.5, 0.5, 0.5]], dtype=torch.float64).log().requires_grad_()
+    engine = torch.tensor([[0.5, 1.0, 0.1, math.nan]], dtype=torch.float64).log()
+    weights = distill.tis_weights(old, engine, cap=2.0)
+    assert weights.tolist() == [pytest.approx([1.0, 0.5, 2.0, 1.0])] and not weights.requires_grad
+
+
+def test_tis_turns_the_engines_samples_into_the_trainers_gradient():
+    """Over all outcomes of one token drawn by the engine, the gradient is that of the trainer's own expectation."""
+    logits = torch.tensor([0.3, -0.5, 0.1], dtype=torch.float64, requires_grad=True)
+    engine = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
+    rewards = torch.tensor([1.0, -0.4, 0.2], dtype=torch.float64)
+    expected, = torch.autograd.grad((logits.softmax(-1) * rewards).sum(), logits)
+
+    logp = logits.log_softmax(-1)[:, None]                                                                 # (N, 1)
+    weights = distill.tis_weights(logp, engine.log()[:, None], cap=10.0)
+    mask = torch.ones_like(logp, dtype=torch.bool)
+    gradient = torch.zeros_like(expected)
+    for row in range(3):
+        loss = distill.grpo_loss(logp[row:row + 1], logp[row:row + 1], logp[row:row + 1], rewards[row:row + 1],
+                                 mask[:1], beta=0.0, weights=weights[row:row + 1])
+        gradient -= engine[row] * torch.autograd.grad(loss, logits, retain_graph=True)[0]
+    assert gradient.tolist() == pytest.approx(expected.tolist(), abs=1e-12)
+
+
+def test_rows_written_by_an_engine_enter_the_update_with_their_tis_weights():
+    torch.manual_seed(0)
+    shape = dict(hidden_size=16, layers=1, heads=2, kv_heads=1, head_dim=8, mlp_size=16)
+    net = model.Qwen3(model.Config(vocab_size=40, **shape))
+    recipe = dataclasses.replace(distill.RECIPES["paper"], weight=0.0, beta=0.0, tis_cap=2.0)
+    mask = [False, True, True, True]
+    scored = distill.score_actions(net, [[1, 2, 3, 4]], [mask]).logp[0].detach()                            # (T,)
+    rows = [distill.TrainingRow([1, 2, 3, 4], mask, 1.0, logp_engine=scored - torch.tensor([0.0, 0.5, 5.0]).log1p()),
+            distill.TrainingRow([1, 5], [False, True], -1.0, logp_engine=torch.tensor([math.nan]))]
+    gradients, _, sums = distill.update_gradients(net, net, net, rows, recipe)
+    assert sums["tis_weight"] == pytest.approx(1 + 1.5 + 2 + 1) and sums["tis_capped"] == 1
+
+    first, second = (distill.score_actions(net, [row.tokens], [row.mask]).logp[0] for row in rows)
+    loss = -(first @ torch.tensor([1.0, 1.5, 2.0]) - second.sum()) / 4
+    expected = torch.autograd.grad(loss, list(net.parameters()))
+    for own, other in zip(gradients, expected):
+        torch.testing.assert_close(own, other, atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("aggregation", distill.AGGREGATIONS)
 def test_micro_batches_of_grpo_with_global_normalizers_add_up_to_the_whole(aggregation):
     logp, old, _, ref, mask = random_logprobs()
@@ -6480,6 +6525,111 @@ def test_a_policy_that_cannot_be_reached_ends_its_trajectory_with_an_error(atlas
     assert t.termination == "error" and t.error.startswith("error: no ") and t.program is None and t.rounds == 1
 
 
+def changed_policy(clients, probe="stop", temperature=1.0, needs_logprobs=False):
+    """A RolloutPolicy whose net has moved away from the folder SFT by the length of an update."""
+    net, tokenizer = model.load(SFT)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(1e-3 * torch.randn(parameter.shape, generator=generator).sign())
+    sampling = genevolve.Sampling(temperature)
+    return genevolve.RolloutPolicy(clients, net, tokenizer, sampling, True, probe, needs_logprobs)
+
+
+@pytest.mark.parametrize("stale", [
+    f"blocks.{block}.{name}.weight" for block in (0, 3) for name in ("qkv", "out", "gate_up", "down", "norm1", "k_norm")
+] + ["norm.weight", "embed.weight", "head.weight"])
+def test_a_matrix_that_the_engine_did_not_take_over_stops_the_run(tmp_path, stale):
+    with VLLMService(SFT, stale=stale) as server:
+        policy = changed_policy([vllm_client(server)])
+        with pytest.raises(genevolve.StaleWeights) as stopped:
+            policy.load_weights(str(tmp_path), 1)
+    there, here, gap = re.search(r"probe (-[\d.]+) there, (-[\d.]+) here, mean difference (\S+), ",
+                                 str(stopped.value)).groups()
+    assert there != here and float(gap) > 1e-4 and "0.0001 is allowed (float32)" in str(stopped.value)
+
+
+@pytest.mark.parametrize("probe", ("stop", "reload", "off"))
+def test_an_output_matrix_that_a_reload_leaves_packed_is_noticed_and_there_is_another_way(
+        tmp_path, capsys, monkeypatch, probe):
+    monkeypatch.setattr(tools.VLLMClient, "UNTIED", (False, True))
+    with VLLMService(SFT) as server:
+        policy = changed_policy([vllm_client(server)], probe)
+        if probe == "stop":
+            with pytest.raises(genevolve.StaleWeights):
+                policy.load_weights(str(tmp_path), 1)
+        else:
+            policy.load_weights(str(tmp_path), 1)
+    is_new = torch.equal(server.head, policy.net.embed.weight)
+    assert is_new == (probe == "reload") and len(server.loaded) == 1 + is_new
+    assert capsys.readouterr().err.count("another way") == is_new
+    assert policy.net.head is None and policy.net.config.tie_embeddings  # as it was
+
+
+def test_several_servers_write_conversations_in_turn_with_the_same_weights(tmp_path, atlas_box):
+    with VLLMService(SFT) as first, VLLMService(SFT) as second:
+        policy = changed_policy([vllm_client(first), vllm_client(second)])
+        policy.load_weights(str(tmp_path), 1)
+        requests = atlas.world.requests("validation")[:4]
+        done = genevolve.Agent(policy, atlas_box, ordered=True).run(requests, [0] * 4)
+    assert all(t.rounds > 1 and not t.error for t in done)
+    for server in (first, second):
+        turns = [request for path, request in server.asked if path == "/v1/completions" and "logprobs" in request]
+        assert len(turns[0]["prompt"]) == 2 and len(server.loaded) == 1
+    assert all(torch.equal(a, b) for a, b in zip(first.net.parameters(), second.net.parameters()))
+
+
+def test_log_probs_of_another_temperature_than_the_samplings_are_no_ones_weights(tmp_path, capsys):
+    with VLLMService(SFT, raw=True) as raw, VLLMService(SFT) as processed:
+        for server, temperature, is_comparable in ((raw, 0.7, False), (processed, 0.7, True), (raw, 1.0, True)):
+            policy = changed_policy([vllm_client(server)], temperature=temperature)
+            policy.load_weights(str(tmp_path), 1)
+            trajectory = distill.Trajectory("1", "a", messages=[{"role": "user", "content": "a red star"}])
+            policy.start(trajectory)
+            policy.poll()
+            written = [logp for logp, by_policy in zip(trajectory.logprobs, trajectory.mask) if by_policy]
+            assert written and [math.isnan(logp) for logp in written] == [not is_comparable] * len(written)
+            said = capsys.readouterr().err
+            assert ("--logprobs-mode processed_logprobs" in said) == (not is_comparable) and said.count("\n") <= 1
+        with pytest.raises(tools.ToolError, match="--correct-mismatch"):
+            changed_policy([vllm_client(raw)], "stop", 0.7, needs_logprobs=True).load_weights(str(tmp_path), 1)
+
+
+def test_a_turn_without_room_in_the_servers_context_ends_as_cut_off():
+    net, tokenizer = model.load(SFT)
+    client = FailingClient()
+    client.context = 10
+    policy = genevolve.RolloutPolicy([client], net, tokenizer, genevolve.Sampling(), compact=True)
+    trajectory = distill.Trajectory("1", "a", messages=[{"role": "user", "content": "a red star"}])
+    policy.start(trajectory)
+    assert len(trajectory.tokens) >= 10 and policy.poll() == [(trajectory, "", "length")]
+    client.context = len(trajectory.tokens) + 7
+    assert policy.room(trajectory) == 7
+
+
+@pytest.mark.parametrize("owner, length, protocol, tokens, has_seed", [
+    ("vllm", 1536, "compact", 256, False), ("vllm", 1536, "", 1536, False), ("vllm", 64, "compact", 64, False),
+    ("someone", None, "", 4096, True)])
+def test_a_served_policy_is_asked_in_its_own_protocol_within_its_context(tmp_path, owner, length, protocol, tokens,
+                                                                         has_seed):
+    asked = []
+
+    def behave(handler):
+        if handler.path == "/v1/models":
+            other, served = ({"id": name, "owned_by": owner, "max_model_len": length} for name in ("a", "genevolve"))
+            return respond(handler, {"data": [other | {"max_model_len": 1}, served]})
+        asked.append(json.loads(handler.body))
+        respond(handler, {"choices": [{"message": {"content": "<think>x"}, "finish_reason": "length"}]})
+    with Service(behave) as server:
+        settings = genevolve.Run(policy=server.url, protocol=protocol, out=str(tmp_path))
+        with genevolve.Components(settings, str(tmp_path)) as components:
+            t, = components.agent().run(atlas.world.requests("validation")[:1], [3])
+    assert asked[0]["max_tokens"] == tokens and ("seed" in asked[0]) == has_seed
+    system = asked[0]["messages"][0]["content"]
+    assert (system == atlas.world.COMPACT_SYSTEM) == (protocol == "compact")
+    assert (t.rounds == 1) == (protocol == "compact")  # a small policy whose turn was cut off has no room left
+
+
 @pytest.mark.slow
 def test_a_foreign_runtime_completes_atlas_requests_against_serve(tmp_path):
     """Full system prompt, wordy observations and whole guides; the server reduces them for the small policy."""
@@ -7437,6 +7587,34 @@ def test_trajectories_from_a_serving_engine(tiny_evolution, tmp_path, command):
     assert all(torch.equal(a, b) for a, b in zip(served.parameters(), engine.net.parameters()))
     code, _, err = command(*tiny_evolution(tmp_path / "gone", *more))
     assert code == 2 and err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_vllm_gives_the_same_run_however_often_it_is_away(tiny_evolution, tmp_path, command):
+    """Restarted with old weights, cut off and answering 500: no step lost, and every number as without. TIS finds that
+    the engine is the trainer's policy."""
+    troubles = {"calm": [], "rough": [None] * 16 + ["cut", 500, None, None, "restart", None, None, None, 503] * 4}
+    for name, away in troubles.items():
+        with VLLMService(SFT) as server:
+            server.away = list(away)
+            more = ("--eval-every", 0, "--audit-every", 0, "--correct-mismatch", "--rollouts-url", server.url)
+            code, _, err = command(*tiny_evolution(tmp_path / name, *more))
+            assert code == 0, err
+            assert not server.away and ("waits for it" in err) == bool(away)
+            assert all(len(request["prompt"]) <= 6 for path, request in server.asked if path == "/v1/completions")
+    rows = without_durations(tmp_path / "calm" / "log.jsonl")
+    assert len(rows) == 3 and rows == without_durations(tmp_path / "rough" / "log.jsonl")
+    assert all(row["tis_weight"] == pytest.approx(1, abs=1e-5) and row["tis_capped"] == 0 for row in rows)
+    calm, rough = (model.load(str(tmp_path / name / "last"))[0] for name in troubles)
+    assert all(torch.equal(a, b) for a, b in zip(calm.parameters(), rough.parameters()))
+
+
+@pytest.mark.parametrize("flags", [
+    ("--probe", "maybe"), ("--rollouts-engine", "tgi"), ("--send-seed", "yes"), ("--protocol", "short"),
+    ("--correct-mismatch", "--probe", "off", "--rollouts-url", "http://127.0.0.1:1")])
+def test_a_wrong_flag_about_the_engine_is_said_in_one_line(flags, command, tmp_path):
+    code, _, err = command("evolve", "--out", tmp_path, *flags)
+    assert code == 2 and err.count("\n") == 1 and flags[0] in err
 
 
 @pytest.mark.parametrize("changes, said", [

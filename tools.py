@@ -1323,8 +1323,8 @@ class RolloutEngine:
             if self.away_since is None:
                 self.away_since = time.monotonic()
                 self.say(f"{self.base}: {error}; the run waits for it, for {self.patience / 60:.0f} minutes at most")
-            for attempt in itertools.count(attempt):
-                time.sleep(min(self.client.backoff * 2 ** attempt, 15.0))
+            for pause in range(attempt, attempt + 10**6):
+                time.sleep(min(self.client.backoff * 2 ** min(pause, 10), 15.0))
                 try:
                     self.health()
                     self.restore()
@@ -1466,7 +1466,7 @@ class VLLMClient(RolloutEngine):
         try:
             self.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}})
             if self.post("/reset_prefix_cache", {}).get("success") is not True:
-                raise ToolError(f"{self.NAME}: the prefix cache of the old weights was not emptied")
+                raise Transient(f"{self.NAME}: the prefix cache of the old weights was not emptied")
             if self.held_weights():  # older releases have no name for them
                 self.post("/update_weight_version", {"new_version": self.weights_name(path)})
         finally:
