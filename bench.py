@@ -550,11 +550,13 @@ LONGER = {"two": "network", "three": "threefold", "four": "fourteen"}
 
 
 def hidden_values(wanted, rng):
-    """The plain wordings, but the wanted values stand only inside longer words."""
-    prompt = " ".join(forms["plain"] for forms in wanted["wordings"].values())
+    """The plain wordings, but the wanted text and number stand only inside longer words. Where there are none to hide,
+    no wording."""
+    plain = " ".join(forms["plain"] for forms in wanted["wordings"].values())
+    hidden = plain.replace(wanted["text"], f"9{wanted['text']}99") if wanted["text"] else plain
     for number, longer in LONGER.items():
-        prompt = re.sub(rf"\b{number}\b", longer, prompt, flags=re.I)
-    return [prompt.replace(wanted["text"], f"9{wanted['text']}99") if wanted["text"] else prompt]
+        hidden = re.sub(rf"\b{number}\b", longer, hidden, flags=re.I)
+    return [hidden] if hidden != plain else []
 
 
 def shuffled_words(wanted, oracle, titles, rng):
