@@ -8,6 +8,7 @@
 In reading order:
 
     Qwen3               the decoder; attention is an argument, everything else is written once
+    choose_products     the fastest exact product of this processor, by measuring
     Tokenizer           ChatML text <-> ids, and which ids an assistant writes
     PrefixTree          sequences with common beginnings as one stream, to train
     ChunkedLogprobs     log-probs and entropy without a matrix of tokens x words
@@ -28,14 +29,18 @@ needs no sort (see `sample`); a random number is a function of (seed, position),
     N tokens of a flat stream    B rows    T tokens of a row    L tokens attended to    C hidden size    V vocabulary
     H query heads    J key/value heads    R = H / J    D head size    G groups that share a prompt    M rows of a group
 """
+import filecmp
+import functools
 import hashlib
 import json
 import math
 import mmap
 import os
+import re
 import shutil
 import sys
 import tempfile
+import time
 from collections import Counter, deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -50,6 +55,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer as FastTokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.checkpoint import checkpoint
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # ---- Decoder ---------------------------------------------------------------------------------------------------------
 
@@ -210,8 +220,7 @@ class Qwen3(nn.Module):
             return x.view(B, T, -1, x.shape[-1]).transpose(1, 2)
 
         def attend(layer, q, k, v):
-            q, k, v = by_row(q), by_row(k), by_row(v)
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+            return attention(by_row(q), by_row(k), by_row(v), is_causal=True).transpose(1, 2)
 
         positions = torch.arange(T, device=ids.device).repeat(B)
         hidden = self.trunk(ids.reshape(-1), positions, attend)                           # (N, C)
@@ -226,8 +235,135 @@ def attend_causal(q, k, v):
     if t not in (1, L):
         mask = torch.ones(t, L, dtype=torch.bool, device=q.device).tril(L - t)
     with torch.autocast("cpu", enabled=False):  # this kernel's backward is twice as fast in float32 as in bfloat16
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=t == L, enable_gqa=True)
+        out = attention(q, k, v, mask, is_causal=t == L)
     return out[0].transpose(0, 1)
+
+
+# ---- Products: which kernel multiplies float32 matrices --------------------------------------------------------------
+
+# On a CPU torch multiplies with MKL; where it is allowed to round, with oneDNN, which on some processors is twice as
+# fast and does not round at all. So the choice is made by measuring. The name -> what torch calls the permission.
+PRODUCTS = {"mkl": "highest", "onednn": "medium"}
+
+
+def choose_products(choice="auto"):
+    """Set how float32 matrices are multiplied on the CPU -> {"products": name, "GFLOP/s": {...}, "error": {...}}.
+
+    choice: a name of PRODUCTS, or "auto": oneDNN if it is faster by a tenth and no less exact than float32 is, with a
+    relative error below 1e-6 against float64.
+    """
+    speeds, errors = {}, {}
+    for name in PRODUCTS:
+        with products(name):
+            speeds[name], errors[name] = measure_products()
+    if choice == "auto":
+        is_better = errors["onednn"] < 1e-6 and speeds["onednn"] > 1.1 * speeds["mkl"]
+        choice = "onednn" if is_better else "mkl"
+    torch.set_float32_matmul_precision(PRODUCTS[choice])
+    return {"products": choice, "GFLOP/s": speeds, "error": errors}
+
+
+def current_products():
+    """The name in PRODUCTS of what is set."""
+    setting = torch.get_float32_matmul_precision()
+    return next(name for name, value in PRODUCTS.items() if value == setting)
+
+
+@functools.cache
+def measured_products():
+    """The choice of this process, measured once."""
+    return choose_products()["products"]
+
+
+@functools.cache
+def idle_threads(seconds=0.1):
+    """How many threads of the CPU have a core to themselves, at least one.
+
+    Threads wait for one another many times a millisecond. Beside a process that holds their cores, two are thirty times
+    slower than one. OMP_NUM_THREADS, where it is set, is a decision of the user's.
+    """
+    threads = torch.get_num_threads()
+    if "OMP_NUM_THREADS" in os.environ:
+        return threads
+    before = idle_seconds()
+    time.sleep(seconds)  # this process does nothing meanwhile, so who is busy is somebody else
+    after = idle_seconds()
+    if before is None or after is None:
+        return threads
+    return max(1, min(threads, round((after - before) / seconds)))
+
+
+def idle_seconds():
+    """Seconds for which cores have stood idle since the machine started, all cores together; None: it does not say."""
+    try:
+        with open("/proc/uptime", encoding="ascii") as file:
+            return float(file.read().split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def measure_products(rows=1024, inputs=256, outputs=1024, repeats=7):
+    """(GFLOP/s of the fastest of a few products, relative error against float64)."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, inputs, generator=generator)
+    weight = torch.randn(outputs, inputs, generator=generator)
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        y = F.linear(x, weight)
+        seconds.append(time.perf_counter() - started)
+
+    exact = F.linear(x.double(), weight.double())
+    error = float((y - exact).norm() / exact.norm())
+    return 2e-9 * rows * inputs * outputs / min(seconds), error
+
+
+@contextmanager
+def products(name):
+    """Multiply by a name of PRODUCTS inside."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(PRODUCTS[name])
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class FusedAttention(torch.autograd.Function):
+    """The CPU's fused attention kernel, forward and backward, always with MKL's products.
+
+    It multiplies small tiles, for which oneDNN takes three times as long. q, k, v (B, H, T | L, D); mask (T, L) float
+    or None; returns (out (B, H, T, D), log-sum-exp of the scores (B, H, T)); only `out` has a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, is_causal):
+        with products("mkl"):
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q, k, v, 0.0, is_causal, attn_mask=mask)
+        ctx.save_for_backward(q, k, v, mask, out, lse)
+        ctx.is_causal = is_causal
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        q, k, v, mask, out, lse = ctx.saved_tensors
+        with products("mkl"):
+            grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad, q, k, v, out, lse, 0.0, ctx.is_causal, attn_mask=mask)
+        return *grads, None, None
+
+
+def attention(q, k, v, mask=None, is_causal=False):
+    """softmax(q k^T / sqrt(D) + mask) v. q (B, H, T, D), k and v (B, J, L, D), mask (T, L) bool -> (B, H, T, D)."""
+    if q.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=True)
+    if mask is not None:
+        mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -math.inf)
+    repeats = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(repeats, 1) for x in (k, v))                              # (B, H, L, D)
+    return FusedAttention.apply(q, k, v, mask, is_causal)[0]
 
 
 # ---- Tokenizer -------------------------------------------------------------------------------------------------------
@@ -236,22 +372,37 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TAGS = tuple(f"<{slash}{name}>" for name in ("think", "tool_call", "answer", "tool_response") for slash in ("", "/"))
 SPLIT = r"\p{Lu}(?=[\p{Lu}\p{N}])|(?<=[\p{Lu}\p{N}])\p{Lu}| ?\p{L}\p{Ll}+| ?\p{Ll}|\p{Lu}|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
 CHAT_TEMPLATE = (
-    "{%- for m in messages %}{{- '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{%- endfor %}"
+    "{%- for m in messages %}{%- set text = m['content'] %}"
+    "{%- if text is not string %}{%- set text = text | map(attribute='text') | join %}{%- endif %}"
+    "{{- '<|im_start|>' + m['role'] + '\\n' + text + '<|im_end|>\\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}")
 
 
 class Tokenizer:
     """ChatML over a `tokenizers.Tokenizer`. Text that spells a special token never becomes one: special ids are added
-    around it, as ids."""
+    around it, as ids. ValueError if the vocabulary does not allow that."""
 
     def __init__(self, fast, config=None):
         self.fast = fast
-        self.fast.encode_special_tokens = True  # "<|im_end|>" inside a text is ten ordinary characters
         self.config = dict(config or {})
+
+        # what a training script left switched on in the file: prompts cut or filled up, merges left out at random
+        fast.no_truncation()
+        fast.no_padding()
+        if isinstance(fast.model, models.BPE):
+            fast.model.dropout = None
+
+        # "<|im_end|>" inside a text is ten ordinary characters, also where the file does not call it special
+        known = [token for token in SPECIAL if fast.token_to_id(token) is not None]
+        fast.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in known])
+        fast.encode_special_tokens = True
+        if forged := [token for token in known if fast.token_to_id(token) in self.encode(token)]:
+            raise ValueError(f"tokenizer: a text can forge {forged[0]}, which is a word of the vocabulary")
 
     @property
     def size(self):
-        return self.fast.get_vocab_size()
+        """One more than the largest id: what a network's vocabulary must hold. Not every id below need be a token."""
+        return 1 + max(self.fast.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def id(self, token):
         """Id of a special token or tag; ValueError if the vocabulary lacks it."""
@@ -269,7 +420,10 @@ class Tokenizer:
         return self.fast.decode(known, skip_special_tokens=False)
 
     def apply_chat(self, messages, add_generation_prompt=False):
-        """[{"role", "content"}] -> ids of `<|im_start|>role\\ncontent<|im_end|>\\n`, contents verbatim."""
+        """[{"role", "content"}] -> ids of `<|im_start|>role\\ncontent<|im_end|>\\n`, contents verbatim.
+
+        A content is a text or a list of text parts, [{"type": "text", "text"}]; ValueError for any other message.
+        """
         ids, _ = self.apply_chat_with_mask(messages)
         return ids + self._opening() if add_generation_prompt else ids
 
@@ -277,7 +431,7 @@ class Tokenizer:
         """(ids, mask): mask is True on what an assistant writes, its content and the <|im_end|> that closes it."""
         ids, mask = [], []
         for message in messages:
-            role, content = message["role"], message["content"]
+            role, content = message_text(message)
             if role == "assistant":  # cut where sampling starts, so that demonstrations and rollouts have the same ids
                 head = self._opening()
                 body = self.encode(content)
@@ -303,6 +457,41 @@ class Tokenizer:
 
     def _opening(self):
         return [self.id("<|im_start|>")] + self.encode("assistant\n")
+
+
+def message_text(message):
+    """(role, content) of a chat message; text parts are put together, as Qwen's chat templates do. ValueError if there
+    is no such text: a picture, null beside tool calls."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise ValueError(f"a chat message is an object with a role, not {type(message).__name__}")
+    role, content = message["role"], message.get("content")
+    parts = content if isinstance(content, list) else [content]
+
+    texts = []
+    for part in parts:
+        if isinstance(part, dict) and part.get("type", "text") == "text":
+            part = part.get("text")
+        if not isinstance(part, str):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise ValueError(f"a message of the role {role!r}: its content must be text, not {kind}")
+        texts.append(part)
+    return role, "".join(texts)
+
+
+def token_list(ids, vocab_size, what):
+    """Token ids - a list, a tuple, an array or a tensor (T,) of integers - as a list of int.
+
+    ValueError, with `what` they are, where one is no integer or not in the vocabulary.
+    """
+    if isinstance(ids, (np.ndarray, torch.Tensor)):
+        ids = ids.tolist()
+    if isinstance(ids, (list, tuple, set, frozenset, range)):
+        ids = list(ids)
+        if not set(map(type, ids)) <= {int}:
+            ids = [int(i) if isinstance(i, np.integer) else i for i in ids]
+        if set(map(type, ids)) <= {int} and (not ids or 0 <= min(ids) <= max(ids) < vocab_size):
+            return ids
+    raise ValueError(f"{what} must be token ids, whole numbers from 0 to {vocab_size - 1}")
 
 
 # ---- Log-probs for training ------------------------------------------------------------------------------------------
@@ -372,9 +561,9 @@ class PrefixTree:
                     ids += sequence[start:stop]
                     positions += range(start, stop)
                     start = stop
-            self.token_rows.append(torch.tensor(rows, device=device))
-        self.ids = torch.tensor(ids, device=device)                                       # (N,)
-        self.positions = torch.tensor(positions, device=device)                           # (N,)
+            self.token_rows.append(torch.tensor(rows, dtype=torch.long, device=device))
+        self.ids = torch.tensor(ids, dtype=torch.long, device=device)                     # (N,)
+        self.positions = torch.tensor(positions, dtype=torch.long, device=device)         # (N,)
 
     def attend(self, layer, q, k, v):
         """q (N, H, D), k and v (N, J, D) -> (N, H, D). `split` rather than slices: its backward is one copy."""
@@ -412,8 +601,8 @@ class ChunkedLogprobs(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, temperature, tile, dtype):
         N, V = len(hidden), len(weight)
         logp, entropy, lse = (torch.empty(N, device=hidden.device) for _ in range(3))
-        for rows in torch.arange(N, device=hidden.device).split(tile):
-            a, b = rows[0].item(), rows[-1].item() + 1
+        for a in range(0, N, tile):
+            b = min(a + tile, N)
             h = hidden[a:b].to(dtype)
             total, weighted, chosen = torch.zeros(3, b - a, device=h.device)
             top = torch.full_like(total, -math.inf)
@@ -477,6 +666,8 @@ def chunked_logprobs(hidden, weight, targets, temperature=1.0, tile=None):
 
     Equals log_softmax(hidden @ weight.T / temperature) and its gather; memory grows with tile^2, not with N x V.
     """
+    if not COLDEST <= temperature < math.inf:
+        raise ValueError(f"log-probs at temperature {temperature}: it must be a number above 0")
     kind = hidden.device.type
     tile = tile or (1024 if kind == "cpu" else 8192)  # a tile that stays in a core's cache; one that fills a GPU
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
@@ -526,7 +717,10 @@ def weighted_logprobs(hidden, weight, targets, weights, rows=None):
 
 
 def token_logprobs(net, sequences, temperature=1.0):
-    """List of (T - 1,) float32: log p of tokens 1..T-1 of each sequence, differentiable."""
+    """List of (T - 1,) float32: log p of tokens 1..T-1 of each sequence, differentiable.
+
+    sequences: token lists, arrays or tensors. One of a single token has nothing to predict: (0,); an empty one, too.
+    """
     return token_logprobs_and_entropy(net, sequences, temperature)[0]
 
 
@@ -535,9 +729,14 @@ def token_logprobs_and_entropy(net, sequences, temperature=1.0, masks=None):
 
     A shared token's prediction is scored once, however many sequences contain it.
     """
+    V, device = net.config.vocab_size, net.embed.weight.device
+    sequences = [token_list(s, V, f"sequence {i}") for i, s in enumerate(sequences)]
+    if not any(sequences):
+        nothing = [torch.zeros(0, device=device) for _ in sequences]
+        return nothing, nothing
+
     # the row that predicts each token, and the token
     hidden, rows = hidden_states(net, sequences)
-    V, device = net.config.vocab_size, hidden.device
     row = torch.cat([r[:-1] for r in rows])                                               # (S,) over all sequences
     target = torch.cat([torch.tensor(s[1:], dtype=torch.long, device=device) for s in sequences])
 
@@ -551,7 +750,7 @@ def token_logprobs_and_entropy(net, sequences, temperature=1.0, masks=None):
         inverse.masked_scatter_(wanted, inverse_wanted)
 
     logp, entropy = chunked_logprobs(hidden[pairs // V], net.output_weight, pairs % V, temperature)
-    lengths = [len(s) - 1 for s in sequences]
+    lengths = [max(len(s) - 1, 0) for s in sequences]
 
     def by_sequence(values):
         return F.pad(values, (0, 1))[inverse].split(lengths)
@@ -564,6 +763,7 @@ def token_logprobs_and_entropy(net, sequences, temperature=1.0, masks=None):
 MASK64 = 2**64 - 1
 GOLDEN, MIX1, MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # splitmix64
 ROUNDS = 64  # draws per token, at most
+COLDEST = 1e-30  # the lowest temperature but 0: logits of up to 1e8 divided by it are still float32 numbers
 
 
 def signed(x):
@@ -592,6 +792,7 @@ def sample(logits, temperature, top_p, streams, positions):
     """One token per row: logits (B, V) float32, the others (B,) -> (tokens (B,), logp (B,)).
 
     logp is log softmax(logits / temperature), before top-p; at temperature 0 the token is the argmax, logp untempered.
+    Where logits are nan or inf, logp is nan and the token means nothing: nothing is looked at here, the engine does.
 
     Nucleus sampling without a sort: a token is in the nucleus if what is likelier than it weighs less than top_p. Draw
     from the whole distribution and test that one token; if it falls outside, draw again from what is likelier than it.
@@ -632,6 +833,7 @@ class SlotOwner:
     slot: int = -1               # -1: none
     cached: int = 0              # tokens in the slot
     logits: torch.Tensor = None  # (V,) after the last token, once they are computed
+    generation: int = 0          # of the weights that computed what is cached, see `WeightsCounter`
 
     prefix = None                # the shared prompt in front of them, in a slot of its own
 
@@ -651,7 +853,7 @@ class Prefix(SlotOwner):
 class Sequence(SlotOwner):
     """One conversation. `tokens` holds all of it, `logprobs` one number for each sampled token."""
     logprobs: list = field(default_factory=list)
-    finish: str = ""             # of the last turn: "stop" or "length"; "" while it runs
+    finish: str = ""             # of the last turn: "stop", "length" or "error"; "" while it runs
     prompt: tuple = None         # the first turn's tokens, until that turn starts
     prefix: Prefix = None
     stream: int = 0              # of its random numbers, see `uniform`
@@ -677,6 +879,7 @@ class KVCache:
         self.keys = zeros(shape, weight)
         self.values = zeros(shape, weight)
         self.slot_owner = [None] * n_slots
+        self.written = 0     # places of a slot, from its start, of which some slot holds, or held, something
         self.set_aside = {}  # owner without a slot -> (keys, values) (layers, J, cached, D)
 
     def allocate(self, owner):
@@ -698,8 +901,19 @@ class KVCache:
         """Take the owner's slot away, and forget its keys and values."""
         if owner.slot >= 0:
             self.slot_owner[owner.slot] = None
+        owner.slot = -1
+        self.forget(owner)
+
+    def forget(self, owner):
+        """The owner's keys and values are out of date: they will be computed again."""
         self.set_aside.pop(owner, None)
-        owner.slot, owner.cached = -1, 0
+        owner.cached = 0
+
+    def clear_nan(self):
+        """Zeros for what is no number. A masked place has weight 0, but 0 times nan would still be nan."""
+        stop = self.written if self.keys.device.type == "cpu" else self.capacity          # untouched memory stays so
+        for cache in (self.keys, self.values):
+            cache[..., :stop, :].nan_to_num_(0.0, 0.0, 0.0)
 
     def lend(self, owner):
         """Free the owner's slot for another and set its keys and values aside, until `allocate` puts them back."""
@@ -740,6 +954,7 @@ class KVCache:
         `owner.cached` stays, for the other layers write at the same place.
         """
         stop = owner.cached + len(k)
+        self.written = max(self.written, stop)
         visible = []
         for cache, new in ((self.keys, k), (self.values, v)):
             slot = cache[layer, owner.slot]                                               # (J, capacity, D)
@@ -760,6 +975,97 @@ def zeros(shape, like):
     return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
 
+class SharedPrompts:
+    """Prompts that stand once in the cache, for all sequences which begin with them."""
+
+    def __init__(self, cache):
+        self.cache = cache
+        self.prefixes = {}        # prompt -> Prefix in the cache
+        self.pending = Counter()  # prompt -> open sequences that have not started their first turn
+
+    def attach(self, sequence):
+        """Let a first turn use the shared prompt, if there is one or others are about to start with the same."""
+        prompt = sequence.prompt
+        if prompt in self.prefixes and self.prefixes[prompt].generation != sequence.generation:
+            self.retire(self.prefixes[prompt])
+        if prompt not in self.prefixes and self.pending[prompt] > 1 and len(prompt) >= SHORTEST_SHARED:
+            prefix = Prefix(list(prompt), generation=sequence.generation)
+            if self.cache.allocate(prefix):
+                self.prefixes[prompt] = prefix
+        if prompt in self.prefixes:
+            sequence.prefix = self.prefixes[prompt]
+            sequence.prefix.users += 1
+        self.started(sequence)
+
+    def started(self, sequence):
+        """The sequence no longer counts among those that will want its prompt."""
+        prompt, sequence.prompt = sequence.prompt, None
+        self.pending[prompt] -= 1
+        if not self.pending[prompt]:
+            del self.pending[prompt]
+        if prompt in self.prefixes:
+            self.free_if_unused(self.prefixes[prompt])
+
+    def leave(self, sequence):
+        """The sequence no longer looks back to a shared prompt."""
+        prefix, sequence.prefix = sequence.prefix, None
+        if prefix:
+            prefix.users -= 1
+            self.free_if_unused(prefix)
+
+    def retire(self, prefix):
+        """Nobody starts with this prefix any more; who looks back to it keeps it."""
+        if self.is_offered(prefix):
+            del self.prefixes[tuple(prefix.tokens)]
+        self.free_if_unused(prefix)
+
+    def is_offered(self, prefix):
+        """Whether a sequence with this prompt would start with this prefix."""
+        return self.prefixes.get(tuple(prefix.tokens)) is prefix
+
+    def free_if_unused(self, prefix):
+        prompt, is_offered = tuple(prefix.tokens), self.is_offered(prefix)
+        if prefix.users == 0 and not (is_offered and prompt in self.pending):
+            self.cache.free(prefix)
+            if is_offered:
+                del self.prefixes[prompt]
+
+
+class WeightsCounter:
+    """How often a net's weights have changed, as far as PyTorch counts: in place, through a tensor or `detach`, but not
+    through `.data`, nor by an optimizer with fused=True."""
+
+    def __init__(self, net):
+        self.linears = [module for module in net.modules() if isinstance(module, Linear)]
+        self.others = [module for module in net.modules() if isinstance(module, (RMSNorm, nn.Embedding))]
+        self.generation = 0
+        self.places = self.changes = None  # where each weight lies, and how often it has changed
+
+    def look(self):
+        """Count `generation` on if anything has changed since the last look."""
+        weights = [module.weight for module in self.linears + self.others]
+        scales = []
+        for linear in self.linears:
+            if linear.lora_A:
+                weights += [*linear.lora_A.values(), *linear.lora_B.values()]
+                scales.append(linear.lora_scale)
+
+        before = self.places, self.changes
+        self.places = [weight.data_ptr() for weight in weights] + scales  # all that a CUDA graph fixes
+        self.changes = [0 if weight.is_inference() else weight._version for weight in weights]
+        self.generation += before != (self.places, self.changes)
+
+
+def check_sampling(max_new_tokens, temperature, top_p):
+    """Raise ValueError for settings with which no token could be sampled, or always the same."""
+    if not max_new_tokens >= 0:  # nan, too
+        raise ValueError(f"max_new_tokens {max_new_tokens}: must not be negative")
+    if temperature != 0 and not COLDEST <= temperature < math.inf:
+        raise ValueError(f"temperature {temperature}: 0 (greedy) or a number from {COLDEST} on")
+    if not 0 <= top_p <= 1:
+        raise ValueError(f"top_p {top_p}: must lie between 0 and 1")
+
+
 class Engine:
     """Samples many conversations at once, and keeps each one's cache across its turns.
 
@@ -772,8 +1078,14 @@ class Engine:
     At most `slots` sequences run at a time. Those that run hold the first slots of the cache: whoever ends a turn moves
     behind them, so a step works on views, never on copies. A sequence that waits for a tool keeps its slot until
     another one needs it; then its keys and values are set aside, not computed again. So more conversations may be open
-    than there are slots. Weights are read live (adapters, too): after an update, sequences that are still open hold the
-    old weights' keys and values.
+    than there are slots.
+
+    Weights are read live (adapters, too). What older weights computed is computed again at the start of the next turn;
+    only a turn in the middle of which the weights change goes on over the keys and values that it has. An optimizer
+    with fused=True changes weights without PyTorch counting it: make a new engine then.
+
+    Ids are checked where they come in, once. Where logits are not numbers, `poll` and `step` raise ValueError: those
+    conversations have ended (finish "error"), all others go on at the next call.
     """
 
     def __init__(self, net, slots=64, capacity=1024):
@@ -782,35 +1094,51 @@ class Engine:
         self.capacity = capacity          # tokens of a conversation, at most
         self.device = net.embed.weight.device
         self.cache = KVCache(net, slots, capacity)
+        self.prompts = SharedPrompts(self.cache)
+        self.weights = WeightsCounter(net)
         self.batch = DecodeBatch(net, self.cache)
         self.batch_changed = False        # its inputs must be written anew
 
         self.waiting = deque()            # sequences with a turn to start, in order of submission
         self.running = []                 # sequences that decode
-        self.prefixes = {}                # prompt -> Prefix in the cache
-        self.pending_prompts = Counter()  # prompt -> open sequences that have not started their first turn
+        self.ended = []                   # sequences whose turn has ended, for `step` to return
         self.wave_tokens = 1024 if self.device.type == "cpu" else 8192  # of a prefill pass; few stay in a CPU's cache
         self.stats = Counter()            # tokens prefilled, decoded; steps
 
     def open(self, prompt, seed=0):
         """A new conversation. Its random numbers depend on `seed` and the position alone."""
-        if not prompt or min(prompt) < 0 or max(prompt) >= self.net.config.vocab_size:
-            raise ValueError(f"prompt must hold 1 or more token ids below {self.net.config.vocab_size}")
-        sequence = Sequence(list(prompt), prompt=tuple(prompt), stream=stream(seed))
-        self.pending_prompts[sequence.prompt] += 1
+        prompt = token_list(prompt, self.net.config.vocab_size, "a prompt")
+        if not prompt:
+            raise ValueError("a prompt must hold 1 token id or more")
+        sequence = Sequence(prompt, prompt=tuple(prompt), stream=stream(seed))
+        self.prompts.pending[sequence.prompt] += 1
         return sequence
 
     def extend(self, sequence, ids):
-        sequence.tokens += ids
+        """Append ids (an observation) between two turns."""
+        self.check_between_turns(sequence)
+        sequence.tokens += token_list(ids, self.net.config.vocab_size, "an observation")
 
     def submit(self, sequence, max_new_tokens, temperature=0.7, top_p=0.95, stop_ids=()):
-        """Queue one turn. It ends with a stop id (kept), after max_new_tokens, or where the capacity ends."""
+        """Queue one turn. It ends with a stop id (kept), after max_new_tokens, or where the capacity ends.
+
+        temperature 0 takes the likeliest token each time. ValueError for settings that cannot be sampled with.
+        """
+        self.check_between_turns(sequence)
+        check_sampling(max_new_tokens, temperature, top_p)
+        stop_ids = token_list(stop_ids, self.net.config.vocab_size, "stop ids")
+
         sequence.max_length = min(len(sequence.tokens) + max_new_tokens, self.capacity)
         sequence.temperature = temperature
         sequence.top_p = top_p
         sequence.stop_ids = frozenset(stop_ids)
         sequence.finish = ""
         self.waiting.append(sequence)
+
+    def check_between_turns(self, sequence):
+        """Raise ValueError while a turn of the sequence waits or runs: more tokens or a second turn would be lost."""
+        if sequence in self.running or sequence in self.waiting:
+            raise ValueError("the sequence's turn has not ended yet")
 
     def close(self, sequence):
         """Give the slot back. Closing twice, or while the turn runs, is allowed."""
@@ -820,50 +1148,61 @@ class Engine:
         if sequence in self.waiting:
             self.waiting.remove(sequence)
         if sequence.prompt is not None:
-            self.prompt_started(sequence)
+            self.prompts.started(sequence)
         self.cache.free(sequence)
-        if sequence.prefix:
-            prefix, sequence.prefix = sequence.prefix, None
-            prefix.users -= 1
-            self.free_if_unused(prefix)
+        self.prompts.leave(sequence)
 
     def poll(self):
         """Work until a turn ends; returns the sequences whose turn has ended ([]: nothing was submitted)."""
         ended = []
-        while not ended and (self.waiting or self.running):
+        while not ended and (self.waiting or self.running or self.ended):
             ended = self.step()
         return ended
 
     @torch.inference_mode()
     def step(self):
         """Start queued turns, then decode one token of each running sequence; returns those whose turn has ended."""
-        admitted, ended = self.schedule()
+        admitted = self.schedule()
         if admitted:
-            ended += self.append_tokens(admitted, *self.prefill(admitted))
-        if self.running and not ended:
-            ended = self.append_tokens(self.running, *self.decode())
+            self.append_tokens(admitted, *self.prefill(admitted))
+        if self.running and not self.ended:
+            self.append_tokens(self.running, *self.decode())
+        ended, self.ended = self.ended, []
         return ended
 
     # -- schedule: who runs, and in which slot
 
     def schedule(self):
-        """Admit queued turns, in order, while slots last -> (admitted, those without room for a single token)."""
-        admitted, ended = [], []
+        """Admit queued turns, in order, while slots last. What has no room for a single token has ended."""
+        admitted = []
+        if self.waiting:
+            self.notice_new_weights()
         while self.waiting:
             sequence = self.waiting[0]
             if len(sequence.tokens) >= sequence.max_length:  # the context is full: the turn ends without a token
                 sequence.finish = "length"
-                ended.append(self.waiting.popleft())
+                self.ended.append(self.waiting.popleft())
                 continue
+            if sequence.generation != self.weights.generation:  # computed by older weights: again, the prompt, too
+                self.cache.forget(sequence)
+                self.prompts.leave(sequence)
+                sequence.generation = self.weights.generation
             if sequence.slot < 0 and not self.find_slot(sequence):
                 break
             if sequence.prompt is not None:
-                self.attach_prefix(sequence)
+                self.prompts.attach(sequence)
             self.waiting.popleft()
             self.running.append(sequence)
             self.batch_changed = True
             admitted.append(sequence)
-        return admitted, ended
+        return admitted
+
+    def notice_new_weights(self):
+        """See whether the weights have changed; a CUDA graph survives that unless they lie elsewhere now."""
+        places = self.weights.places
+        self.weights.look()
+        if self.weights.places != places:
+            self.batch.graphs.clear()
 
     def find_slot(self, sequence):
         """Whether there is a slot: a free one, or that of a conversation which does not run and lends it."""
@@ -878,33 +1217,6 @@ class Engine:
         lender = max(idle, key=lambda owner: position.get(owner, math.inf))
         self.cache.lend(lender)
         return self.cache.allocate(sequence)
-
-    def attach_prefix(self, sequence):
-        """Let a first turn use the shared prompt, if there is one or others are about to start with the same."""
-        prompt = sequence.prompt
-        if prompt not in self.prefixes and self.pending_prompts[prompt] > 1 and len(prompt) >= SHORTEST_SHARED:
-            prefix = Prefix(list(prompt))
-            if self.cache.allocate(prefix):
-                self.prefixes[prompt] = prefix
-        if prompt in self.prefixes:
-            sequence.prefix = self.prefixes[prompt]
-            sequence.prefix.users += 1
-        self.prompt_started(sequence)
-
-    def prompt_started(self, sequence):
-        """The sequence no longer counts among those that will want its prompt."""
-        prompt, sequence.prompt = sequence.prompt, None
-        self.pending_prompts[prompt] -= 1
-        if not self.pending_prompts[prompt]:
-            del self.pending_prompts[prompt]
-        if prompt in self.prefixes:
-            self.free_if_unused(self.prefixes[prompt])
-
-    def free_if_unused(self, prefix):
-        prompt = tuple(prefix.tokens)
-        if prefix.users == 0 and prompt not in self.pending_prompts:
-            self.cache.free(prefix)
-            del self.prefixes[prompt]
 
     # -- prefill: keys and values of prompts and observations
 
@@ -952,7 +1264,7 @@ class Engine:
 
         n, slot = 0, -1
         for other in self.cache.slot_owner:
-            if other and other.cached and not other.prefix:
+            if other and other.cached and not other.prefix and other.generation == self.weights.generation:
                 n, slot = max((n, slot), (min(in_common(other), other.cached), other.slot))
         ahead = max([in_common(other) for other in wave if not other.prefix], default=0)
         if ahead >= n + SHORTEST_SHARED:
@@ -994,6 +1306,7 @@ class Engine:
         if self.batch_changed:
             self.rebuild_batch()
         longest = max(s.cached for s in self.running) + 1
+        self.cache.written = max(self.cache.written, longest)
         tokens, logp = self.batch.step(len(self.running), longest)
 
         for s in self.running:
@@ -1003,9 +1316,18 @@ class Engine:
         return tokens.tolist(), logp.tolist()
 
     def append_tokens(self, sequences, tokens, logps):
-        """Append one token to each sequence; take those whose turn ends out of the batch, and return them."""
+        """Append one token to each sequence, and take those whose turn ends out of the batch.
+
+        ValueError if there was none to sample for some, their logits being nan or inf; they are closed.
+        """
+        rows = list(zip(sequences, tokens, logps))
+        failed = []
+        if not math.isfinite(sum(logps)):  # one look at a step's numbers
+            failed = [s for s, _, logp in rows if not math.isfinite(logp)]
+            rows = [row for row in rows if row[0] not in failed]
+
         ended = []
-        for s, token, logp in zip(sequences, tokens, logps):
+        for s, token, logp in rows:
             s.tokens.append(token)
             s.logprobs.append(logp)
             if token in s.stop_ids or len(s.tokens) >= s.max_length:
@@ -1014,7 +1336,20 @@ class Engine:
         if ended:
             self.running = [s for s in self.running if not s.finish]
             self.batch_changed = True
-        return ended
+        self.ended += ended
+        if failed:
+            self.fail(failed)
+
+    def fail(self, sequences):
+        """Close sequences whose logits were not numbers, with what they have left in the cache; always raises."""
+        for s in sequences:
+            if s.prefix:
+                self.prompts.retire(s.prefix)
+            self.close(s)
+            s.finish = "error"
+        self.cache.clear_nan()
+        raise ValueError(f"logits that are not numbers ended {len(sequences)} conversations: "
+                         f"the network's weights hold nan or inf, or overflow in {self.cache.keys.dtype}")
 
     def rebuild_batch(self):
         """After the batch has changed: what runs moves to the first slots, and the step's inputs are written anew."""
@@ -1143,7 +1478,8 @@ def attend_with_lse(q, k, v, bias):
     Two parts of one softmax merge exactly: out = out_1 + sigmoid(lse_2 - lse_1) (out_2 - out_1).
     """
     if q.device.type == "cpu":  # the fused kernel of scaled_dot_product_attention, which also knows the log-sum-exp
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
+        with products("mkl"):
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
     scores = (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).float() + bias                 # (B, J, R, L)
     lse = scores.logsumexp(-1)
     return (scores - lse[..., None]).exp().to(v.dtype) @ v, lse
@@ -1234,6 +1570,7 @@ def generate(net, prompts, max_new_tokens, temperature=0.7, top_p=0.95,
 
     Equal prompts are computed and attended once, equal beginnings computed once; at most `slots` sequences run.
     """
+    prompts = list(prompts)
     if not prompts:
         return []
     capacity = max(map(len, prompts)) + max_new_tokens
@@ -1266,7 +1603,7 @@ class FileTensor(NamedTuple):
 
     @property
     def data(self):
-        return self.parameter.data[self.start:self.stop]
+        return self.parameter.detach()[self.start:self.stop]  # unlike .data, it counts, see WeightsCounter
 
     def merged_weight(self):
         """The tensor as a file holds it: with its adapter merged."""
@@ -1297,39 +1634,106 @@ def file_tensors(net):
         yield FileTensor("lm_head.weight", net.head.weight, 0, net.config.vocab_size, net.head)
 
 
+# What config.json may say of these fields; anything else changes the computation in a way that is not built here.
+PLAIN_FIELDS = {
+    "attention_bias": (False, None),
+    "hidden_act": ("silu",),
+    "use_sliding_window": (False, None),
+    "partial_rotary_factor": (None, 1),
+    "quantization_config": (None,),
+    "compression_config": (None,),
+}
+ROPE_FIELDS = {"rope_type", "type", "rope_theta", "mrope_section", "mrope_interleaved"}  # mrope: text turns as usual
+
+
 def read_config(path):
-    """config.json of qwen3, or the text part of qwen3_vl -> Config."""
+    """config.json of qwen3, or the text part of qwen3_vl -> Config. ValueError names the file and the field at fault.
+
+    What would change the computation and is not built here is refused, never ignored; what is missing is not guessed.
+    """
     raw = read_json(path)
     kind = raw.get("model_type")
-    text = raw.get("text_config", {}) if kind == "qwen3_vl" else raw
     if kind not in ("qwen3", "qwen3_vl", "qwen3_vl_text"):
-        raise ValueError(f"{path}: architecture {kind!r}, expected qwen3 or qwen3_vl")
+        raise ValueError(f"{path}: model_type {shown(kind)}, expected qwen3 or qwen3_vl")
+    text = raw.get("text_config") if kind == "qwen3_vl" else raw
+    if not isinstance(text, dict):
+        raise ValueError(f"{path}: text_config {shown(text)}, expected an object")
 
-    rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
-    if rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"):
-        raise ValueError(f"{path}: rotary scaling {rope.get('rope_type')!r} is not supported")
-    if text.get("attention_bias") or text.get("use_sliding_window") or text.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"{path}: attention bias, sliding window and other activations than silu are not supported")
+    for section in (raw, text):
+        check_plain(section, path)
+    bases = rope_bases(text, path)
+    if len(set(bases)) != 1:
+        found = f"contradictory values of rope_theta, {bases}" if bases else "no field rope_theta"
+        raise ValueError(f"{path}: {found}")
 
-    try:
-        heads, hidden_size = text["num_attention_heads"], text["hidden_size"]
-        return Config(
-            vocab_size=text["vocab_size"],
-            hidden_size=hidden_size,
-            layers=text["num_hidden_layers"],
-            heads=heads,
-            kv_heads=text["num_key_value_heads"],
-            head_dim=text.get("head_dim") or hidden_size // heads,
-            mlp_size=text["intermediate_size"],
-            rope_theta=float(rope.get("rope_theta") or text.get("rope_theta") or 1e6),
-            norm_eps=text["rms_norm_eps"],
-            tie_embeddings=bool(raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
-            max_positions=text.get("max_position_embeddings", 32768),
-        )
-    except KeyError as error:
-        raise ValueError(f"{path}: no field {error}") from None
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
+    def size(name):
+        return config_number(text, name, int, path)
+
+    heads, kv_heads, head_dim = size("num_attention_heads"), size("num_key_value_heads"), size("head_dim")
+    if heads % kv_heads or head_dim % 2 or heads * head_dim >= 2**24:
+        raise ValueError(f"{path}: num_attention_heads {heads}, num_key_value_heads {kv_heads}, head_dim {head_dim}: "
+                         "heads must be a multiple of kv_heads, head_dim even")
+    tie = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+    if not isinstance(tie, bool):
+        raise ValueError(f"{path}: tie_word_embeddings {shown(tie)}, expected true or false")
+
+    return Config(
+        vocab_size=size("vocab_size"),
+        hidden_size=size("hidden_size"),
+        layers=size("num_hidden_layers"),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        mlp_size=size("intermediate_size"),
+        rope_theta=bases[0],
+        norm_eps=config_number(text, "rms_norm_eps", float, path),
+        tie_embeddings=tie,
+        max_positions=size("max_position_embeddings") if "max_position_embeddings" in text else Config.max_positions,
+    )
+
+
+def shown(value):
+    """A value of a JSON file for a message: one short line."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:60] + "..."
+
+
+def config_number(section, name, kind, path):
+    """A positive number of a configuration, kind int or float. ValueError where it is missing or anything else."""
+    if name not in section:
+        raise ValueError(f"{path}: no field {name}")
+    value = section[name]
+    is_number = type(value) is int or kind is float and type(value) is float
+    if not is_number or not 0 < value < (2**24 if kind is int else 1e30):
+        raise ValueError(f"{path}: {name} {shown(value)}, expected a positive {'whole ' * (kind is int)}number")
+    return kind(value)
+
+
+def check_plain(section, path):
+    """Raise ValueError where a part of the configuration asks for more than a plain qwen3 decoder in plain numbers."""
+    for name, allowed in PLAIN_FIELDS.items():
+        value = section.get(name, allowed[0])
+        if value not in allowed:
+            raise ValueError(f"{path}: {name} {shown(value)} is not supported")
+    layer_types = section.get("layer_types") or []
+    if not isinstance(layer_types, list) or layer_types.count("full_attention") < len(layer_types):
+        raise ValueError(f"{path}: layer_types {shown(layer_types)}: only full attention is supported")
+
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = section.get(name)
+        if rope is None:
+            continue
+        if not isinstance(rope, dict):
+            raise ValueError(f"{path}: {name} {shown(rope)}, expected an object")
+        kinds = [rope[key] for key in ("rope_type", "type") if key in rope]
+        if set(rope) - ROPE_FIELDS or any(kind not in ("default", "mrope") for kind in kinds):
+            raise ValueError(f"{path}: {name} {shown(rope)}: scaled rotary positions are not supported")
+
+
+def rope_bases(text, path):
+    """[every rope_theta that the configuration states], in whichever place a version of transformers keeps it."""
+    places = [text, text.get("rope_parameters") or {}, text.get("rope_scaling") or {}]
+    return [config_number(place, "rope_theta", float, path) for place in places if "rope_theta" in place]
 
 
 def hf_config(c, dtype, tokenizer=None):
@@ -1374,13 +1778,15 @@ def open_tensors(path):
 def tensor_files(path):
     """{tensor name: file} of a checkpoint folder, single or sharded."""
     index = os.path.join(path, "model.safetensors.index.json")
-    if os.path.exists(index):
-        weight_map = read_json(index).get("weight_map", {})
-        return {
-            name: os.path.join(path, os.path.basename(file))  # a file of this folder, whatever the index says
-            for name, file in weight_map.items()
-        }
     single = os.path.join(path, "model.safetensors")
+    if os.path.exists(index):
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise ValueError(f"{index}: weight_map must be an object of file names")
+        names = {name: os.path.basename(file) for name, file in weight_map.items()}  # in this folder, whatever it says
+        if os.path.exists(single) and os.path.basename(single) not in names.values():
+            raise ValueError(f"{index}: names other files than {single}: two checkpoints in one folder")
+        return {name: os.path.join(path, file) for name, file in names.items()}
     with open_tensors(single) as file:
         return dict.fromkeys(file.keys(), single)
 
@@ -1397,22 +1803,77 @@ def in_file(name, files):
 def load(path, device="cpu", dtype=torch.float32):
     """Folder of a qwen3 or qwen3_vl checkpoint -> (net, tokenizer); the tokenizer is None if the folder has none.
 
-    Tensors go one by one from the mapped file to their place: nothing is held twice. ValueError names a file at fault.
+    Tensors go one by one from the mapped file to their place: nothing is held twice. ValueError names a file at fault,
+    before memory is taken: a foreign architecture, a quantized tensor or one without a place in the net.
     """
+    if os.path.exists(adapter := os.path.join(path, "adapter_config.json")):
+        raise ValueError(f"{adapter}: an adapter, not a whole model; load_adapter gives it to the model it belongs to")
     config = read_config(os.path.join(path, "config.json"))
     files = tensor_files(path)
-    if "embed_tokens.weight" in files:  # a bare trunk (an embedding model) has no output layer
-        config.tie_embeddings = True
+    if config.layers > len(files):
+        raise ValueError(f"{path}: the checkpoint has no tensor of model.layers.{config.layers - 1}")
+    config.tie_embeddings = has_tied_output(config, files)
     with torch.device("meta"):  # without memory: nothing is initialised that the file overwrites
         net = Qwen3(config)
-    net = net.to(dtype).to_empty(device=device)
+    check_tensors(path, net, files)
 
+    net = net.to(dtype).to_empty(device=device)
     for tensor in file_tensors(net):
         name = in_file(tensor.name, files)
-        if name not in files:
-            raise ValueError(f"{path}: the checkpoint has no tensor {name}")
         read_tensor(files[name], name, tensor.data)
-    return net, load_tokenizer(path)
+    return net, load_tokenizer(path, config.vocab_size)
+
+
+def has_tied_output(config, files):
+    """Whether the output layer is the embedding. An output layer of its own in the files counts, whatever the
+    configuration says (as in transformers); a bare trunk (an embedding model) has none."""
+    head, embedding = "lm_head.weight", in_file("model.embed_tokens.weight", files)
+    if head not in files or embedding not in files:
+        return config.tie_embeddings or "embed_tokens.weight" in files
+    return config.tie_embeddings and same_values(files[head], head, files[embedding], embedding)
+
+
+def same_values(path, name, other_path, other_name, rows=4096):
+    """Whether two tensors of files are equal, compared some rows at a time."""
+    with open_tensors(path) as file, open_tensors(other_path) as other_file:
+        try:
+            a, b = file.get_slice(name), other_file.get_slice(other_name)
+            if a.get_shape() != b.get_shape() or not a.get_shape():
+                return False
+            slices = [slice(start, start + rows) for start in range(0, a.get_shape()[0], rows)]
+            return all(torch.equal(a[part].float(), b[part].float()) for part in slices)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def check_tensors(path, net, files):
+    """Raise ValueError unless the files hold the net's tensors, as plain numbers of its shapes, and beside them nothing
+    but a vision tower and a copy of the embedding: a bias, a scale or a further layer would be left out in silence."""
+    ours = {in_file(tensor.name, files): tensor for tensor in file_tensors(net)}
+    if missing := [name for name in ours if name not in files]:
+        raise ValueError(f"{path}: the checkpoint has no tensor {missing[0]}")
+    for name in files:
+        if name not in ours and name != "lm_head.weight" and not name.startswith(("model.visual.", "visual.")):
+            raise ValueError(f"{files[name]}: {name} has no place in a qwen3 network of {net.config.layers} layers "
+                             "(quantized, or another architecture)")
+
+    for file in sorted({files[name] for name in ours}):
+        with open_tensors(file) as tensors:
+            for name in ours:
+                if files[name] == file:
+                    check_tensor(file, tensors, name, ours[name].data.shape)
+
+
+def check_tensor(path, file, name, shape):
+    """Raise ValueError unless a tensor of an open file has this shape and holds plain floating-point numbers."""
+    try:
+        tensor = file.get_slice(name)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if tensor.get_dtype() not in ("F32", "F16", "BF16", "F64"):
+        raise ValueError(f"{path}: {name} is {tensor.get_dtype()}: quantized weights are not supported")
+    if tensor.get_shape() != list(shape):
+        raise ValueError(f"{path}: {name} is {tuple(tensor.get_shape())}, expected {tuple(shape)}")
 
 
 def read_tensor(path, name, target, piece=2**21):
@@ -1420,16 +1881,11 @@ def read_tensor(path, name, target, piece=2**21):
     rows = max(1, piece * len(target) // target.numel())
     for start in range(0, len(target), rows):
         with open_tensors(path) as file:
-            try:
-                tensor = file.get_slice(name)
-                if tensor.get_shape() != list(target.shape):
-                    raise ValueError(f"{path}: {name} is {tuple(tensor.get_shape())}, expected {tuple(target.shape)}")
-                target[start:start + rows].copy_(tensor[start:start + rows])
-            except SafetensorError as error:
-                raise ValueError(f"{path}: {error}") from None
+            target[start:start + rows].copy_(file.get_slice(name)[start:start + rows])
 
 
-def load_tokenizer(path):
+def load_tokenizer(path, vocab_size):
+    """The folder's Tokenizer, or None. ValueError if it has ids that a network of this vocabulary does not."""
     file, config = os.path.join(path, "tokenizer.json"), os.path.join(path, "tokenizer_config.json")
     if not os.path.exists(file):
         return None
@@ -1437,43 +1893,93 @@ def load_tokenizer(path):
         fast = FastTokenizer.from_file(file)
     except Exception as error:  # the tokenizers package raises nothing narrower
         raise ValueError(f"{file}: not a tokenizer ({error})") from None
-    return Tokenizer(fast, read_json(config) if os.path.exists(config) else None)
+    try:
+        tokenizer = Tokenizer(fast, read_json(config) if os.path.exists(config) else None)
+        check_vocabulary(tokenizer, vocab_size)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    return tokenizer
+
+
+def check_vocabulary(tokenizer, vocab_size):
+    """Raise ValueError if the tokenizer has ids that the network has no embedding for; the opposite is padding."""
+    if tokenizer.size > vocab_size:
+        raise ValueError(f"the tokenizer has ids up to {tokenizer.size - 1}, the network's vocab_size is {vocab_size}")
 
 
 @torch.no_grad()
 def save(path, net, tokenizer=None, shard_bytes=5 * 2**30):
-    """Write a Hugging Face folder of the plain qwen3 layout. Low-rank adapters are merged into what is written."""
-    os.makedirs(path, exist_ok=True)
-    shards, size = [{}], 0  # files of at most shard_bytes, or of one tensor
+    """Write a Hugging Face folder of the plain qwen3 layout, in place of the checkpoint that the folder may hold.
+
+    Low-rank adapters are merged into what is written. ValueError if the tokenizer has ids that the net does not.
+    """
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, net.config.vocab_size)
+    with replaced_checkpoint(path) as folder:
+        save_weights(folder, net, shard_bytes)
+        write_json(os.path.join(folder, "config.json"), hf_config(net.config, net.embed.weight.dtype, tokenizer))
+        if tokenizer is not None:
+            save_tokenizer(folder, tokenizer)
+
+
+def save_weights(path, net, shard_bytes):
+    """model.safetensors, or several files of at most shard_bytes (or of one tensor) and their index."""
+    shards, size = [{}], 0
     for tensor in file_tensors(net):
         if size + tensor.data.nbytes > shard_bytes and shards[-1]:
             shards.append({})
             size = 0
         shards[-1][tensor.name] = tensor.merged_weight().contiguous()
         size += tensor.data.nbytes
+    if len(shards) == 1:
+        write_tensors(os.path.join(path, "model.safetensors"), shards[0])
+        return
 
-    names = ["model.safetensors"]
-    if len(shards) > 1:
-        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for name, tensors in zip(names, shards):
         write_tensors(os.path.join(path, name), tensors)
-    write_index(path, names, shards)
-
-    config = hf_config(net.config, net.embed.weight.dtype, tokenizer)
-    write_json(os.path.join(path, "config.json"), config)
-    if tokenizer is not None:
-        save_tokenizer(path, tokenizer)
+    weight_map = {key: name for name, tensors in zip(names, shards) for key in tensors}
+    total = sum(tensor.nbytes for tensors in shards for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_json(os.path.join(path, "model.safetensors.index.json"), index)
 
 
-def write_index(path, names, shards):
-    """Which file holds which tensor, where there are several; a single one has no index."""
-    index = os.path.join(path, "model.safetensors.index.json")
-    if len(shards) > 1:
-        weight_map = {key: name for name, tensors in zip(names, shards) for key in tensors}
-        total = sum(tensor.nbytes for tensors in shards for tensor in tensors.values())
-        write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    elif os.path.exists(index):  # of what was saved here before
-        os.remove(index)
+# The files of a checkpoint, as anybody writes them: weights, configuration, and all that a tokenizer is read from.
+CHECKPOINT_FILE = re.compile(
+    r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|(generation_)?config\.json"
+    r"|tokenizer(_config)?\.json|(special_tokens_map|added_tokens|vocab|chat_template)\.json|merges\.txt"
+    r"|tokenizer\.model|chat_template\.jinja")
+
+
+@contextmanager
+def replaced_checkpoint(path):
+    """Gives a folder to write a checkpoint into, and then puts its files in the place of the checkpoint in `path`.
+
+    Old and new files never stand together as one model: until all is written, the old checkpoint is as it was; then
+    config.json goes first and comes last, for without it no program loads a folder. Where one file changes (the same
+    network after more training), it is replaced in one go. What is no part of a checkpoint stays.
+    """
+    staging = os.path.join(path, "unfinished-checkpoint")
+    shutil.rmtree(staging, ignore_errors=True)
+    os.makedirs(staging)
+    try:
+        yield staging
+        new = sorted(os.listdir(staging), key=lambda name: name == "config.json")
+        for name in new:
+            flush(os.path.join(staging, name))
+        old = [name for name in os.listdir(path) if CHECKPOINT_FILE.fullmatch(name)]
+        _, changed, added = filecmp.cmpfiles(staging, path, new, shallow=False)
+        gone = set(old) - set(new)
+
+        if len(changed) + len(added) + len(gone) > 1:
+            gone |= set(old) & {"config.json"}
+        for name in sorted(gone, key=lambda name: name != "config.json"):
+            os.remove(os.path.join(path, name))
+        for name in new:
+            os.replace(os.path.join(staging, name), os.path.join(path, name))
+        flush(path)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def save_tokenizer(path, tokenizer):
@@ -1498,20 +2004,39 @@ def save_tokenizer(path, tokenizer):
     })
 
 
-def export(net, base, path):
-    """Write the folder `base`, a qwen3_vl checkpoint, to `path`, net's weights as its text part; the rest is copied."""
-    files = tensor_files(base)
-    ours = {in_file(tensor.name, files): tensor for tensor in file_tensors(net)}
-    if missing := sorted(set(ours) - set(files)):
-        raise ValueError(f"{base}: the checkpoint has no tensor {missing[0]}")
+@torch.no_grad()
+def export(net, base, path, tokenizer=None):
+    """Write the folder `base`, a qwen3_vl checkpoint, to `path`, net's weights as its text part; the rest is copied.
 
-    os.makedirs(path, exist_ok=True)
-    for name in sorted(os.listdir(base)):
-        source, target = os.path.join(base, name), os.path.join(path, name)
-        if source in files.values():
-            write_tensors(target, with_our_weights(source, ours))
-        elif os.path.isfile(source):
-            replace_file(target, lambda temporary: shutil.copyfile(source, temporary))
+    ValueError unless base is the same network with the same words, in plain numbers: sizes, rotation, norms, and the
+    vocabulary of the net's `tokenizer`, which the copied one replaces.
+    """
+    files = tensor_files(base)
+    check_same_network(net.config, read_config(os.path.join(base, "config.json")), base)
+    check_tensors(base, net, files)
+    theirs = load_tokenizer(base, net.config.vocab_size)
+    if tokenizer and theirs and tokenizer.fast.get_vocab() != theirs.fast.get_vocab():
+        raise ValueError(f"{base}/tokenizer.json: other tokens than the policy's, so its ids mean other words")
+
+    ours = {in_file(tensor.name, files): tensor for tensor in file_tensors(net)}
+    if net.head is None and "lm_head.weight" in files:  # base has a copy of the embedding, or an output of its own
+        ours["lm_head.weight"] = next(file_tensors(net))
+    with replaced_checkpoint(path) as folder:
+        for name in sorted(os.listdir(base)):
+            source, target = os.path.join(base, name), os.path.join(folder, name)
+            if source in files.values():
+                write_tensors(target, with_our_weights(source, ours))
+            elif os.path.isfile(source):
+                shutil.copyfile(source, target)
+
+
+def check_same_network(ours, theirs, base):
+    """Raise ValueError where two Configs compute something else from the same tensors."""
+    for name, value in vars(ours).items():
+        if name not in ("tie_embeddings", "max_positions") and getattr(theirs, name) != value:
+            raise ValueError(f"{base}/config.json: {name} is {getattr(theirs, name)}, the policy's is {value}")
+    if theirs.tie_embeddings and not ours.tie_embeddings:
+        raise ValueError(f"{base}/config.json: tie_word_embeddings is true, but the policy has an output layer")
 
 
 def with_our_weights(source, ours):
@@ -1519,10 +2044,7 @@ def with_our_weights(source, ours):
     with open_tensors(source) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     for name in tensors.keys() & ours.keys():
-        weight = ours[name].merged_weight()
-        if weight.shape != tensors[name].shape:
-            raise ValueError(f"{source}: {name} is {tuple(tensors[name].shape)}, ours is {tuple(weight.shape)}")
-        tensors[name] = weight.to("cpu", tensors[name].dtype).contiguous()
+        tensors[name] = ours[name].merged_weight().to("cpu", tensors[name].dtype).contiguous()
     return tensors
 
 
@@ -1615,17 +2137,24 @@ def add_lora(net, rank=16, alpha=32, targets=TARGETS):
 
     Adapters that the net has are replaced; ``merge_lora`` keeps what they have learned. Before sharding, not after.
     """
-    if rank < 1 or not targets or set(targets) - set(TARGETS):
-        raise ValueError(f"lora: rank {rank}, targets {list(targets)}: expected rank > 0, targets of {list(TARGETS)}")
+    if type(rank) is not int or rank < 1 or not 0 < abs(alpha) < math.inf:
+        raise ValueError(f"lora: rank {rank}, alpha {alpha}: expected a whole number above 0, and a number but 0")
+    if isinstance(targets, str) or not targets or set(targets) - set(TARGETS):
+        raise ValueError(f"lora: targets {targets}: expected some of {list(TARGETS)}")
     remove_lora(net)
     net.requires_grad_(False)
     for linear, _, key, rows in projections(net):
         if key in targets:
-            a = torch.empty(rank, linear.in_features, device=linear.weight.device)
-            b = torch.zeros(rows, rank, device=linear.weight.device)
-            linear.lora_scale = alpha / rank
-            linear.lora_A[key] = nn.Parameter(nn.init.kaiming_uniform_(a, 5**0.5))
-            linear.lora_B[key] = nn.Parameter(b)
+            add_adapter(linear, key, rows, rank, alpha / rank)
+
+
+def add_adapter(linear, key, rows, rank, scale):
+    """A pair A, B for one projection: A random, B 0."""
+    a = torch.empty(rank, linear.in_features, device=linear.weight.device)
+    b = torch.zeros(rows, rank, device=linear.weight.device)
+    linear.lora_scale = scale
+    linear.lora_A[key] = nn.Parameter(nn.init.kaiming_uniform_(a, 5**0.5))
+    linear.lora_B[key] = nn.Parameter(b)
 
 
 def remove_lora(net):
@@ -1666,6 +2195,10 @@ def save_adapter(path, net, base=""):
     if not adapters:
         raise ValueError("save_adapter: the net has no adapters")
     os.makedirs(path, exist_ok=True)
+    config_file = os.path.join(path, "adapter_config.json")
+    if os.path.exists(config_file):  # it comes back last: new tensors are never read with an older scale
+        os.remove(config_file)
+
     tensors = {}
     for linear, name, key in adapters:
         tensors[f"base_model.model.{name}.lora_A.weight"] = linear.lora_A[key].data.contiguous()
@@ -1674,7 +2207,7 @@ def save_adapter(path, net, base=""):
 
     linear, _, key = adapters[0]
     rank = len(linear.lora_A[key])
-    write_json(os.path.join(path, "adapter_config.json"), {
+    write_json(config_file, {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
@@ -1687,28 +2220,105 @@ def save_adapter(path, net, base=""):
     })
 
 
+# What adapter_config.json may say without changing what plain LoRA computes. Of all other fields only "nothing" passes.
+READ_FIELDS = {"peft_type", "r", "lora_alpha", "use_rslora", "bias", "init_lora_weights",
+               "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+HARMLESS_FIELDS = {"task_type", "base_model_name_or_path", "revision", "peft_version", "auto_mapping", "inference_mode",
+                   "lora_dropout", "megatron_core", "runtime_config", "qalora_group_size"}
+BASE_UNTOUCHED = (True, False, None, "gaussian", "eva", "orthogonal")  # others (pissa, olora) change the base, too
+
+
 @torch.no_grad()
 def load_adapter(path, net):
-    """Give `net` the adapters of a PEFT folder (plain LoRA on the text projections)."""
-    config = read_json(os.path.join(path, "adapter_config.json"))
-    variants = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
-    unsupported = [key for key in variants if config.get(key)]
-    if config.get("peft_type") != "LORA" or unsupported or config.get("bias", "none") != "none":
-        raise ValueError(f"{path}/adapter_config.json: only plain LoRA is supported {unsupported or ''}")
-    targets = config["target_modules"]
-    if isinstance(targets, str):
-        targets = (targets,)
-    add_lora(net, config["r"], config["lora_alpha"], targets)
+    """Give `net` the adapters of a PEFT folder: plain LoRA, or with rslora's scale, on projections of the text blocks.
 
-    path = os.path.join(path, "adapter_model.safetensors")
+    ValueError for every variant that computes something else, and where file and configuration do not agree on which
+    projections are adapted; the net is then as it was. Adapters that the net has are replaced.
+    """
+    config_file = os.path.join(path, "adapter_config.json")
+    config = read_json(config_file)
+    check_plain_lora(config, config_file)
+    rank = config_number(config, "r", int, config_file)
+    alpha = config_number(config, "lora_alpha", float, config_file)
+    targets = {name for _, name, _, _ in projections(net) if is_target(name, config, config_file)}
+    if not targets:
+        raise ValueError(f"{config_file}: target_modules {shown(config['target_modules'])}: none is in the net")
+    tensors = read_adapter(os.path.join(path, "adapter_model.safetensors"), net, targets, rank)
+
+    remove_lora(net)
+    net.requires_grad_(False)
+    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    for linear, name, key, rows in projections(net):
+        if name in targets:
+            add_adapter(linear, key, rows, rank, scale)
+            linear.lora_A[key].copy_(tensors[name, "A"])
+            linear.lora_B[key].copy_(tensors[name, "B"])
+
+
+def check_plain_lora(config, path):
+    """Raise ValueError where an adapter's configuration asks for more than B A, times a scale, added to the weights."""
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: peft_type {shown(config.get('peft_type'))}, expected LORA")
+    for name, value in config.items():
+        says_nothing = value is None or value is False or value in ("", [], {})
+        if name not in READ_FIELDS | HARMLESS_FIELDS and not says_nothing:
+            raise ValueError(f"{path}: {name} {shown(value)}: only plain LoRA is supported")
+    if config.get("bias", "none") != "none":
+        raise ValueError(f"{path}: bias {shown(config['bias'])}: only plain LoRA is supported")
+
+    start = config.get("init_lora_weights")
+    if start not in BASE_UNTOUCHED:
+        raise ValueError(f"{path}: init_lora_weights {shown(start)} belongs to base weights that it has changed; save "
+                         "it as plain LoRA (PEFT's path_initial_model_for_weight_conversion)")
+    if not isinstance(config.get("use_rslora", False), bool):
+        raise ValueError(f"{path}: use_rslora {shown(config['use_rslora'])}, expected true or false")
+
+
+def is_target(name, config, path):
+    """Whether PEFT adapts the projection of this name in files ("model.layers.0.self_attn.q_proj")."""
+    layers = config.get("layers_to_transform")
+    if layers is not None:
+        layers = layers if isinstance(layers, list) else [layers]
+        if int(name.split(".")[2]) not in layers:
+            return False
+    targets, excluded = config.get("target_modules"), config.get("exclude_modules") or []
+    for field_name, wanted in (("target_modules", targets), ("exclude_modules", excluded)):
+        is_list = isinstance(wanted, list) and all(isinstance(target, str) for target in wanted)
+        if not is_list and not isinstance(wanted, str):
+            raise ValueError(f"{path}: {field_name} {shown(wanted)}, expected names or a pattern")
+    return (targets == "all-linear" or matches(name, targets, path)) and not matches(name, excluded, path)
+
+
+def matches(name, wanted, path):
+    """PEFT's rule: a list holds names or their ends, a text is a regular expression for the whole name."""
+    if isinstance(wanted, list):
+        return any(name == end or name.endswith("." + end) for end in wanted)
+    try:
+        return re.fullmatch(wanted, name) is not None
+    except re.error as error:
+        raise ValueError(f"{path}: {shown(wanted)} is no regular expression ({error})") from None
+
+
+def read_adapter(path, net, targets, rank):
+    """{(projection, "A" | "B"): tensor} of an adapter's file. ValueError unless it holds these and nothing else."""
+    shapes = {}
+    for linear, name, _, rows in projections(net):
+        if name in targets:
+            shapes[name, "A"] = rank, linear.in_features
+            shapes[name, "B"] = rows, rank
+
+    tensors = {}
     with open_tensors(path) as file:
-        for linear, name, key in adapted(net):
-            for letter, part in (("A", linear.lora_A), ("B", linear.lora_B)):
-                suffix = f"{name.removeprefix('model.')}.lora_{letter}.weight"
-                found = [k for k in file.keys() if k.endswith("." + suffix)]
-                if not found or file.get_slice(found[0]).get_shape() != list(part[key].shape):
-                    raise ValueError(f"{path}: no tensor {suffix} of shape {tuple(part[key].shape)}")
-                part[key].copy_(file.get_tensor(found[0]))
+        for key in file.keys():
+            found = re.fullmatch(r"base_model\.model\.(?:model\.)?(?:language_model\.)?(.+)\.lora_([AB])\.weight", key)
+            place = found and ("model." + found[1], found[2])
+            if place not in shapes:
+                raise ValueError(f"{path}: {key} is no plain LoRA of a projection that adapter_config.json names")
+            check_tensor(path, file, key, shapes[place])
+            tensors[place] = file.get_tensor(key)
+    if missing := [f"{name}.lora_{letter}" for name, letter in shapes if (name, letter) not in tensors]:
+        raise ValueError(f"{path}: no tensor {missing[0]}, which adapter_config.json promises")
+    return tensors
 
 
 # ---- Processes -------------------------------------------------------------------------------------------------------
@@ -1879,8 +2489,8 @@ def save_checkpoint(folder, step, tensors, state, processes=None, keep=2):
 
     The checkpoint is there whole or not at all: it is written under another name, flushed to the disk, and renamed.
     state: {...} of JSON values; "step" and "checksums" {file: SHA-256} are added. Every process calls this, and goes on
-    when the checkpoint stands. Of the checkpoints up to this step the ``keep`` newest stay, later ones are removed (a
-    damaged one, whose steps are done again).
+    when the checkpoint stands. Of the checkpoints up to this step the ``keep`` newest stay; damaged and later ones,
+    whose steps are done again, are put aside (NAME.aside), never removed.
     """
     processes = processes or ProcessGroup()
     unfinished = os.path.join(folder, "unfinished")
@@ -1901,25 +2511,41 @@ def save_checkpoint(folder, step, tensors, state, processes=None, keep=2):
         write_json(state_file, {**state, "step": step, "checksums": checksums})
         flush(state_file)
         flush(unfinished)
-        shutil.rmtree(final, ignore_errors=True)
+        was_whole = os.path.exists(final) and not damage_of(final)
+        moved = [put_aside(os.path.join(folder, name)) for name in checkpoint_names(folder) if int(name) >= step]
         os.rename(unfinished, final)
         flush(folder)
-        earlier = [name for name in checkpoint_names(folder) if int(name) <= step]
-        for name in set(checkpoint_names(folder)) - set(earlier[-keep:]):
+        if was_whole:  # the same step again
+            shutil.rmtree(moved[0])
+        for name in checkpoint_names(folder)[:-keep]:
             shutil.rmtree(os.path.join(folder, name))
     processes.barrier()
     return final
 
 
-def latest_checkpoint(folder, processes=None):
-    """(state, tensors) of the newest whole checkpoint, tensors whole in every process; None if there is none.
+def put_aside(path):
+    """Give a file or folder a name under which nothing looks for it: path.aside, path.aside-2, ... Returns the name."""
+    aside, number = f"{path}.aside", 1
+    while os.path.exists(aside):
+        number += 1
+        aside = f"{path}.aside-{number}"
+    os.rename(path, aside)
+    return aside
 
-    A damaged newer one is named on stderr, in one line, and skipped; an unfinished one is no checkpoint.
+
+def latest_checkpoint(folder, processes=None):
+    """(state, tensors) of the newest whole checkpoint, tensors whole in every process; None if there is no checkpoint.
+
+    A damaged newer one is named on stderr, in one line, and skipped; an unfinished one is no checkpoint. Raises
+    ValueError where there are checkpoints and none is whole: a run that has begun does not begin again in silence.
     """
     processes = processes or ProcessGroup()
-    newest = newest_whole_checkpoint(folder) if processes.is_main else None
-    newest = processes.all_gather_objects(newest)[0]
+    found = (checkpoint_names(folder), newest_whole_checkpoint(folder)) if processes.is_main else None
+    names, newest = processes.all_gather_objects(found)[0]
     if newest is None:
+        if names:
+            raise ValueError(f"{folder}: none of its checkpoints ({', '.join(names)}) can be read; they stay as they "
+                             "are. Try again if the disk failed for a moment, or move the folder away to start afresh")
         return None
     state = read_json(os.path.join(newest, "state.json"))
     paths = [os.path.join(newest, name) for name in state["checksums"]]
@@ -1930,16 +2556,21 @@ def newest_whole_checkpoint(folder):
     """Path of the newest checkpoint whose files have the checksums of its state.json, or None."""
     for name in reversed(checkpoint_names(folder)):
         path = os.path.join(folder, name)
-        try:
-            expected = read_json(os.path.join(path, "state.json"))["checksums"]
-            found = {file: checksum(os.path.join(path, file)) for file in expected}
-            if found == expected:
-                return path
-            reason = "its checksum does not match"
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = error
-        print(f"{path}: damaged, skipped ({reason})", file=sys.stderr)
+        damage = damage_of(path)
+        if not damage:
+            return path
+        print(f"{path}: damaged, skipped ({damage})", file=sys.stderr)
     return None
+
+
+def damage_of(path):
+    """What keeps a checkpoint from being read, in a few words; "" if it is whole."""
+    try:
+        expected = read_json(os.path.join(path, "state.json"))["checksums"]
+        found = {file: checksum(os.path.join(path, file)) for file in expected}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return str(error) or type(error).__name__
+    return "" if found == expected else "its checksum does not match"
 
 
 def checkpoint_names(folder):
@@ -1951,6 +2582,43 @@ def checkpoint_names(folder):
 def checksum(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(path):
+    """SHA-256 of a file, or of the weights, configuration and tokenizer in a folder; None where there is nothing."""
+    if os.path.isfile(path):
+        return checksum(path)
+    if not os.path.isdir(path):
+        return None
+    digests = ""
+    for name in sorted(os.listdir(path)):
+        if name.endswith(".safetensors") or name in ("config.json", "tokenizer.json", "genevolve.json"):
+            digests += f"{name} {checksum(os.path.join(path, name))}\n"
+    return hashlib.sha256(digests.encode()).hexdigest()
+
+
+@contextmanager
+def locked(folder):
+    """Hold the folder for this process, with its number in folder/lock; ValueError if another one holds it.
+
+    The system lets go of the lock when the process ends, killed or not, so a file that is left behind locks nothing.
+    Of several processes of one run the first holds it. Where the system knows no such locks (Windows), nothing is held.
+    """
+    path = os.path.join(make_folder(folder), "lock")
+    if fcntl is None or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(f"{folder}: process {file.read().strip()} is at work there (it holds {path}); wait for "
+                             "it, or choose another --out") from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
 
 
 def flush(path):
@@ -2044,7 +2712,7 @@ def read_json(path):
     try:
         with open(path, encoding="utf-8") as file:
             value = json.load(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object")
