@@ -1909,7 +1909,8 @@ def with_our_weights(source, ours):
     with open_tensors(source) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     for name in tensors.keys() & ours.keys():
-        tensors[name] = ours[name].merged_weight().to("cpu", tensors[name].dtype).contiguous()
+        weight = ours[name].merged_weight().to("cpu", tensors[name].dtype).contiguous()
+        tensors[name] = weight.clone() if name == "lm_head.weight" else weight  # a file holds no memory twice
     return tensors
 
 
