@@ -2162,7 +2162,7 @@ def matches(name, wanted, path):
     try:
         return re.fullmatch(wanted, name) is not None
     except re.error as error:
-        raise ValueError(f"{path}: {shown(wanted)} is no regular expression ({error})") from None
+        raise ValueError(f"{path}: target_modules or exclude_modules {shown(wanted)}: no pattern ({error})") from None
 
 
 def read_adapter(path, net, targets, rank):

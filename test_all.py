@@ -1428,7 +1428,8 @@ def test_peft_loads_our_adapter_and_we_load_pefts(tmp_path):
 
 @pytest.mark.parametrize("changes, named", [
     ({"peft_type": "IA3"}, "peft_type"), ({"peft_type": NOTHING}, "peft_type"),
-    *[({"init_lora_weights": kind}, kind) for kind in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga")],
+    *[({"init_lora_weights": kind}, kind)
+      for kind in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga")],
     ({"use_dora": True}, "use_dora"), ({"lora_bias": True}, "lora_bias"), ({"bias": "all"}, "bias"),
     ({"trainable_token_indices": [3]}, "trainable_token_indices"), ({"alora_invocation_tokens": [3]}, "alora"),
     ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"), ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
@@ -2859,7 +2860,9 @@ def test_any_folder_of_texts_and_pictures_becomes_a_corpus(tmp_path):
 
 @pytest.mark.parametrize("text, query", [
     ("ルーブル美術館はパリにある。", "美術館"),
-    ("卢浮宫位于巴黎。", "卢浮宫在哪里"), ("루브르 박물관은 파리에 있다.", "박물관"),
+    ("卢浮宫位于巴黎。", "卢浮宫在哪里"),
+    ("卢浮宫位于巴黎。", "宫"), ("卢浮宫位于巴黎。", "卢"), ("塔", "塔"),
+    ("루브르 박물관은 파리에 있다.", "박물관"),
     ("The cafe\u0301 opens.", "café"), ("Built in １８７３.", "1873"), ("Ｔｏｗｅｒ", "tower")])
 def test_a_word_is_found_in_every_script_and_spelling(text, query):
     corpus = tools.Corpus.from_texts([("other", "", "nothing of it 猫"), ("right", "", text)], {"a.png": text})
@@ -2883,6 +2886,13 @@ def test_other_files_are_skipped_and_long_ones_cut_and_the_summary_says_so(tmp_p
     assert corpus.summary() == "2 texts, 1 pictures, 2 skipped, 1 cut"
     assert [page.title for page, _ in corpus.search("zebra", 5)] == ["louvre"]
     assert corpus.pictures[0].title == "zebra by the river" and set(corpus.pages[0].text) == {"é"}
+
+
+def test_a_snippet_shows_the_sentence_with_the_single_character_asked_for():
+    text = "这里什么都没有。" * 40 + "巴黎铁塔很高。"
+    corpus = tools.Corpus.from_texts([("right", "", text)], {})
+    (_, snippet), = corpus.search("塔", 5)
+    assert "铁塔" in snippet
 
 
 def test_a_snippet_shows_the_hit_deep_in_a_long_sentence():
@@ -3596,6 +3606,23 @@ def test_a_photo_is_turned_upright():
         file, format="JPEG", exif=exif)
     image = tools.read_image(file.getvalue())
     assert image.shape == (32, 8, 3) and image[0].min() > 200 and image[-1].max() < 50
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_a_pictures_size_is_asked_for_as_it_is_shown_upright(kind, orientation):
+    Image = pytest.importorskip("PIL.Image")
+    file, exif = io.BytesIO(), Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    exif[0x010F] = "a camera"
+    Image.fromarray(random_picture(3)).resize((64, 32)).save(file, format=kind, exif=exif)
+    expected = (512, 1024) if orientation in (5, 6, 7, 8) else (1024, 512)
+    renderer = tools.RemoteRenderer(["http://127.0.0.1:1"])
+    assert renderer.output_size([file.getvalue()]) == expected
+    height, width, _ = tools.read_image(file.getvalue()).shape
+    assert (width < height) == (expected[0] < expected[1])
 
 
 @pytest.mark.parametrize("reference", [png_header(50000, 50000), diffusion.encode_png(random_picture())[:-30], b"GIF"],
