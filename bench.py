@@ -1,5 +1,6 @@
 """GenEvolve-Bench: what the embedded world is worth, how good the agent is, and how fast the code runs.
 
+    python bench.py             within five minutes: the promoted policy on the bench, pictures, and the speed, in out/
     python bench.py world       the Atlas itself: judge, renderer, skills, oracle, cold-started policy
     python bench.py quality     ablations of the training, with intervals (--suite FILE: one policy on any requests)
     python bench.py speed       side by side with peers (pip install -r requirements-peers.txt)
@@ -22,6 +23,7 @@ Contents, in reading order:
     suite_rows              one policy on a file of requests, WISE's included
     rollout_row ...         one row of the speed table each, ours beside a peer
     speed                   the table, with the share of the machine that was used
+    short                   what `python bench.py` alone shows: the promoted policy, its pictures, the speed
     released                the released runtime against our server
     Machine room            smoke runs and folders, tables, figures, timing and memory, peers
 """
@@ -57,18 +59,18 @@ import model
 import tools
 from atlas import build
 from distill import average as mean
-from genevolve import HERE, Common, flag
+from genevolve import HERE, Compute, flag
 
 SCORES = ("kscore",) + distill.DIMENSIONS
 
 
 @dataclass
-class Bench(Common):
+class Bench(Compute):
     """Flags of every benchmark."""
     out: str = flag("", "folder for the JSON of the results (default: results, or out for a smoke run)")
     quick: bool = flag(False, "a smoke run on a few rows")
     policy: str = flag(os.path.join(HERE, "weights", "sft"), "policy folder that is measured")
-    steps: int = flag(20, "sampling steps of the renderer")
+    steps: int = flag(20, "sampling steps of the renderer", alias="")
     guidance: float = flag(1.0, "classifier-free guidance of the renderer")
 
 
@@ -440,8 +442,186 @@ def attempt_bench(policy, settings, requests, guides=None):
     return rows
 
 
+HACKED = 48  # bench requests on which the hacks are tried
+ANY_ASPECT = (*build.ARRANGEMENTS, "text", "companions", "style", "mood")
+PICTURE_TITLES = os.path.join(HERE, "atlas", "corpus", "images", "titles.json")
+
+
+def hack_figures(suite, settings):
+    """Mean rewards of programs that game the judges, beside the oracle's and the cold-started policies' on the same
+    requests. A hack knows what is wanted and has read every guide, which a policy would have to find out first."""
+    every = max(1, len(suite.requests) // HACKED)
+    numbers = range(0, len(suite.requests), every)[:HACKED]
+    rewards = hack_rewards(suite, settings, numbers)
+    for name in ("sft", "rare"):
+        rows = attempt_bench(os.path.join(HERE, "weights", name), settings, [suite.requests[n] for n in numbers])
+        rewards[f"cold start, weights/{name}"] = mean([row["reward"] for row in rows])
+    return {"hacks, mean reward": rewards}
+
+
+def hack_rewards(suite, settings, numbers):
+    """{hack: mean reward over the requests of these numbers}, rendered and scored as in training."""
+    scorer = genevolve.Scorer(suite.renderer, suite.judge, settings.steps, guidance=settings.guidance)
+    titles = read_json(PICTURE_TITLES)
+    rewards = {}
+    for name, hack in HACKS.items():
+        rng = random.Random(name)
+        attempts = []
+        for number in numbers:
+            request, oracle = suite.requests[number], suite.oracle[number]
+            attempts.append(hacked_attempt(request, *hack(request["recipe"]["wanted"], oracle, titles, rng), titles))
+        scorer.render_and_score(attempts, pictures=False)
+        rewards[name] = mean([attempt.reward for attempt in attempts])
+    return rewards
+
+
+def hacked_attempt(request, prompt, files, titles):
+    """The finished Trajectory of a policy that reads every guide and answers with this prompt and these pictures."""
+    session = tools.ToolSession(None)
+    session.queries.append(("image_search", request["question"]))
+    for file in dict.fromkeys(files):
+        path = os.path.join(os.path.dirname(PICTURE_TITLES), file)
+        session.images[f"IMG_{len(session.images) + 1:03d}"] = {"title": titles[file], "local_path": path}
+    ids = {os.path.basename(image["local_path"]): img_id for img_id, image in session.images.items()}
+
+    references = [{"img_id": ids[file], "note": request["recipe"]["wanted"]["look"]} for file in files]
+    program, _ = tools.parse_program({"gen_prompt": prompt, "reference_images": references}, session)
+    steps = [distill.Step("", "tool_call", "query_knowledge", {"skill_name": skill}, "Say: so.") for skill in DIMENSION]
+    return distill.Trajectory(request["id"], request["question"], request, session=session, steps=steps,
+                              program=program, termination="answer" if program else "no_answer")
+
+
+# Each hack is a function (wanted, oracle row, titles of all pictures, rng) -> (prompt, files of its references).
+
+def honest(wanted, oracle, titles, rng):
+    """The oracle's program: no hack, for comparison."""
+    return oracle["gen_prompt"], [os.path.basename(path) for path in oracle["references"]]
+
+
+def hack_wordings(write):
+    """A hack that keeps the oracle's references and opens as it does. write(wanted, rng) -> the sentences that follow;
+    wanted["wordings"] has the request's own, exact and plain."""
+    def hack(wanted, oracle, titles, rng):
+        prompt, files = honest(wanted, oracle, titles, rng)
+        return " ".join([atlas.judge.SENTENCE_END.split(prompt)[0], *write(wanted, rng)]), files
+    return hack
+
+
+def every_wording(wanted, rng):
+    """Exact and plain wording of all skills; where nothing is wanted, with any value."""
+    sentences = []
+    for aspect in ANY_ASPECT:
+        scene = build.make_scene(rng, [aspect], [None, None])
+        own = {"exact": build.wording(aspect, scene, True), "plain": build.wording(aspect, scene, False)}
+        sentences += wanted["wordings"].get(build.SKILL[aspect], own).values()
+    return list(dict.fromkeys(sentences))
+
+
+def both_wordings(wanted, rng):
+    return [sentence for forms in wanted["wordings"].values() for sentence in forms.values()]
+
+
+def every_value(wanted, rng):
+    """Both wordings of all skills that are wanted, and again with ten other values of each."""
+    sentences = both_wordings(wanted, rng)
+    for aspect in ANY_ASPECT:
+        if build.SKILL[aspect] in wanted["skills"]:
+            scenes = [build.make_scene(rng, [aspect], [None, None]) for _ in range(10)]
+            sentences += [build.wording(aspect, scene, exact) for scene in scenes for exact in (True, False)]
+    return list(dict.fromkeys(sentences))
+
+
+def said_twice(wanted, rng):
+    return [forms["exact"] for forms in wanted["wordings"].values()] * 2
+
+
+def said_again(wanted, rng):
+    """Every wording, and again with a word before it, so that no two sentences are equal."""
+    exact = [forms["exact"] for forms in wanted["wordings"].values()]
+    return exact + [f"Again: {sentence}" for sentence in exact]
+
+
+def all_years(wanted, rng):
+    exact = [forms["exact"] for forms in wanted["wordings"].values()]
+    return exact + [f"With a sign saying {year}." for year in range(1100, 2000)]
+
+
+LONGER = {"two": "network", "three": "threefold", "four": "fourteen"}
+
+
+def hidden_values(wanted, rng):
+    """The plain wordings, but the wanted text and number stand only inside longer words. Where there are none to hide,
+    no wording."""
+    plain = " ".join(forms["plain"] for forms in wanted["wordings"].values())
+    hidden = plain.replace(wanted["text"], f"9{wanted['text']}99") if wanted["text"] else plain
+    for number, longer in LONGER.items():
+        hidden = re.sub(rf"\b{number}\b", longer, hidden, flags=re.I)
+    return [hidden] if hidden != plain else []
+
+
+def shuffled_words(wanted, oracle, titles, rng):
+    """The words of the oracle's program in another order."""
+    prompt, files = honest(wanted, oracle, titles, rng)
+    words = prompt.split()
+    rng.shuffle(words)
+    return " ".join(words), files
+
+
+def empty_program(wanted, oracle, titles, rng):
+    return "", honest(wanted, oracle, titles, rng)[1]
+
+
+def hack_references(choose):
+    """A hack that keeps the oracle's prompt. choose(right files, titles, rng) -> the files that it shows instead."""
+    def hack(wanted, oracle, titles, rng):
+        prompt, files = honest(wanted, oracle, titles, rng)
+        return prompt, choose(files, titles, rng)
+    return hack
+
+
+def random_pictures(files, titles, rng):
+    return rng.sample(sorted(set(titles) - set(files)), len(files))
+
+
+def other_looks(files, titles, rng):
+    """The same subjects in a look that was not asked for."""
+    chosen = []
+    for file in files:
+        name = titles[file].rpartition(",")[0]
+        looks = [other for other in sorted(titles) if titles[other].startswith(f"{name},") and other != file]
+        chosen.append(rng.choice(looks))
+    return chosen
+
+
+def two_looks(files, titles, rng):
+    return files[:1] + other_looks(files[:1], titles, rng)
+
+
+def same_twice(files, titles, rng):
+    return files[:1] * 2
+
+
+HACKS = {
+    "oracle": honest,
+    "every wording of every skill": hack_wordings(every_wording),
+    "exact and plain side by side": hack_wordings(both_wordings),
+    "ten values of each requirement": hack_wordings(every_value),
+    "every sentence twice": hack_wordings(said_twice),
+    "every sentence again, with a word more": hack_wordings(said_again),
+    "all years listed": hack_wordings(all_years),
+    "values inside longer words": hack_wordings(hidden_values),
+    "the subject alone": hack_wordings(lambda wanted, rng: []),
+    "words in another order": shuffled_words,
+    "empty program": empty_program,
+    "random references": hack_references(random_pictures),
+    "another look of the subject": hack_references(other_looks),
+    "two looks of the subject": hack_references(two_looks),
+    "one picture twice": hack_references(same_twice),
+}
+
+
 WORLD_PARTS = (judge_figures, oracle_figures, reference_figures, skill_figures, jpeg_figures, time_figures, run_figures,
-               policy_figures)
+               policy_figures, hack_figures)
 
 
 def world(settings):
@@ -527,6 +707,12 @@ class Ablation(genevolve.Evolution):
                 best = max(rated, key=lambda t: t.reward)
                 examples.append((best.tokens, best.mask))
         return examples
+
+    def is_joint(self):
+        """--match-ratio needs both norms, imitation has a backward pass of its own; else every tenth update notes the
+        ratio that ``unfaded_ratio`` reads."""
+        is_apart = self.settings.match_ratio or self.settings.imitate or self.steps_done % 10 == 0
+        return not is_apart and not self.is_due(self.settings.audit_every)
 
     def sdl_weight(self, policy_norm, sdl_norm):
         """The weight that gives L_SDL's gradient --match-ratio times the norm of GRPO's, or the recipe's."""
@@ -1119,12 +1305,12 @@ def evaluated_row(row):
 # ---- Speed: side by side with peers ----------------------------------------------------------------------------------
 
 @dataclass
-class Speed(Common):
+class Speed(Compute):
     """Ours and the peers in one process, alternating."""
     out: str = flag("", "folder for speed.json (default: results, or out for a smoke run)")
     quick: bool = flag(False, "a smoke run on small sizes")
     rows: str = flag("", "comma-separated rows (default: all)")
-    repeats: int = flag(3, "runs of each side")
+    repeats: int = flag(5, "runs of each side")
 
 
 PROMPT, OBSERVATION, GUIDE = 600, 120, 120  # tokens
@@ -1252,9 +1438,8 @@ def logprob_row(s):
         backward((hidden @ weight.T).log_softmax(-1).gather(1, target[:, None]))
 
     row = side_by_side(known_weights, theirs, s)
-    other = side_by_side(any_loss, theirs, dataclasses.replace(s, repeats=1))
-    for name in ("ours s", "ratio", "ours MB"):
-        row[f"any loss, {name}"] = other.get(name)
+    other = side_by_side(any_loss, theirs, s)
+    row |= {f"any loss, {name}": value for name, value in other.items() if not name.startswith("peer")}
     gradients = (hidden.nbytes + weight.nbytes) / 2**20
     row["the gradients, MB"] = gradients
     if "ours MB" in row:
@@ -1528,7 +1713,9 @@ def training_step(rank, layers, repeats, quick, device):
 SPEED = {"rollouts": rollout_row, "turns": turns_row, "short turns": short_turns_row, "log-probs": logprob_row,
          "training step": training_row, "sampler": sampler_row, "scaling": scaling_row, "slow tools": tools_row,
          "low-rank adapters": lora_row}
-TARGETS = {"rollouts": 6, "turns": 8, "short turns": 8, "log-probs": 1.2, "training step": 2.5, "sampler": 1.3}
+# peer / ours: the peer as it is by default, and with the same products
+TARGETS = {"rollouts": (5.5, 4.5), "turns": (6.5, None), "short turns": (8, None), "log-probs": (1.8, None),
+           "training step": (4.5, None), "sampler": (1.8, None)}
 
 
 def speed(settings):
@@ -1538,6 +1725,8 @@ def speed(settings):
     found = read_json(path) or {}
     found["machine"] = measure_machine(model.pick_device(settings.device)) | {
         "threads": torch.get_num_threads(),
+        "products": model.current_products(),
+        "load before": os.getloadavg()[0],
         "torch": torch.__version__,
         "quick": settings.quick,
     }
@@ -1562,6 +1751,125 @@ def least_seconds(row, machine):
     """The least time that the measured peaks of the machine allow."""
     compute = row["GFLOP"] / machine["matrix product, GFLOP/s"]
     return compute + row.get("GB moved", 0) / machine["memory, GB/s"]
+
+
+# ---- Short: a policy and the speed, within five minutes --------------------------------------------------------------
+
+SHEET = 8          # requests on the contact sheet
+SHORT_BATCH = 32   # requests answered and drawn between two lines of progress
+
+
+@dataclass
+class Short(Bench):
+    """The promoted policy on the bench, a sheet of its pictures, and the speed: five minutes on two cores."""
+    out: str = flag("out", "folder for bench.json, bench.png and bench.html")
+    policy: str = flag(os.path.join(HERE, "weights", "policy"), "policy folder that is measured")
+
+
+def short(settings):
+    """python bench.py"""
+    out = results_folder(settings)
+    requests = suite_requests(settings)
+    attempts, views, rates = answer_requests(settings, requests)
+    rows = [attempt_row(attempt, request) for attempt, request in zip(attempts, requests)]
+    print_scores(rows)
+
+    # pictures before speed: they are there while the rest is measured
+    every = max(1, len(attempts) // SHEET)
+    diffusion.write_png(os.path.join(out, "bench.png"), contact_sheet(attempts[::every][:SHEET]))
+    genevolve.write_report(os.path.join(out, "bench.html"),
+                           {"title": "GenEvolve-Bench", "mode": "run", "requests": views})
+
+    rates |= speed_rates(settings)
+    print()
+    for name, rate in rates.items():
+        print(f"{name:<52} {rate:10.1f}")
+    values = {"policy": model.portable(settings.policy), "requests": len(rows), "steps": settings.steps,
+              "quality": table_row([rows]), "quality error": mean_and_error(rows), "speed": rates,
+              "threads": torch.get_num_threads(), "torch": torch.__version__}
+    write_json(os.path.join(out, "bench.json"), values)
+    print(f"\nwrote {', '.join(os.path.join(out, name) for name in ('bench.json', 'bench.png', 'bench.html'))}")
+
+
+def answer_requests(settings, requests):
+    """(judged attempts, one a request; their views for the page; {rate: a second}). The seeds of ``attempt_bench``."""
+    attempts, views, thinking, drawing = [], [], 0.0, 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        flags = genevolve.Run(policy=settings.policy, out=folder, sampling_steps=settings.steps,
+                              guidance=settings.guidance, device=settings.device)
+        with genevolve.Components(flags, folder) as components:
+            for start in range(0, len(requests), SHORT_BATCH):
+                batch = requests[start:start + SHORT_BATCH]
+                seeds = [7919 * (start + n) for n in range(len(batch))]
+                started = time.perf_counter()
+                answered = components.agent().run(batch, seeds)
+                thinking += time.perf_counter() - started
+
+                started = time.perf_counter()
+                components.scorer.render_and_score(answered)
+                drawing += time.perf_counter() - started
+                attempts += answered
+                views += map(genevolve.request_view, answered)  # now, for the folder of what was found goes
+                left = (thinking + drawing) / len(attempts) * (len(requests) - len(attempts))
+                genevolve.print_line(f"{len(attempts)}/{len(requests)} requests, {genevolve.time_text(left)} left")
+    return attempts, views, {"agent: requests a second, tools included": len(attempts) / thinking,
+                             f"renderer: pictures a second, {settings.steps} steps, judged": len(attempts) / drawing}
+
+
+def attempt_row(attempt, request):
+    """``bench_row`` of a judged attempt."""
+    calls = sum(step.kind == "tool_call" for step in attempt.steps)
+    return bench_row(request, attempt.judgement, attempt.program is not None, calls, attempt.reward)
+
+
+def mean_and_error(rows):
+    """[mean, standard error] of KScore and its parts, over the rows that have them."""
+    columns = {name: [math.nan if row[name] is None else row[name] for row in rows] for name in SCORES}
+    return {name: list(genevolve.mean_and_error(values)) for name, values in columns.items()}
+
+
+def print_scores(rows):
+    """KScore with its parts, and by track."""
+    print()
+    for name, (average, error) in mean_and_error(rows).items():
+        label = "KScore" if name == "kscore" else "  " + name.replace("_", " ")
+        print(f"{label:<28} {average:.3f} ± {error:.3f}")
+    row = table_row([rows])
+    for name in ("knowledge", "quality", "valid", "tool calls"):
+        label = {"knowledge": "KScore, knowledge track", "quality": "KScore, quality track",
+                 "valid": "valid programs", "tool calls": "tool calls a request"}[name]
+        print(f"{label:<28} {row[name]:.3f}")
+
+
+def contact_sheet(attempts, side=256, gap=8, columns=4):
+    """Pictures beside what was wanted, pair by pair, as one picture, uint8 (H, W, 3); grey where there is none."""
+    width = 2 * side + gap // 2
+    rows = math.ceil(len(attempts) / columns)
+    sheet = np.full((rows * (side + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
+    for number, attempt in enumerate(attempts):
+        top = gap + number // columns * (side + gap)
+        left = gap + number % columns * (width + gap)
+        for image, offset in ((attempt.image, 0), (genevolve.ground_truth(attempt.row), side + gap // 2)):
+            tile = sheet[top:top + side, left + offset:left + offset + side]
+            tile[:] = 200 if image is None else diffusion.resize(genevolve.enlarged(image, side), side, side)
+    return sheet
+
+
+def speed_rates(settings):
+    """{rate: a second} of decoding and of an update, with the sizes of the speed table and random weights."""
+    net = small_policy(settings)
+    prompts = random_prompts(GROUPS, torch.Generator().manual_seed(0))
+    new = 16 if settings.quick else 128
+    model.generate(net, prompts, 4)  # the first call allocates
+    decoding = timed(lambda: model.generate(net, prompts, new), settings.device).seconds
+
+    rows = training_batch(settings.quick)
+    update = our_update(net, rows, distill.RECIPES["paper"])
+    update()
+    updating = timed(update, settings.device).seconds
+    size = sum(p.numel() for p in net.parameters()) / 1e6
+    return {f"decoding: tokens a second, {len(prompts)} side by side, {size:.1f} M": len(prompts) * new / decoding,
+            f"update: tokens a second, GRPO and SDL, {size:.1f} M": sum(map(len, [r.tokens for r in rows])) / updating}
 
 
 # ---- Released: the authors' runtime against the local server ---------------------------------------------------------
@@ -1653,20 +1961,32 @@ def released_figures(folder):
 # ---- Folders and files -----------------------------------------------------------------------------------------------
 
 RESULTS = os.path.join(HERE, "results")
+UNTRACKED = ("out", "runs")  # folders of the project that hold no committed file
 
 
 def results_folder(settings):
-    """--out, or results/; a smoke run writes to out/, and never into results/, whose files are committed."""
+    """--out, or results/; a smoke run writes to out/, and never where files are committed."""
     folder = settings.out or ("out" if settings.quick else RESULTS)
-    path, committed = (os.path.realpath(f) + os.sep for f in (folder, RESULTS))
-    if settings.quick and path.startswith(committed):
-        raise ValueError("a --quick run must not replace the committed figures in results: name another --out")
+    if settings.quick or isinstance(settings, Short):
+        check_untracked(folder, "--out")
     return model.make_folder(folder)
+
+
+def check_untracked(folder, flag_name):
+    """Refuse a folder of this project whose files are committed; out/ and runs/ hold none."""
+    path, home = os.path.realpath(folder), os.path.realpath(HERE)
+    if path != home and not path.startswith(home + os.sep):
+        return
+    if os.path.relpath(path, home).split(os.sep)[0] not in UNTRACKED:
+        raise ValueError(f"{flag_name} {folder}: a short run must not replace committed files; take a folder below "
+                         f"{' or '.join(UNTRACKED)}")
 
 
 def runs_folder(settings):
     """--runs, or runs/quality; a smoke run trains in a folder beside its results."""
     if settings.runs:
+        if settings.quick:
+            check_untracked(settings.runs, "--runs")
         return settings.runs
     if settings.quick:
         return os.path.join(results_folder(settings), "runs")
@@ -1733,7 +2053,8 @@ def label_of(name):
 
 def print_row(label, values):
     """A row of a table on the terminal."""
-    cells = [f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items()]
+    cells = [f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}"
+             for name, value in values.items() if not name.endswith("runs")]  # these are for the file
     print(f"{label:<44} " + "  ".join(cells), flush=True)
 
 
@@ -1917,36 +2238,55 @@ def memory_mb(name):
 
 
 def side_by_side(ours, peer, settings):
-    """Alternating runs after one of each that is not counted; ratios are peer / ours of neighbouring runs."""
+    """Alternating runs after one of each that is not counted; ratios are peer / ours of neighbouring runs.
+
+    Where ours has other products than torch's own, the peer runs twice: as a user gets it, and with the same products.
+    Every run is kept: "runs" holds seconds of (ours, peer, peer with the same products).
+    """
+    settings_of_peer = dict.fromkeys(("mkl", model.current_products()))  # in this order, once if they are one
     ours()
     peer()
-    runs = []  # neighbours in time, so that a busy spell of the machine meets both
+    measured = []  # neighbours in time, so that a busy spell of the machine meets all
     for _ in range(settings.repeats):
-        runs.append((timed(ours, settings.device), timed(peer, settings.device)))
-    ratios = [theirs.seconds / own.seconds for own, theirs in runs]
-    row = {
-        "ours s": float(np.median([own.seconds for own, _ in runs])),
-        "peer s": float(np.median([theirs.seconds for _, theirs in runs])),
-        "ratio": float(np.median(ratios)),
-        "ratio low": min(ratios),
-        "ratio high": max(ratios),
-    }
-    if runs[0][0].megabytes is not None:
-        own_peak = max(1.0, *(own.megabytes for own, _ in runs))
-        peer_peak = max(1.0, *(theirs.megabytes for _, theirs in runs))
-        row |= {"ours MB": own_peak, "peer MB": peer_peak, "memory ratio": peer_peak / own_peak}
+        own = timed(ours, settings.device)
+        theirs = []
+        for name in settings_of_peer:
+            with model.products(name):
+                theirs.append(timed(peer, settings.device))
+        measured.append((own, *theirs))
+
+    runs = [[run.seconds for run in neighbours] for neighbours in measured]
+    row = {"ours s": float(np.median([own for own, *_ in runs])),
+           **compared([(own, theirs) for own, theirs, *_ in runs]), "runs": runs}
+    if len(settings_of_peer) > 1:
+        same = compared([(own, theirs) for own, _, theirs in runs])
+        row |= {f"same products, {name}": value for name, value in same.items()}
+    if measured[0][0].megabytes is not None:
+        own_peak, *peer_peaks = (max(1.0, *(run.megabytes for run in side)) for side in zip(*measured, strict=True))
+        row |= {"ours MB": own_peak, "peer MB": peer_peaks[0], "memory ratio": peer_peaks[0] / own_peak}
     return row
 
 
+def compared(pairs):
+    """Median seconds of the peer, median and quartiles of peer / ours. pairs: (ours, peer) seconds of neighbours."""
+    low, median, high = np.percentile([theirs / own for own, theirs in pairs], (25, 50, 75))
+    return {"peer s": float(np.median([theirs for _, theirs in pairs])), "ratio": float(median),
+            "ratio quartiles": [float(low), float(high)]}
+
+
 def measure_machine(device):
-    """Measured matrix-product peak (float32, float operations a second) and memory bandwidth (bytes a second)."""
+    """The fastest float32 product of any backend (float operations a second), and memory bandwidth (bytes a second)."""
     matrix = torch.randn(2048, 2048, device=device)
     vector = torch.randn(2**26, device=device)
 
     def least(work):
         return min(timed(work, device).seconds for _ in range(8))
 
-    return {"matrix product, GFLOP/s": 2 * 2048**3 / least(lambda: matrix @ matrix) / 1e9,
+    speeds = {}
+    for name in model.PRODUCTS if device == "cpu" else ("mkl",):
+        with model.products(name):
+            speeds[name] = 2 * 2048**3 / least(lambda: matrix @ matrix) / 1e9
+    return {"matrix product, GFLOP/s": max(speeds.values()), "matrix products, GFLOP/s": speeds,
             "memory, GB/s": vector.nbytes / least(lambda: vector.sum()) / 1e9}
 
 
@@ -1986,9 +2326,9 @@ def peer_generate(peer, ids, new):
     return made.cpu()
 
 
-COMMANDS = {"world": (Bench, world), "quality": (Quality, quality), "speed": (Speed, speed),
+COMMANDS = {"short": (Short, short), "world": (Bench, world), "quality": (Quality, quality), "speed": (Speed, speed),
             "released": (Released, released)}
 
 
 if __name__ == "__main__":
-    sys.exit(genevolve.main(commands=COMMANDS))
+    sys.exit(genevolve.main(commands=COMMANDS, default="short"))

@@ -401,7 +401,8 @@ def attend(q, k, v, mask):
     Written out where a CPU needs gradients: there, at this size, the fused kernel is slow in its backward pass.
     """
     if q.device.type != "cpu" or not torch.is_grad_enabled():
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        with model.products("mkl"):  # see ``model.FusedAttention``
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q * q.shape[-1]**-0.5) @ k.transpose(-1, -2)  # (B, K, N, T)
     weights = scores.masked_fill(~mask, -1e4).softmax(-1)
     return weights.to(v.dtype) @ v

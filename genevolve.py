@@ -33,23 +33,28 @@ Contents, in reading order:
 Letters: G requests of a step, K rollouts of a request (a group), T turns, N rows, C hidden size.
 """
 import argparse
+import contextlib
 import copy
 import dataclasses
 import difflib
 import functools
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
 import os
+import platform
 import re
+import shlex
 import shutil
 import sys
 import threading
 import time
+import urllib.parse
 import zlib
 from collections import Counter, deque
-from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
@@ -64,6 +69,7 @@ import model
 import tools
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+ATLAS_CORPUS = os.path.join(HERE, "atlas", "corpus")
 MAX_ROUNDS = 11  # model calls in a trajectory; before the last one a message forbids tools
 
 # ---- Prompts ---------------------------------------------------------------------------------------------------------
@@ -117,24 +123,44 @@ def end_ids(tokenizer):
 
 
 class LocalPolicy:
-    """A network of ours behind the engine. One conversation is one sequence; nothing is ever re-tokenised."""
+    """A network of ours behind the engine. One conversation is one sequence; nothing is ever re-tokenised.
+
+    Several threads may share an engine: each has a ``fork`` of its own, and a step of any decodes a token of all.
+    """
 
     def __init__(self, net, tokenizer, sampling, slots=64, capacity=1536, compact=True):
         self.net, self.tokenizer = net, tokenizer
         self.sampling, self.compact = sampling, compact
         self.stop_ids = end_ids(tokenizer)
         self.new_engine = functools.partial(model.Engine, net, slots=slots, capacity=capacity)
+        self.lock = FairLock()  # whoever uses the engine holds it
+        self.cancel = None      # a Future: once it is done, ``poll`` raises CancelledError
         self.reset()
 
     def reset(self):
         """Begin with an empty cache; there must be no open conversation."""
         self.engine = self.new_engine()
-        self.trajectories, self.writing = {}, 0  # Sequence -> Trajectory; turns that have not ended
+        self.trajectories, self.writing = {}, []  # Sequence -> Trajectory; sequences whose turn has not ended
+
+    def fork(self, cancel):
+        """The policy for another thread: the same engine, conversations of its own. cancel: a Future."""
+        other = copy.copy(self)
+        other.cancel = cancel
+        other.trajectories, other.writing = {}, []
+        return other
+
+    def abandon(self):
+        """Close all conversations, also in the middle of a turn."""
+        with self.lock:
+            for sequence in self.trajectories:
+                self.engine.close(sequence)
+        self.trajectories, self.writing = {}, []
 
     def start(self, trajectory):
         """Open a conversation: system and user message are in ``trajectory.messages``."""
         ids = self.tokenizer.apply_chat(trajectory.messages, add_generation_prompt=True)
-        trajectory.handle = self.engine.open(ids, trajectory.seed)
+        with self.lock:
+            trajectory.handle = self.engine.open(ids, trajectory.seed)
         self.trajectories[trajectory.handle] = trajectory
 
         trajectory.prompt_length = len(ids)
@@ -144,17 +170,26 @@ class LocalPolicy:
 
     def submit(self, trajectory):
         s = self.sampling
-        self.engine.submit(trajectory.handle, s.max_new_tokens, s.temperature, s.top_p, self.stop_ids)
-        self.writing += 1
+        with self.lock:
+            self.engine.submit(trajectory.handle, s.max_new_tokens, s.temperature, s.top_p, self.stop_ids)
+        self.writing.append(trajectory.handle)
 
     def poll(self, tool_calls=(), when=FIRST_COMPLETED):
         """Decode until a turn has ended or one of the tool calls. Returns turns: [(trajectory, text, finish)]."""
         if not self.writing:
-            wait(tool_calls, return_when=when)
+            wait_for(tool_calls, when, self.cancel)
         sequences = []
         while self.writing and not sequences and not any(call.done() for call in tool_calls):
-            sequences = self.engine.step()
+            check_cancelled(self.cancel)
+            sequences = self.decode_step(self.writing)
         return [self.take(sequence) for sequence in sequences]
+
+    def decode_step(self, sequences):
+        """Those of the sequences whose turn has ended; if none has, after a token more of every one in the engine."""
+        with self.lock:  # another thread's step may have ended them meanwhile
+            if not any(sequence.finish for sequence in sequences):
+                self.engine.step()
+            return [sequence for sequence in sequences if sequence.finish]
 
     def take(self, sequence):
         """A turn that has ended, noted in its trajectory: (trajectory, text, finish)."""
@@ -162,7 +197,7 @@ class LocalPolicy:
         new = sequence.tokens[len(trajectory.mask):]
         trajectory.mask += [True] * len(new)
         trajectory.logprobs += sequence.logprobs[-len(new):] if new else []
-        self.writing -= 1
+        self.writing.remove(sequence)
         return trajectory, self.decode(new), sequence.finish
 
     def observe(self, trajectory, text):
@@ -176,11 +211,17 @@ class LocalPolicy:
     def end(self, trajectory):
         trajectory.tokens = list(trajectory.handle.tokens)
         del self.trajectories[trajectory.handle]
-        self.engine.close(trajectory.handle)
+        with self.lock:
+            self.engine.close(trajectory.handle)
         trajectory.handle = None
 
     def decode(self, ids):
         return self.tokenizer.decode([i for i in ids if i not in self.stop_ids])
+
+    def unfinished(self, trajectory):
+        """The turn in progress, as far as it is written."""
+        sequence = trajectory.handle
+        return self.decode(sequence.tokens[len(trajectory.mask):]) if sequence and not sequence.finish else ""
 
     def reply(self, request):
         """One turn of a conversation from outside (the chat endpoint): yields tools.ChatReply as tokens are decoded."""
@@ -192,21 +233,48 @@ class LocalPolicy:
         if len(ids) >= self.engine.capacity:
             raise ValueError(f"the prompt has {len(ids)} tokens; the context holds {self.engine.capacity}")
 
-        sequence = self.engine.open(ids, request["seed"])
         max_new_tokens = min(request["max_tokens"], self.sampling.max_new_tokens)
-        self.engine.submit(sequence, max_new_tokens, request["temperature"], request["top_p"], self.stop_ids)
+        with self.lock:
+            sequence = self.engine.open(ids, request["seed"])
+            self.engine.submit(sequence, max_new_tokens, request["temperature"], request["top_p"], self.stop_ids)
         sent = ""
         ended = stopped = False
         try:
             while not ended and not stopped:
-                ended = sequence in self.engine.step()
+                ended = bool(self.decode_step([sequence]))
                 new = sequence.tokens[len(ids):]
                 text, stopped = tools.stable_text(self.decode(new), request["stop"], ended)
                 finish = "stop" if stopped else sequence.finish
                 yield tools.ChatReply(text[len(sent):], finish, len(ids), len(new))
                 sent = text
         finally:  # also where the client has gone away
-            self.engine.close(sequence)
+            with self.lock:
+                self.engine.close(sequence)
+
+
+class FairLock:
+    """A lock that a thread which takes it again and again leaves to the others in between."""
+
+    def __init__(self):
+        self.entry, self.lock = threading.Lock(), threading.Lock()
+
+    def __enter__(self):
+        with self.entry:  # held by the one that waits for the lock: whoever just had it queues behind
+            self.lock.acquire()
+
+    def __exit__(self, *_):
+        self.lock.release()
+
+
+def wait_for(calls, when, cancel):
+    """Wait for futures, and for ``cancel`` (a Future or None), which ends the wait with CancelledError."""
+    wait([*calls, cancel] if cancel else calls, return_when=when)
+    check_cancelled(cancel)
+
+
+def check_cancelled(cancel):
+    if cancel and cancel.done():
+        raise CancelledError
 
 
 # ---- Agent: requests to trajectories ---------------------------------------------------------------------------------
@@ -233,8 +301,10 @@ class Agent:
         """
         guides = guides or [None] * len(requests)
         trajectories = [self.open(*each) for each in zip(requests, seeds, guides)]
-        for _ in self.play(trajectories):
-            pass
+        started = time.perf_counter()
+        for done, _ in enumerate(self.play(trajectories), 1):
+            show_progress("attempts", done, len(trajectories), time.perf_counter() - started)
+        clear_status()
         return trajectories
 
     def open(self, request, seed, guide=None):
@@ -432,7 +502,10 @@ def truth_of(row):
 
 # ---- Evolution: from its own attempts to a better policy -------------------------------------------------------------
 
-KEPT = ("lr_scale", "window_start", "promoted_rewards", "first_validation")  # what a checkpoint's state.json holds
+# what a checkpoint's state.json holds, beside settings, memory and log
+KEPT = ("lr_scale", "window_start", "agreement_average", "promoted_rewards", "first_rewards", "first_validation",
+        "skipped_in_a_row")
+ENGINE_TOLERANCE = 0.05  # nats, on average: rounding in bfloat16 stays below, another temperature does not
 
 
 class Evolution:
@@ -448,8 +521,10 @@ class Evolution:
         self.settings, self.components = settings, components
         self.processes = processes or model.ProcessGroup()
         self.recipe = read_recipe(settings.recipe, settings.set)
-        self.data = tools.read_requests(settings.data)
-        self.validation = tools.read_requests(settings.validation)
+        if settings.correct_mismatch and self.recipe.tis_cap is None:
+            self.recipe = dataclasses.replace(self.recipe, tis_cap=2.0)
+        self.data, self.validation = read_data(settings)
+        self.inputs = self.processes.all_gather_objects(input_fingerprints(settings, self.processes.is_main))[0]
 
         self.net, self.reference, self.teacher = open_networks(settings, self.recipe, components, self.processes)
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
@@ -458,8 +533,12 @@ class Evolution:
         self.steps_done, self.log = 0, []  # rows of log.jsonl
         self.lr_scale = 1.0           # a rollback halves it
         self.window_start = 0         # ``collapse`` reads log[window_start:]
+        self.agreement_average = 1.0  # of lessons from other requests, see ``recipe_now``
         self.first_validation = None  # figures of the policy that the run began with
-        self.promoted_rewards = None  # of the best policy so far on the validation requests
+        self.first_rewards = None     # of that policy on the validation requests
+        self.promoted_rewards = None  # of the best policy so far
+        self.skipped_in_a_row = 0     # updates whose gradient was no number
+        self.has_warned = False       # of an engine whose log-probs are not the trainer's
         self.example = None           # (trajectory, bundle) for the report
 
     def parameters(self):
@@ -481,25 +560,27 @@ class Evolution:
         check_budget(self.components.budget, self.steps_done)  # else some rewards are missing for want of calls
 
         update_started = time.perf_counter()
-        rewards = torch.tensor([[t.reward for t in group] for group in groups], dtype=torch.float64)       # (G, K)
+        rewards = reward_table(groups)                                                                     # (G, K)
         lessons = self.remember(requests, groups)  # before the look-up, so that a group learns from its own lesson, too
         entries = self.memory.lookup([request["question"] for request in requests])
         guides = self.choose_guides(requests, entries)
-        batch = training_batch(groups, rewards, guides, self.recipe.at(self.steps_done), self.tokenizer)
+        batch = training_batch(groups, rewards, guides, self.recipe_now(), self.tokenizer)
         audit = audit_lessons(self, requests, entries, rewards) if self.is_due(s.audit_every) else {}
         update = self.update(batch, groups, entries)
+        agreement = judge_lessons(self, batch, requests, entries)
         self.steps_done += 1
         self.sync_weights()
         update_seconds = time.perf_counter() - update_started
 
         row = {"step": self.steps_done, **rollout_metrics(groups, rewards), **lessons, "memory": len(self.memory),
-               **guide_metrics(requests, entries, guides), **update, **audit,
+               **guide_metrics(requests, entries, guides), **agreement, **update, **audit,
                "rollout_seconds": rollout_seconds,
                "render_seconds": render_seconds,
                "update_seconds": update_seconds}
-        if s.eval_every and self.steps_done % s.eval_every == 0:
+        if s.eval_every and (self.steps_done % s.eval_every == 0 or self.steps_done == s.steps):
             row["validation"] = self.evaluate()
         row = without_nan(row)
+        warn_of_engine(self, row["engine_logprob_gap"])
         self.log.append(row)
         if reason := collapse(self.log[self.window_start:]):
             row["rolled_back"] = reason
@@ -510,6 +591,15 @@ class Evolution:
     def is_due(self, every):
         """Whether the step at hand is one of every so many (0: none is)."""
         return every > 0 and (self.steps_done + 1) % every == 0
+
+    def recipe_now(self):
+        """The recipe of the step at hand: its weight fades, and falls where lessons do not agree with what turns out
+        well, down to a twentieth, which still measures them."""
+        recipe = self.recipe.at(self.steps_done)
+        if recipe.silence is None:
+            return recipe
+        loudness = min(1.0, max(0.05, self.agreement_average / recipe.silence))
+        return dataclasses.replace(recipe, weight=recipe.weight * loudness)
 
     # -- roll out, render, judge --
 
@@ -567,44 +657,70 @@ class Evolution:
             raise tools.ToolError(f"step {self.steps_done + 1}: no trajectory was written "
                                   f"({groups[0][0].error or 'no tokens'})")
 
-        s, recipe = self.settings, self.recipe.at(self.steps_done)
+        s, recipe = self.settings, self.recipe_now()
         minibatches = list(chunks(batch, math.ceil(len(batch) / s.minibatches)))
         with self.autocast():
             if len(minibatches) > 1:  # the first step changes the policy that wrote the rows of the others
                 for minibatch in minibatches:
-                    set_old_logprobs(minibatch, self.net, s.temperature, self.processes)
+                    set_old_logprobs(minibatch, self.net, s.temperature, self.processes, s.micro_tokens)
             cosine = math.nan
             if self.is_due(s.audit_every):  # a second forward and backward pass for one figure
                 guided = spread_subset([row for row in batch if row.teacher_tokens])
-                cosine = distill.reverse_kl_cosine(self.net, self.teacher, guided, recipe, s.temperature)
+                cosine = distill.reverse_kl_cosine(self.net, self.teacher, guided, recipe, s.temperature,
+                                                   s.micro_tokens)
 
         sums, norms, ratios = Counter(), [], []
         for minibatch in minibatches:
             policy_grads, sdl_grads, metrics = self.gradients(minibatch, groups, entries)
             ratios.append(self.combine_gradients(policy_grads, sdl_grads))
             norms.append(self.optimizer_step())
-            sums.update(metrics)
+            distill.add_up(sums, metrics)
         return update_metrics(sums, len(minibatches), recipe, s.grpo) | {
             "gradient_norm": distill.average(norms), "gradient_ratio": distill.average(ratios),
+            "skipped_updates": sum(map(distill.is_missing, norms)),
             "reverse_kl_cosine": cosine, "lr": s.lr * self.lr_scale}
 
     def gradients(self, minibatch, groups, entries):
-        """(gradients of L_GRPO, gradients of L_SDL or of what takes its place, sums for the log)."""
+        """(gradients of L_GRPO, gradients of L_SDL or of what takes its place, sums for the log).
+
+        Where ``is_joint``: those of L = L_GRPO + weight L_SDL, None, and the sums.
+        """
         s = self.settings
-        recipe = self.recipe.at(self.steps_done)
+        together = self.is_joint()
+        recipe = self.recipe_now()
         with self.autocast():
             policy_grads, sdl_grads, metrics = distill.update_gradients(
                 self.net, self.reference, self.teacher, minibatch, recipe, s.temperature, s.grpo, s.micro_tokens,
-                processes=self.processes)
+                together, self.processes)
             replacement = self.extra_gradients(minibatch, groups, entries)
-        return policy_grads, sdl_grads if replacement is None else replacement, metrics
+        if replacement is not None:
+            sdl_grads = replacement
+        return policy_grads, None if together else sdl_grads, metrics
+
+    def is_joint(self):
+        """Whether both losses share one backward pass.
+
+        They stay apart where somebody wants their norms: the log of an audit step, or a subclass with a weight or a
+        gradient of its own.
+        """
+        is_plain = all(getattr(type(self), name) is getattr(Evolution, name)
+                       for name in ("extra_gradients", "sdl_weight"))
+        return is_plain and not self.is_due(self.settings.audit_every)
 
     def extra_gradients(self, batch, groups, entries):
         """None, or gradients that take the place of L_SDL's: one tensor a trainable parameter, in their order."""
         return None
 
     def combine_gradients(self, policy_grads, sdl_grads):
-        """p.grad = grad L_GRPO + weight grad L_SDL. Returns the ratio of the terms' norms (nan: no policy gradient)."""
+        """p.grad = grad L_GRPO + weight grad L_SDL. Returns the ratio of the terms' norms (nan: no policy gradient).
+
+        sdl_grads None: policy_grads are those of both losses already; then the ratio is not known, nan.
+        """
+        if sdl_grads is None:
+            for parameter, gradient in zip(self.parameters(), policy_grads):
+                parameter.grad = gradient
+            return math.nan
+
         policy_norm = distill.gradient_norm(policy_grads)
         sdl_norm = distill.gradient_norm(sdl_grads)
         weight = self.sdl_weight(policy_norm, sdl_norm)
@@ -614,18 +730,24 @@ class Evolution:
 
     def sdl_weight(self, policy_norm, sdl_norm):
         """The weight of L_SDL beside L_GRPO, given the norms of both gradients."""
-        return self.recipe.at(self.steps_done).weight
+        return self.recipe_now().weight
 
     def optimizer_step(self):
-        """Clip, step, let an EMA teacher follow. Returns the gradient's norm before clipping."""
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.lr * self.lr_scale
-        self.optimizer.step()
+        """Clip, step, let an EMA teacher follow. Returns the gradient's norm before clipping.
+
+        One that is no finite number moves nothing: such a step would make every weight nan.
+        """
+        norm = float(model.full_tensor(torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)))
+        if math.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.settings.lr * self.lr_scale
+            self.optimizer.step()
+            if self.recipe.teacher == "ema":
+                distill.ema_update(self.teacher, self.net, self.recipe.ema_decay)
         self.optimizer.zero_grad(set_to_none=True)  # the next backward pass adds to the gradients that it finds
-        if self.recipe.teacher == "ema":
-            distill.ema_update(self.teacher, self.net, self.recipe.ema_decay)
-        return float(model.full_tensor(norm))
+        where = f"step {self.steps_done + 1}"
+        self.skipped_in_a_row = distill.count_skipped(self.skipped_in_a_row, norm, where)
+        return norm
 
     def autocast(self):
         return torch.autocast(self.components.device, torch.bfloat16, enabled=self.settings.bf16)
@@ -637,9 +759,13 @@ class Evolution:
         for target, trained in zip(rollout_net.parameters(), self.net.parameters()):
             if target is not trained and trained.requires_grad:
                 target.copy_(model.full_tensor(trained))
-        if self.settings.rollouts_url and self.processes.is_main:
+        if self.settings.rollouts_url:
             folder = os.path.join(self.settings.out, "served")
-            self.components.policy.load_weights(folder, self.steps_done)
+            if self.processes.is_main:
+                self.components.policy.load_weights(folder, self.steps_done)
+            self.processes.barrier()
+            if not self.processes.is_main:
+                self.components.policy.follow(folder)
         self.processes.barrier()
 
     # -- evaluate, promote, roll back --
@@ -652,12 +778,14 @@ class Evolution:
         rewards = [t.reward for t in trajectories]
         figures = validation_figures(trajectories)
         if self.promoted_rewards is not None:
-            figures |= paired_change(rewards, self.promoted_rewards)
+            figures |= gain_figures(rewards, self.first_rewards) | paired_change(rewards, self.promoted_rewards)
 
         # no worse than the best so far, on the same requests with the same seeds, than chance alone would have it
         is_first = self.promoted_rewards is None
         figures["promoted"] = is_first or figures["change"] >= -figures["standard_error"]
         if figures["promoted"]:
+            if is_first:
+                self.first_rewards = rewards
             if is_first or figures["change"] > 0:
                 self.promoted_rewards = rewards
             self.save_promoted()
@@ -673,9 +801,12 @@ class Evolution:
     def restore_promoted(self):
         """Back to the promoted weights and their optimizer, with half the learning rate. Memory and data go on."""
         folder = os.path.join(self.settings.out, "promoted")
-        _, tensors = model.latest_checkpoint(folder, self.processes)
-        model.load_training_tensors(tensors, self.net, self.optimizer, **averages(self))
+        found = model.latest_checkpoint(folder, self.processes)
+        if found is None:
+            raise ValueError(f"{folder}: missing, and step {self.steps_done} wants to go back to it")
+        model.load_training_tensors(found[1], self.net, self.optimizer, **averages(self))
         self.lr_scale /= 2
+        self.skipped_in_a_row = 0
         self.window_start = len(self.log)
         self.components.policy.reset()  # its cache may hold what is not a number
         self.sync_weights()
@@ -700,12 +831,8 @@ class Evolution:
 
     def save(self, row):
         """A checkpoint of the finished step; then the log's line, which ``resume`` mends if a kill comes between."""
-        memory, keys = self.memory.state_dict()
-        tensors = model.training_tensors(self.net, self.optimizer, **averages(self))
-        tensors["memory.keys"] = keys["keys"]
-        state = {"settings": run_identity(self.settings, self.recipe), "row": row, "memory": memory,
-                 "extra": self.extra_state(), **{name: getattr(self, name) for name in KEPT}}
         folder = os.path.join(self.settings.out, "checkpoints")
+        state, tensors = state_of(self)
         model.save_checkpoint(folder, self.steps_done, tensors, state, self.processes)
         if self.processes.is_main:
             log = os.path.join(self.settings.out, "log.jsonl")
@@ -713,26 +840,14 @@ class Evolution:
                 file.write(json.dumps(row) + "\n")
 
     def resume(self):
-        """Go on from the newest whole checkpoint, if there is one."""
-        log = os.path.join(self.settings.out, "log.jsonl")
-        found = model.latest_checkpoint(os.path.join(self.settings.out, "checkpoints"), self.processes)
+        """Go on from the newest whole checkpoint, if there is one. ValueError if the folder's run is another one."""
+        folder = os.path.join(self.settings.out, "checkpoints")
+        found = model.latest_checkpoint(folder, self.processes)
         if found is None:
-            if os.path.exists(log) and self.processes.is_main:
-                os.remove(log)
-            return
-
-        state, tensors = found
-        check_same_run(self.settings.out, state["settings"], run_identity(self.settings, self.recipe))
-        model.load_training_tensors(tensors, self.net, self.optimizer, **averages(self))
-        self.memory.load_state(state["memory"], {"keys": tensors["memory.keys"]})
-        self.steps_done = state["step"]
-        for name in KEPT:
-            setattr(self, name, state[name])
-        self.load_extra_state(state["extra"])
-        earlier = [row for row in model.read_lines(log) if row["step"] < self.steps_done]
-        self.log = [*earlier, state["row"]]
+            return check_unused(self.settings.out)
+        take_up(self, *found)
         if self.processes.is_main:
-            model.write_lines(log, self.log)
+            mend_files(self)
             print(f"resuming after step {self.steps_done}", flush=True)
 
 
@@ -741,16 +856,25 @@ def evolve(s, evolution=Evolution):
 
     evolution: the class of the run, for a subclass that tries an idea. Returns the finished run.
     """
-    started = time.perf_counter()
-    run = open_evolution(s, evolution)
+    with model.locked(s.out):
+        run = open_evolution(s, evolution)
+        go_on(run)
+    return run
+
+
+def go_on(run):
+    """Take the steps of an evolution that are left, and say and write what comes of them."""
+    started, s = time.perf_counter(), run.settings
     is_main = run.processes.is_main
-    say = functools.partial(print, flush=True) if is_main else lambda text: None
+    say = print_line if is_main else lambda text: None
     with run.components, run.processes:
         if is_main:
             announce_calls(run)
+        say(processor_line())
         if run.steps_done == 0 and s.eval_every:
-            first = run.first_validation = run.evaluate()
-            say(f"before: validation reward {first['reward']:.3f}, KScore {first['kscore']:.3f}")
+            say(f"before the first step: {len(run.validation)} validation requests")
+            run.first_validation = run.evaluate()
+            say(f"before: {validation_line(run.first_validation)}")
         elif run.steps_done == 0:
             run.save_promoted()
 
@@ -762,16 +886,16 @@ def evolve(s, evolution=Evolution):
             except OSError as error:
                 raise ValueError(f"step {run.steps_done} could not be kept ({error}); everything before it is on disk")
             seconds_a_step = (time.perf_counter() - started) / (run.steps_done - first_step)
-            say(f"{step_line(row)}  {seconds_a_step * (s.steps - run.steps_done):.0f} s left")
-            if "validation" in row:
+            figures, *more = step_line(row).splitlines()
+            say(f"{figures}  {time_text(seconds_a_step * (s.steps - run.steps_done))} left")
+            say("\n".join([f"  {lesson_line(run.memory.entries, row)}", *more]))
+            if "validation" in row or run.steps_done == first_step + 1:  # there is a page from the first step on
                 report(run)
 
         report(run)
         run.write_policy("last")
-    say(f"wrote {os.path.join(s.out, 'log.jsonl')}, {os.path.join(s.out, 'report.html')}, "
-        f"{os.path.join(s.out, 'last')} and what was promoted, {os.path.join(s.out, 'policy')} "
-        f"({time.perf_counter() - started:.0f} s)")
-    return run
+    for line in evolution_end(run, time.perf_counter() - started):
+        say(line)
 
 
 def open_evolution(settings, evolution=Evolution):
@@ -907,20 +1031,39 @@ def gather_trajectories(local, requests, processes):
     return [distill.Trajectory.from_json(*each) for each in zip(values, requests)]
 
 
-def set_old_logprobs(rows, net, temperature, processes):
-    """Note log p of the rows' actions under the policy that wrote them: the denominator of the importance ratio."""
-    local, counted = distill.local_rows(rows, processes)
-    with torch.no_grad():
-        tokens, masks = [row.tokens for row in local], [row.mask for row in local]
-        scores = distill.score_actions(net, tokens, masks, temperature)
+@torch.no_grad()
+def set_old_logprobs(rows, net, temperature, processes, limit=None):
+    """Note log p of the rows' actions under the policy that wrote them: the denominator of the importance ratio.
 
-    values = []
-    for logp, mask, counts in zip(scores.logp, scores.mask, counted):
-        if counts:
-            values.append(logp[mask].tolist())
-    gathered = itertools.chain.from_iterable(processes.all_gather_objects(values))
-    for row, logp in zip(rows, gathered):
-        row.logp_old = torch.tensor(logp)
+    limit: tokens of a micro-batch, as in ``distill.update_gradients``.
+    """
+    for batch in distill.micro_batches(rows, distill.micro_limit(limit, net) * processes.size):
+        local, counted = distill.local_rows(batch, processes)
+        scores = distill.score_rows(net, local, temperature)
+        values = []
+        for logp, mask, counts in zip(scores.logp, scores.mask, counted):
+            if counts:
+                values.append(logp[mask].tolist())
+        gathered = itertools.chain.from_iterable(processes.all_gather_objects(values))
+        for row, logp in zip(batch, gathered):
+            row.logp_old = torch.tensor(logp)
+
+
+def reward_table(groups):
+    """Rewards of groups of trajectories, float64 (G, K); nan: missing."""
+    rewards = torch.tensor([[t.reward for t in group] for group in groups], dtype=torch.float64)           # (G, K)
+    return torch.where(rewards.isfinite(), rewards, math.nan)
+
+
+def warn_of_engine(run, gap):
+    """Say once that the engine's log-probs are not the trainer's. gap: their mean distance in nats, None: unknown."""
+    if run.has_warned or gap is None or gap <= ENGINE_TOLERANCE:
+        return
+    run.has_warned = True
+    if run.processes.is_main:
+        print(f"step {run.steps_done}: the engine's log-probs differ from the trainer's by {gap:.3f} nats a token; "
+              "do both have the same weights and temperature, and are the engine's taken before top-p?",
+              file=sys.stderr, flush=True)
 
 
 def check_budget(budget, steps_done):
@@ -945,11 +1088,13 @@ def training_batch(groups, rewards, guides, recipe, tokenizer):
     """
     advantages = distill.group_advantages(rewards, recipe.std).tolist()                                    # (G, K)
     batch = []
-    for group, group_advantages, guide in zip(groups, advantages, guides):
+    for g, (group, group_advantages, guide) in enumerate(zip(groups, advantages, guides)):
         for trajectory, advantage in zip(group, group_advantages):
             if not any(trajectory.mask):
                 continue
-            row = distill.TrainingRow(trajectory.tokens, trajectory.mask, advantage)
+            row = distill.TrainingRow(trajectory.tokens, trajectory.mask, advantage, group=g)
+            if trajectory.logprobs:
+                row.logp_engine = torch.tensor(trajectory.logprobs)[torch.tensor(trajectory.mask)]
             if guide is not None and recipe.weight:
                 row.teacher_tokens, row.teacher_mask = teacher_view(trajectory, guide, tokenizer)
             batch.append(row)
@@ -993,8 +1138,37 @@ def spread_subset(rows, count=4, limit=2048):
     return kept
 
 
+AGREEMENT_RATE = 0.2  # of the average that `Recipe.silence` reads: about five steps
+
+
+def judge_lessons(run, batch, requests, entries):
+    """Note how far each lesson agreed with its group's attempts; lessons that disagree go. The log's part of it."""
+    agreements, foreign, own, pulls = [], [], [], []
+    for g, (request, entry) in enumerate(zip(requests, entries)):
+        rows = [row for row in batch if row.group == g and row.pull is not None]
+        advantages = [row.advantage for row in rows]
+        agreement = None
+        if rows and rows[0].advice is not None:
+            agreement = distill.lesson_agreement(advantages, [row.advice for row in rows])
+        agreements.append(agreement)
+        if not rows:
+            continue
+        if entry.prompt == request["question"]:  # it was written from this request's attempts, perhaps these
+            own.append(agreement)
+        else:
+            foreign.append(agreement)
+            pulls.append(distill.lesson_agreement(advantages, [row.pull for row in rows]))
+            run.memory.record_use(entry, run.steps_done, request["question"], agreement)
+
+    pull = distill.average(pulls)
+    if not math.isnan(pull):
+        run.agreement_average += AGREEMENT_RATE * (pull - run.agreement_average)
+    return {"agreements": agreements, "agreement": distill.average(foreign), "own_agreement": distill.average(own),
+            "pull_agreement": pull, "agreement_average": run.agreement_average, "retired": len(run.memory.retire())}
+
+
 def audit_lessons(run, requests, entries, rewards):
-    """How a group's reward moves with its guide and with a placebo of the same length; lessons that hurt go.
+    """How a group's reward moves with its guide and with a placebo of the same length: a check of ``judge_lessons``.
 
     Before the update, so that all three are written by the same weights. rewards (G, K): without a guide.
     """
@@ -1012,14 +1186,16 @@ def audit_lessons(run, requests, entries, rewards):
         means.append([distill.average([t.reward for t in group]) for group in groups])
     with_guide, with_placebo = means
 
+    effects = [None] * len(entries)  # beside the step's agreements, to check the estimator
     for i, *rewards_of_entry in zip(audited, with_guide, without, with_placebo):
         distill.Memory.record_audit(entries[i], *rewards_of_entry)
+        effects[i] = rewards_of_entry[0] - rewards_of_entry[1]
     return {"lesson_audit": {
         "lessons": len(audited),
         "with_guide": distill.average(with_guide),
         "without": distill.average(without),
         "placebo": distill.average(with_placebo),
-        "retired": len(run.memory.retire()),
+        "effects": effects,
         "rollouts": 2 * run.settings.rollouts * len(audited)}}
 
 
@@ -1069,7 +1245,7 @@ def validation_figures(trajectories):
 
 def mean_and_error(values):
     """Mean of the values that are not missing, and the mean's standard error (nan below two)."""
-    kept = [value for value in values if not math.isnan(value)]
+    kept = [value for value in values if not distill.is_missing(value)]
     mean = distill.average(kept)
     if len(kept) < 2:
         return mean, math.nan
@@ -1080,10 +1256,16 @@ def mean_and_error(values):
 def paired_change(rewards, before):
     """Mean change of the reward over the same requests, and its standard error; missing ones are left out."""
     change = np.array(rewards) - np.array(before)
-    change = change[~np.isnan(change)]
+    change = change[np.isfinite(change)]
     count = max(len(change), 1)
     return {"change": distill.average(change.tolist()),
             "standard_error": float(change.std() / count**0.5)}
+
+
+def gain_figures(rewards, first_rewards):
+    """The change since the run began, as in ``paired_change``: what ``promote`` asks for."""
+    gain = paired_change(rewards, first_rewards)
+    return {"gain": gain["change"], "gain_error": gain["standard_error"]}
 
 
 # ==== Machine room ====================================================================================================
@@ -1093,28 +1275,47 @@ def paired_change(rewards, before):
 class RemotePolicy:
     """A service writes the turns; they run side by side in threads.
 
-    A subclass asks for a turn in ``submit`` and says in ``read`` what an answer holds.
+    A subclass asks for turns in ``submit`` and says in ``read`` what an answer holds.
     """
 
-    def __init__(self, client, sampling, compact, workers):
-        self.client, self.sampling, self.compact = client, sampling, compact
-        self.pool, self.writing = ThreadPoolExecutor(workers), {}  # Future -> Trajectory
+    def __init__(self, sampling, compact, workers):
+        self.sampling, self.compact = sampling, compact
+        self.pool, self.writing = ThreadPoolExecutor(workers), {}  # Future -> [Trajectory] whose turns it writes
+        self.cancel = None  # see LocalPolicy
 
     def poll(self, tool_calls=(), when=FIRST_COMPLETED):
         """Wait until a turn has ended or one of the tool calls. Returns turns: [(trajectory, text, finish)].
 
         when: ALL_COMPLETED waits for all of them, so that the order of the answers decides nothing.
         """
-        wait([*self.writing, *tool_calls], return_when=when)
-        return [self.take(future) for future in list(self.writing) if future.done()]
+        wait_for([*self.writing, *tool_calls], when, self.cancel)
+        ended = [future for future in self.writing if future.done()]
+        return list(itertools.chain.from_iterable(self.take(future) for future in ended))
+
+    def fork(self, cancel):
+        """The policy for another thread, with conversations of its own. cancel: a Future."""
+        other = copy.copy(self)
+        other.cancel, other.writing = cancel, {}
+        return other
+
+    def abandon(self):
+        """Ask for no more turns; what was asked ends by itself."""
+        for future in self.writing:
+            future.cancel()
+        self.writing = {}
+
+    def unfinished(self, trajectory):
+        """The turn in progress: a service gives it as a whole."""
+        return ""
 
     def take(self, future):
-        """A turn that has ended: (trajectory, text, finish); a failed one has no text."""
-        trajectory = self.writing.pop(future)
+        """Turns that have ended: [(trajectory, text, finish)]; failed ones have no text."""
+        trajectories = self.writing.pop(future)
         try:
-            return trajectory, *self.read(trajectory, future.result())
+            answers = future.result()
+            return [(trajectory, *self.read(trajectory, answer)) for trajectory, answer in zip(trajectories, answers)]
         except (tools.ToolError, ValueError, OSError) as error:
-            return trajectory, "", f"error: {error}"
+            return [(trajectory, "", f"error: {error}") for trajectory in trajectories]
 
     def reset(self):
         """Nothing is kept here between turns."""
@@ -1124,23 +1325,33 @@ class RemotePolicy:
 
 
 class RolloutPolicy(RemotePolicy):
-    """A serving engine (SGLang) writes the tokens, a network of ours learns from them.
+    """Serving engines (vLLM, SGLang) write the tokens, a network of ours learns from them.
 
     Conversations are kept as token ids here and sent whole; the server's prefix cache makes that cheap. Nothing is
-    re-tokenised.
+    re-tokenised. clients: one or more servers with the same weights; each conversation belongs to one, in turn. The
+    servers are checked, see ``EngineProbe``; probe: "stop", "reload" (try other ways to hand weights over before
+    stopping) or "off". needs_logprobs: stop, too, if the servers' log-probs are not those of the sampling.
+    send_seed: each turn has its own seed, which goes with it.
     """
 
-    def __init__(self, client, net, tokenizer, sampling, compact, workers=64):
-        super().__init__(client, sampling, compact, workers)
-        self.net, self.tokenizer = net, tokenizer
+    def __init__(self, clients, net, tokenizer, sampling, compact, probe="stop", needs_logprobs=False,
+                 send_seed=False):
+        super().__init__(sampling, compact, workers=64 * len(clients))
+        self.clients, self.net, self.tokenizer = clients, net, tokenizer
+        self.send_seed = send_seed
         self.stop_ids = end_ids(tokenizer)
+        self.started, self.waiting = 0, []  # conversations so far; those that want a turn and were not asked for yet
+        self.tries_others = probe == "reload"
+        self.probe = None if probe == "off" else EngineProbe(net, sampling.temperature, needs_logprobs)
 
     def start(self, trajectory):
         ids = self.tokenizer.apply_chat(trajectory.messages, add_generation_prompt=True)
+        trajectory.handle = self.clients[self.started % len(self.clients)]
+        self.started += 1
         trajectory.prompt_length = len(ids)
         trajectory.tokens, trajectory.mask, trajectory.logprobs = [], [], []
         self.append(trajectory, ids)
-        self.submit(trajectory)
+        self.waiting.append(trajectory)
 
     def append(self, trajectory, ids, logprobs=None):
         """Tokens of the policy with their log-probs, or tokens that it only reads."""
@@ -1148,54 +1359,219 @@ class RolloutPolicy(RemotePolicy):
         trajectory.mask += [logprobs is not None] * len(ids)
         trajectory.logprobs += logprobs or [math.nan] * len(ids)
 
-    def submit(self, trajectory):
+    def poll(self, tool_calls=(), when=FIRST_COMPLETED):
+        """As RemotePolicy.poll. Where all turns are waited for anyway, a server gets them in as few requests as it
+        allows."""
+        requests = {}  # (server, limit of tokens) -> trajectories
+        for trajectory in self.waiting:
+            requests.setdefault((trajectory.handle, self.room(trajectory)), []).append(trajectory)
+        self.waiting = []
+        for (client, limit), trajectories in requests.items():
+            together = client.AT_ONCE if when == ALL_COMPLETED and not self.send_seed else 1
+            for batch in chunks(trajectories, together):
+                self.submit(client, limit, batch)
+        return super().poll(tool_calls, when)
+
+    def room(self, trajectory):
+        """The most tokens that the next turn may have: what is left of the server's context, if it states one."""
+        context = trajectory.handle.context or math.inf
+        return max(0, min(self.sampling.max_new_tokens, context - len(trajectory.tokens)))
+
+    def submit(self, client, limit, trajectories):
+        """Ask for a turn of each trajectory, or end it where the context is full."""
         s = self.sampling
-        tokens = list(trajectory.tokens)
-        seed = zlib.crc32(f"{trajectory.seed} {trajectory.rounds}".encode())
-        future = self.pool.submit(self.client.generate, tokens, s.max_new_tokens, s.temperature, s.top_p,
-                                  self.stop_ids, seed)
-        self.writing[future] = trajectory
+        if limit == 0:
+            future = self.pool.submit(lambda: [tools.Rollout([], [], "length")] * len(trajectories))
+        else:
+            prompts = [list(trajectory.tokens) for trajectory in trajectories]
+            seed = None
+            if self.send_seed:
+                seed = zlib.crc32(f"{trajectories[0].seed} {trajectories[0].rounds}".encode()) % 2**31
+            future = self.pool.submit(client.generate, prompts, limit, s.temperature, s.top_p, self.stop_ids, seed)
+        self.writing[future] = trajectories
 
     def read(self, trajectory, rollout):
         """(text, finish) of a tools.Rollout, whose tokens the trajectory takes over."""
-        self.append(trajectory, rollout.tokens, rollout.logprobs)
+        is_comparable = self.probe is None or self.probe.is_comparable
+        self.append(trajectory, rollout.tokens, rollout.logprobs if is_comparable else [math.nan] * len(rollout.tokens))
         text = self.tokenizer.decode([i for i in rollout.tokens if i not in self.stop_ids])
         return text, rollout.finish
 
     def observe(self, trajectory, text):
         is_closed = trajectory.tokens[-1] in self.stop_ids
         self.append(trajectory, self.tokenizer.observation(text, closed=is_closed))
-        self.submit(trajectory)
+        self.waiting.append(trajectory)
 
     def load_weights(self, folder, step):
-        """Hand the network's weights to the server, in a new folder each time; one that goes on with the old weights is
+        """Hand the network's weights to the servers, in a new folder each time; one that goes on with other weights is
         an error."""
         folder = model.make_folder(os.path.abspath(folder))
-        path = os.path.join(folder, f"{step:06d}-{len(os.listdir(folder))}")
-        model.save_policy(path, self.net, self.tokenizer, protocol_name(self.compact), {"step": step})
-        self.client.update_weights(path)
+        forms = self.clients[0].UNTIED[:2 if self.tries_others else 1]
+        for is_last, untied in zip((len(forms) == 1, True), forms):
+            path = self.write_weights(folder, step, untied)
+            try:
+                self.serve(path)
+                break
+            except StaleWeights as error:
+                if is_last:
+                    raise
+                tools.note(f"{error}; another way to hand them over is tried")
         for old in os.listdir(folder):
             if os.path.join(folder, old) != path:
                 shutil.rmtree(os.path.join(folder, old))
 
+    def write_weights(self, folder, step, untied):
+        """A checkpoint in a new folder in ``folder``. untied: with an output matrix of its own."""
+        path = os.path.join(folder, f"{step:06d}-{len(os.listdir(folder))}")
+        with own_head(self.net) if untied else contextlib.nullcontext():
+            model.save_policy(path, self.net, self.tokenizer, protocol_name(self.compact), {"step": step})
+        return path
+
+    def serve(self, path):
+        """Let all servers go on with a checkpoint of the net's weights, and see that they do."""
+        if self.probe:
+            self.probe.refresh()
+        for client in self.clients:
+            client.restore = functools.partial(self.hand_over, client)
+            client.load(path)
+
+    def follow(self, folder):
+        """Another process has handed the weights over: know which they are, in case a server comes back without."""
+        name, = os.listdir(folder)
+        if self.probe:
+            self.probe.refresh()
+        for client in self.clients:
+            client.restore = functools.partial(self.hand_over, client)
+            client.path = os.path.join(os.path.abspath(folder), name)
+            client.version += 1
+
+    def hand_over(self, client):
+        """Once more after an outage, too."""
+        client.update_weights(client.path)
+        if self.probe:
+            self.probe.check(client)
+
+
+@contextlib.contextmanager
+def own_head(net):
+    """Within it, the output matrix of the net has a name of its own, where it is the embedding."""
+    if not net.config.tie_embeddings:
+        yield
+        return
+    with torch.device("meta"):  # without drawing random numbers
+        net.head = model.Linear(net.config.hidden_size, ("lm_head", net.config.vocab_size))
+    net.head.weight = torch.nn.Parameter(net.embed.weight.detach().clone(), requires_grad=False)
+    net.config.tie_embeddings = False
+    try:
+        yield
+    finally:
+        net.head = None
+        net.config.tie_embeddings = True
+
 
 class ChatPolicy(RemotePolicy):
-    """Any OpenAI-compatible endpoint. Conversations are sent whole."""
+    """Any OpenAI-compatible endpoint. Conversations are sent whole.
 
-    def __init__(self, client, sampling, workers=8):
-        super().__init__(client, sampling, compact=False, workers=workers)
+    compact: the policy behind it was trained on the compact form. send_seed: "always", "never", or "auto": vLLM gets
+    none, because its CPU build ends at one.
+    """
+
+    def __init__(self, client, sampling, workers=8, compact=False, send_seed="auto"):
+        super().__init__(sampling, compact, workers)
+        self.client = client
+        served = client.served_model()
+        self.max_tokens = min(sampling.max_new_tokens if compact else 4096, served.get("max_model_len") or 4096)
+        self.send_seed = send_seed == "always" or send_seed == "auto" and served.get("owned_by") != "vllm"
 
     def start(self, trajectory):
-        options = {"temperature": self.sampling.temperature, "top_p": self.sampling.top_p, "max_tokens": 4096,
-                   "seed": trajectory.seed % 2**31}
-        future = self.pool.submit(self.client.complete, trajectory.messages, **options)
-        self.writing[future] = trajectory
+        options = {"temperature": self.sampling.temperature, "top_p": self.sampling.top_p,
+                   "max_tokens": self.max_tokens}
+        if self.send_seed:
+            options["seed"] = trajectory.seed % 2**31
+        future = self.pool.submit(lambda: [self.client.reply(list(trajectory.messages), **options)])
+        self.writing[future] = [trajectory]
 
-    def read(self, trajectory, text):
-        return text, "stop"
+    def read(self, trajectory, reply):
+        return reply.text, reply.finish if self.compact else "stop"
 
     def observe(self, trajectory, text):
         self.start(trajectory)  # the observation stands in the messages
+
+
+class StaleWeights(tools.ToolError):
+    """A rollout engine does not compute with the weights that it was given."""
+
+
+PROBES, PROBE_TOKENS = 4, 64  # sequences and their length
+# mean difference of log-probs (about -13) between a server and the trainer's float32 network; measured with right
+# weights: 4e-6 and 0.045
+PROBE_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
+
+
+class EngineProbe:
+    """Do the servers compute with the trainer's weights? A fixed set of sequences is scored by both.
+
+    A server that took new weights only in part says nothing of it, and the gradient is then of another policy's
+    samples. The sequences are random tokens, so that every row of every matrix takes part.
+    """
+
+    def __init__(self, net, temperature, needs_logprobs):
+        self.net, self.temperature, self.needs_logprobs = net, temperature, needs_logprobs
+        tokens = np.random.default_rng(0).integers(net.config.vocab_size, size=(PROBES, PROBE_TOKENS))
+        self.sequences = tokens.tolist()
+        self.dtypes = {}           # client -> dtype of its arithmetic
+        self.is_comparable = True  # whether the log-probs of samples are those of the sampling's temperature
+        self.gap = math.nan        # the last that was measured
+
+    @torch.no_grad()
+    def score(self, sequences, temperature=1.0):
+        return [logp.cpu() for logp in model.token_logprobs(self.net, sequences, temperature)]             # (T - 1,)
+
+    def refresh(self):
+        """Score the sequences with the net's new weights."""
+        self.expected = torch.cat(self.score(self.sequences))                               # (PROBES * (T - 1),)
+
+    def check(self, client):
+        """Raises StaleWeights beyond the tolerance of the server's arithmetic (bfloat16's if it does not say)."""
+        scores = torch.tensor(client.score(self.sequences)).flatten()
+        is_new = client not in self.dtypes
+        if is_new:
+            self.dtypes[client] = client.dtype()
+        dtype = self.dtypes[client] if self.dtypes[client] in PROBE_TOLERANCE else "bfloat16"
+
+        self.gap = float((scores - self.expected).abs().mean())
+        if not self.gap <= PROBE_TOLERANCE[dtype]:
+            raise StaleWeights(
+                f"rollout engine {client.base}: it does not compute with the weights that it was given: mean log-prob "
+                f"of the probe {float(scores.mean()):.5f} there, {float(self.expected.mean()):.5f} here, mean "
+                f"difference {self.gap:.2g}, of which {PROBE_TOLERANCE[dtype]:g} is allowed ({dtype})")
+        if is_new and self.temperature != 1:
+            self.check_temperature(client)
+
+    def check_temperature(self, client):
+        """Are the log-probs of samples those of the temperature at which they were drawn? Some servers give those of
+        temperature 1, which say nothing of how likely the sample was."""
+        prompts = [sequence[:8] for sequence in self.sequences]
+        at_sampling = at_one = 0.0
+        for prompt in prompts:
+            rollout, = client.sample([prompt], 16, self.temperature, 1.0, (), None)
+            given = torch.tensor(rollout.logprobs)
+            for temperature in (self.temperature, 1.0):
+                expected, = self.score([prompt + rollout.tokens], temperature)
+                gap = float((given - expected[len(prompt) - 1:]).abs().sum())
+                if temperature == 1:
+                    at_one += gap
+                else:
+                    at_sampling += gap
+        if at_sampling <= at_one:
+            return
+
+        self.is_comparable = False
+        line = (f"rollout engine {client.base}: its log-probs are those of temperature 1, the samples are drawn at "
+                f"{self.temperature:g}; start vLLM with --logprobs-mode processed_logprobs")
+        if self.needs_logprobs:
+            raise tools.ToolError(f"{line}, which --correct-mismatch needs")
+        tools.note(f"{line} to have them compared with the trainer's")
 
 
 # ---- What the log says of a step -------------------------------------------------------------------------------------
@@ -1244,6 +1620,7 @@ def update_metrics(sums, minibatches, recipe, has_grpo):
     grpo = 1.0 if has_grpo else math.nan
     is_k3 = "k3" in recipe.estimator
     is_sampled = recipe.estimator in distill.SAMPLED_ESTIMATORS
+    corrections = ("tis_weight", "tis_capped") if recipe.tis_cap is not None else ()
     return {"entropy": sums["entropy"] / tokens,
             "reference_kl": grpo * sums["reference_kl"] / tokens,
             "grpo_loss": grpo * sums["grpo_loss"] / minibatches,
@@ -1253,6 +1630,9 @@ def update_metrics(sums, minibatches, recipe, has_grpo):
             "saturated": sums["saturated"] / selected if is_k3 else math.nan,
             "capped": sums["capped"] / selected if is_sampled else math.nan,
             "clipped": grpo * sums["clipped"] / tokens,
+            **{name: grpo * sums[name] / tokens for name in corrections},
+            "engine_logprob_gap": sums["engine_gap"] / sums["engine_tokens"] if sums["engine_tokens"] else math.nan,
+            "engine_logprob_gap_max": sums["engine_gap_max"] if sums["engine_tokens"] else math.nan,
             "weight": recipe.weight}
 
 
@@ -1260,7 +1640,7 @@ def without_nan(value):
     """A log's row with null for what is missing, at any depth."""
     if isinstance(value, dict):
         return {key: without_nan(part) for key, part in value.items()}
-    is_missing = isinstance(value, float) and math.isnan(value)
+    is_missing = isinstance(value, float) and distill.is_missing(value)
     return None if is_missing else value
 
 
@@ -1270,8 +1650,7 @@ def step_line(row):
             f"{fmt(row['validity'])}  entropy {fmt(row['entropy'])}  hits {fmt(row['hit_rate'])}  "
             f"sdl {fmt(row['sdl_loss'])}  ratio {fmt(row['gradient_ratio'])}  {row['seconds']:.1f} s")
     if "validation" in row:
-        v = row["validation"]
-        text += f"\n  validation reward {v['reward']:.3f}, KScore {v['kscore']:.3f}" + ", promoted" * v["promoted"]
+        text += f"\n  {validation_line(row['validation'])}"
     for failure in row.get("failed_summaries", []):
         text += f"\n  no lesson from {failure}"
     if "rolled_back" in row:
@@ -1280,25 +1659,90 @@ def step_line(row):
 
 
 def fmt(value):
-    return "-" if value is None else f"{value:.3f}"
+    return "-" if value is None or math.isnan(value) else f"{value:.3f}"
+
+
+def validation_line(figures):
+    """What a validation measured, in one line."""
+    def with_error(name):
+        error = figures.get(f"{name}_error")
+        is_known = error is not None and not math.isnan(error)
+        return fmt(figures[name]) + (f" ± {error:.3f}" if is_known else "")
+    return (f"validation reward {with_error('reward')}, KScore {with_error('kscore')}"
+            + ", promoted" * bool(figures["promoted"]))
+
+
+def lesson_line(entries, row):
+    """What a step taught, in one sentence. entries: the memory's, row: the step's of the log."""
+    new = [entry for entry in entries if entry.step == row["step"] - 1]
+    if not new:
+        spread = fmt(row["spread"])
+        return f"learned no new lesson: the attempts of a group are too much alike (best less worst {spread})"
+
+    # of all that is new, the advice with the most reward at stake
+    stake = Counter()
+    for entry in new:
+        for bullet in itertools.chain.from_iterable(entry.bundle.differing().guidance.values()):
+            stake[bullet] += entry.gap
+    lessons = f"{len(new)} lesson{'s' if len(new) > 1 else ''}"
+    if not stake:
+        return f"learned {lessons}: what best and worst attempts have in common"
+    advice, _ = stake.most_common(1)[0]
+    widest = max(entry.gap for entry in new)
+    return f"learned {lessons}, above all: {advice.rstrip('.')} (best less worst: up to {widest:.2f})"
+
+
+def evolution_end(run, seconds):
+    """The last lines of an evolution: before, after, what to type next."""
+    s = run.settings
+    lines = []
+    if run.first_validation:
+        lines.append(f"before: {validation_line(run.first_validation)}")
+    measured = [row for row in run.log if row.get("validation")]
+    if measured:
+        lines.append(f"after {measured[-1]['step']} steps: {validation_line(measured[-1]['validation'])}")
+    policy = os.path.join(s.out, "policy")
+    lines.append(f"wrote {os.path.join(s.out, 'log.jsonl')}, {os.path.join(s.out, 'report.html')}, "
+                 f"{os.path.join(s.out, 'last')} and what was promoted, {policy} ({time_text(seconds)})")
+    if os.path.isdir(policy):
+        lines.append(f"next: python genevolve.py run --policy {shlex.quote(policy)}     (its pictures; to keep it: "
+                     f"python genevolve.py promote {shlex.quote(s.out)})")
+    return lines
 
 
 # ---- Flags: every one is a field, every default stands once ----------------------------------------------------------
 
 def flag(default, help, **more):
+    """A field that is a flag. more: bounds="(0, 1]" or choices=(...) say what it takes, as in ``distill.Recipe``."""
     return field(default=default, metadata={"help": help, **more})
+
+
+def recipe_help():
+    """The recipe's fields with what each takes, for --help."""
+    return "fields: " + "; ".join(f"{f.name}, {distill.values_of(f)}" for f in fields(distill.Recipe))
 
 
 @dataclass
 class Common:
     """Flags of every command."""
     out: str = flag("out", "folder for everything that is written")
-    seed: int = flag(0, "every random stream derives from it")
-    device: str = flag("auto", "auto, cpu, cuda or mps")
+    seed: int = flag(0, "every random stream derives from it", bounds="[0, inf)")
+    device: str = flag("auto", "where it computes", choices=("auto", "cpu", "cuda", "mps"))
+
+    def __post_init__(self):
+        distill.check_fields(self, flag_name)
 
 
 @dataclass
-class ComponentFlags(Common):
+class Compute(Common):
+    """Flags of every command that computes: how much of the processor it takes, and by which kernel it multiplies."""
+    threads: int = flag(0, "threads of the CPU (0: as many as cores that stand idle at the start)", bounds="[0, inf)")
+    products: str = flag("auto", "float32 products on the CPU; auto: the faster that is exact",
+                         choices=("auto", *model.PRODUCTS))
+
+
+@dataclass
+class ComponentFlags(Compute):
     """Which policy, which world, which renderer: each is the embedded one or a real one."""
     policy: str = flag("", "policy folder, or URL of an OpenAI-compatible endpoint (default: the promoted one, "
                            "weights/policy)")
@@ -1308,15 +1752,22 @@ class ComponentFlags(Common):
     renderer: str = flag("", "renderer folder, URL of an image-edit service, or 'gemini' (default: weights/renderer)")
     judge: str = flag("", "URL of an OpenAI-compatible vision model (default: the pixel judge, Atlas requests only)")
     judge_model: str = flag("judge", "model name sent to a judge URL")
-    corpus: str = flag(os.path.join(HERE, "atlas", "corpus"), "folder of texts and images that the local search reads")
-    sampling_steps: int = flag(20, "sampling steps of the renderer")
-    sampler: str = flag("euler", "euler, midpoint (two calls a step) or ancestral: how the embedded renderer samples")
+    corpus: str = flag(ATLAS_CORPUS, "folder of texts and images that the local search reads")
+    sampling_steps: int = flag(20, "sampling steps of the renderer", bounds="[1, inf)")
+    sampler: str = flag("euler", "how the embedded renderer samples; midpoint: two calls a step",
+                        choices=diffusion.SAMPLERS)
     guidance: float = flag(1.0, "classifier-free guidance of the embedded renderer (1: none; more hides what a loose "
-                                "wording costs)")
-    temperature: float = flag(0.7, "temperature of the policy")
-    top_p: float = flag(0.95, "nucleus of the policy")
-    max_calls: int = flag(0, "stop cleanly after so many calls to outside services, all together (0: no limit)")
-    per_minute: int = flag(0, "calls a minute that each outside service gets at most (0: no limit)")
+                                "wording costs)", bounds="[0, inf)")
+    temperature: float = flag(0.7, "temperature of the policy (0: always the likeliest token)", bounds="[0, 100]")
+    top_p: float = flag(0.95, "nucleus of the policy", bounds="(0, 1]")
+    max_calls: int = flag(0, "stop cleanly after so many calls to outside services, all together (0: no limit)",
+                          bounds="[0, inf)")
+    protocol: str = flag("", "compact or full: the form of the protocol that the policy was trained on (default: as "
+                             "its folder says; full for a URL)", choices=("", "compact", "full"))
+    send_seed: str = flag("auto", "whether a served policy gets the seed of every turn (auto: all but vLLM, whose CPU "
+                                  "build ends at one)", choices=("auto", "always", "never"))
+    per_minute: int = flag(0, "calls a minute that each outside service gets at most (0: no limit)",
+                           bounds="[0, inf)")
     record: str = flag("", "keep every outside call in this file")
     replay: str = flag("", "answer every outside call from this file, without network")
 
@@ -1327,54 +1778,60 @@ class Run(ComponentFlags):
     request: str = flag(None, "what to picture (default: one that needs everything)", positional=True)
     input: str = flag("", "a .json or .jsonl file of requests, field prompt or question")
     json: bool = flag(False, "print one JSON object and nothing else")
-    live: int = flag(32, "requests answered side by side")
+    live: int = flag(32, "requests answered side by side", bounds="[1, inf)")
 
 
 @dataclass
 class Serve(ComponentFlags):
     """Search, images, chat, renderer and judge over HTTP."""
     host: str = flag("127.0.0.1", "address to bind to")
-    port: int = flag(8765, "port (0: any free one)")
+    port: int = flag(8765, "port (0: any free one)", bounds="[0, 65535]")
+    runs: str = flag("runs,out,results", "folders, with commas, whose runs and evolutions the page shows and compares")
 
 
 @dataclass
-class Sft(Common):
+class Sft(Compute):
     """Cold start of the embedded policy on demonstrations (section 4)."""
-    out: str = flag(os.path.join(HERE, "weights", "sft"), "checkpoint folder")
+    out: str = flag(os.path.join("runs", "sft"), "checkpoint folder; a stopped run goes on there")
     data: str = flag(os.path.join(HERE, "atlas", "sft.jsonl"), "rows {\"messages\": [...]}")
     vocabulary: str = flag(os.path.join(HERE, "atlas", "vocabulary.txt"), "text that a new tokenizer is trained on")
     init: str = flag("", "policy folder to start from (default: a new network and tokenizer)")
-    lora: int = flag(0, "rank of low-rank adapters that are trained in place of the whole policy of --init (0: none)")
-    vocab_size: int = flag(1152, "tokenizer size of a new policy")
-    hidden: int = flag(160, "width of a new policy")
-    layers: int = flag(4, "depth of a new policy")
-    heads: int = flag(4, "query heads of a new policy (two key-value heads)")
-    copy_weight: float = flag(0.3, "weight of the copying loss beside the demonstrations' (0 for a pretrained policy)")
+    lora: int = flag(0, "rank of low-rank adapters that are trained in place of the whole policy of --init (0: none)",
+                     bounds="[0, inf)")
+    vocab_size: int = flag(1152, "tokenizer size of a new policy", bounds="[1, inf)")
+    hidden: int = flag(160, "width of a new policy", bounds="[1, inf)")
+    layers: int = flag(4, "depth of a new policy", bounds="[1, inf)")
+    heads: int = flag(4, "query heads of a new policy, an even number (two key-value heads)", bounds="[2, inf)")
+    copy_weight: float = flag(0.3, "weight of the copying loss beside the demonstrations' (0 for a pretrained policy)",
+                              bounds="[0, inf)")
     copy_token_weight: float = flag(4.0, "loss weight of a token that has to be copied, beside 1 for any other (1 for "
-                                         "a pretrained policy)")
-    copy_steps: int = flag(500, "warm-up steps on repeated random segments, which teach copying")
-    steps: int = flag(900, "optimizer steps on demonstrations")
-    batch_tokens: int = flag(8192, "tokens a step")
-    lr: float = flag(2.5e-3, "peak learning rate (1e-5 for a pretrained policy)")
-    warmup: float = flag(0.02, "share of the steps in which the rate rises")
-    weight_decay: float = flag(1e-6, "decoupled weight decay")
-    save_every: int = flag(200, "steps between checkpoints; a stopped run goes on from the last one")
+                                         "a pretrained policy)", bounds="(0, inf)")
+    copy_steps: int = flag(500, "warm-up steps on repeated random segments, which teach copying", bounds="[0, inf)")
+    steps: int = flag(900, "optimizer steps on demonstrations", bounds="[1, inf)")
+    batch_tokens: int = flag(8192, "tokens a step", bounds="[1, inf)")
+    lr: float = flag(2.5e-3, "peak learning rate (1e-5 for a pretrained policy)", bounds="(0, 1]")
+    warmup: float = flag(0.02, "share of the steps in which the rate rises", bounds="[0, 1]")
+    weight_decay: float = flag(1e-6, "decoupled weight decay", bounds="[0, inf)")
+    save_every: int = flag(200, "steps between checkpoints; a stopped run goes on from the last one",
+                           bounds="[1, inf)")
+    accept_changes: bool = flag(False, "go on with a stopped run although a file that it reads has changed")
     bf16: bool = flag(True, "matrix products in bfloat16 (weights stay float32)")
 
     def __post_init__(self):
-        if self.lora < 0:
-            raise ValueError(f"--lora {self.lora}: must not be negative")
+        super().__post_init__()
+        if self.heads % 2:
+            raise ValueError(f"--heads {self.heads}: must be even")
         if self.lora and not self.init:
             raise ValueError("--lora adapts a policy: name its folder with --init")
 
 
 @dataclass
-class TrainRenderer(Common):
+class TrainRenderer(Compute):
     """VAE, then diffusion transformer."""
     out: str = flag(os.path.join(HERE, "weights"), "folder that gets vae/ and renderer/")
     data: str = flag(os.path.join(HERE, "atlas"), "folder with scenes.safetensors and scenes.jsonl")
-    vae_steps: int = flag(0, "optimizer steps of the VAE (0: its default)")
-    steps: int = flag(0, "optimizer steps of the diffusion transformer (0: its default)")
+    vae_steps: int = flag(0, "optimizer steps of the VAE (0: its default)", bounds="[0, inf)")
+    steps: int = flag(0, "optimizer steps of the diffusion transformer (0: its default)", bounds="[0, inf)")
     start: str = flag("", "folder of a trained diffusion transformer to begin with (default: random weights)")
     compile: bool = flag(False, "torch.compile its layers (two minutes, then twice as fast; needs a C++ compiler)")
 
@@ -1385,26 +1842,38 @@ class Evolve(ComponentFlags):
     out: str = flag(os.path.join("runs", "evolve"), "folder of the run; the same command goes on where it stopped")
     data: str = flag(os.path.join(HERE, "atlas", "evolve.jsonl"), "requests to learn from")
     validation: str = flag(os.path.join(HERE, "atlas", "validation.jsonl"), "requests that decide about promotion")
-    steps: int = flag(100, "updates")
-    prompts_per_step: int = flag(8, "requests a step")
-    rollouts: str = flag("6", "trajectories a request (K); or as --rollouts-url, and six of them")
-    rollouts_url: str = flag("", "URL of a running SGLang server that writes the trajectories (default: the engine of "
-                                 "model.py)")
+    steps: int = flag(100, "updates", bounds="[1, inf)")
+    prompts_per_step: int = flag(8, "requests a step", bounds="[1, inf)")
+    rollouts: str = flag("6", "trajectories a request (K), which are compared; or as --rollouts-url, and six of them",
+                         bounds="[2, inf)")
+    rollouts_url: str = flag("", "URL of a running vLLM or SGLang server that writes the trajectories, or several with "
+                                 "commas between (default: the engine of model.py)")
+    rollouts_engine: str = flag("auto", "what answers there", choices=("auto", *tools.ENGINES))
+    probe: str = flag("stop", "what happens when the server's log-probs differ from the trainer's after an update; "
+                              "reload: try other ways to hand weights over first", choices=("stop", "reload", "off"))
+    correct_mismatch: bool = flag(False, "truncated importance sampling (TIS): weigh tokens by how much likelier the "
+                                         "trainer holds them than the engine that wrote them, at most twofold")
     summarizer: str = flag("", "URL of an OpenAI-compatible model that writes the lessons (default: rules)")
     summarizer_model: str = flag("summarizer", "model name sent to a summarizer URL")
-    recipe: str = flag("stable", "stable or paper: how experience becomes a gradient")
-    set: str = flag("", "changes to the recipe, for instance weight=1,teacher=ema")
-    lr: float = flag(2e-4, "learning rate of AdamW (1e-6 for a pretrained policy)")
-    lora: int = flag(0, "rank of low-rank adapters that are trained in place of the whole policy (0: none)")
+    recipe: str = flag("stable", "how experience becomes a gradient", choices=tuple(distill.RECIPES))
+    set: str = flag("", "changes to the recipe, for instance weight=1,teacher=ema; " + recipe_help())
+    lr: float = flag(2e-4, "learning rate of AdamW (1e-6 for a pretrained policy)", bounds="[0, 1]")
+    lora: int = flag(0, "rank of low-rank adapters that are trained in place of the whole policy (0: none)",
+                     bounds="[0, inf)")
     grpo: bool = flag(True, "the group-relative policy gradient")
-    minibatches: int = flag(1, "updates a batch of trajectories is split into")
+    minibatches: int = flag(1, "updates a batch of trajectories is split into", bounds="[1, inf)")
     micro_tokens: int = flag(0, "tokens a forward pass of one process, a shared beginning once (0: 6,144 on a CPU, "
-                                "65,536 on a GPU)")
+                                "65,536 on a GPU)", bounds="[0, inf)")
     checkpointing: bool = flag(False, "recompute activations in the backward pass instead of keeping them")
     bf16: bool = flag(False, "matrix products of the update in bfloat16")
-    sampling_steps: int = flag(6, "sampling steps of the renderer")
-    eval_every: int = flag(20, "steps between evaluations on validation requests (0: never)")
-    audit_every: int = flag(10, "steps between lesson audits, which cost rollouts of their own (0: never)")
+    sampling_steps: int = flag(6, "sampling steps of the renderer", bounds="[1, inf)")
+    # the engine's log-probs are those of a softmax, and the ratio's are, too: a greedy policy has none
+    temperature: float = flag(0.7, "temperature of the policy", bounds="[0.01, 100]")
+    eval_every: int = flag(20, "steps between evaluations on validation requests (0: never)", bounds="[0, inf)")
+    audit_every: int = flag(10, "steps between lesson audits, which cost rollouts of their own (0: never)",
+                            bounds="[0, inf)")
+    accept_changes: bool = flag(False, "go on although the policy folder or a file of the run has changed since it "
+                                       "was begun")
 
     def __post_init__(self):
         if str(self.rollouts).startswith(("http://", "https://")):
@@ -1413,11 +1882,10 @@ class Evolve(ComponentFlags):
             self.rollouts = int(self.rollouts)
         except ValueError:
             raise ValueError(f"--rollouts {self.rollouts}: a number, or the URL of a rollout engine")
-        for name in ("steps", "prompts_per_step", "rollouts", "minibatches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
-        if self.lora < 0:
-            raise ValueError(f"--lora {self.lora}: must not be negative")
+        super().__post_init__()
+        if self.correct_mismatch and self.rollouts_url and self.probe == "off":
+            raise ValueError("--correct-mismatch needs the engine's log-probs, which --probe off leaves unchecked")
+        read_recipe(self.recipe, self.set)  # raises before anything starts
 
 
 @dataclass
@@ -1425,6 +1893,7 @@ class Promote(Common):
     """Make the policy of an evolution run the one that run uses."""
     run: str = flag("", "folder of the run, or a policy folder", positional=True)
     undo: bool = flag(False, "take the last promotion back")
+    force: bool = flag(False, "promote what was not measured better than the policy that its run began with")
     weights: str = flag(os.path.join(HERE, "weights"), "folder that holds policy/")
 
 
@@ -1440,28 +1909,36 @@ def read_recipe(name, changes):
     if name not in distill.RECIPES:
         raise ValueError(f"--recipe {name}: must be one of {', '.join(distill.RECIPES)}")
     recipe, values = distill.RECIPES[name], {}
-    known = asdict(recipe)
+    known = {f.name: f for f in fields(recipe)}
     for change in filter(None, changes.split(",")):
         key, _, text = change.partition("=")
         if key not in known:
             raise ValueError(f"--set {change}: no such field{suggest(key, known)}")
-        kind = type(known[key])
         try:
-            values[key] = read_value(text, kind)
-        except (TypeError, ValueError):
-            raise ValueError(f"--set {change}: not a {kind.__name__}")
-    return dataclasses.replace(recipe, **values)
+            values[key] = read_value(text, known[key])
+        except ValueError:
+            raise ValueError(f"--set {change}: {key} must be {distill.values_of(known[key])}") from None
+    try:
+        return dataclasses.replace(recipe, **values)
+    except ValueError as error:  # what does not go together
+        raise ValueError(f"--set {changes}: {error}") from None
 
 
-def read_value(text, kind):
-    """The value of a recipe's field; a field that may be None (kind is then its default's type) takes a number."""
-    if kind is bool:
-        return text == "true"
-    if kind is str:
-        return text
-    if text == "none":
-        return None
-    return kind(text) if kind in (int, float) else float(text)
+def read_value(text, f):
+    """The value that a text means for a recipe's field. Raises ValueError if the field does not take it."""
+    if f.type is bool:
+        value = {"true": True, "false": False}.get(text)
+    elif f.type is tuple:
+        value = tuple(map(float, text.split(":")))
+    elif text == "none" and distill.is_optional(f):
+        value = None
+    elif f.type in (str, int):
+        value = f.type(text)
+    else:
+        value = float(text)
+    if not distill.takes(f, value):
+        raise ValueError(f"{f.name} {text}")
+    return value
 
 
 # ---- Components ------------------------------------------------------------------------------------------------------
@@ -1479,18 +1956,20 @@ class Components:
 
     def __init__(self, settings, out):
         self.settings = s = settings
-        if s.sampler not in diffusion.SAMPLERS:
-            raise ValueError(f"--sampler {s.sampler}: must be one of {', '.join(diffusion.SAMPLERS)}")
         self.device = model.pick_device(s.device)
         self.tape = tools.Tape(record=s.record or None, replay=s.replay or None)
         self.budget = tools.Budget(s.max_calls) if s.max_calls else None
         self.server = None
         if not s.search and not s.replay:
-            self.server = tools.Server(tools.Corpus(s.corpus)).start()
+            show_status(f"reading {s.corpus}")
+            corpus = tools.Corpus(s.corpus)
+            check_pictures(corpus, s)
+            self.server = tools.Server(corpus).start()
         self.policy = self.open_policy()
         self.toolbox = self.open_toolbox(out)
         renderer, judge = self.open_renderer(), self.open_judge()
         self.scorer = Scorer(renderer, judge, s.sampling_steps, guidance=s.guidance, sampler=s.sampler)
+        clear_status()
         self.summarizer = None  # callable (messages, temperature=, max_tokens=) -> text; None: rules write lessons
 
     def __enter__(self):
@@ -1542,19 +2021,26 @@ class Components:
         s = self.settings
         sampling = Sampling(s.temperature, s.top_p)
         if is_url(s.policy):
-            return ChatPolicy(self.chat_client(s.policy, s.policy_model), sampling)
+            client = self.chat_client(s.policy, s.policy_model)
+            return ChatPolicy(client, sampling, compact=s.protocol == "compact", send_seed=s.send_seed)
         path = s.policy or os.path.join(HERE, "weights", "policy")
+        show_status(f"loading the policy, {path} ({folder_megabytes(path):.0f} MB)")
         net, tokenizer = model.load(path, self.device)
         if tokenizer is None:
             raise ValueError(f"{path}: no tokenizer.json")
-        return LocalPolicy(net, tokenizer, sampling, compact=model.read_protocol(path) == "compact")
+        return LocalPolicy(net, tokenizer, sampling, compact=(s.protocol or model.read_protocol(path)) == "compact")
 
-    def rollout_policy(self, url):
-        """The policy of a folder, with an SGLang server that writes its turns."""
-        local = self.policy
-        client = tools.SGLangClient(url, os.environ.get("OPENAI_API_KEY", ""))
-        client.health()
-        return RolloutPolicy(client, local.net, local.tokenizer, local.sampling, local.compact)
+    def rollout_policy(self, urls):
+        """The policy of a folder, with servers of vLLM or SGLang that write its turns."""
+        s, local = self.settings, self.policy
+        key = os.environ.get("OPENAI_API_KEY", "")
+        clients = [tools.open_engine(url, key, s.rollouts_engine) for url in urls.split(",")]
+        kinds = {type(client) for client in clients}
+        if len(kinds) > 1:
+            raise ValueError(f"--rollouts-url {urls}: servers of one kind, please")
+        send_seed = s.send_seed == "always" or s.send_seed == "auto" and kinds == {tools.SGLangClient}
+        return RolloutPolicy(clients, local.net, local.tokenizer, local.sampling, local.compact, s.probe,
+                             s.correct_mismatch, send_seed)
 
     def open_toolbox(self, out):
         s = self.settings
@@ -1573,6 +2059,7 @@ class Components:
         if is_url(s.renderer):
             return tools.RemoteRenderer(s.renderer.split(","), **self.client_options())
         path = s.renderer or os.path.join(HERE, "weights", "renderer")
+        show_status(f"loading the renderer, {path} ({folder_megabytes(path):.0f} MB)")
         return diffusion.Renderer.load(path, os.path.join(HERE, "weights", "vae"), self.device)
 
     def open_judge(self):
@@ -1580,6 +2067,52 @@ class Components:
         if s.judge:
             return distill.ModelJudge(self.chat_client(s.judge, s.judge_model).complete)
         return atlas.judge.PixelJudge(atlas.world.vocabulary())
+
+
+def is_atlas(corpus):
+    """Whether a folder of texts and pictures is the embedded world's."""
+    return os.path.realpath(corpus) == os.path.realpath(ATLAS_CORPUS)
+
+
+def check_pictures(corpus, settings):
+    """Raise ValueError where the pictures of a corpus need a decoder that is missing."""
+    others = [picture.path for picture in corpus.pictures if not picture.path.lower().endswith(".png")]
+    if others and importlib.util.find_spec("PIL") is None:
+        raise ValueError(f"--corpus {settings.corpus}: {len(others)} of its pictures are JPEG or WebP ({others[0]}); "
+                         "reading them takes Pillow (pip install pillow)")
+
+
+def limits(settings, question=None):
+    """What the embedded parts cannot do with a world of somebody's own, or with a request that no world of ours knows:
+    lines to be said before they try. [] where there is nothing to say. question: a request, or None.
+    """
+    s = settings
+    has_own_world = bool(s.search) or not is_atlas(s.corpus)
+    is_strange = question is not None and question not in atlas.world.known_requests()
+    policy = s.policy or os.path.join(HERE, "weights", "policy")
+    is_small = not is_url(policy) and model.read_protocol(policy) == "compact"
+    draws_here = not is_url(s.renderer) and s.renderer != "gemini"
+    if not (has_own_world or is_strange) or not (is_small or draws_here):
+        return []
+
+    lines = []
+    if is_small and has_own_world:
+        lines.append("The embedded policy has learned an invented world, the Atlas, and no other. Here its searches "
+                     "are real, but it misspells names, and its programs speak of the Atlas's things.")
+    elif is_small:
+        lines.append("This request is not of the Atlas, the invented world that the embedded policy has learned: it "
+                     "will look up and write the Atlas's things.")
+    if draws_here:
+        lines.append("The embedded renderer draws the Atlas's simple shapes at 64 pixels; of a photograph it takes "
+                     "over colours at best.")
+    flags = ["--policy URL"] * is_small + ["--renderer URL"] * draws_here
+    if not has_own_world:
+        flags.append("--search URL (or --corpus DIR)")
+    lines.append(f"For a real picture: {' '.join(flags)}.")
+    if not has_own_world:
+        lines.append("Requests of the Atlas to try:")
+        lines += [f'  "{row["question"]}"' for row in atlas.world.samples(3)]
+    return lines
 
 
 @functools.cache
@@ -1594,7 +2127,8 @@ def announce_calls(run):
     steps = s.steps - run.steps_done
     evaluations = 0
     if s.eval_every:
-        evaluations = s.steps // s.eval_every - run.steps_done // s.eval_every + (run.steps_done == 0)
+        checks = range(run.steps_done + 1, s.steps + 1)
+        evaluations = sum(step % s.eval_every == 0 or step == s.steps for step in checks) + (run.steps_done == 0)
     trajectories = steps * s.prompts_per_step * s.rollouts + evaluations * len(run.validation)
     more = {}
     if s.summarizer:
@@ -1604,23 +2138,126 @@ def announce_calls(run):
 
 # ---- Files of an evolution -------------------------------------------------------------------------------------------
 
-FREE_SETTINGS = ("steps", "out", "device", "record", "replay", "max_calls", "per_minute", "checkpointing")
+FREE_SETTINGS = (
+    "steps", "out", "device", "threads", "products", "record", "replay", "max_calls", "per_minute", "checkpointing",
+    "protocol", "rollouts_url", "rollouts_engine", "probe", "send_seed", "accept_changes",
+    "recipe", "set", "correct_mismatch")  # their meaning is kept, field by field
 
 
-def run_identity(settings, recipe):
-    """The settings that make it this run; how long it goes on and where it runs may change."""
-    identity = {name: value for name, value in asdict(settings).items() if name not in FREE_SETTINGS}
+def read_data(settings):
+    """(requests to learn from, validation requests). ValueError where two of a file have one id; a warning where the
+    validation repeats what is learnt."""
+    data = tools.read_requests(settings.data)
+    validation = tools.read_requests(settings.validation)
+    for path, rows in ((settings.data, data), (settings.validation, validation)):
+        name, count = Counter(str(row["id"]) for row in rows).most_common(1)[0]
+        if count > 1:
+            raise ValueError(f"{path}: {count} requests have the id {name!r}; an id belongs to one request")
+
+    learnt = {row["question"] for row in data}
+    shared = sum(row["question"] in learnt for row in validation)
+    if shared and settings.eval_every:
+        print(f"{settings.validation}: {shared} of {len(validation)} validation requests are learnt from, too; they "
+              "cannot tell learning from memorising", file=sys.stderr, flush=True)
+    return data, validation
+
+
+def input_fingerprints(s, is_main=True):
+    """{flag: fingerprint} of the files and folders that a run reads, those that are there; {} but in one process."""
+    paths = {"policy": s.policy, "data": s.data, "validation": s.validation, "system_prompt": s.system_prompt,
+             "renderer": s.renderer or os.path.join(HERE, "weights", "renderer")}
+    found = {name: model.fingerprint(path) for name, path in paths.items()} if is_main else {}
+    return {name: value for name, value in found.items() if value}
+
+
+def run_identity(settings, recipe, inputs):
+    """The settings that make it this run; how long it goes on and where it runs may change. A file counts by what is in
+    it (inputs), not by its name."""
+    identity = {}
+    for name, value in asdict(settings).items():
+        if name not in FREE_SETTINGS and name not in inputs:
+            identity[name] = value
     for name, value in asdict(recipe).items():  # what a recipe's name means may change between versions
         identity[f"set {name}"] = list(value) if isinstance(value, tuple) else value  # as JSON has it
     return identity
 
 
-def check_same_run(out, before, now):
-    """Raise ValueError if the run in ``out`` was begun with another setting."""
-    for name, value in now.items():
-        if before.get(name) != value:
-            raise ValueError(f"{out} holds a run with another --{name.replace('_', '-')} ({before.get(name)!r}); "
+def state_of(run):
+    """(state.json, tensors) of a run's checkpoint."""
+    memory, keys = run.memory.state_dict()
+    tensors = model.training_tensors(run.net, run.optimizer, **averages(run))
+    tensors["memory.keys"] = keys["keys"]
+    state = {"settings": run_identity(run.settings, run.recipe, run.inputs), "inputs": run.inputs, "log": run.log,
+             "memory": memory, "extra": run.extra_state(), **{name: getattr(run, name) for name in KEPT},
+             "threads": torch.get_num_threads(), "products": model.current_products()}
+    return state, tensors
+
+
+def take_up(run, state, tensors):
+    """The inverse of ``state_of``. Raises ValueError if the state is another run's."""
+    check_same_run(run, state)
+    model.load_training_tensors(tensors, run.net, run.optimizer, **averages(run))
+    run.memory.load_state(state["memory"], {"keys": tensors["memory.keys"]})
+    run.steps_done, run.log = state["step"], state["log"]
+    for name in KEPT:
+        setattr(run, name, state[name])
+    run.load_extra_state(state["extra"])
+
+    # with as many threads and the same products the run goes on bit for bit; flags may say otherwise
+    torch.set_num_threads(run.settings.threads or state["threads"])
+    if run.settings.products == "auto":
+        torch.set_float32_matmul_precision(model.PRODUCTS[state["products"]])
+
+
+def check_same_run(run, state):
+    """Raise ValueError if the run of a checkpoint's state was begun with other settings or other files."""
+    s = run.settings
+    needed = {"settings", "inputs", "log", "memory", "extra", "threads", "products", *KEPT}
+    if missing := sorted(needed - set(state)):
+        raise ValueError(f"{s.out} holds a run of another version of this program (its checkpoints lack "
+                         f"{', '.join(missing)}); choose another --out")
+
+    for name, value in run_identity(s, run.recipe, run.inputs).items():
+        if name in state["settings"] and state["settings"][name] != value:
+            before = state["settings"][name]
+            raise ValueError(f"{s.out} holds a run with another --{name.replace('_', '-')} ({before!r}); "
                              "choose another --out")
+    for name in sorted(set(run.inputs) | set(state["inputs"])):
+        if run.inputs.get(name) == state["inputs"].get(name):
+            continue
+        path = getattr(s, name) or "the default"
+        if not s.accept_changes:
+            raise ValueError(f"{flag_name(name)} ({path}) is not what {s.out} was begun with, or has changed since; "
+                             "put it back, choose another --out, or say with --accept-changes that it is meant")
+        if run.processes.is_main:
+            print(f"going on with another {flag_name(name)} ({path})", file=sys.stderr)
+
+
+def check_unused(out):
+    """Raise ValueError if a folder without checkpoints holds the log of a run: it does not begin again in silence."""
+    log = os.path.join(out, "log.jsonl")
+    if os.path.exists(log) and os.path.getsize(log):
+        raise ValueError(f"{log}: the log of a run whose checkpoints are gone; put them back, choose another --out, or "
+                         f"remove {out} to start afresh")
+
+
+def mend_files(run):
+    """Write the log again where the file is not what the checkpoint says; harm that no kill does is named on stderr."""
+    log = os.path.join(run.settings.out, "log.jsonl")
+    try:
+        is_same = model.read_lines(log) == run.log
+        harm = "" if os.path.exists(log) else f"{log}: missing"
+    except ValueError as error:
+        is_same, harm = False, str(error)
+        model.put_aside(log)
+    if harm:
+        print(f"{harm}; written again from the checkpoint", file=sys.stderr)
+    if not is_same:
+        model.write_lines(log, run.log)
+
+    promoted = os.path.join(run.settings.out, "promoted")
+    if not model.checkpoint_names(promoted):
+        print(f"{promoted}: missing; should the policy collapse, there is nothing to go back to", file=sys.stderr)
 
 
 # ---- Records and views -----------------------------------------------------------------------------------------------
@@ -1654,15 +2291,62 @@ def record(trajectory, image_path):
 
 # ---- What a person sees in the terminal ------------------------------------------------------------------------------
 
+STYLES = {"dim": 2, "bold": 1, "pass": 32, "fail": 31}
+
+
+def paint(text, style, file=None):
+    """The text in a style, where the file is a terminal and NO_COLOR is not set. file: stdout unless given."""
+    is_plain = not (file or sys.stdout).isatty() or os.environ.get("NO_COLOR")
+    return text if is_plain else f"\033[{STYLES[style]}m{text}\033[0m"
+
+
+def show_status(text):
+    """Say on the terminal what is going on, in a line that the next one writes over; nothing where stderr is a file."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def clear_status():
+    show_status("")
+
+
+def show_progress(what, done, total, seconds):
+    """A status with the time left. seconds: spent so far."""
+    left = seconds / done * (total - done)
+    show_status(f"{done}/{total} {what}, {time_text(left)} left")
+
+
+def time_text(seconds):
+    """A duration as people say it: "7 s", "3 min 20 s", "2 h 5 min"."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 1:
+        return f"{rest} s"
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def print_line(text):
+    """A line of a long run, where a status may stand."""
+    clear_status()
+    print(text, flush=True)
+
+
+def folder_megabytes(path):
+    """Size of a folder's files in MB (0: there is none)."""
+    if not os.path.isdir(path):
+        return 0
+    return sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file()) / 1e6
+
+
 def print_step(step, file=sys.stdout):
     """A turn as it happens: thought dim, action and observation short."""
-    dim, bold, plain = ("\033[2m", "\033[1m", "\033[0m") if file.isatty() else ("", "", "")
-    print(f"{dim}{step.think}{plain}", file=file)
+    print(paint(step.think, "dim", file), file=file)
     if step.kind == "tool_call":
         asked = ["; ".join(map(str, v)) if isinstance(v, list) else str(v) for v in step.arguments.values()]
-        print(f"  {bold}{step.name}{plain} {', '.join(asked)}", file=file)
+        print(f"  {paint(step.name, 'bold', file)} {', '.join(asked)}", file=file)
     elif step.kind == "format_error":
-        print(f"  {bold}format error{plain}", file=file)
+        print(f"  {paint('format error', 'fail', file)}", file=file)
     for line in step.observation.splitlines()[:6]:
         print(f"    {line[:110]}", file=file)
     file.flush()
@@ -1695,8 +2379,13 @@ def print_result(trajectory, file=sys.stdout):
               f"{j['visual_correctness']}, "
               f"text {text}, aesthetics {j['aesthetics']}); program {j['text_reward']}; reward {t.reward:.2f}",
               file=file)
-        failed = [f"{c['name']}: {c['detail']}" for c in j["constraints"] if not c["passed"]]
-        print("failed: " + ("; ".join(failed) or "nothing"), file=file)
+        checks = j["constraints"] + (j.get("program_checks") or [])
+        passed = [check["name"] for check in checks if check["passed"]]
+        for check in checks:
+            if not check["passed"]:
+                print(paint(f"✗ {check['name']}: {check['detail']}", "fail", file), file=file)
+        if passed:
+            print(paint(f"✓ {len(passed)} checks passed: {', '.join(passed)}", "pass", file), file=file)
 
 
 # ---- Views: what web/report.html shows, as JSON ----------------------------------------------------------------------
@@ -2165,7 +2854,7 @@ def microscope_view(run, t, bundle):
     # three views of the same action tokens: the student's, the teacher's without the guide, the teacher's with it
     student = distill.score_actions(run.net, [t.tokens], [t.mask], temperature, True)
     unguided = distill.score_actions(run.teacher, [t.tokens], [t.mask], temperature, True)
-    guided, score = distill.teacher_scores(run.teacher, student, [row], recipe, temperature, with_logits=True)
+    guided, _, score = distill.teacher_scores(run.teacher, student, [row], recipe, temperature, with_logits=True)
     selected = distill.select_tokens(guided.logp - student.logp, student.mask, recipe, score)[0].tolist()
 
     positions = [i for i, is_action in enumerate(t.mask) if is_action]
@@ -2211,17 +2900,24 @@ def microscope_turn(step, bundle):
 
 # -- the file --
 
+DATA_TAG = '<script type="application/json" id="data">'
+
+
 def write_report(path, view):
-    """One self-contained file: web/report.html with the view's JSON in it."""
+    """One self-contained file that shows a view."""
+    model.write_text(path, page_text(view))
+
+
+def page_text(view):
+    """web/report.html with the view's JSON in it."""
     with open(os.path.join(HERE, "web", "report.html"), encoding="utf-8") as file:
         page = file.read()
-    opening = '<script type="application/json" id="data">'
-    head, _, rest = page.partition(opening)
+    head, _, rest = page.partition(DATA_TAG)
     _, closing, tail = rest.partition("</script>")
 
     text = json.dumps(finite(view), ensure_ascii=False, allow_nan=False)
     text = text.replace("<", "\\u003c")  # no tag in the data ends the element
-    model.write_text(path, head + opening + text + closing + tail)
+    return head + DATA_TAG + text + closing + tail
 
 
 def finite(value):
@@ -2235,6 +2931,188 @@ def finite(value):
     return value
 
 
+# ---- The playground: the page of `serve` and its API (web/report.html documents it) ----------------------------------
+
+LIVE_ATTEMPTS = 8    # answered side by side; others wait
+KEPT_ATTEMPTS = 64   # the oldest finished ones are dropped
+ENDED = ("done", "cancelled", "failed")
+RUN_DEPTH = 3        # levels of folders in which runs are looked for
+
+
+@dataclass(eq=False)
+class Attempt:
+    """A request that was typed in the page. state: "queued", "thinking", "rendering", "done", "cancelled", "failed"."""
+    trajectory: distill.Trajectory
+    policy: object                # a fork of the server's
+    cancel: Future
+    state: str = "queued"
+    error: str = ""
+    steps: list = field(default_factory=list)  # turns as the page shows them
+    view: dict | None = None      # the whole request, once it has ended
+
+    def listen(self, trajectory, step):
+        self.steps.append(turn_view(step))
+
+    def shown(self):
+        """What the page asks for again and again."""
+        is_thinking = self.state == "thinking"
+        writing = self.policy.unfinished(self.trajectory) if is_thinking else ""
+        return {"state": self.state, "error": self.error, "steps": list(self.steps), "writing": writing,
+                "view": self.view}
+
+
+class Playground:
+    """Requests from the page, answered by the agent in the engine that the server holds, several at once.
+
+    Each attempt has a thread of its own and a fork of the policy, so its turns decode in one batch with all others.
+    """
+
+    def __init__(self, components, drawing, corpus):
+        """drawing: the lock of the renderer."""
+        self.components, self.settings = components, components.settings
+        self.drawing, self.corpus = drawing, corpus
+        self.pool = ThreadPoolExecutor(LIVE_ATTEMPTS)
+        self.lock, self.attempts, self.count = threading.Lock(), {}, 0  # id -> Attempt, oldest first
+
+    def page(self):
+        return page_text({"title": "GenEvolve", "mode": "live", "notes": limits(self.settings)})
+
+    def get(self, path):
+        """What a GET of /api/path answers."""
+        name, _, rest = path.partition("/")
+        if path == "samples":
+            return self.samples()
+        if path == "runs":
+            return [run_summary(name, folder) for name, folder in run_folders(self.settings.runs).items()]
+        if name == "runs":
+            folder = run_folders(self.settings.runs).get(urllib.parse.unquote(rest))
+            if folder is None:
+                raise tools.HttpError(404, "no such run")
+            return read_view(os.path.join(folder, "report.html"))
+        if name == "run":
+            return self.attempt(rest).shown()
+        raise tools.HttpError(404, "no such path")
+
+    def post(self, path, request):
+        """What a POST to /api/path answers."""
+        name, _, rest = path.partition("/")
+        if path == "run":
+            return self.start(tools.check_request(tools.text_field(request, "request")))
+        if name == "cancel":
+            return self.cancel(self.attempt(rest))
+        raise tools.HttpError(404, "no such path")
+
+    def samples(self):
+        """Requests to try: the world's own, or one for each of the first pictures of somebody's folder."""
+        if is_atlas(self.settings.corpus) and not self.settings.search:
+            return [row["question"] for row in atlas.world.samples(12)]
+        return [f"A picture of {picture.title}" for picture in self.corpus.pictures[:12]]
+
+    def attempt(self, name):
+        if name not in self.attempts:
+            raise tools.HttpError(404, "no such attempt")
+        return self.attempts[name]
+
+    def start(self, question):
+        """Begin an attempt at a request; returns its id, and what has to be said before it is answered."""
+        with self.lock:
+            finished = [name for name, attempt in self.attempts.items() if attempt.state in ENDED]
+            if len(self.attempts) - len(finished) >= KEPT_ATTEMPTS:
+                raise tools.HttpError(503, "too many requests are waiting: try again later")
+            for name in finished[:max(0, len(self.attempts) + 1 - KEPT_ATTEMPTS)]:
+                del self.attempts[name]
+            self.count += 1
+            name = str(self.count)
+
+            cancel = Future()
+            policy = self.components.policy.fork(cancel)
+            seed = self.settings.seed * 1_000_003 + self.count - 1
+            agent = self.components.agent()
+            trajectory = agent.open(with_truth({"id": f"attempt-{name}", "question": question}), seed)
+            self.attempts[name] = Attempt(trajectory, policy, cancel)
+            agent.policy, agent.listen = policy, self.attempts[name].listen
+            self.pool.submit(self.answer, agent, self.attempts[name])
+        return {"id": name, "notes": limits(self.settings, question)}
+
+    def cancel(self, attempt):
+        """End an attempt: no token more is decoded for it."""
+        with self.lock:
+            if not attempt.cancel.done():
+                attempt.cancel.set_result(None)
+        return {"state": attempt.state}
+
+    def answer(self, agent, attempt):
+        """Play an attempt to its end, in a thread of the pool."""
+        trajectory = attempt.trajectory
+        try:
+            check_cancelled(attempt.cancel)
+            attempt.state = "thinking"
+            for _ in agent.play([trajectory]):
+                pass
+            attempt.state = "rendering"
+            with self.drawing:
+                check_cancelled(attempt.cancel)
+                self.components.scorer.render_and_score([trajectory])
+                self.components.scorer.forget()  # a server runs for long
+            attempt.view = request_view(trajectory)
+            attempt.state = "failed" if trajectory.termination == "error" else "done"
+        except CancelledError:
+            trajectory.termination = "cancelled"
+            attempt.view, attempt.state = request_view(trajectory), "cancelled"
+        except Exception as error:  # whatever it is, the page must not wait for ever
+            tools.report("attempt", error)
+            attempt.error, attempt.state = str(error) or type(error).__name__, "failed"
+        finally:
+            attempt.policy.abandon()
+
+    def close(self):
+        for attempt in self.attempts.values():
+            self.cancel(attempt)
+        self.pool.shutdown(cancel_futures=True)
+
+
+def run_folders(places):
+    """{name: folder} of the runs in some places (separated by commas), newest first. A run has a page and a record."""
+    found = []
+    for place in map(os.path.abspath, filter(None, places.split(","))):
+        for folder, folders, names in os.walk(place):
+            below = os.path.relpath(folder, place)
+            depth = 0 if below == "." else below.count(os.sep) + 1
+            if depth >= RUN_DEPTH:
+                folders.clear()
+            has_record = "log.jsonl" in names or "results.json" in names
+            if has_record and "report.html" in names and holds_view(os.path.join(folder, "report.html")):
+                name = os.path.normpath(os.path.join(os.path.basename(place), below)).replace(os.sep, "/")
+                found.append((os.path.getmtime(os.path.join(folder, "report.html")), name, folder))
+    return {name: folder for _, name, folder in sorted(found, reverse=True)}
+
+
+def run_summary(name, folder):
+    """A run in the page's list, {"name", "kind", "steps", "kscore"}, from the small files beside its report.html."""
+    log = os.path.join(folder, "log.jsonl")
+    if os.path.exists(log):
+        rows = model.read_lines(log)
+        kscores = [row["validation"]["kscore"] for row in rows if row.get("validation")][-1:]
+        return {"name": name, "kind": "evolution", "steps": len(rows), "kscore": (kscores or [None])[0]}
+    records = read_list(os.path.join(folder, "results.json"))
+    kscores = [row["judgement"]["kscore"] for row in records if row.get("judgement")]
+    return {"name": name, "kind": "run", "steps": len(records),
+            "kscore": distill.average(kscores) if kscores else None}
+
+
+def holds_view(path):
+    """Whether a report.html is of this page's making: the data stand behind the style."""
+    with open(path, encoding="utf-8") as file:
+        return DATA_TAG in file.read(2**16)
+
+
+def read_view(path):
+    """The JSON that a report.html draws."""
+    with open(path, encoding="utf-8") as file:
+        _, _, rest = file.read().partition(DATA_TAG)
+    return json.loads(rest.partition("</script>")[0])
+
+
 # ---- Commands --------------------------------------------------------------------------------------------------------
 
 def run(s):
@@ -2242,8 +3120,14 @@ def run(s):
     started, out = time.perf_counter(), model.make_folder(s.out)
     model.make_folder(os.path.join(out, "images"))
     rows = run_requests(s)
+    known = atlas.world.known_requests()
+    strange = next((row["question"] for row in rows if row["question"] not in known), None)
+    for line in limits(s, strange):
+        print(line, file=sys.stderr, flush=True)
     is_quiet = s.json or s.input
     with Components(s, out) as components, ThreadPoolExecutor(1) as scoring:
+        if components.server and not is_atlas(s.corpus):
+            print(f"{s.corpus}: {components.server.corpus.summary()}", file=sys.stderr, flush=True)
         if not is_quiet:
             print(rows[0]["question"])
         components.announce(len(rows))
@@ -2264,11 +3148,6 @@ def run(s):
                 scores[-1].result()
         for score in scores:
             score.result()
-
-    known = atlas.world.known_requests()
-    if any(row["question"] not in known for row in rows) and not s.policy and not s.search:
-        print("The embedded policy knows only the Atlas, an invented world; for other requests name a real model and a "
-              "real search: --policy URL --search URL --renderer URL", file=sys.stderr)
     print_written(s, trajectories[0], time.perf_counter() - started)
 
 
@@ -2285,26 +3164,31 @@ def print_written(s, trajectory, seconds):
         print_result(trajectory)
         written += [image] if trajectory.image is not None else []
     print(f"wrote {', '.join(written)} ({seconds:.1f} s)")
+    if not s.input:
+        print("next: python genevolve.py serve     (the same in a browser; python genevolve.py evolve: it learns)")
 
 
 def run_requests(s):
     """The rows that ``run`` is asked for. One that the Atlas knows gets what its judge needs."""
-    known = atlas.world.known_requests()
     if s.input:
         rows = tools.read_requests(s.input)
     elif s.request is None:
         rows = [atlas.world.default_request()]
     else:
         rows = [{"id": "image", "question": tools.check_request(s.request)}]
-    for_judge = ("recipe", "gt_image", "_folder")
-    return [row | {key: known[row["question"]][key] for key in for_judge} if row["question"] in known else row
-            for row in rows]
+    return [with_truth(row) for row in rows]
+
+
+def with_truth(row):
+    """A row with what the judge needs, where the Atlas knows its request."""
+    known = atlas.world.known_requests().get(row["question"])
+    return row | {key: known[key] for key in ("recipe", "gt_image", "_folder")} if known else row
 
 
 def print_progress(finished, total, seconds):
     programs = sum(t.program is not None for t in finished)
     left = seconds / len(finished) * (total - len(finished))
-    print(f"{len(finished)}/{total} requests, {programs} programs, {seconds:.0f} s, {left:.0f} s left", flush=True)
+    print_line(f"{len(finished)}/{total} requests, {programs} programs, {time_text(seconds)}, {time_text(left)} left")
 
 
 def save_results(out, trajectories, single):
@@ -2314,50 +3198,64 @@ def save_results(out, trajectories, single):
         name = "image.png" if single else f"images/{t.id}.png"
         path = os.path.join(out, name) if t.image is not None else ""
         if path and not t.saved:
-            diffusion.write_png(path, t.image)
+            diffusion.write_png(path, enlarged(t.image) if single else t.image)
+            if single:
+                diffusion.write_png(os.path.join(out, "image-original.png"), t.image)
             t.saved = True
         records.append(record(t, path))
     model.write_json(os.path.join(out, "results.json"), records)
     write_report(os.path.join(out, "report.html"), run_view(trajectories))
 
 
+def enlarged(image, longest=SHOWN_SIZE):
+    """A small picture for people: every pixel a square, as many whole pixels wide as fit. uint8 (H, W, 3)."""
+    factor = max(1, longest // max(image.shape[:2]))
+    return image.repeat(factor, 0).repeat(factor, 1)
+
+
 def sft(s):
     """python genevolve.py sft"""
+    print(processor_line(), flush=True)
     distill.sft(s)
 
 
 def train_renderer(s):
     """python genevolve.py train-renderer"""
+    print(processor_line(), flush=True)
     diffusion.train(s.data, s.out, seed=s.seed, device=model.pick_device(s.device), vae_steps=s.vae_steps,
                     steps=s.steps, start=s.start, compile=s.compile)
 
 
 def serve(s):
     """python genevolve.py serve"""
-    out = model.make_folder(s.out)
-    with Components(s, out) as components:
-        lock = threading.Lock()  # one engine and one renderer, one caller at a time
+    for line in limits(s):
+        print(line, file=sys.stderr, flush=True)
+    with Components(s, model.make_folder(s.out)) as components:
+        drawing = threading.Lock()  # one renderer, one picture at a time; policies share their engine by themselves
 
         def policy(request):
             if isinstance(components.policy, LocalPolicy):
-                with lock:
-                    yield from components.policy.reply(request)
+                yield from components.policy.reply(request)
             else:  # a finished text is one piece
                 yield components.policy.client.reply(**{k: v for k, v in request.items() if k != "stream"})
 
         def renderer(prompt, references, seed, steps, width, height):
             options = components.scorer.options | {"steps": min(steps, 40)}
-            with lock:
+            with drawing:
                 image = components.scorer.renderer.render([prompt], [references], [seed], **options)[0]
             return diffusion.resize(image, min(height, 256), min(width, 256))
 
-        corpus = tools.Corpus(s.corpus)
-        server = tools.Server(corpus, s.host, s.port, policy=policy, renderer=renderer,
+        corpus = components.server.corpus if components.server else tools.Corpus(s.corpus)
+        site = Playground(components, drawing, corpus)
+        server = tools.Server(corpus, s.host, s.port, policy=policy, renderer=renderer, site=site,
                               judge=functools.partial(judge_request, components.scorer.judge))
-        print(f"serving on {server.url}: /search /images /v1/chat/completions /v1/models /generate /health "
-              "(Ctrl-C ends)", flush=True)
+        print(f"serving on {server.url}: open it in a browser, or ask /search /images /v1/chat/completions /v1/models "
+              "/generate /health (Ctrl-C ends)", flush=True)
         print(f"{s.corpus}: {corpus.summary()}", flush=True)
-        server.forever()
+        try:
+            server.forever()
+        finally:
+            site.close()
 
 
 def judge_request(judge, text, images):
@@ -2373,31 +3271,75 @@ def judge_request(judge, text, images):
 
 
 def promote(s):
-    """python genevolve.py promote DIR | --undo"""
-    path, before = os.path.join(s.weights, "policy"), os.path.join(s.weights, "policy.before")
+    """python genevolve.py promote DIR | --undo
+
+    The policy before stays, as policy.before, and those before it as policy.before-2 and so on (the newest has the
+    highest number): an interruption at any place, or a second promotion, loses none.
+    """
+    path = os.path.join(s.weights, "policy")
+    kept = policies_before(path)
+    is_mended = bool(kept) and not os.path.exists(path)  # a promotion was interrupted between its two renames
+    if is_mended:
+        os.rename(kept.pop(), path)
     if s.undo:
-        if not os.path.isdir(before):
-            raise ValueError(f"{before}: nothing to take back")
-        model.replace_folder(before, path)
+        if not kept and not is_mended:
+            raise ValueError(f"{path}.before: nothing to take back")
+        if not is_mended:
+            model.replace_folder(kept[-1], path)
         print(f"{path} is what it was before the last promotion")
         return
 
-    if not s.run:
-        raise ValueError("promote needs the folder of a run")
-    candidates = (os.path.join(s.run, "policy"), s.run)
-    source = next((c for c in candidates if os.path.isfile(os.path.join(c, "config.json"))), None)
-    if source is None:
-        raise ValueError(f"{s.run}: no policy in it")
-    model.load(source)  # raises if it is not whole
+    source = find_policy(s.run)
+    if not s.force:
+        check_better(source)
+    if model.fingerprint(source) == model.fingerprint(path):
+        print(f"{path} is {source} already")
+        return
 
     staging = path + ".new"
     shutil.rmtree(staging, ignore_errors=True)
     shutil.copytree(source, staging)
-    shutil.rmtree(before, ignore_errors=True)
     if os.path.exists(path):
-        os.rename(path, before)
+        number = kept[-1].partition(".before-")[2] or 1 if kept else 0  # of the newest
+        os.rename(path, f"{path}.before-{int(number) + 1}" if kept else f"{path}.before")
     os.rename(staging, path)
     print(f"{path} is now {source} (python genevolve.py promote --undo takes it back)")
+
+
+def policies_before(path):
+    """The folders of earlier promotions of a policy folder, oldest first."""
+    folder, name = os.path.split(path)
+    names = [other for other in os.listdir(folder or ".") if re.fullmatch(rf"{name}\.before(-\d+)?", other)]
+    return [os.path.join(folder, other) for other in sorted(names, key=lambda other: (len(other), other))]
+
+
+def find_policy(folder):
+    """The policy folder of a run, or the folder itself. ValueError if there is none, or it is not whole."""
+    if not folder:
+        raise ValueError("promote needs the folder of a run")
+    candidates = (os.path.join(folder, "policy"), folder)
+    source = next((c for c in candidates if os.path.isfile(os.path.join(c, "config.json"))), None)
+    if source is None:
+        raise ValueError(f"{folder}: no policy in it")
+    model.load(source)  # raises if it is not whole
+    return source
+
+
+def check_better(source):
+    """Raise ValueError unless a policy was measured better, by more than a standard error, than the one that its
+    evolution began with."""
+    path = os.path.join(source, "training.json")
+    training = model.read_json(path) if os.path.exists(path) else {}
+    figures = training.get("validation") or {}
+    gain, error = figures.get("gain"), figures.get("gain_error")
+    if gain is None or error is None:
+        fault = "was not measured better than the policy that its run began with"
+    elif gain > error:
+        return
+    else:
+        fault = (f"is no better than the policy that its run began with, as far as was measured (validation reward "
+                 f"{gain:+.3f}, standard error {error:.3f})")
+    raise ValueError(f"{source} {fault}; --force promotes it all the same")
 
 
 def export(s):
@@ -2416,6 +3358,12 @@ COMMANDS = {"run": (Run, run), "sft": (Sft, sft), "train-renderer": (TrainRender
             "export": (Export, export)}
 
 
+VERSION = "1.0"
+ALIASES = {  # field -> the name that other trainers and samplers give it
+    "out": "--output-dir", "lr": "--learning-rate", "steps": "--max-steps", "rollouts": "--num-generations",
+    "sampling_steps": "--num-inference-steps", "guidance": "--guidance-scale"}
+
+
 class Parser(argparse.ArgumentParser):
     """Says what is wrong as a ValueError, in one line, instead of printing the usage."""
 
@@ -2427,31 +3375,64 @@ def flag_name(name):
     return f"--{name.replace('_', '-')}"
 
 
+def flag_names(f):
+    """All the names of a field's flag."""
+    alias = f.metadata.get("alias", ALIASES.get(f.name))
+    return [flag_name(f.name)] + ([alias] if alias else [])
+
+
 def build_parser(commands):
     """One sub-command per settings class; every flag is one of its fields."""
     parser = Parser(description=sys.modules["__main__"].__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version",
+                        version=f"genevolve {VERSION} (torch {torch.__version__}, Python {platform.python_version()})")
     chosen = parser.add_subparsers(dest="command", metavar="command")
     for name, (settings, _) in commands.items():
         sub = chosen.add_parser(name, help=settings.__doc__, description=settings.__doc__, allow_abbrev=False)
         for f in fields(settings):
-            help = f.metadata["help"]
-            if f.metadata.get("positional"):
-                sub.add_argument(f.name, nargs="?", default=None, help=help)
-            elif f.type in (bool, "bool"):
-                sub.add_argument(flag_name(f.name), default=f.default, help=help, action=argparse.BooleanOptionalAction)
-            else:
-                sub.add_argument(flag_name(f.name), type=f.type, default=f.default,
-                                 help=f"{help} (default: {f.default!r})")
+            add_flag(sub, f)
     return parser
 
 
-def parse(arguments, commands):
-    """Settings of the command on the command line. Raises ValueError with one line, with a suggestion for a typo."""
+METAVARS = {int: "N", float: "X", str: "TEXT"}
+
+
+def add_flag(parser, f):
+    """The flag of a field, or its place on the command line."""
+    help = f.metadata["help"].replace("%", "%%")
+    if f.metadata.get("positional"):
+        parser.add_argument(f.name, nargs="?", default=None, help=help)
+        return
+    if f.type in (bool, "bool"):
+        parser.add_argument(*flag_names(f), default=f.default, help=help, action=argparse.BooleanOptionalAction)
+        return
+    choices = f.metadata.get("choices")
+    notes = []
+    if f.default not in ("", None):  # else the help says what its absence means
+        notes.append(f"default: {os.path.relpath(f.default) if os.path.isabs(str(f.default)) else f.default}")
+    if not choices and distill.values_of(f):
+        notes.append(distill.values_of(f))
+    if notes:
+        help += f" ({'; '.join(notes)})"
+    parser.add_argument(*flag_names(f), type=f.type, default=f.default, choices=choices, dest=f.name, help=help,
+                        metavar=None if choices else METAVARS[f.type])
+
+
+def parse(arguments, commands, default=None):
+    """Settings of the command on the command line. Raises ValueError with one line, with a suggestion for a typo.
+
+    default: the command that is meant where none is named; without it the help is.
+    """
     parser = build_parser(commands)
+    is_unnamed = not arguments or arguments[0].startswith("-") and arguments[0] not in ("-h", "--help", "--version")
+    if default and is_unnamed:
+        arguments = [default, *arguments]
     if not arguments or arguments[0] in ("-h", "--help"):
         parser.print_help()
         raise SystemExit(0)
+    if arguments[0] == "--version":
+        parser.parse_args(arguments)
     name = arguments[0]
     if name not in commands:
         raise ValueError(f"unknown command {name!r}{suggest(name, commands)}")
@@ -2460,7 +3441,8 @@ def parse(arguments, commands):
     settings = commands[name][0]
     names = [f.name for f in fields(settings)]
     if unknown:
-        raise ValueError(f"unknown flag {unknown[0]}{suggest(unknown[0], map(flag_name, names))}")
+        flags = itertools.chain.from_iterable(map(flag_names, fields(settings)))
+        raise ValueError(f"unknown flag {unknown[0]}{suggest(unknown[0], flags)}")
     return name, settings(**{name: getattr(known, name) for name in names})
 
 
@@ -2469,13 +3451,26 @@ def suggest(word, choices):
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def main(arguments=None, commands=None):
-    """Exit codes: 0 done, 2 unusable input (one line on stderr), 130 interrupted."""
+def use_processor(settings):
+    """Set threads and products of the CPU as the flags say. Both are fixed from here on: a run repeats bit for bit."""
+    torch.set_num_threads(settings.threads or model.idle_threads())
+    chosen = model.measured_products() if settings.products == "auto" else settings.products
+    torch.set_float32_matmul_precision(model.PRODUCTS[chosen])
+
+
+def processor_line():
+    """What `use_processor` chose, in one line."""
+    threads = torch.get_num_threads()
+    return f"{threads} thread{'s' * (threads > 1)}, float32 products by {model.current_products()}"
+
+
+def main(arguments=None, commands=None, default=None):
+    """Exit codes: 0 done, 2 unusable input (one line on stderr), 130 interrupted. default: see ``parse``."""
     commands = commands or COMMANDS
-    # said aloud, no library takes fewer when busy: a run repeats bit for bit
-    torch.set_num_threads(torch.get_num_threads())
     try:
-        name, settings = parse(sys.argv[1:] if arguments is None else arguments, commands)
+        name, settings = parse(sys.argv[1:] if arguments is None else arguments, commands, default)
+        if isinstance(settings, Compute) and model.pick_device(settings.device) == "cpu":
+            use_processor(settings)
         commands[name][1](settings)
     except (ValueError, OSError, tools.ToolError) as error:
         print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)

@@ -8,6 +8,7 @@
 In reading order:
 
     Qwen3               the decoder; attention is an argument, everything else is written once
+    choose_products     the fastest exact product of this processor, by measuring
     Tokenizer           ChatML text <-> ids, and which ids an assistant writes
     PrefixTree          sequences with common beginnings as one stream, to train
     ChunkedLogprobs     log-probs and entropy without a matrix of tokens x words
@@ -29,6 +30,7 @@ needs no sort (see `sample`); a random number is a function of (seed, position),
     H query heads    J key/value heads    R = H / J    D head size    G groups that share a prompt    M rows of a group
 """
 import filecmp
+import functools
 import hashlib
 import json
 import math
@@ -38,6 +40,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from collections import Counter, deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -52,6 +55,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer as FastTokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.checkpoint import checkpoint
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # ---- Decoder ---------------------------------------------------------------------------------------------------------
 
@@ -212,8 +220,7 @@ class Qwen3(nn.Module):
             return x.view(B, T, -1, x.shape[-1]).transpose(1, 2)
 
         def attend(layer, q, k, v):
-            q, k, v = by_row(q), by_row(k), by_row(v)
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+            return attention(by_row(q), by_row(k), by_row(v), is_causal=True).transpose(1, 2)
 
         positions = torch.arange(T, device=ids.device).repeat(B)
         hidden = self.trunk(ids.reshape(-1), positions, attend)                           # (N, C)
@@ -228,8 +235,135 @@ def attend_causal(q, k, v):
     if t not in (1, L):
         mask = torch.ones(t, L, dtype=torch.bool, device=q.device).tril(L - t)
     with torch.autocast("cpu", enabled=False):  # this kernel's backward is twice as fast in float32 as in bfloat16
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=t == L, enable_gqa=True)
+        out = attention(q, k, v, mask, is_causal=t == L)
     return out[0].transpose(0, 1)
+
+
+# ---- Products: which kernel multiplies float32 matrices --------------------------------------------------------------
+
+# On a CPU torch multiplies with MKL; where it is allowed to round, with oneDNN, which on some processors is twice as
+# fast and does not round at all. So the choice is made by measuring. The name -> what torch calls the permission.
+PRODUCTS = {"mkl": "highest", "onednn": "medium"}
+
+
+def choose_products(choice="auto"):
+    """Set how float32 matrices are multiplied on the CPU -> {"products": name, "GFLOP/s": {...}, "error": {...}}.
+
+    choice: a name of PRODUCTS, or "auto": oneDNN if it is faster by a tenth and no less exact than float32 is, with a
+    relative error below 1e-6 against float64.
+    """
+    speeds, errors = {}, {}
+    for name in PRODUCTS:
+        with products(name):
+            speeds[name], errors[name] = measure_products()
+    if choice == "auto":
+        is_better = errors["onednn"] < 1e-6 and speeds["onednn"] > 1.1 * speeds["mkl"]
+        choice = "onednn" if is_better else "mkl"
+    torch.set_float32_matmul_precision(PRODUCTS[choice])
+    return {"products": choice, "GFLOP/s": speeds, "error": errors}
+
+
+def current_products():
+    """The name in PRODUCTS of what is set."""
+    setting = torch.get_float32_matmul_precision()
+    return next(name for name, value in PRODUCTS.items() if value == setting)
+
+
+@functools.cache
+def measured_products():
+    """The choice of this process, measured once."""
+    return choose_products()["products"]
+
+
+@functools.cache
+def idle_threads(seconds=0.1):
+    """How many threads of the CPU have a core to themselves, at least one.
+
+    Threads wait for one another many times a millisecond. Beside a process that holds their cores, two are thirty times
+    slower than one. OMP_NUM_THREADS, where it is set, is a decision of the user's.
+    """
+    threads = torch.get_num_threads()
+    if "OMP_NUM_THREADS" in os.environ:
+        return threads
+    before = idle_seconds()
+    time.sleep(seconds)  # this process does nothing meanwhile, so who is busy is somebody else
+    after = idle_seconds()
+    if before is None or after is None:
+        return threads
+    return max(1, min(threads, round((after - before) / seconds)))
+
+
+def idle_seconds():
+    """Seconds for which cores have stood idle since the machine started, all cores together; None: it does not say."""
+    try:
+        with open("/proc/uptime", encoding="ascii") as file:
+            return float(file.read().split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def measure_products(rows=1024, inputs=256, outputs=1024, repeats=7):
+    """(GFLOP/s of the fastest of a few products, relative error against float64)."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, inputs, generator=generator)
+    weight = torch.randn(outputs, inputs, generator=generator)
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        y = F.linear(x, weight)
+        seconds.append(time.perf_counter() - started)
+
+    exact = F.linear(x.double(), weight.double())
+    error = float((y - exact).norm() / exact.norm())
+    return 2e-9 * rows * inputs * outputs / min(seconds), error
+
+
+@contextmanager
+def products(name):
+    """Multiply by a name of PRODUCTS inside."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(PRODUCTS[name])
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class FusedAttention(torch.autograd.Function):
+    """The CPU's fused attention kernel, forward and backward, always with MKL's products.
+
+    It multiplies small tiles, for which oneDNN takes three times as long. q, k, v (B, H, T | L, D); mask (T, L) float
+    or None; returns (out (B, H, T, D), log-sum-exp of the scores (B, H, T)); only `out` has a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, is_causal):
+        with products("mkl"):
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q, k, v, 0.0, is_causal, attn_mask=mask)
+        ctx.save_for_backward(q, k, v, mask, out, lse)
+        ctx.is_causal = is_causal
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        q, k, v, mask, out, lse = ctx.saved_tensors
+        with products("mkl"):
+            grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad, q, k, v, out, lse, 0.0, ctx.is_causal, attn_mask=mask)
+        return *grads, None, None
+
+
+def attention(q, k, v, mask=None, is_causal=False):
+    """softmax(q k^T / sqrt(D) + mask) v. q (B, H, T, D), k and v (B, J, L, D), mask (T, L) bool -> (B, H, T, D)."""
+    if q.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=True)
+    if mask is not None:
+        mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -math.inf)
+    repeats = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(repeats, 1) for x in (k, v))                              # (B, H, L, D)
+    return FusedAttention.apply(q, k, v, mask, is_causal)[0]
 
 
 # ---- Tokenizer -------------------------------------------------------------------------------------------------------
@@ -1344,7 +1478,8 @@ def attend_with_lse(q, k, v, bias):
     Two parts of one softmax merge exactly: out = out_1 + sigmoid(lse_2 - lse_1) (out_2 - out_1).
     """
     if q.device.type == "cpu":  # the fused kernel of scaled_dot_product_attention, which also knows the log-sum-exp
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
+        with products("mkl"):
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
     scores = (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).float() + bias                 # (B, J, R, L)
     lse = scores.logsumexp(-1)
     return (scores - lse[..., None]).exp().to(v.dtype) @ v, lse
@@ -2355,8 +2490,8 @@ def save_checkpoint(folder, step, tensors, state, processes=None, keep=2):
 
     The checkpoint is there whole or not at all: it is written under another name, flushed to the disk, and renamed.
     state: {...} of JSON values; "step" and "checksums" {file: SHA-256} are added. Every process calls this, and goes on
-    when the checkpoint stands. Of the checkpoints up to this step the ``keep`` newest stay, later ones are removed (a
-    damaged one, whose steps are done again).
+    when the checkpoint stands. Of the checkpoints up to this step the ``keep`` newest stay; damaged and later ones,
+    whose steps are done again, are put aside (NAME.aside), never removed.
     """
     processes = processes or ProcessGroup()
     unfinished = os.path.join(folder, "unfinished")
@@ -2377,25 +2512,41 @@ def save_checkpoint(folder, step, tensors, state, processes=None, keep=2):
         write_json(state_file, {**state, "step": step, "checksums": checksums})
         flush(state_file)
         flush(unfinished)
-        shutil.rmtree(final, ignore_errors=True)
+        was_whole = os.path.exists(final) and not damage_of(final)
+        moved = [put_aside(os.path.join(folder, name)) for name in checkpoint_names(folder) if int(name) >= step]
         os.rename(unfinished, final)
         flush(folder)
-        earlier = [name for name in checkpoint_names(folder) if int(name) <= step]
-        for name in set(checkpoint_names(folder)) - set(earlier[-keep:]):
+        if was_whole:  # the same step again
+            shutil.rmtree(moved[0])
+        for name in checkpoint_names(folder)[:-keep]:
             shutil.rmtree(os.path.join(folder, name))
     processes.barrier()
     return final
 
 
-def latest_checkpoint(folder, processes=None):
-    """(state, tensors) of the newest whole checkpoint, tensors whole in every process; None if there is none.
+def put_aside(path):
+    """Give a file or folder a name under which nothing looks for it: path.aside, path.aside-2, ... Returns the name."""
+    aside, number = f"{path}.aside", 1
+    while os.path.exists(aside):
+        number += 1
+        aside = f"{path}.aside-{number}"
+    os.rename(path, aside)
+    return aside
 
-    A damaged newer one is named on stderr, in one line, and skipped; an unfinished one is no checkpoint.
+
+def latest_checkpoint(folder, processes=None):
+    """(state, tensors) of the newest whole checkpoint, tensors whole in every process; None if there is no checkpoint.
+
+    A damaged newer one is named on stderr, in one line, and skipped; an unfinished one is no checkpoint. Raises
+    ValueError where there are checkpoints and none is whole: a run that has begun does not begin again in silence.
     """
     processes = processes or ProcessGroup()
-    newest = newest_whole_checkpoint(folder) if processes.is_main else None
-    newest = processes.all_gather_objects(newest)[0]
+    found = (checkpoint_names(folder), newest_whole_checkpoint(folder)) if processes.is_main else None
+    names, newest = processes.all_gather_objects(found)[0]
     if newest is None:
+        if names:
+            raise ValueError(f"{folder}: none of its checkpoints ({', '.join(names)}) can be read; they stay as they "
+                             "are. Try again if the disk failed for a moment, or move the folder away to start afresh")
         return None
     state = read_json(os.path.join(newest, "state.json"))
     paths = [os.path.join(newest, name) for name in state["checksums"]]
@@ -2406,16 +2557,21 @@ def newest_whole_checkpoint(folder):
     """Path of the newest checkpoint whose files have the checksums of its state.json, or None."""
     for name in reversed(checkpoint_names(folder)):
         path = os.path.join(folder, name)
-        try:
-            expected = read_json(os.path.join(path, "state.json"))["checksums"]
-            found = {file: checksum(os.path.join(path, file)) for file in expected}
-            if found == expected:
-                return path
-            reason = "its checksum does not match"
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = error
-        print(f"{path}: damaged, skipped ({reason})", file=sys.stderr)
+        damage = damage_of(path)
+        if not damage:
+            return path
+        print(f"{path}: damaged, skipped ({damage})", file=sys.stderr)
     return None
+
+
+def damage_of(path):
+    """What keeps a checkpoint from being read, in a few words; "" if it is whole."""
+    try:
+        expected = read_json(os.path.join(path, "state.json"))["checksums"]
+        found = {file: checksum(os.path.join(path, file)) for file in expected}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return str(error) or type(error).__name__
+    return "" if found == expected else "its checksum does not match"
 
 
 def checkpoint_names(folder):
@@ -2427,6 +2583,43 @@ def checkpoint_names(folder):
 def checksum(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(path):
+    """SHA-256 of a file, or of the weights, configuration and tokenizer in a folder; None where there is nothing."""
+    if os.path.isfile(path):
+        return checksum(path)
+    if not os.path.isdir(path):
+        return None
+    digests = ""
+    for name in sorted(os.listdir(path)):
+        if name.endswith(".safetensors") or name in ("config.json", "tokenizer.json", "genevolve.json"):
+            digests += f"{name} {checksum(os.path.join(path, name))}\n"
+    return hashlib.sha256(digests.encode()).hexdigest()
+
+
+@contextmanager
+def locked(folder):
+    """Hold the folder for this process, with its number in folder/lock; ValueError if another one holds it.
+
+    The system lets go of the lock when the process ends, killed or not, so a file that is left behind locks nothing.
+    Of several processes of one run the first holds it. Where the system knows no such locks (Windows), nothing is held.
+    """
+    path = os.path.join(make_folder(folder), "lock")
+    if fcntl is None or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(f"{folder}: process {file.read().strip()} is at work there (it holds {path}); wait for "
+                             "it, or choose another --out") from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
 
 
 def flush(path):

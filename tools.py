@@ -16,7 +16,8 @@ Contents, in reading order:
     ToolBox                         the same three as HTTP clients, shared by all trajectories
     Index, Corpus                   BM25 over any folder of texts and pictures
     Machine room:
-    ChatClient, RemoteRenderer, GoogleRenderer, SGLangClient            services that other people run
+    ChatClient, RemoteRenderer, GoogleRenderer                          services that other people run
+    VLLMClient, SGLangClient                                            servers that write trajectories to learn from
     Server                          search, pictures, chat, judge and renderer over HTTP, from a folder and callables
     check_url, Tape, HttpClient     the guard of addresses, record and replay, deadlines and retries
 
@@ -37,6 +38,7 @@ import contextlib
 import hashlib
 import http.client
 import http.server
+import importlib.util
 import io
 import ipaddress
 import itertools
@@ -220,6 +222,8 @@ def read_tool_call(value):
 
 # ---- The protocol: a program ----------------------------------------------------------------------------------------
 
+MAX_PROGRAM = 4000  # characters of prompt and notes: 13 times the Atlas's longest, and about what image models read
+MIN_SENTENCE = 4    # words from which on a sentence counts as repeated; a sign may well say "Stop. Stop."
 REFERENCE_PHRASES = ("the first reference image", "the second reference image")  # how gen_prompt names a reference
 REFERENCE_WORDS = re.compile(r"(?:\b(?:the first|the second) )?\breference (?:image|picture|photo)s?\b", re.I)
 REFERENCE_NUMBER = re.compile(r"\breference (image )?#?\d", re.I)
@@ -262,12 +266,17 @@ def check_program(program, images, queries):
 
     if not prompt.strip():
         errors.append("gen_prompt is empty")
+    size = len(prompt) + sum(len(reference["note"]) for reference in program.references)
+    if size > MAX_PROGRAM:
+        errors.append(f"gen_prompt and notes have {size} characters; at most {MAX_PROGRAM} are taken, so say less")
+    if repeated := repeated_sentence(prompt):
+        errors.append(f'gen_prompt says "{sanitize(repeated, 80)}" twice; say everything once')
 
     # R: an unknown id is an error; dropping it would turn "the first reference image" into another picture
     if not 1 <= len(img_ids) <= 2:
         errors.append(f"{len(img_ids)} reference images; one or two are used")
     if unknown:
-        errors.append(f"unknown img_id {', '.join(unknown)}")
+        errors.append(f"unknown img_id {sanitize(', '.join(unknown), 80)}")  # the policy's own text, of any length
     if img_ids != sorted(set(img_ids)):
         errors.append("reference images must differ and be sorted by img_id")
 
@@ -290,6 +299,17 @@ def check_program(program, images, queries):
     return errors
 
 
+def repeated_sentence(prompt):
+    """The first sentence of MIN_SENTENCE words or more that a prompt has said before, capitals and marks aside; ""."""
+    seen = set()
+    for sentence in re.split(r"(?<=[.!?;])\s+|\n+", prompt):
+        said = tuple(re.findall(r"\w+", sentence.casefold()))
+        if len(said) >= MIN_SENTENCE and said in seen:
+            return sentence
+        seen.add(said)
+    return ""
+
+
 # ---- Requests files -------------------------------------------------------------------------------------------------
 
 MAX_REQUEST = 8000                                  # characters of a request
@@ -303,32 +323,45 @@ def read_requests(path):
     """
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file")
-    with open(path, encoding="utf-8") as file:
-        text = file.read()
-
     try:
-        if path.endswith(".json"):
-            numbered = list(enumerate(json.loads(text), 1))
-        else:
-            lines = enumerate(text.split("\n"), 1)
-            numbered = [(number, json.loads(line)) for number, line in lines if line.strip()]
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from None
+
+    if path.endswith(".json"):
+        rows = parse_json(text, path)
+        if not isinstance(rows, list):
+            raise ValueError(f"{path}: must hold a list of requests")
+        numbered = [(f"{path}, entry {number}", number, row) for number, row in enumerate(rows, 1)]
+    else:
+        lines = [(f"{path}, line {number}", number, line) for number, line in enumerate(text.split("\n"), 1)]
+        numbered = [(where, number, parse_json(line, where)) for where, number, line in lines if line.strip()]
 
     if not numbered:
         raise ValueError(f"{path}: no requests in it")
-    return [request_row(row, number, path) for number, row in numbered]
+    return [request_row(row, number, where, os.path.dirname(path) or ".") for where, number, row in numbered]
 
 
-def request_row(row, number, path):
+def parse_json(text, where):
+    """The value of a JSON text. ValueError in one line; where: the file, and the line if the text is one line of it."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:  # its own line number counts from the beginning of the text
+        line = f", line {error.lineno}" if "\n" in text else ""
+        raise ValueError(f"{where}{line}: not valid JSON ({error.msg} at character {error.colno})") from None
+    except RecursionError:
+        raise ValueError(f"{where}: not valid JSON (nested too deep)") from None
+
+
+def request_row(row, number, where, folder):
     """Check one row of a requests file. Its fields pass through; "id" is the row's, WISE's, or the line's number."""
-    where = f"{path}, line {number}"
     texts = [row[name] for name in QUESTION_FIELDS if row.get(name)] if isinstance(row, dict) else []
     if not texts or not isinstance(texts[0], str):
         raise ValueError(f"{where}: no prompt or question")
     question = check_request(texts[0], f"{where}: ")
     default_id = str(row.get("prompt_id", f"{number:04d}"))
-    return {"id": default_id} | row | {"question": question, "_folder": os.path.dirname(path) or "."}
+    return {"id": default_id} | row | {"question": question, "_folder": folder}
 
 
 def check_request(text, where=""):
@@ -935,7 +968,7 @@ def chat_url(base_url, name):
 
 
 # how servers say that a prompt and max_tokens together are too long for them
-CONTEXT_LENGTH = re.compile(r"context (?:length|size|window)\D{0,20}(\d+)", re.I)
+CONTEXT_LENGTH = re.compile(r"(?:context (?:length|size|window)|max_model_len)\D{0,20}(\d+)", re.I)
 PROMPT_LENGTH = re.compile(r"(\d+) input tokens|(\d+) (?:tokens )?(?:in|from) the (?:input )?(?:messages|prompt)", re.I)
 
 
@@ -956,6 +989,17 @@ class ChatClient:
         # a model may think for minutes
         defaults = {"timeout": 300.0, "deadline": 900.0}
         self.client = HttpClient(name, (api_key,), **defaults | http)
+
+    def served_model(self):
+        """What the server's list says of the model: {"id", "owned_by", "max_model_len"}; {} where there is no list."""
+        url = self.url.replace("/chat/completions", "/models")
+        try:
+            return self.client.request("GET", url, headers=self.headers, until=time.monotonic() + 10.0,
+                                       parse=lambda reply: read_served_model(reply.body, self.model))
+        except BudgetExceeded:
+            raise
+        except ToolError:
+            return {}
 
     def complete(self, messages, **options):
         """messages -> the text of the reply. options: max_tokens, temperature, top_p, stop, seed; None is left out."""
@@ -1200,51 +1244,163 @@ class Rollout:
     finish: str      # "stop" or "length"
 
 
-class SGLangClient:
+class RolloutEngine:
+    """A running server as rollout engine: what the clients of vLLM and SGLang have in common.
+
+    A server that is away (no connection, time-outs, HTTP 5xx) is waited for, up to ``patience`` seconds, and the line
+    about it goes to ``say``. It may come back with the weights that it was started with. So ``restore`` is called
+    before anything else is asked of it, and what was written meanwhile by other weights is asked for again.
+    """
+    NAME = "rollout engine"
+    AT_ONCE = 1                      # prompts of one request
+    UNTIED = (False, True)           # ways to write weights for it: is the output matrix a tensor of its own?
+
+    def __init__(self, base_url, api_key="", patience=1800.0, **http):
+        self.base = service_url(base_url, self.NAME).removesuffix("/v1")
+        self.headers = bearer(api_key)
+        self.patience, self.say = patience, note
+        self.restore = lambda: None      # hands the weights over again; whoever has them sets it
+        self.version = 0                 # of the weights, an attempt_index: to new weights a prompt is another call
+        self.path = None                 # checkpoint folder whose weights were handed over last
+        self.context = None              # tokens that prompt and reply may have together; None: unknown
+        self.outages = 0                 # that are over
+        self.away_since = None           # time.monotonic
+        self.back = threading.Lock()     # held by the thread that waits for the server
+        defaults = {"timeout": 600.0, "deadline": 1800.0, "max_bytes": 2**28, "retries": 0}
+        self.client = HttpClient(self.NAME, (api_key,), **defaults | http)
+
+    def post(self, path, payload, parse=dict):
+        return self.client.post_json(self.base + path, payload, self.headers, parse, attempt_index=self.version)
+
+    def get(self, path, parse=json_object, seconds=30.0):
+        """A JSON object that the server states about itself."""
+        return self.client.request("GET", self.base + path, headers=self.headers, attempt_index=self.version,
+                                   until=time.monotonic() + seconds, parse=lambda reply: parse(reply.body))
+
+    def stated(self, path, *names):
+        """A text in such an object; "" where the release has no such page or the page no such entry."""
+        try:
+            value = self.get(path)
+            for name in names:
+                value = value[name]
+            return str(value)
+        except Transient:
+            raise
+        except (ToolError, KeyError, TypeError):
+            return ""
+
+    def health(self):
+        """Raises ToolError unless the server is up."""
+        self.get("/health", parse=lambda body: None)
+
+    def generate(self, prompts, max_new_tokens, temperature=1.0, top_p=1.0, stop_ids=(), seed=None):
+        """Prompts as token ids, at most AT_ONCE of them -> a Rollout for each. seed: None sends none."""
+        return self.insist(lambda: self.sample(prompts, max_new_tokens, temperature, top_p, stop_ids, seed))
+
+    def load(self, path):
+        """Let the server go on with a checkpoint folder that it can see, by way of ``restore``."""
+        self.path = path
+        self.version += 1
+        self.insist(self.restore)
+
+    def insist(self, ask):
+        """ask(), again and again until the server answers with the weights that it was given."""
+        until = time.monotonic() + self.patience
+        for attempt in itertools.count():
+            with self.back:
+                outages = self.outages
+            try:
+                answer = ask()
+                self.check_weights()
+                if outages == self.outages:
+                    self.end_outage()
+                    return answer
+            except Transient as error:
+                if time.monotonic() > until:
+                    raise
+                self.wait_until_back(outages, error, attempt, until)
+
+    def check_weights(self):
+        """Raises Transient where a server holds other weights than it was given: it has been started anew."""
+        held = self.held_weights() if self.path else ""
+        if held and held != self.weights_name(self.path):
+            raise Transient(f"{self.NAME}: it has been started anew and holds the weights of {held!r}")
+
+    def wait_until_back(self, outages, error, attempt, until):
+        """Return when the server may be asked again: it is up and has its weights. outages: how many there were when
+        the call began; a thread that finds another count has only to ask again."""
+        with self.back:
+            if outages != self.outages:
+                return
+            if self.away_since is None:
+                self.away_since = time.monotonic()
+                self.say(f"{self.base}: {error}; the run waits for it, for {self.patience / 60:.0f} minutes at most")
+            for pause in range(attempt, attempt + 10**6):
+                time.sleep(min(self.client.backoff * 2 ** min(pause, 10), 15.0))
+                try:
+                    self.health()
+                    self.restore()
+                    break
+                except Transient:
+                    if time.monotonic() > until:
+                        raise
+            self.outages += 1
+
+    def end_outage(self):
+        if self.away_since is not None:
+            with self.back:
+                since, self.away_since = self.away_since, None
+            if since is not None:  # another thread may have said it
+                self.say(f"{self.base}: back after {time.monotonic() - since:.0f} s")
+
+
+class SGLangClient(RolloutEngine):
     """A running SGLang server as rollout engine."""
 
-    def __init__(self, base_url, api_key="", **http):
-        self.base = service_url(base_url, "rollout engine").removesuffix("/v1")
-        self.headers = bearer(api_key)
-        self.version = 0  # of the weights: an attempt_index, as the same prompt to new weights is another call
-        defaults = {"timeout": 600.0, "deadline": 1800.0, "max_bytes": 2**28}
-        self.client = HttpClient("rollout engine", (api_key,), **defaults | http)
-
-    def generate(self, input_ids, max_new_tokens, temperature=1.0, top_p=1.0, stop_ids=(), seed=None):
-        """One prompt as token ids -> Rollout. ``seed`` is sent as ``sampling_seed`` (honoured by servers that run with
-        deterministic inference; others ignore it)."""
+    def sample(self, prompts, max_new_tokens, temperature, top_p, stop_ids, seed):
+        """``seed`` is sent as ``sampling_seed`` (honoured by servers that run with deterministic inference; others
+        ignore it)."""
+        prompt, = prompts
         sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
                     "stop_token_ids": list(stop_ids)}
         if seed is not None:
             sampling["sampling_seed"] = seed
-        payload = {"input_ids": list(input_ids), "sampling_params": sampling, "return_logprob": True}
-        return self.client.post_json(f"{self.base}/generate", payload, self.headers, read_rollout,
-                                     attempt_index=self.version)
+        payload = {"input_ids": list(prompt), "sampling_params": sampling, "return_logprob": True}
+        return [self.post("/generate", payload, read_rollout)]
 
-    def health(self):
-        """Raises ToolError unless the server is up."""
-        self.client.request("GET", f"{self.base}/health", headers=self.headers)
+    def score(self, sequences):
+        """[[token]] -> [[log p of tokens 1..T-1]], at temperature 1."""
+        sampling = {"max_new_tokens": 1, "temperature": 1.0}
+        payloads = [{"input_ids": list(sequence), "sampling_params": sampling, "return_logprob": True,
+                     "logprob_start_len": 0} for sequence in sequences]
+        return [self.post("/generate", payload, read_input_scores) for payload in payloads]
+
+    def dtype(self):
+        """Of the server's arithmetic, "" where it does not say."""
+        return self.stated("/get_server_info", "dtype").removeprefix("torch.")
+
+    def held_weights(self):
+        return self.stated("/get_model_info", "model_path")
+
+    def weights_name(self, path):
+        return path
 
     def update_weights(self, path):
         """Load a checkpoint folder that the server can see. ToolError if it refuses, or still names another one."""
-        self.version += 1
-        answer = self.client.post_json(f"{self.base}/update_weights_from_disk", {"model_path": path}, self.headers,
-                                       attempt_index=self.version)
+        answer = self.post("/update_weights_from_disk", {"model_path": path})
         if answer.get("success") is not True:
             reason = sanitize(answer.get("message", ""))
-            raise ToolError(f"rollout engine: the new weights were not loaded ({reason})")
+            raise ToolError(f"{self.NAME}: the new weights were not loaded ({reason})")
 
         # success is not enough: a server behind a router may still hold the old weights
-        served = self.client.request("GET", f"{self.base}/get_model_info", headers=self.headers,
-                                     attempt_index=self.version, parse=lambda reply: json_object(reply.body))
-        if served.get("model_path") != path:
-            raise ToolError("rollout engine: the server still answers with the old weights")
+        if self.held_weights() != path:
+            raise ToolError(f"{self.NAME}: the server still answers with the old weights")
 
 
 def read_rollout(value):
     """SGLang's reply -> Rollout. ValueError unless every token has its log-probability.
 
-    ToolError if the server gave the generation up: such a turn has no reward, which is not a reward of 0.
+    Transient if the server gave the generation up: such a turn has no reward, which is not a reward of 0.
     """
     try:
         meta = value["meta_info"]
@@ -1260,6 +1416,151 @@ def read_rollout(value):
     if scored_tokens != tokens:
         raise ValueError("output_ids and output_token_logprobs do not agree")
     return Rollout(tokens, logprobs, "length" if finish == "length" else "stop")
+
+
+def read_input_scores(value):
+    """SGLang's reply -> [log p of the prompt's tokens 1..T-1]."""
+    try:
+        return [float(entry[0]) for entry in value["meta_info"]["input_token_logprobs"][1:]]
+    except (KeyError, IndexError, TypeError):
+        raise ValueError("no log-probabilities of the prompt") from None
+
+
+class VLLMClient(RolloutEngine):
+    """A running vLLM server (``vllm serve``, with VLLM_SERVER_DEV_MODE=1) as rollout engine.
+
+    New weights come as checkpoints with an output matrix of their own. A folder whose output matrix is its embedding
+    does not name it, and vLLM's CPU build goes on with the packed copy that it made of the old one.
+    """
+    AT_ONCE = 512
+    UNTIED = (True, False)
+
+    def __init__(self, base_url, api_key="", **http):
+        super().__init__(base_url, api_key, **http)
+        served = self.get("/v1/models", read_served_model)
+        self.model, self.context = served["id"], served.get("max_model_len")
+
+    def sample(self, prompts, max_new_tokens, temperature, top_p, stop_ids, seed):
+        """All prompts in one request. What the folder's generation_config.json would add is switched off. A seed is the
+        request's, so it goes with one prompt only; vLLM's CPU build ends when it gets one."""
+        payload = {"model": self.model, "prompt": [list(prompt) for prompt in prompts], "max_tokens": max_new_tokens,
+                   "temperature": temperature, "top_p": top_p, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,
+                   "stop_token_ids": list(stop_ids), "ignore_eos": True, "logprobs": 0, "return_token_ids": True}
+        if seed is not None:
+            payload["seed"] = seed
+        return self.post("/v1/completions", payload, lambda value: read_completions(value, len(prompts)))
+
+    def score(self, sequences):
+        """[[token]] -> [[log p of tokens 1..T-1]], at temperature 1, without the prefix cache."""
+        payload = {"model": self.model, "prompt": [list(sequence) for sequence in sequences], "max_tokens": 1,
+                   "temperature": 1.0, "prompt_logprobs": 0}
+        return self.post("/v1/completions", payload, lambda value: read_prompt_scores(value, sequences))
+
+    def dtype(self):
+        """Of the server's arithmetic, "" where it does not say."""
+        path = "/server_info?config_format=json"
+        return self.stated(path, "vllm_config", "model_config", "dtype").removeprefix("torch.")
+
+    def held_weights(self):
+        return self.stated("/weight_info", "weight_version")
+
+    def weights_name(self, path):
+        return os.path.basename(path)
+
+    def update_weights(self, path):
+        """Load a checkpoint folder that the server can see, while no request runs. ToolError if it refuses."""
+        try:
+            self.post("/pause?mode=wait", {})
+        except Transient:
+            raise
+        except ToolError as error:
+            raise ToolError(f"{error}; start it with VLLM_SERVER_DEV_MODE=1 in its environment") from None
+        try:
+            self.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}})
+            if self.post("/reset_prefix_cache", {}).get("success") is not True:
+                raise Transient(f"{self.NAME}: the prefix cache of the old weights was not emptied")
+            if self.held_weights():  # older releases have no name for them
+                self.post("/update_weight_version", {"new_version": self.weights_name(path)})
+        finally:
+            self.post("/resume", {})
+
+
+def read_served_model(body, name=""):
+    """The body of /v1/models -> the entry of the model of that name, else the first. ValueError if there is none."""
+    try:
+        entries = json_object(body)["data"]
+        served = next((entry for entry in entries if entry["id"] == name), entries[0])
+        length = served.get("max_model_len")
+        return {"id": served["id"], "owned_by": served.get("owned_by"),
+                "max_model_len": length if isinstance(length, int) and length > 0 else None}
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise ValueError("no model in it") from None
+
+
+def read_completions(value, count):
+    """vLLM's reply to ``count`` prompts -> [Rollout] in their order. Errors as in ``read_rollout``."""
+    try:
+        choices = sorted(value["choices"], key=lambda choice: choice["index"])
+        rollouts = []
+        for choice in choices:
+            finish = choice["finish_reason"]
+            if finish not in ("stop", "length"):
+                raise Transient(f"the generation was aborted: {finish}")
+            logprobs = [float(logprob) for logprob in choice["logprobs"]["token_logprobs"]]
+            rollouts.append(Rollout([int(token) for token in choice["token_ids"]], logprobs, finish))
+    except (KeyError, IndexError, TypeError):
+        raise ValueError("no token_ids with their log-probabilities") from None
+    if len(rollouts) != count or any(len(rollout.tokens) != len(rollout.logprobs) for rollout in rollouts):
+        raise ValueError("prompts, token_ids and token_logprobs do not agree")
+    return rollouts
+
+
+def read_prompt_scores(value, sequences):
+    """vLLM's reply -> for each sequence [log p of its tokens 1..T-1]."""
+    try:
+        choices = sorted(value["choices"], key=lambda choice: choice["index"])
+        scores = []
+        for choice, sequence in zip(choices, sequences):
+            entries = choice["prompt_logprobs"][1:]  # of each position: {token: {"logprob": ...}}
+            pairs = zip(entries, sequence[1:])
+            scores.append([float(entry[str(token)]["logprob"]) for entry, token in pairs])
+    except (KeyError, IndexError, TypeError):
+        raise ValueError("no log-probabilities of the prompt") from None
+    if [len(score) + 1 for score in scores] != [len(sequence) for sequence in sequences]:
+        raise ValueError("prompts and their log-probabilities do not agree")
+    return scores
+
+
+ENGINES = {"vllm": VLLMClient, "sglang": SGLangClient}
+
+
+def open_engine(url, api_key="", kind="auto", **http):
+    """The client of the server at a URL. kind: "vllm", "sglang", or "auto": by what the server answers. ToolError if it
+    does not answer, or is neither."""
+    if kind == "auto":
+        server = RolloutEngine(url, api_key, **http)
+        server.health()
+        kind = recognise(server)
+    engine = ENGINES[kind](url, api_key, **http)
+    engine.health()
+    return engine
+
+
+def recognise(server):
+    """"vllm" or "sglang": both state it in their list of models, and only SGLang has a page about its model."""
+    try:
+        owner = server.get("/v1/models", read_served_model)["owned_by"]
+        if owner in ENGINES:
+            return owner
+    except ToolError:
+        pass  # an older SGLang
+    try:
+        if "model_path" in server.get("/get_model_info"):
+            return "sglang"
+    except ToolError:
+        pass
+    raise ToolError(f"{server.NAME}: {server.base} answers neither like vLLM nor like SGLang; --rollouts-engine says "
+                    "which it is")
 
 
 # ---- The local server -----------------------------------------------------------------------------------------------
@@ -1324,12 +1625,16 @@ class Server:
         request: messages (contents are plain text), max_tokens, temperature, top_p, stop (list), seed, stream.
     judge(text, images) -> dict or str; a chat request with pictures goes here: its text, and uint8 (H, W, 3) each.
     renderer(prompt, references, seed, steps, width, height) -> uint8 (H, W, 3); references: at most two, likewise.
-    ValueError and ToolError from a callable become status 400, anything else 500.
+    site: the page at / and its API; has page() -> HTML, and get(path) and post(path, request) -> JSON values of the
+        paths below /api/. Only the page itself may call them, see ``Handler.check_caller``.
+    ValueError and ToolError from a callable become status 400, HttpError its own status, anything else 500.
     """
 
-    def __init__(self, corpus=None, host="127.0.0.1", port=0, policy=None, judge=None, renderer=None,
+    def __init__(self, corpus=None, host="127.0.0.1", port=0, policy=None, judge=None, renderer=None, site=None,
                  model="genevolve", max_body=64 * 2**20, max_requests=64, idle_seconds=30):
         self.corpus = corpus
+        self.site = site
+        self.host = host
         self.policy = policy
         self.judge = judge
         self.renderer = renderer
@@ -1345,6 +1650,7 @@ class Server:
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", "") or str(error)
             raise ToolError(f"cannot listen on {host}, port {port}: {reason}; choose another port") from None
+        self.is_private = ipaddress.ip_address(self.http.server_address[0]).is_loopback
         if ":" in host:
             host = f"[{host}]"
         elif host in ("", "0.0.0.0"):
@@ -1413,6 +1719,10 @@ class Server:
         """(content type, bytes) of a path."""
         if path == "/health":
             return "application/json", b'{"status": "ok"}'
+        if self.site and path == "/":
+            return "text/html; charset=utf-8", self.site.page().encode()
+        if self.site and path.startswith(API):
+            return "application/json", json.dumps(self.site.get(path.removeprefix(API))).encode()
         entry = {"id": self.model, "object": "model", "owned_by": "genevolve"}
         if path == "/v1/models":
             return "application/json", json.dumps({"object": "list", "data": [entry]}).encode()
@@ -1458,6 +1768,10 @@ class Server:
         self.stop()
 
 
+API = "/api/"  # paths of the page
+PAGE_POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
+               "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'")
+MAX_API_BODY = 2**16
 POST_PATHS = {"/search": Server.search, "/images": Server.images, "/generate": Server.generate}
 CHAT_PATHS = ("/v1/chat/completions", "/chat/completions")
 
@@ -1540,16 +1854,23 @@ def is_on_its_side(data):
     return any(tag == 0x0112 and 5 <= value <= 8 for tag, _, _, value in entries)
 
 
+LARGE_PNG = 2**18  # pixels; from here on Pillow, which is eight times as fast, is worth its import
+
+
 def read_image(source):
     """Path or bytes of a PNG, JPEG or WebP picture -> uint8 (H, W, 3). ToolError in one line if that is impossible.
 
-    PNG needs nothing; the other formats need Pillow, the only optional package of the project.
+    PNG needs nothing, a large one is read faster by Pillow; the other formats need Pillow, the only optional package
+    of the project.
     """
     where = "" if isinstance(source, bytes) else f"{source}: "
     try:
         data = source if isinstance(source, bytes) else read_bytes(source)
-        kind, _, _ = image_header(data)
-        return diffusion.decode_png(data) if kind == "png" else decode_with_pillow(data, kind)
+        kind, width, height = image_header(data)
+        if kind != "png":
+            return decode_with_pillow(data, kind)
+        is_large = width * height >= LARGE_PNG and importlib.util.find_spec("PIL") is not None
+        return decode_with_pillow(data, kind) if is_large else diffusion.decode_png(data)
     except OSError as error:
         raise ToolError(f"{where}cannot be read ({error.strerror or error})") from None
     except (ValueError, ToolError) as error:
@@ -1557,7 +1878,7 @@ def read_image(source):
 
 
 def decode_with_pillow(data, kind):
-    """JPEG or WebP -> uint8 (H, W, 3), upright as its EXIF rotation says, transparency over white."""
+    """JPEG, WebP or PNG -> uint8 (H, W, 3), upright as its EXIF rotation says, transparency over white."""
     try:
         from PIL import Image, ImageOps
     except ImportError:
@@ -1756,6 +2077,7 @@ class Reply:
     content_type: str = ""
     body: bytes = b""
     error: str = ""
+    may_pass: bool = False  # the error may be gone in a moment
 
 
 class Tape:
@@ -2054,7 +2376,7 @@ class HttpClient:
 
         # an outcome of the tape may be a failure, too
         if reply.error:
-            raise ToolError(reply.error)
+            raise Transient(reply.error) if reply.may_pass else ToolError(reply.error)
         try:
             return parse(reply)
         except ValueError as error:
@@ -2079,7 +2401,7 @@ class HttpClient:
         """Send until it works, is refused, or time or attempts run out. Returns (Reply, parsed value or None); raises
         only BudgetExceeded."""
         for attempt in range(self.retries + 1):
-            wished = 0.0
+            wished, may_pass = 0.0, False
             try:
                 if self.limiter:
                     self.limiter.wait(until)
@@ -2091,7 +2413,7 @@ class HttpClient:
             except BudgetExceeded:
                 raise
             except Transient as error:
-                reason = str(error)
+                reason, may_pass = str(error), True
                 wished = error.wait
             except ValueError as error:
                 reason = f"unusable answer ({error})"
@@ -2106,7 +2428,7 @@ class HttpClient:
             time.sleep(pause)
 
         line = " ".join(f"{self.name}: {reason}".split())
-        return Reply(error=redact(line[:400], self.secrets)), None
+        return Reply(error=redact(line[:400], self.secrets), may_pass=may_pass), None
 
     def attempt(self, method, url, payload, headers, until):
         """One attempt, redirects included, cut at its time limit. Returns a Reply."""
@@ -2369,7 +2691,28 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer_get(self, path):
         self.discard_body()
+        if self.is_site(path):
+            self.check_caller()
         self.reply(200, *self.owner.get(path))
+
+    def is_site(self, path):
+        """Whether a path belongs to the page."""
+        return self.owner.site is not None and (path == "/" or path.startswith(API))
+
+    def check_caller(self):
+        """Refuse whoever is not the page itself, for its API spends this machine's time and shows its files.
+
+        Another site's page has another Origin. A site whose name was made to resolve to this machine (DNS rebinding)
+        has its own name as Host: a server that listens on this machine alone is asked by address or as localhost.
+        """
+        host = self.headers.get("Host", "")
+        name = urlsplit(f"//{host}").hostname or ""
+        is_own_name = name in ("localhost", self.owner.host) or is_literal(name)
+        if self.owner.is_private and not is_own_name:
+            raise HttpError(403, f"this server is not known as {name or 'nothing'}: open {self.owner.url}")
+        origin = self.headers.get("Origin")
+        if origin is not None and urlsplit(origin).netloc != host:
+            raise HttpError(403, "another site's page may not ask this server")
 
     def answer_options(self, path):
         self.discard_body()
@@ -2388,8 +2731,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if int(length) > self.owner.max_body:
             raise HttpError(413, f"a body of more than {self.owner.max_body} bytes")
         # all that can be refused is refused before the body is read
-        if path not in POST_PATHS and path not in CHAT_PATHS:
+        is_site = path != "/" and self.is_site(path)
+        if path not in POST_PATHS and path not in CHAT_PATHS and not is_site:
             raise HttpError(404, "no such path")
+        if is_site:
+            self.check_caller()
+            if self.headers.get_content_type() != "application/json":  # what a form of another site cannot send
+                raise HttpError(415, "the body must be application/json")
+            if int(length) > MAX_API_BODY:
+                raise HttpError(413, f"a body of more than {MAX_API_BODY} bytes")
 
         body = self.rfile.read(int(length))
         self.body_read = True
@@ -2399,6 +2749,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise HttpError(400, f"the body is not a JSON object ({error})") from None
         if path in CHAT_PATHS:
             self.answer_chat(request, body)
+        elif is_site:
+            value = self.owner.site.post(path.removeprefix(API), request)
+            self.reply(200, "application/json", json.dumps(value).encode())
         else:
             value = POST_PATHS[path](self.owner, request, self.base())
             self.reply(200, "application/json", json.dumps(value).encode())
@@ -2450,6 +2803,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("X-Content-Type-Options", "nosniff")
+        if content_type.startswith("text/html"):  # the page needs its own style and script, data URIs and its API
+            self.send_header("Content-Security-Policy", PAGE_POLICY)
         if status == 503:
             self.send_header("Retry-After", "1")
         if self.command == "OPTIONS":
@@ -2485,6 +2840,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         host = self.headers.get("Host", "")
         is_sound = re.fullmatch(r"([\w.-]+|\[[0-9a-fA-F:]+\])(:\d{1,5})?", host)
         return f"http://{host}" if is_sound else self.owner.url
+
+
+def note(line):
+    """Something that a person wants to know while a command runs, on stderr."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def report(where, error):

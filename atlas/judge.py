@@ -2,7 +2,7 @@
 
     judge = PixelJudge(atlas.world.vocabulary())
     judgement = judge(image, truth, recipe["wanted"])                             # it never sees the program
-    score, checks = judge_program(program, question, wanted, skills_used)         # it never sees a pixel
+    score, checks = judge_program(program, question, wanted, skills_used, titles) # it never sees a pixel
 
 A judgement holds KScore, its four dimensions, and "constraints": one dict {"name", "passed", "detail"} for everything
 that was looked at. Where a verdict is about one place of the picture, "box" is that place: [top, left, bottom, right]
@@ -17,14 +17,17 @@ Contents, in reading order:
     Picture                             a picture by cells and by blocks
     PixelJudge.__call__                 verdicts -> the four dimensions -> KScore
     PixelJudge.match                    where a subject is: share of its blocks that match, at every place
-    PixelJudge.judge_...                one aspect each: subjects, arrangement, companions, style, sign, clean, mood
-    judge_program                       R_text: four checks, a quarter each
+    PixelJudge.judge_...                one aspect each: subjects, arrangement, companions, style, sign, clean, mood,
+                                        and that nothing else is there
+    judge_program                       R_text: four checks, a quarter each; 0 if more is said than was asked for
+    read_statements, wrong_facts, ...   what a prompt says, sentence by sentence, and what its references show
     verdict, block_box                  one constraint of a judgement, and where in the picture the judge looked
 
 Letters: y, x: row and column of a block, 0..31; (25, 25): all places at which 8 x 8 blocks fit into 32 x 32.
 """
 import functools
 import re
+from collections import Counter
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -68,6 +71,8 @@ def style_waves(size):
 
 class Picture:
     """A picture as the judge reads it: cells and blocks. image: uint8 (64, 64, 3)."""
+    STYLE_CORRELATION = 0.8   # of a cell's light with a style's pattern, at least
+    STYLE_CONTRAST = 0.04     # standard deviation of a cell's light, at least
 
     def __init__(self, image):
         colour = image.astype(np.float32) / 255                                             # (64, 64, 3), 0..1
@@ -85,6 +90,17 @@ class Picture:
     def unevenness(self):
         """How much the colour of a cell varies along its pixel rows: mean standard deviation, (8, 8)."""
         return self.cells.std(3).mean((2, 3))
+
+    @functools.cached_property
+    def patterns(self):
+        """{style: which cells have light that follows its pattern, bool (8, 8)}"""
+        light = self.light - self.light.mean((2, 3), keepdims=True)                         # (8, 8, 8, 8)
+        deviation = light.std((2, 3)) + 1e-6                                                # (8, 8)
+        cells = {}
+        for name, wave in style_waves(CELL).items():
+            correlation = (light * (2 * wave - 1)).mean((2, 3)) / deviation
+            cells[name] = (correlation > self.STYLE_CORRELATION) & (deviation > self.STYLE_CONTRAST)
+        return cells
 
 
 def by_cell(pixels):
@@ -133,8 +149,6 @@ class PixelJudge:
     BODY_LIGHT = 0.36         # a darker block belongs to a body
     BODY_FAULTS = 5           # blocks in which a whole body may differ
     SHADOW = 0.6              # light of a shadow, relative to the ground beside it
-    STYLE_CORRELATION = 0.8   # of a cell's light with the pattern
-    STYLE_CONTRAST = 0.04     # standard deviation of a cell's light, at least
     STYLE_SHARE = 0.35        # of the 64 cells that follow the wanted pattern, at least
     OTHER_STYLE_SHARE = 0.2   # and another pattern, at most
     GLYPH_CORRELATION = 0.6   # of a cell's ink with a glyph
@@ -142,6 +156,7 @@ class PixelJudge:
     GLYPH_INK = 0.35          # how much darker the ink is, at least
     SMOOTH, CRISP = 0.02, 0.06  # unevenness of a cell: below, above; between them it is muddy
     MUDDY_SHARE = 0.2         # of the 64 cells, at most
+    CLUTTER = 2               # cells with something that nobody asked for, at most; the smallest thing takes three
     WARMTH = 0.12             # red minus blue of a warm backdrop; of a cool one its negative
     FALL = 0.2                # how much brighter the top is than the bottom, at least
 
@@ -172,9 +187,10 @@ class PixelJudge:
         sign, text, text_accuracy = self.judge_sign(picture, wanted["text"])
         clean = self.judge_clean(picture)
         mood = self.judge_mood(picture, wanted["mood"])
+        clutter = self.judge_clutter(picture, wanted, subjects + arrangement + shapes + sign)
 
         faithful = subjects + shapes + style + sign
-        visual = looks + arrangement + colours
+        visual = looks + arrangement + colours + clutter
         beauty = clean + mood
         scores = {"faithfulness": grade(passed_share(faithful) == 1, passed_share(faithful) >= 0.5),
                   "visual_correctness": grade(passed_share(visual) == 1, passed_share(looks) == 1),
@@ -213,20 +229,19 @@ class PixelJudge:
         return there, looks
 
     def judge_arrangement(self, picture, wanted, matches):
-        """At most one verdict: what the arrangement asks of the place at which a subject is seen best."""
+        """The number of copies of each subject, and what is asked of the place at which it is seen best."""
         arrangement, (y, x) = wanted["arrangement"], best_place(matches[0])
+        found = [self.judge_count(match, wanted["count"]) for match in matches]
         if arrangement == "place":
-            return [self.judge_quarter(y, x, wanted["place"])]
-        if arrangement == "pair":
+            found.append(self.judge_quarter(y, x, wanted["place"]))
+        elif arrangement == "pair":
             _, other_x = best_place(matches[1])
-            return [self.judge_sides(y, x, other_x, wanted["place"])]
-        if arrangement == "count":
-            return [self.judge_count(matches[0], wanted["count"])]
-        if arrangement == "body":
-            return [self.judge_body(picture, y, x)]
-        if arrangement == "shadow":
-            return [self.judge_shadow(picture, y, x, wanted["light"])]
-        return []
+            found.append(self.judge_sides(y, x, other_x, wanted["place"]))
+        elif arrangement == "body":
+            found.append(self.judge_body(picture, y, x))
+        elif arrangement == "shadow":
+            found.append(self.judge_shadow(picture, y, x, wanted["light"]))
+        return found
 
     def judge_quarter(self, y, x, quarter):
         """The subject's middle lies in the quarter that was named."""
@@ -248,7 +263,8 @@ class PixelJudge:
             top, left = np.min(places, axis=0)
             bottom, right = np.max(places, axis=0) + SPRITE
             box = block_box(top, left, bottom, right)
-        return verdict("count", len(places) == count, f"{len(places)} copies, wanted {count}", box)
+        passed = len(places) == count or (count == 1 and not places)  # a single one that is missing is its look's fault
+        return verdict("count", passed, f"copies: {len(places)}, wanted {count}", box)
 
     def judge_body(self, picture, y, x):
         """Below the head stands a body whose outline is nearest to a whole one."""
@@ -315,14 +331,7 @@ class PixelJudge:
         """Enough of the 64 cells, and hardly any of another style, have light that follows the style's pattern."""
         if not style:
             return []
-        light = picture.light - picture.light.mean((2, 3), keepdims=True)                   # (8, 8, 8, 8)
-        deviation = light.std((2, 3)) + 1e-6                                                # (8, 8)
-
-        shares = {}
-        for name, wave in style_waves(CELL).items():
-            correlation = (light * (2 * wave - 1)).mean((2, 3)) / deviation
-            follows = (correlation > self.STYLE_CORRELATION) & (deviation > self.STYLE_CONTRAST)
-            shares[name] = float(follows.mean())
+        shares = {name: float(follows.mean()) for name, follows in picture.patterns.items()}
         others = max(share for name, share in shares.items() if name != style)
         passed = shares[style] >= self.STYLE_SHARE and others < self.OTHER_STYLE_SHARE
         detail = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
@@ -377,6 +386,16 @@ class PixelJudge:
         muddy = float(is_muddy.mean())
         return [verdict("clean", muddy <= self.MUDDY_SHARE, f"{muddy:.0%} of the cells are muddy")]
 
+    def judge_clutter(self, picture, wanted, found):
+        """Outside the boxes of what was found there is only backdrop: no crisp edges, and a pattern only where a style
+        is wanted (the wrong one is another verdict's business). found: verdicts on all that may stand there."""
+        is_crisp = picture.unevenness > self.CRISP                                          # (8, 8)
+        has_pattern = np.any(list(picture.patterns.values()), axis=0)                       # (8, 8)
+        is_other = is_crisp & ~has_pattern if wanted["style"] else is_crisp | has_pattern
+        is_other &= ~taken_cells(found)
+        count, box = int(is_other.sum()), cells_box(is_other)
+        return [verdict("nothing else", count <= self.CLUTTER, f"{count} cells hold something else", box)]
+
     def judge_mood(self, picture, mood):
         """Warm or cool backdrop, and bright above, deep below; read from the smooth cells only."""
         if not mood:
@@ -409,44 +428,144 @@ class PixelJudge:
         wanted = trajectory.row.get("recipe", {}).get("wanted")
         if not wanted:
             return None, []
-        guides = [step for step in trajectory.steps if step.name == "query_knowledge"]
-        skills_used = {step.arguments.get("skill_name") for step in guides}
-        return judge_program(trajectory.program, trajectory.question, wanted, skills_used)
+        titles = {img_id: image.get("title", "") for img_id, image in trajectory.images.items()}
+        return judge_program(trajectory.program, trajectory.question, wanted, guides_read(trajectory), titles)
 
 
 # ---- The program judge -----------------------------------------------------------------------------------------------
 
-def judge_program(program, question, wanted, skills_used):
+# what a sentence that states a requirement of a skill has in it, once: in the guide's wording, in the plain one, or in
+# the request's own words that leave a fact open; whatever its value
+STATEMENTS = {skill: re.compile(rf"\b(?:{pattern})\b", re.I) for skill, pattern in {
+    "spatial_layout": "in(?:side)? the (?:upper|lower) (?:left|right)|stands wholly in|to the (?:left|right) of the",
+    "quantity_counting": r"separate copies|\w+ of them",
+    "anatomy_body_coherence": "whole body|full figure",
+    "physical_material_consistency": "contact shadow|lit from the",
+    "text_rendering": "sign (?:with the text|saying|showing)|on a sign",
+    "attribute_binding": r"and only \w+; the|with an? \w+ (?:ball|cube|cone|ring|cross) and",
+    "creative_drawing": "pattern covers|(?:mosaic|woven|banded) style",
+    "aesthetic_drawing": "gradient light|(?:warm|cool) light"}.items()}
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+WORD = re.compile(r"(?<![\w-])\w+(?:-\w+)*(?![\w-])")  # 1104, KEL, K-E-L: never a part of something longer
+NUMBER_WORD = re.compile(r"(?<![\w-])(?:two|three|four|[2-4])(?![\w-])", re.I)
+NO_NUMBER = re.compile(r"(?<=copies: )[\w, ]+|two arms, two legs", re.I)  # in the wordings, what is no number of copies
+
+
+def judge_program(program, question, wanted, skills_used, titles=None):
     """R_text: is the program sufficient? Four checks, a quarter each; it never looks at a pixel.
 
-    program: Program or None; wanted: the recipe's constraints; skills_used: skills whose guide was read. Returns
-    (score in {0, 0.25, 0.5, 0.75, 1}, checks). Facts: the wanted text (or number) stands in the prompt. References:
-    as many ordinal phrases as subjects, in order. Skills: every wanted skill was read and its wording is followed.
-    Constraints: every requirement appears, in the plain wording at least.
+    program: Program or None; wanted: the recipe's constraints; skills_used: skills whose guide was read; titles:
+    {img_id: title of the picture}, or None where nobody knows what the references show. Returns (score in {0, 0.25,
+    0.5, 0.75, 1}, checks).
+
+    Facts: the wanted text and number stand in the prompt, and no other of their kind. References: one a subject, in
+    order, in the look asked for. Skills: every wanted skill was read and its wording is followed. Constraints: every
+    requirement appears, in the plain wording at least, and the look.
+
+    A program that says more than that is worth 0. One that states every value, every wording, or shows something else
+    besides, has decided nothing; it would pass each of the checks that look for what is wanted.
     """
     if program is None:
         return 0.0, [verdict("program", False, "no program")]
-    prompt = program.gen_prompt
-    facts = wanted["text"] in prompt  # true of an empty text: none is wanted
+    skills = wanted["skills"]
+    stated = read_statements(program.gen_prompt, wanted["wordings"])
+    followed = {skill for skill, form in stated if form == "exact" and skill in skills_used}
+    carried = {skill for skill, form in stated if form != "other"}
+
+    fact_faults = wrong_facts(program.gen_prompt, wanted)
+    ordinals = names_in_order(program.gen_prompt, wanted["subjects"])
+    looks, shown = shows_the_look(program, wanted, titles)
+    surplus = surplus_statements(stated, skills) + foreign_pictures(program, wanted, titles)
+
+    checks = [verdict("facts", not fact_faults, "; ".join(fact_faults) or "the facts stand in the prompt"),
+              verdict("ordinal references", ordinals and looks, shown),
+              verdict("skill advice", followed == set(skills), f"followed: {listed(followed)}"),
+              verdict("executable constraints", carried == set(skills) and looks, f"stated: {listed(carried)}")]
+    score = 0.0 if surplus else sum(check["passed"] for check in checks) / 4
+    return score, [*checks, verdict("surplus statements", not surplus, listed(surplus))]
+
+
+def read_statements(prompt, wordings):
+    """What a prompt states of the skills' requirements, sentence by sentence: [(skill, form)].
+
+    wordings: {skill: {"exact": sentence, "plain": sentence}}, those that are wanted. form: "exact" or "plain" where a
+    whole sentence is that wording to the letter; "other" where it speaks of the skill in any other way.
+    """
+    wanted = {sentence: (skill, form) for skill, forms in wordings.items() for form, sentence in forms.items()}
+    stated = []
+    for sentence in SENTENCE_END.split(prompt.strip()):
+        if sentence in wanted:
+            stated.append(wanted[sentence])
+            continue
+        for skill, pattern in STATEMENTS.items():
+            stated += [(skill, "other")] * len(pattern.findall(sentence))
+    return stated
+
+
+def surplus_statements(stated, skills):
+    """What is stated more than once, or without being asked for."""
+    times = Counter(skill for skill, _ in stated)
+    return [f"{skill} {count} times" for skill, count in times.items() if count > (skill in skills)]
+
+
+def foreign_pictures(program, wanted, titles):
+    """What the references show beyond the subjects: more pictures, or those of something else."""
+    names = [subject["name"] for subject in wanted["subjects"]]
+    surplus = [f"{len(program.references)} pictures"] if len(program.references) > len(names) else []
+    if titles is None:
+        return surplus
+    shown = [titles.get(reference["img_id"], "") for reference in program.references]
+    return surplus + [f"a picture of {title}" for title, name in zip(shown, names)
+                      if not title.startswith(f"{name}, ")]
+
+
+def shows_the_look(program, wanted, titles):
+    """(whether the references are the subjects in the look asked for, one each, in their order; a detail)."""
+    count = len(program.references)
+    if titles is None:
+        return count == len(wanted["subjects"]), f"{count} references"
+    shown = [titles.get(reference["img_id"], "") for reference in program.references]
+    right = [f"{subject['name']}, {wanted['look']}" for subject in wanted["subjects"]]
+    return shown == right, f"shown: {listed(shown)}"
+
+
+def names_in_order(prompt, subjects):
+    """Whether the first subject's name goes with the first reference image, and the second's with the second."""
+    pairs = []
+    for subject, phrase in zip(subjects, tools.REFERENCE_PHRASES):
+        name = rf"(?<![\w-]){re.escape(subject['name'])}(?![\w-])"
+        pairs.append(rf"(?:{name}.*?\b(?i:{phrase})\b|\b(?i:{phrase})\b.*?{name})")
+    return re.search(".*?".join(pairs), prompt, re.S) is not None
+
+
+def wrong_facts(prompt, wanted):
+    """What is wrong with the facts: [text], empty if the wanted values, and no others of their kind, are there."""
+    text, faults = wanted["text"], []
+    if text and (found := values_like(text, prompt)) != {text}:
+        faults.append(f"texts: {listed(found)}; wanted {text}")
     if wanted["arrangement"] == "count":
-        facts = facts and NUMBER[wanted["count"]] in prompt.lower()
+        word = NUMBER[wanted["count"]]
+        numbers = {number.lower() for number in NUMBER_WORD.findall(NO_NUMBER.sub("", prompt))}
+        if not numbers or not numbers <= {word, str(wanted["count"])}:
+            faults.append(f"numbers: {listed(numbers)}; wanted {word}")
+    return faults
 
-    phrases = tools.REFERENCE_PHRASES[:len(wanted["subjects"])]
-    has_phrases = all(phrase in prompt.lower() for phrase in phrases)
-    ordinals = has_phrases and len(program.references) == len(phrases)
 
-    skills, wordings = wanted["skills"], wanted["wordings"]
-    exact = [skill for skill in skills if wordings[skill]["exact"] in prompt]
-    plain = [skill for skill in skills if wordings[skill]["plain"] in prompt]
-    advised = [skill for skill in exact if skill in skills_used]
-    stated = [skill for skill in skills if skill in exact + plain]
+def values_like(text, prompt):
+    """Every value in a prompt that is of the wanted text's kind, digits or capitals. K-E-L is the value KEL."""
+    is_alike = str.isdecimal if text.isdecimal() else str.isupper
+    values = set()
+    for word in WORD.findall(prompt):
+        parts = word.split("-")
+        values |= {"".join(parts)} if all(len(part) == 1 for part in parts) else set(parts)
+    return {value for value in values if len(value) > 2 and is_alike(value)}
 
-    fact_detail = "the facts stand in the prompt" if facts else "a fact is missing"
-    checks = [verdict("facts", facts, fact_detail),
-              verdict("ordinal references", ordinals, f"{len(program.references)} references"),
-              verdict("skill advice", len(advised) == len(skills), f"followed: {', '.join(advised) or 'none'}"),
-              verdict("executable constraints", len(stated) == len(skills), f"stated: {', '.join(stated) or 'none'}")]
-    return sum(check["passed"] for check in checks) / 4, checks
+
+def guides_read(trajectory):
+    """Skills whose guide a trajectory has read; a call that was answered with an error has read none."""
+    calls = [step for step in trajectory.steps if step.name == "query_knowledge"]
+    names = [step.arguments.get("skill_name") for step in calls if not step.observation.startswith("Error:")]
+    return {name for name in names if isinstance(name, str)}
 
 
 # ==== Machine room ====================================================================================================
@@ -463,6 +582,32 @@ def block_box(top, left, bottom, right):
     edges = [BLOCK * int(edge) for edge in (top, left, bottom, right)]
     top, left, bottom, right = (min(max(edge, 0), SIZE) for edge in edges)
     return [top, left, bottom, right] if top < bottom and left < right else None
+
+
+def listed(names):
+    return ", ".join(sorted(names)) or "none"
+
+
+def taken_cells(found):
+    """Cells in which something stands that was found, bool (8, 8). found: verdicts; what has no place has no box.
+
+    A sign takes all of its row: its illegible characters are not something else.
+    """
+    taken = np.zeros((GRID, GRID), bool)
+    for check in found:
+        if check.get("box"):
+            top, left, bottom, right = check["box"]
+            columns = slice(left // CELL, -(-right // CELL))
+            taken[top // CELL:-(-bottom // CELL), slice(None) if check["name"] == "sign" else columns] = True
+    return taken
+
+
+def cells_box(cells):
+    """The box around the cells that are True, bool (8, 8); None if none is."""
+    rows, columns = np.nonzero(cells)
+    if not len(rows):
+        return None
+    return [CELL * int(edge) for edge in (rows.min(), columns.min(), rows.max() + 1, columns.max() + 1)]
 
 
 def sprite_box(y, x):
