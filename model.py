@@ -2044,7 +2044,8 @@ def with_our_weights(source, ours):
     with open_tensors(source) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     for name in tensors.keys() & ours.keys():
-        tensors[name] = ours[name].merged_weight().to("cpu", tensors[name].dtype).contiguous()
+        weight = ours[name].merged_weight().to("cpu", tensors[name].dtype).contiguous()
+        tensors[name] = weight.clone() if name == "lm_head.weight" else weight  # a file holds no memory twice
     return tensors
 
 
@@ -2296,7 +2297,7 @@ def matches(name, wanted, path):
     try:
         return re.fullmatch(wanted, name) is not None
     except re.error as error:
-        raise ValueError(f"{path}: {shown(wanted)} is no regular expression ({error})") from None
+        raise ValueError(f"{path}: target_modules or exclude_modules {shown(wanted)}: no pattern ({error})") from None
 
 
 def read_adapter(path, net, targets, rank):
