@@ -2485,6 +2485,22 @@ def load_training_tensors(tensors, net, optimizer, **networks):
                 p.copy_(tensor_like(p, f"{keyword}.{name}"))
 
 
+MAX_SKIPPED = 3  # updates in a row whose gradient is no finite number, after which a run stops
+
+
+def count_skipped(before, norm, where):
+    """Updates in a row that were skipped: 0 where the gradient's norm is finite, else one more than before.
+
+    One step by such a gradient makes every weight nan. Raises ValueError after MAX_SKIPPED; where: "step 12".
+    """
+    if math.isfinite(norm):
+        return 0
+    if before + 1 == MAX_SKIPPED:
+        raise ValueError(f"{where}: the gradient's norm is {norm}, the last of {MAX_SKIPPED} updates in a row without "
+                         "a finite one; no weight has moved by them. Begin again with another --lr and another --out")
+    return before + 1
+
+
 def save_checkpoint(folder, step, tensors, state, processes=None, keep=2):
     """Write folder/000012/ (for step 12): one safetensors file a process, and state.json. Returns its path.
 

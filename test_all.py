@@ -2244,6 +2244,24 @@ def test_an_unfinished_run_with_other_settings_is_refused_in_one_line(tmp_path, 
     with pytest.raises(ValueError, match="checkpoints: belongs to a run with other settings") as error:
         small_training(tmp_path, colour_scenes, width=64)
     assert "remove it to start afresh" in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"other settings \(lr was 0.003\)"):
+        small_training(tmp_path, colour_scenes, lr=1e-3)
+    assert small_training(tmp_path, colour_scenes, export_every=4).step == 1
+
+
+def test_a_renderers_gradient_that_is_no_number_moves_nothing(tmp_path, colour_scenes, monkeypatch):
+    run = small_training(tmp_path, colour_scenes)
+    run.update()
+    before, loss = [p.clone() for p in run.net.parameters()], diffusion.flow_loss
+
+    def broken(*arguments):
+        value, metrics = loss(*arguments)
+        return value * math.inf, metrics
+    monkeypatch.setattr(diffusion, "flow_loss", broken)
+    run.update(), run.update()
+    assert all(torch.equal(a, b) for a, b in zip(before, run.net.parameters(), strict=True)) and run.skipped == 2
+    with pytest.raises(ValueError, match="renderer: step 3: the gradient's norm is .*last of 3 updates"):
+        run.update()
 
 
 @pytest.mark.slow
@@ -4803,10 +4821,10 @@ def test_sft_stopped_and_started_again_ends_with_the_same_weights(tmp_path, sft,
 def test_three_updates_in_a_row_without_a_finite_gradient_end_a_run():
     skipped = 0
     for norm, expected in ((1.0, 0), (math.inf, 1), (0.5, 0), (NAN, 1), (math.inf, 2)):
-        skipped = distill.count_skipped(skipped, norm, "step 5")
+        skipped = model.count_skipped(skipped, norm, "step 5")
         assert skipped == expected
     with pytest.raises(ValueError, match="step 5: the gradient's norm is nan, the last of 3 updates"):
-        distill.count_skipped(skipped, NAN, "step 5")
+        model.count_skipped(skipped, NAN, "step 5")
 
 
 @pytest.mark.slow
