@@ -1399,7 +1399,9 @@ def student_forward(net, rows, counted, recipe, temperature):
     logp_old = pad_rows(logp_old)
     weights = None
     if recipe.tis_cap is not None:
-        logp_engine = [row.logp_engine.to(logp_old) for row in rows]
+        unknown = torch.full_like(logp_old, math.nan)
+        logp_engine = [given if row.logp_engine is None else row.logp_engine.to(given)
+                       for row, given in zip(rows, unknown)]
         weights = tis_weights(logp_old, pad_rows(logp_engine), recipe.tis_cap)
     return MicroBatch(rows, student, mask, logp_old, weights, guided)
 

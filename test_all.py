@@ -22,6 +22,7 @@ import random
 import re
 import select
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -6483,6 +6484,7 @@ def test_an_observation_from_elsewhere_is_reduced_to_what_the_policy_was_trained
 # ---- The agent and its commands --------------------------------------------------------------------------------------
 
 SFT = os.path.join(genevolve.HERE, "weights", "sft")
+POLICY = os.path.join(genevolve.HERE, "weights", "policy")
 SKILLS = os.path.join(genevolve.HERE, "skills")
 CORPUS = os.path.join(genevolve.HERE, "atlas", "corpus")
 PROGRAM = os.path.join(genevolve.HERE, "genevolve.py")
@@ -6768,6 +6770,132 @@ def test_log_probs_of_another_temperature_than_the_samplings_are_no_ones_weights
             assert ("--logprobs-mode processed_logprobs" in said) == (not is_comparable) and said.count("\n") <= 1
         with pytest.raises(tools.ToolError, match="--correct-mismatch"):
             changed_policy([vllm_client(raw)], "stop", 0.7, needs_logprobs=True).load_weights(str(tmp_path), 1)
+
+
+class RealVLLM:
+    """``vllm serve FOLDER`` in processes of its own, by the Python that GENEVOLVE_VLLM names."""
+
+    def __init__(self, python, folder, log):
+        self.log = log
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.command = [os.path.join(os.path.dirname(python), "vllm"), "serve", folder, "--host", "127.0.0.1", "--port",
+                        str(port), "--served-model-name", "genevolve", "--dtype", "float32", "--max-model-len", "1536",
+                        "--gpu-memory-utilization", "0.2", "--logprobs-mode", "processed_logprobs"]
+        self.start()
+
+    def start(self):
+        environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
+                                    "DO_NOT_TRACK": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(self.command, env=environment, stdout=log, stderr=log,
+                                            start_new_session=True)
+
+    def wait(self, seconds=300):
+        """Until it answers."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and self.process.poll() is None:
+            try:
+                return requests.get(f"{self.url}/health", timeout=5).raise_for_status()
+            except requests.RequestException:
+                time.sleep(1)
+        raise RuntimeError(f"vLLM did not start, see {self.log}")
+
+    def signal(self, number):
+        """To the server and its worker processes."""
+        os.killpg(self.process.pid, number)
+        if number == signal.SIGKILL:
+            self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def real_vllm(tmp_path_factory):
+    python = os.environ.get("GENEVOLVE_VLLM")
+    if not python:
+        pytest.skip("GENEVOLVE_VLLM names no Python that has vLLM")
+    server = RealVLLM(python, POLICY, tmp_path_factory.mktemp("vllm") / "log.txt")
+    try:
+        server.wait()
+        client = vllm_client(server, backoff=0.5)
+        yield server, client
+    finally:
+        server.signal(signal.SIGKILL)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("temperature", (1.0, 0.7))
+def test_log_probs_of_200_turns_of_a_real_vllm_are_the_trainers(real_vllm, tmp_path, temperature):
+    policy = changed_policy([real_vllm[1]], temperature=temperature)
+    policy.load_weights(str(tmp_path), 1)
+    prompts = [policy.tokenizer.apply_chat([{"role": "user", "content": request["question"]}], True)
+               for request in atlas.world.requests("evolve")[:200]]
+    rollouts = real_vllm[1].generate(prompts, 48, temperature, 1.0, policy.stop_ids)
+    sequences = [prompt + rollout.tokens for prompt, rollout in zip(prompts, rollouts)]
+    with torch.no_grad():
+        expected = model.token_logprobs(policy.net, sequences, temperature)
+    gaps = torch.cat([torch.tensor(rollout.logprobs) - logp[len(prompt) - 1:]
+                      for prompt, rollout, logp in zip(prompts, rollouts, expected)])
+    print(f"{len(gaps)} tokens, greatest gap {float(gaps.abs().max()):.1e}, mean {float(gaps.abs().mean()):.1e}")
+    assert len(prompts) == 200 and float(gaps.abs().mean()) < 1e-5 and float(gaps.abs().max()) < 1e-4
+    assert policy.probe.is_comparable
+
+
+@pytest.mark.engine
+def test_a_real_vllm_that_keeps_its_old_output_matrix_is_stopped_or_given_it_another_way(real_vllm, tmp_path, capsys):
+    client = real_vllm[1]
+    changed_policy([client]).load_weights(str(tmp_path), 1)  # with an output matrix of its own: exact
+    client.UNTIED = (False, True)
+    policy = changed_policy([client])
+    with torch.no_grad():
+        policy.net.embed.weight.mul_(1.01)
+    with pytest.raises(genevolve.StaleWeights, match="0.0001 is allowed .float32."):
+        policy.load_weights(str(tmp_path), 2)
+    policy.tries_others = True
+    policy.load_weights(str(tmp_path), 3)
+    assert capsys.readouterr().err.count("another way") == 1 and policy.probe.gap < 1e-4
+    del client.UNTIED
+
+
+@pytest.mark.engine
+def test_the_policy_behind_a_real_vllm_writes_20_of_20_programs(real_vllm, tmp_path, command):
+    net, tokenizer = model.load(POLICY)
+    genevolve.RolloutPolicy([real_vllm[1]], net, tokenizer, genevolve.Sampling(), True).load_weights(str(tmp_path), 1)
+    asked = tmp_path / "requests.jsonl"
+    model.write_lines(str(asked), [{k: row[k] for k in ("id", "question")}
+                                   for row in atlas.world.requests("validation")[:20]])
+    code, _, err = command("run", "--input", asked, "--out", tmp_path / "run", "--policy", real_vllm[0].url,
+                           "--protocol", "compact", "--sampling-steps", 1)
+    assert code == 0, err
+    rows = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert sum(bool(row["gen_prompt"]) for row in rows) >= 19 and len(rows) == 20
+
+
+@pytest.mark.engine
+def test_a_real_vllm_that_hangs_or_is_killed_goes_on_with_the_new_weights(real_vllm, tmp_path):
+    server, client = real_vllm
+    policy = changed_policy([client])
+    policy.load_weights(str(tmp_path), 1)
+    prompts = [[token, 8, 15] for token in range(20, 52)]
+    for trouble in ("hang", "kill"):
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(client.generate, prompts, 400)
+            time.sleep(0.5)
+            if trouble == "hang":
+                server.signal(signal.SIGSTOP)
+                time.sleep(5)
+                server.signal(signal.SIGCONT)
+            else:
+                server.signal(signal.SIGKILL)
+                time.sleep(3)
+                server.start()  # with the weights of POLICY
+            rollouts = answer.result()
+        with torch.no_grad():
+            expected = model.token_logprobs(policy.net, [p + r.tokens for p, r in zip(prompts, rollouts)])
+        for prompt, rollout, logp in zip(prompts, rollouts, expected):
+            assert rollout.logprobs == pytest.approx(logp[len(prompt) - 1:].tolist(), abs=1e-4)
+    assert "waits for it" in client.said[0] and "back after" in client.said[-1]
 
 
 def test_a_turn_without_room_in_the_servers_context_ends_as_cut_off():
@@ -9058,6 +9186,30 @@ def test_unusable_flags_of_a_benchmark_are_named_in_one_line(tmp_path, capsys, a
 
 
 # ---- Speed -----------------------------------------------------------------------------------------------------------
+
+class CountingEngine:
+    """Writes what was asked for, a zero a token; ``batches``: prompts of each request."""
+
+    def __init__(self, at_once):
+        self.AT_ONCE, self.batches = at_once, []
+
+    def generate(self, prompts, max_new_tokens):
+        self.batches.append(len(prompts))
+        return [tools.Rollout([0] * max_new_tokens, [0.0] * max_new_tokens, "length") for _ in prompts]
+
+
+def test_servers_share_the_prompts_of_the_engine_row(monkeypatch, tmp_path, capsys):
+    engines = {"a": CountingEngine(5), "b": CountingEngine(512)}
+    monkeypatch.setattr(tools, "open_engine", engines.get)
+    code, _, err = bench_main(capsys, "speed", "--quick", "--rows", "engine", "--engines", "a,b", "--repeats", 1, "--out",
+                              tmp_path)
+    assert code == 0, err
+    assert sorted(engines["a"].batches) == [3, 4] + [5] * 13 and engines["b"].batches == [24]  # 48 alone, then 24 each
+    row = bench.read_json(tmp_path / "speed.json")["engine"]
+    assert list(row) == ["servers 1: tokens/s", "servers 2: tokens/s"] and min(row.values()) > 0
+    _, out, _ = bench_main(capsys, "speed", "--quick", "--rows", "engine", "--out", tmp_path)
+    assert "--engines URL,URL" in out
+
 
 @pytest.mark.slow
 def test_quick_rows_of_the_speed_table(tmp_path, monkeypatch, capsys, committed_results):

@@ -1259,7 +1259,6 @@ class RolloutEngine:
         self.base = service_url(base_url, self.NAME).removesuffix("/v1")
         self.headers = bearer(api_key)
         self.patience, self.say = patience, note
-        self.restore = lambda: None      # hands the weights over again; whoever has them sets it
         self.version = 0                 # of the weights, an attempt_index: to new weights a prompt is another call
         self.path = None                 # checkpoint folder whose weights were handed over last
         self.context = None              # tokens that prompt and reply may have together; None: unknown
@@ -1296,6 +1295,9 @@ class RolloutEngine:
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_p=1.0, stop_ids=(), seed=None):
         """Prompts as token ids, at most AT_ONCE of them -> a Rollout for each. seed: None sends none."""
         return self.insist(lambda: self.sample(prompts, max_new_tokens, temperature, top_p, stop_ids, seed))
+
+    def restore(self):
+        """Hand the weights over (again). Whoever has them puts a function of its own in this place."""
 
     def load(self, path):
         """Let the server go on with a checkpoint folder that it can see, by way of ``restore``."""
