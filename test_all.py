@@ -6444,6 +6444,8 @@ def test_right_advice_is_the_share_of_bullets_that_the_world_knows_to_be_right(a
 def test_samples_are_different_validation_requests_and_open_with_the_default_one():
     rows = atlas.world.samples(3)
     assert len({row["question"] for row in rows}) == 3 and rows[0] == atlas.world.default_request()
+    assert "the founding year of its city" in rows[0]["question"] and rows[0]["recipe"]["wanted"]["fact"] == "city_year"
+    assert len(rows[0]["recipe"]["wanted"]["skills"]) == 2  # others of that kind have one
     assert all(row["id"].startswith("validation-") for row in rows) and len(atlas.world.samples(1000)) == 64
     assert atlas.world.phrases() == build.GUIDE and set(atlas.world.phrases()) <= set(distill.FIELDS)
 
@@ -10064,7 +10066,8 @@ def mirrored(image):
 @pytest.mark.parametrize("aspect, change, check", [
     ("shadow", mirrored, "shadow"), ("pair", mirrored, "sides"), ("mood", lambda image: image[::-1], "gradient"),
     ("mood", lambda image: image[..., ::-1], "palette"),                       # red and blue change places
-    ("style", lambda image: image.swapaxes(0, 1), "style")])
+    ("style", lambda image: image.swapaxes(0, 1), "style"),
+    ("style", lambda image: np.full_like(image, 128), "style")])               # no pattern is no style
 def test_a_picture_with_one_thing_turned_around_fails_the_check_of_that_thing(judge, aspect, change, check):
     tried = 0
     for _, row, truth, wanted in atlas_cases(60, seed=3):
