@@ -7711,7 +7711,7 @@ def test_the_end_of_an_evolution_says_before_after_and_what_to_type_next(trained
     before, after, wrote, following = out.strip().splitlines()[-4:]
     first, = [v for v in page_data(trained_copy / "report.html")["validation"] if v["step"] == 0]
     assert code == 0 and before.startswith(f"before: validation reward {first['reward']:.3f}")
-    assert after.startswith(f"after 2 steps: validation reward {rows[1]['validation']['reward']:.3f}")
+    assert after.startswith(f"after 3 steps: validation reward {rows[2]['validation']['reward']:.3f}")
     assert "report.html" in wrote and f"genevolve.py promote {trained_copy}" in following
 
 
@@ -8049,8 +8049,9 @@ def test_photos_that_nothing_can_decode_are_refused_before_anything_starts(tmp_p
     ("evolve", "--num-generations", "rollouts"), ("run", "--num-inference-steps", "sampling_steps"),
     ("run", "--guidance-scale", "guidance"), ("sft", "--max-steps", "steps")])
 def test_the_names_that_other_trainers_use_mean_the_same(command_name, alias, field):
-    _, settings = genevolve.parse([command_name, alias, "1"], genevolve.COMMANDS)
-    assert float(getattr(settings, field)) == 1
+    value = 0.5 if field in ("lr", "guidance") else 2
+    _, settings = genevolve.parse([command_name, alias, str(value)], genevolve.COMMANDS)
+    assert float(getattr(settings, field)) == value
 
 
 def test_help_shows_choices_and_version_is_said(capsys):
