@@ -2283,76 +2283,80 @@ def check_chat(services, service):
             context = client.served_model().get("max_model_len")
             shown = f"context {context:,} tokens" if context else "it answers"
     except tools.ToolError as error:
-        raise tools.ToolError(diagnosis(error, client.url, "chat", client.headers, client.model, names)) from None
+        key, _ = service_key(service)
+        raise tools.ToolError(diagnosis(error, client.url, "chat", key, client.model, names)) from None
     return f"{client.url}, model {client.model}: {shown}"
 
 
 def check_search(services):
+    """One query for texts, one for pictures."""
     url = tools.service_url(services.settings.search, "search")
     with tempfile.TemporaryDirectory() as folder:
         box = services.open_search(url, folder, compact=False)
     try:
         texts, pictures = box.try_out()
     except tools.ToolError as error:
-        raise tools.ToolError(diagnosis(error, url, "search", box.headers)) from None
+        raise tools.ToolError(diagnosis(error, url, "search", service_key("search")[0])) from None
     return f"{url}: {texts} texts and {pictures} pictures found for a query"
 
 
 def check_image_service(services, url):
+    """The smallest and quickest picture that its contract allows, with one reference."""
     client = services.image_service()
     client.urls, client.side = [tools.service_url(url, "renderer")], 256
     picture = np.full((64, 64, 3), 160, np.uint8)
     image, = client.render(["A red square on white, as in the first reference image."], [[picture]], [0], steps=2)
     if isinstance(image, tools.ToolError):
-        raise tools.ToolError(diagnosis(image, client.urls[0], "renderer", client.headers))
+        raise tools.ToolError(diagnosis(image, client.urls[0], "renderer", service_key("renderer")[0]))
     height, width = image.shape[:2]
     return f"{client.urls[0]}: drew a picture of {width} x {height} pixels in two steps"
 
 
 def check_gemini(services):
+    """What Google says of the model: asking costs nothing."""
     client = services.image_service()
     try:
         client.served_model()
     except tools.ToolError as error:
-        raise tools.ToolError(diagnosis(error, client.url, "", client.headers)) from None
+        raise tools.ToolError(diagnosis(error, client.url, "", "")) from None
     return f"Google knows the key and the model {client.MODEL}; nothing was drawn"
 
 
 def check_engine(services, url):
+    """One token, and whether it could take new weights."""
     try:
         engine = services.engine(url)
         engine.try_out()
     except tools.ToolError as error:
-        key, _ = service_key("rollouts")
-        raise tools.ToolError(diagnosis(error, url, "chat", tools.bearer(key))) from None
+        raise tools.ToolError(diagnosis(error, url, "chat", service_key("rollouts")[0])) from None
     return f"{url}: {type(engine).__name__.removesuffix('Client')} writes tokens with their log-probs"
 
 
-def diagnosis(error, url, kind, headers, model_name="", names=()):
+def diagnosis(error, url, kind, key, model_name="", names=()):
     """What is wrong with a service, in one line. kind: what it should be, of ``tools.kinds_of_service``; names: its
     models, where it lists them."""
     reason = str(error)
     status = int((re.search(r"HTTP (\d{3})", reason) or [0, 0])[1])
-    if tools.is_key_refused(status, reason):
-        return f"wrong key: {url}: {reason}"
     if status in (502, 503, 504) or "the connection failed" in reason or "timed out" in reason:
         return f"down: nothing answers at {url} ({reason})"
-    if status in (400, 404) and names and model_name not in names:
+    names_model = status == 404 or status == 400 and "model" in reason
+    if names_model and names and model_name not in names:
         return f"wrong model name: {url} serves no {model_name!r}{suggest(model_name, names)} " \
                f"(it serves {', '.join(names[:5])})"
-    if status == 404 and kind == "chat" and "model" in reason:
-        return f"wrong model name: {url}: {reason}"
 
     # a server that answers, but not to this
-    is_refused = status in (400, 404, 405, 422) or "unusable answer" in reason
+    is_refused = status in (400, 401, 403, 404, 405, 422) or "unusable answer" in reason
     origin = "{0.scheme}://{0.netloc}".format(urllib.parse.urlsplit(url))
-    kinds = tools.kinds_of_service(origin, headers) if is_refused and kind else []
-    if kind in kinds and status in (404, 405):
-        return f"wrong path: {url} does not answer, {origin} does ({reason})"
+    kinds = tools.kinds_of_service(origin, key) if is_refused and kind else []
     if kinds and kind not in kinds:
         return f"wrong kind of service: {url} answers as {' and '.join(kinds)}, not as {kind} ({reason})"
+    if tools.is_key_refused(status, reason):
+        return f"wrong key: {url}: {reason}"
+    if status == 404 and kind == "chat" and "model" in reason:
+        return f"wrong model name: {url}: {reason}"
     if status in (404, 405):
-        return f"wrong path: {url} has no such page ({reason})"
+        place = f"{origin} does" if kind in kinds else "it has no such page"
+        return f"wrong path: {url} does not answer, {place} ({reason})"
     return f"{url}: {reason}"
 
 
@@ -2383,6 +2387,7 @@ def check_skills():
 
 
 def check_pillow(s):
+    """Without Pillow pictures other than PNG go to services alone."""
     if importlib.util.find_spec("PIL"):
         return "is installed: JPEG and WebP can be read"
     if s.search and not is_image_service(s.renderer):
