@@ -50,6 +50,7 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -399,11 +400,12 @@ class Scorer:
 
     renderer: has ``render(prompts, references, seeds) -> images``. judge: None, or has ``score(image, truth, row)`` and
     ``score_program(trajectory)``, which give None where they cannot judge.
-    A row without ground truth is rendered and left unjudged: its reward is missing (nan), not zero.
+    A row without ground truth is rendered and left unjudged: its reward is missing (nan), not zero. by_evidence: such a
+    row is judged by its request and what was found (``distill.ModelJudge.score_evidence``).
     """
 
-    def __init__(self, renderer, judge=None, steps=20, alpha=0.5, guidance=1.0, sampler="euler"):
-        self.renderer, self.judge, self.alpha = renderer, judge, alpha
+    def __init__(self, renderer, judge=None, steps=20, alpha=0.5, guidance=1.0, sampler="euler", by_evidence=False):
+        self.renderer, self.judge, self.alpha, self.by_evidence = renderer, judge, alpha, by_evidence
         self.images = {}       # key -> uint8 (H, W, 3)
         self.score_cache = {}  # key -> scores or None
         is_local = isinstance(renderer, diffusion.Renderer)
@@ -430,7 +432,7 @@ class Scorer:
                 self.images[key] = image
             if key not in self.score_cache:
                 try:
-                    self.score_cache[key] = self.score_image(image, trajectory.row)
+                    self.score_cache[key] = self.score_image(image, trajectory)
                 except tools.ToolError as error:  # this judgement failed: missing, too
                     trajectory.error = str(error)
 
@@ -452,13 +454,15 @@ class Scorer:
         has_failed = trajectory.program is None and trajectory.termination != "error"  # "error": its service failed
         if has_failed and self.judge and trajectory.row.get("gt_image"):
             scores = distill.FAILED_SCORES
+        elif has_failed and self.by_evidence:
+            scores = distill.FAILED_EVIDENCE
 
         trajectory.judgement = None
         trajectory.reward = math.nan
         if scores:
             text, checks = self.judge_text(trajectory)
             trajectory.judgement = scores | {"text_reward": text, "program_checks": checks}
-            trajectory.reward = distill.mixed_reward(scores["kscore"], text, self.alpha)
+            trajectory.reward = distill.mixed_reward(distill.picture_reward(scores), text, self.alpha)
 
     def judge_text(self, trajectory):
         """(R_text, checks); None if nobody can say, or the judge failed."""
@@ -468,11 +472,12 @@ class Scorer:
             trajectory.error = str(error)
             return None, []
 
-    def score_image(self, image, row):
+    def score_image(self, image, trajectory):
         """The picture's scores, or None where there is nothing to judge it against."""
-        if not self.judge or not row.get("gt_image"):
-            return None
-        return self.judge.score(image, truth_of(row), row)
+        row = trajectory.row
+        if self.judge and row.get("gt_image"):
+            return self.judge.score(image, truth_of(row), row)
+        return self.judge.score_evidence(image, trajectory) if self.by_evidence else None
 
     def forget(self):
         """Drop what was remembered."""
@@ -481,9 +486,12 @@ class Scorer:
 
     @staticmethod
     def key(trajectory):
-        """Identifies request, prompt and references; a picture's file is named by its content."""
+        """Identifies request, prompt and references; a picture's file is named by its content. Where no ground truth
+        judges the picture, what was found does, so it counts, too."""
         files = map(os.path.basename, reference_files(trajectory))
         key_parts = [trajectory.id, trajectory.question, trajectory.program.gen_prompt, *files]
+        if not trajectory.row.get("gt_image"):
+            key_parts.append(distill.findings(trajectory))
         return hashlib.sha256(json.dumps(key_parts).encode()).hexdigest()[:32]
 
 
@@ -507,7 +515,7 @@ def truth_of(row):
 
 # what a checkpoint's state.json holds, beside settings, memory and log
 KEPT = ("lr_scale", "window_start", "agreement_average", "promoted_rewards", "first_rewards", "first_validation",
-        "skipped_in_a_row")
+        "skipped_in_a_row", "first_requests", "fresh")
 ENGINE_TOLERANCE = 0.05  # nats, on average: rounding in bfloat16 stays below, another temperature does not
 
 
@@ -526,8 +534,11 @@ class Evolution:
         self.recipe = read_recipe(settings.recipe, settings.set)
         if settings.correct_mismatch and self.recipe.tis_cap is None:
             self.recipe = dataclasses.replace(self.recipe, tis_cap=2.0)
-        self.data, self.validation = read_data(settings)
-        self.inputs = self.processes.all_gather_objects(input_fingerprints(settings, self.processes.is_main))[0]
+        self.stream = tools.RequestStream(settings.data)
+        self.data, self.validation = read_data(settings, self.stream, self.processes)
+        self.first_requests = len(self.data)  # those with which the run began
+        self.fresh = [0, 0]                   # see ``step_requests``
+        self.inputs = self.processes.all_gather_objects(input_fingerprints(self, self.processes.is_main))[0]
 
         self.net, self.reference, self.teacher = open_networks(settings, self.recipe, components, self.processes)
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
@@ -557,7 +568,8 @@ class Evolution:
         s = self.settings
         started = time.perf_counter()
         self.components.scorer.forget()  # a resumed run starts the step without earlier judgements, too
-        requests = step_requests(self.data, s.prompts_per_step, s.seed, self.steps_done)
+        follow_data(self)
+        requests = step_requests(self.data, s.prompts_per_step, s.seed, self.steps_done, *self.fresh)
         groups, render_seconds = self.roll_out_groups(requests)                     # G groups of K trajectories
         rollout_seconds = time.perf_counter() - started - render_seconds
         check_budget(self.components.budget, self.steps_done)  # else some rewards are missing for want of calls
@@ -870,7 +882,7 @@ def go_on(run):
     started, s = time.perf_counter(), run.settings
     is_main = run.processes.is_main
     say = print_line if is_main else lambda text: None
-    with run.components, run.processes:
+    with run.components, run.processes, stop_signals() as asked:
         if is_main:
             announce_calls(run)
         say(processor_line())
@@ -882,7 +894,7 @@ def go_on(run):
             run.save_promoted()
 
         first_step = run.steps_done
-        while run.steps_done < s.steps:
+        while not has_ended(run, asked):
             row = run.step()
             try:
                 run.save(row)
@@ -890,7 +902,8 @@ def go_on(run):
                 raise ValueError(f"step {run.steps_done} could not be kept ({error}); everything before it is on disk")
             seconds_a_step = (time.perf_counter() - started) / (run.steps_done - first_step)
             figures, *more = step_line(row).splitlines()
-            say(f"{figures}  {time_text(seconds_a_step * (s.steps - run.steps_done))} left")
+            left = f"  {time_text(seconds_a_step * (s.steps - run.steps_done))} left" if s.steps else ""
+            say(figures + left)
             say("\n".join([f"  {lesson_line(run.memory.entries, row)}", *more]))
             if "validation" in row or run.steps_done == first_step + 1:  # there is a page from the first step on
                 report(run)
@@ -899,6 +912,35 @@ def go_on(run):
         run.write_policy("last")
     for line in evolution_end(run, time.perf_counter() - started):
         say(line)
+    if run.steps_done < s.steps:  # stopped before its end; an endless run has none
+        raise KeyboardInterrupt
+
+
+def has_ended(run, asked):
+    """Whether an evolution takes no further step: all are done, or one of its processes was asked to stop."""
+    is_done = bool(run.settings.steps) and run.steps_done >= run.settings.steps
+    return is_done or any(run.processes.all_gather_objects(asked.is_set()))
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Within it, Ctrl-C and SIGTERM set the threading.Event that it gives; a second one interrupts at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread has signals
+        yield asked
+        return
+
+    def ask(*_):
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+        os.write(sys.stderr.fileno(), b"\nending after this step (the same again: at once)\n")  # print may be under way
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def open_evolution(settings, evolution=Evolution):
@@ -913,7 +955,8 @@ def open_evolution(settings, evolution=Evolution):
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
 
-    components = Components(settings, settings.out)
+    check_judged(settings)
+    components = Components(settings, settings.out, by_evidence=True)
     if isinstance(components.policy, ChatPolicy):
         raise ValueError("evolve trains a policy folder; --policy URL is only for run")
     if settings.rollouts_url:
@@ -942,11 +985,18 @@ def chunks(items, size):
         yield chunk
 
 
-def step_requests(data, count, seed, step):
-    """The ``count`` requests of a step: every epoch goes through all of them in an order of its own."""
+def step_requests(data, count, seed, step, drawn=0, fresh=0):
+    """The ``count`` requests of a step: every epoch goes through all of them in an order of its own.
+
+    drawn, fresh: after so many requests the data grew, and the last ``fresh`` of them, which no step has had yet, go
+    first; then the epochs begin anew, over all.
+    """
     requests = []
-    for number in range(step * count, (step + 1) * count):  # counted through all epochs
-        epoch, place = divmod(number, len(data))
+    for number in range(step * count - drawn, (step + 1) * count - drawn):  # counted through all epochs
+        if number < fresh:
+            requests.append(data[len(data) - fresh + number])
+            continue
+        epoch, place = divmod(number - fresh, len(data))
         order = np.random.default_rng([seed, epoch]).permutation(len(data))
         requests.append(data[order[place]])
     return requests
@@ -1019,9 +1069,14 @@ def open_memory(recipe, reference, policy, data):
     """An empty memory whose keys the reference embeds."""
     names = distill.entity_names if recipe.entity_free else None
     memory = distill.Memory(None, recipe.capacity, recipe.gate, names, recipe.near_tie)
-    questions = memory.keyed([row["question"] for row in data])
-    memory.embed = RequestEmbedder(reference, policy.tokenizer, policy.compact, questions)
+    memory.embed = request_embedder(memory, reference, policy, data)
     return memory
+
+
+def request_embedder(memory, reference, policy, data):
+    """The embedder of a memory's keys. data: the requests with which the run began."""
+    questions = memory.keyed([row["question"] for row in data])
+    return RequestEmbedder(reference, policy.tokenizer, policy.compact, questions)
 
 
 def gather_trajectories(local, requests, processes):
@@ -1238,9 +1293,10 @@ def keep_examples(run, trajectories):
 def validation_figures(trajectories):
     """Means with standard errors, and the share of the attempts that take each decision."""
     reward, reward_error = mean_and_error([t.reward for t in trajectories])
-    kscore, kscore_error = mean_and_error([t.judgement["kscore"] for t in trajectories if t.judgement])
-    return {"reward": reward, "reward_error": reward_error,
-            "kscore": kscore, "kscore_error": kscore_error,
+    scores = {}
+    for name, (score, error) in picture_scores(trajectories, mean_and_error).items():
+        scores |= {name: score, f"{name}_error": error}
+    return {"reward": reward, "reward_error": reward_error, **scores,
             "validity": distill.average([float(t.program is not None) for t in trajectories]),
             "decisions": decision_shares(trajectories)}
 
@@ -1590,11 +1646,19 @@ def rollout_metrics(groups, rewards):
             "spread": mean(spread),
             "dead_groups": mean(spread <= 1e-6),
             "missing": int(is_missing.sum()),
-            "kscore": mean(t.judgement["kscore"] for t in trajectories if t.judgement),
+            **picture_scores(trajectories, distill.average),
             "validity": mean(t.program is not None for t in trajectories),
             "tool_calls": mean([step.kind for step in t.steps].count("tool_call") for t in trajectories),
             "response_tokens": mean(sum(t.mask) for t in trajectories),
             "rollouts": len(trajectories)}
+
+
+def picture_scores(trajectories, mean):
+    """{"kscore": mean}, and "evidence_score" where pictures were judged without ground truth. mean: of a list."""
+    judged = [t.judgement for t in trajectories if t.judgement]
+    scores = {"kscore": mean([judgement["kscore"] for judgement in judged])}
+    by_evidence = [judgement["evidence_score"] for judgement in judged if "evidence_score" in judgement]
+    return scores | ({"evidence_score": mean(by_evidence)} if by_evidence else {})
 
 
 def spreads(rewards):
@@ -1648,7 +1712,7 @@ def without_nan(value):
 
 def step_line(row):
     """A step in one line."""
-    text = (f"step {row['step']}  reward {fmt(row['reward'])}  KScore {fmt(row['kscore'])}  valid "
+    text = (f"step {row['step']}  reward {fmt(row['reward'])}  {score_text(row, lambda name: fmt(row[name]))}  valid "
             f"{fmt(row['validity'])}  entropy {fmt(row['entropy'])}  hits {fmt(row['hit_rate'])}  "
             f"sdl {fmt(row['sdl_loss'])}  ratio {fmt(row['gradient_ratio'])}  {row['seconds']:.1f} s")
     if "validation" in row:
@@ -1658,6 +1722,13 @@ def step_line(row):
     if "rolled_back" in row:
         text += f"\n  rolled back: {row['rolled_back']}"
     return text
+
+
+def score_text(figures, show):
+    """KScore and the evidence score, whichever were measured. show: name -> its value as text."""
+    names = {"kscore": "KScore", "evidence_score": "evidence score"}
+    measured = [name for name in names if figures.get(name) is not None and not math.isnan(figures[name])]
+    return ", ".join(f"{names[name]} {show(name)}" for name in measured or ["kscore"])
 
 
 def fmt(value):
@@ -1670,7 +1741,7 @@ def validation_line(figures):
         error = figures.get(f"{name}_error")
         is_known = error is not None and not math.isnan(error)
         return fmt(figures[name]) + (f" ± {error:.3f}" if is_known else "")
-    return (f"validation reward {with_error('reward')}, KScore {with_error('kscore')}"
+    return (f"validation reward {with_error('reward')}, {score_text(figures, with_error)}"
             + ", promoted" * bool(figures["promoted"]))
 
 
@@ -1891,9 +1962,10 @@ class Doctor(EvolveServices):
 class Evolve(EvolveServices):
     """Self-evolution: roll out, render, judge, compare, remember, teach, update. Resumes by itself."""
     out: str = flag(os.path.join("runs", "evolve"), "folder of the run; the same command goes on where it stopped")
-    data: str = flag(os.path.join(HERE, "atlas", "evolve.jsonl"), "requests to learn from")
+    data: str = flag(os.path.join(HERE, "atlas", "evolve.jsonl"), "requests to learn from; to a .jsonl file another "
+                                                                  "program may go on adding lines")
     validation: str = flag(os.path.join(HERE, "atlas", "validation.jsonl"), "requests that decide about promotion")
-    steps: int = flag(100, "updates", bounds="[1, inf)")
+    steps: int = flag(100, "updates (0: until it is stopped, by Ctrl-C or SIGTERM)", bounds="[0, inf)")
     prompts_per_step: int = flag(8, "requests a step", bounds="[1, inf)")
     rollouts: str = flag("6", "trajectories a request (K), which are compared; or as --rollouts-url, and six of them",
                          bounds="[2, inf)")
@@ -2050,7 +2122,8 @@ class Services:
 class Components(Services):
     """The pieces that a command's flags name, local or remote, opened together and closed together."""
 
-    def __init__(self, settings, out):
+    def __init__(self, settings, out, by_evidence=False):
+        """by_evidence: a judge that is a model scores pictures without ground truth, too, see ``Scorer``."""
         super().__init__(settings)
         s = settings
         self.device = model.pick_device(s.device)
@@ -2063,7 +2136,8 @@ class Components(Services):
         self.policy = self.open_policy()
         self.toolbox = self.open_toolbox(out)
         renderer, judge = self.open_renderer(), self.open_judge()
-        self.scorer = Scorer(renderer, judge, s.sampling_steps, guidance=s.guidance, sampler=s.sampler)
+        self.scorer = Scorer(renderer, judge, s.sampling_steps, guidance=s.guidance, sampler=s.sampler,
+                             by_evidence=by_evidence and bool(s.judge))
         clear_status()
         self.summarizer = None  # callable (messages, temperature=, max_tokens=) -> text; None: rules write lessons
 
@@ -2082,17 +2156,18 @@ class Components(Services):
                 system = file.read()
         return Agent(self.policy, self.toolbox, ordered, listen, system, live)
 
-    def announce(self, requests, **more):
+    def announce(self, requests, per="", **more):
         """Say, before the first call, how many calls to outside services so many requests are likely to take.
 
-        more: calls of a service that do not depend on the requests, by its name.
+        per: what they are counted for, if not for the whole command. more: calls of a service that do not depend on
+        the requests, by its name.
         """
         s = self.settings
         expected = {name: requests * calls for name, calls in CALLS.items() if self.is_outside(name)} | more
         if expected and not s.replay:
             parts = ", ".join(f"{name} {count}" for name, count in expected.items())
             limit = f"; --max-calls stops at {s.max_calls}" if s.max_calls else ""
-            print(f"about {sum(expected.values())} outside calls expected ({parts}{limit})", file=sys.stderr,
+            print(f"about {sum(expected.values())} outside calls expected{per} ({parts}{limit})", file=sys.stderr,
                   flush=True)
 
     def is_outside(self, name):
@@ -2199,18 +2274,18 @@ def skill_guides():
 
 
 def announce_calls(run):
-    """Say how many calls to outside services the rest of an evolution is likely to take."""
+    """Say how many calls to outside services the rest of an evolution is likely to take; of an endless one, a step."""
     s = run.settings
-    steps = s.steps - run.steps_done
+    steps = s.steps - run.steps_done if s.steps else 1
     evaluations = 0
-    if s.eval_every:
+    if s.eval_every and s.steps:
         checks = range(run.steps_done + 1, s.steps + 1)
         evaluations = sum(step % s.eval_every == 0 or step == s.steps for step in checks) + (run.steps_done == 0)
     trajectories = steps * s.prompts_per_step * s.rollouts + evaluations * len(run.validation)
     more = {}
     if s.summarizer:
         more["summarizer"] = steps * min(run.recipe.pairs, s.prompts_per_step)  # at most
-    run.components.announce(trajectories, **more)
+    run.components.announce(trajectories, "" if s.steps else " a step, without evaluations", **more)
 
 
 # ---- Doctor: which parts work, and what is wrong with the others -----------------------------------------------------
@@ -2404,15 +2479,22 @@ FREE_SETTINGS = (
     "recipe", "set", "correct_mismatch")  # their meaning is kept, field by field
 
 
-def read_data(settings):
+def read_data(settings, stream=None, processes=None):
     """(requests to learn from, validation requests). ValueError where two of a file have one id; a warning where the
-    validation repeats what is learnt."""
-    data = tools.read_requests(settings.data)
+    validation repeats what is learnt. stream: the RequestStream that goes on reading --data; one process reads it for
+    all."""
+    if settings.data.endswith(".json"):
+        data = tools.read_requests(settings.data)
+    else:
+        data = read_stream(stream or tools.RequestStream(settings.data), processes or model.ProcessGroup())
+        if not data:
+            raise ValueError(f"{settings.data}: no requests in it")
     validation = tools.read_requests(settings.validation)
     for path, rows in ((settings.data, data), (settings.validation, validation)):
         name, count = Counter(str(row["id"]) for row in rows).most_common(1)[0]
         if count > 1:
             raise ValueError(f"{path}: {count} requests have the id {name!r}; an id belongs to one request")
+    data, validation = ([with_truth(row) for row in rows] for rows in (data, validation))
 
     learnt = {row["question"] for row in data}
     shared = sum(row["question"] in learnt for row in validation)
@@ -2422,11 +2504,75 @@ def read_data(settings):
     return data, validation
 
 
-def input_fingerprints(s, is_main=True):
+def read_stream(stream, processes):
+    """The rows that a RequestStream has got. The first process reads, all get the same rows or the same ValueError."""
+    found = None
+    if processes.is_main:
+        try:
+            found = stream.read_new()
+        except ValueError as error:
+            found = str(error)
+    found = processes.all_gather_objects(found)[0]
+    if isinstance(found, str):
+        raise ValueError(found)
+    return found
+
+
+def follow_data(run):
+    """Take over the lines that --data has got since the last step."""
+    s = run.settings
+    if s.data.endswith(".json"):
+        return
+    try:
+        new = [with_truth(row) for row in read_stream(run.stream, run.processes)]
+        check_rows(s, s.data, new)
+    except ValueError as error:
+        raise ValueError(f"{error}; everything up to step {run.steps_done} is on disk: mend the file, and the same "
+                         "command goes on") from None
+    add_requests(run, new)
+
+
+def add_requests(run, new):
+    """Rows that came after the run's; they go first, behind earlier ones that no step has had yet."""
+    if not new:
+        return
+    drawn, fresh = run.fresh
+    now = run.steps_done * run.settings.prompts_per_step
+    waiting = max(0, fresh - (now - drawn))
+    run.fresh = [now, waiting + len(new)]
+    run.data = run.data + new
+    if run.processes.is_main and run.stream.size:
+        run.inputs["data"] = run.stream.fingerprint()
+
+
+def check_judged(settings):
+    """Raise ValueError if nobody can judge some of the requests: said before anything is loaded."""
+    check_rows(settings, settings.data, read_data(settings)[0])
+    if settings.eval_every:
+        check_rows(settings, settings.validation, map(with_truth, tools.read_requests(settings.validation)))
+
+
+def check_rows(settings, path, rows):
+    """Raise ValueError if there is neither a ground truth nor --judge for one of the rows."""
+    rows = list(rows)
+    if settings.judge:
+        return
+    bare = [row for row in rows if not row.get("gt_image")]
+    foreign = [row for row in rows if not row.get("recipe")]  # the pixel judge cannot say what they want
+    for some, lack in ((bare, "no ground truth (gt_image)"), (foreign, "no recipe of the Atlas")):
+        if some:
+            raise ValueError(f"{path}: {len(some)} of {len(rows)} requests have {lack}, {some[0]['id']} for instance; "
+                             "--judge URL names a vision model, which needs none")
+
+
+def input_fingerprints(run, is_main=True):
     """{flag: fingerprint} of the files and folders that a run reads, those that are there; {} but in one process."""
+    s = run.settings
     paths = {"policy": s.policy, "data": s.data, "validation": s.validation, "system_prompt": s.system_prompt,
              "renderer": s.renderer or os.path.join(HERE, "weights", "renderer")}
     found = {name: model.fingerprint(path) for name, path in paths.items()} if is_main else {}
+    if is_main and run.stream.size:  # of the lines that were read: others may follow
+        found["data"] = run.stream.fingerprint()
     return {name: value for name, value in found.items() if value}
 
 
@@ -2448,6 +2594,7 @@ def state_of(run):
     tensors = model.training_tensors(run.net, run.optimizer, **averages(run))
     tensors["memory.keys"] = keys["keys"]
     state = {"settings": run_identity(run.settings, run.recipe, run.inputs), "inputs": run.inputs, "log": run.log,
+             "requests": len(run.data),
              "memory": memory, "extra": run.extra_state(), **{name: getattr(run, name) for name in KEPT},
              "threads": torch.get_num_threads(), "products": model.current_products()}
     return state, tensors
@@ -2456,12 +2603,14 @@ def state_of(run):
 def take_up(run, state, tensors):
     """The inverse of ``state_of``. Raises ValueError if the state is another run's."""
     check_same_run(run, state)
+    rows = run.data
     model.load_training_tensors(tensors, run.net, run.optimizer, **averages(run))
     run.memory.load_state(state["memory"], {"keys": tensors["memory.keys"]})
     run.steps_done, run.log = state["step"], state["log"]
     for name in KEPT:
         setattr(run, name, state[name])
     run.load_extra_state(state["extra"])
+    take_up_data(run, state["requests"], rows)
 
     # with as many threads and the same products the run goes on bit for bit; flags may say otherwise
     torch.set_num_threads(run.settings.threads or state["threads"])
@@ -2469,10 +2618,21 @@ def take_up(run, state, tensors):
         torch.set_float32_matmul_precision(model.PRODUCTS[state["products"]])
 
 
+def take_up_data(run, count, rows):
+    """Go on with a file that may have grown since the checkpoint, which knew ``count`` of its rows: the others are new,
+    as they would have been to the run that was stopped."""
+    if len(rows) > run.first_requests:  # the memory's keys were made with the mean of the first
+        run.memory.embed = request_embedder(run.memory, run.reference, run.components.policy,
+                                            rows[:run.first_requests])
+    run.data = rows[:count]
+    run.fresh[1] = min(run.fresh[1], len(run.data))  # a changed file that is shorter was accepted
+    add_requests(run, rows[count:])
+
+
 def check_same_run(run, state):
     """Raise ValueError if the run of a checkpoint's state was begun with other settings or other files."""
     s = run.settings
-    needed = {"settings", "inputs", "log", "memory", "extra", "threads", "products", *KEPT}
+    needed = {"settings", "inputs", "requests", "log", "memory", "extra", "threads", "products", *KEPT}
     if missing := sorted(needed - set(state)):
         raise ValueError(f"{s.out} holds a run of another version of this program (its checkpoints lack "
                          f"{', '.join(missing)}); choose another --out")
@@ -2483,7 +2643,10 @@ def check_same_run(run, state):
             raise ValueError(f"{s.out} holds a run with another --{name.replace('_', '-')} ({before!r}); "
                              "choose another --out")
     for name in sorted(set(run.inputs) | set(state["inputs"])):
-        if run.inputs.get(name) == state["inputs"].get(name):
+        now, before = run.inputs.get(name), state["inputs"].get(name)
+        if name == "data" and isinstance(before, dict):  # a file that was read by lines may have got more of them
+            now = tools.fingerprint_of_beginning(s.data, before["bytes"])
+        if now == before:
             continue
         path = getattr(s, name) or "the default"
         if not s.accept_changes:
@@ -2634,11 +2797,7 @@ def print_result(trajectory, file=sys.stdout):
     print_picture(t.image, file)
     if t.judgement:
         j = t.judgement
-        text = "n/a" if j["text_accuracy"] is None else j["text_accuracy"]
-        print(f"KScore {j['kscore']:.2f} (faithfulness {j['faithfulness']}, visual correctness "
-              f"{j['visual_correctness']}, "
-              f"text {text}, aesthetics {j['aesthetics']}); program {j['text_reward']}; reward {t.reward:.2f}",
-              file=file)
+        print(f"{judgement_line(j)}; program {j['text_reward']}; reward {t.reward:.2f}", file=file)
         checks = j["constraints"] + (j.get("program_checks") or [])
         passed = [check["name"] for check in checks if check["passed"]]
         for check in checks:
@@ -2646,6 +2805,18 @@ def print_result(trajectory, file=sys.stdout):
                 print(paint(f"✗ {check['name']}: {check['detail']}", "fail", file), file=file)
         if passed:
             print(paint(f"✓ {len(passed)} checks passed: {', '.join(passed)}", "pass", file), file=file)
+
+
+def judgement_line(judgement):
+    """The picture's score with its parts."""
+    if "evidence_score" in judgement:
+        head, parts = f"evidence score {judgement['evidence_score']:.2f}", judgement["evidence"]
+    else:
+        names = {"visual_correctness": "visual correctness", "text_accuracy": "text"}
+        head = f"KScore {judgement['kscore']:.2f}"
+        parts = {names.get(name, name): judgement[name] for name in distill.DIMENSIONS}
+    shown = [f"{name} {'n/a' if score is None else score}" for name, score in parts.items()]
+    return f"{head} ({', '.join(shown)})"
 
 
 # ---- Views: what web/report.html shows, as JSON ----------------------------------------------------------------------
@@ -3386,7 +3557,7 @@ def run(s):
     for line in limits(s, strange):
         print(line, file=sys.stderr, flush=True)
     is_quiet = s.json or s.input
-    with Components(s, out) as components, ThreadPoolExecutor(1) as scoring:
+    with Components(s, out, by_evidence=True) as components, ThreadPoolExecutor(1) as scoring:
         if components.server and not is_atlas(s.corpus):
             print(f"{s.corpus}: {components.server.corpus.summary()}", file=sys.stderr, flush=True)
         if not is_quiet:
@@ -3441,7 +3612,9 @@ def run_requests(s):
 
 
 def with_truth(row):
-    """A row with what the judge needs, where the Atlas knows its request."""
+    """A row with what the judge needs, where the Atlas knows its request and the row has no ground truth."""
+    if row.get("gt_image"):
+        return row
     known = atlas.world.known_requests().get(row["question"])
     return row | {key: known[key] for key in ("recipe", "gt_image", "_folder")} if known else row
 

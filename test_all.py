@@ -7510,7 +7510,7 @@ def test_the_policy_of_a_lora_run_is_merged_and_peft_finds_the_adapters_beside_i
 
 
 @pytest.mark.parametrize("flags, message", [
-    ({"lora": -1}, "--lora -1"), ({"rollouts": "few"}, "--rollouts few"), ({"steps": 0}, "--steps 0: must be a whole"),
+    ({"lora": -1}, "--lora -1"), ({"rollouts": "few"}, "--rollouts few"), ({"steps": -1}, "--steps -1: must be a whole"),
     ({"rollouts": 1}, "--rollouts 1"), ({"temperature": 0.0}, "--temperature 0.0"), ({"temperature": NAN}, "nan"),
     ({"temperature": -1.0}, "--temperature -1"), ({"lr": math.inf}, "--lr inf"), ({"top_p": 0.0}, "--top-p 0.0"),
     ({"recipe": "best"}, "--recipe 'best': must be one of paper, stable"), ({"seed": -1}, "--seed -1")])

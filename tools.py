@@ -329,18 +329,90 @@ def read_requests(path):
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from None
 
-    if path.endswith(".json"):
-        rows = parse_json(text, path)
-        if not isinstance(rows, list):
-            raise ValueError(f"{path}: must hold a list of requests")
-        numbered = [(f"{path}, entry {number}", number, row) for number, row in enumerate(rows, 1)]
-    else:
-        lines = [(f"{path}, line {number}", number, line) for number, line in enumerate(text.split("\n"), 1)]
-        numbered = [(where, number, parse_json(line, where)) for where, number, line in lines if line.strip()]
-
-    if not numbered:
+    rows = list_rows(text, path) if path.endswith(".json") else line_rows(text, path)
+    if not rows:
         raise ValueError(f"{path}: no requests in it")
-    return [request_row(row, number, where, os.path.dirname(path) or ".") for where, number, row in numbered]
+    return rows
+
+
+def list_rows(text, path):
+    """The rows of a JSON list."""
+    rows = parse_json(text, path)
+    if not isinstance(rows, list):
+        raise ValueError(f"{path}: must hold a list of requests")
+    folder = os.path.dirname(path) or "."
+    return [request_row(row, number, f"{path}, entry {number}", folder) for number, row in enumerate(rows, 1)]
+
+
+def line_rows(text, path, before=0):
+    """The rows of JSON lines. before: lines of the file that stand before the text."""
+    rows, folder = [], os.path.dirname(path) or "."
+    for number, line in enumerate(text.split("\n"), before + 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            rows.append(request_row(parse_json(line, where), number, where, folder))
+    return rows
+
+
+class RequestStream:
+    """A .jsonl file of requests to which another program goes on adding lines.
+
+    size: bytes that were read so far. Whatever stands there must not change any more.
+    """
+
+    def __init__(self, path):
+        self.path, self.size, self.lines, self.ids = path, 0, 0, set()
+        self.hash = hashlib.sha256()
+
+    def read_new(self):
+        """The rows that were added since the last time. A last line that is half written stays for the next time.
+
+        Raises ValueError as ``read_requests``, and where an id comes twice or the file became shorter; then nothing
+        counts as read, so that the mended file can be read on.
+        """
+        data = self.new_bytes()
+        try:
+            text = data.decode("utf-8-sig" if self.size == 0 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.path}: not UTF-8 text (byte {self.size + error.start})") from None
+        rows = line_rows(text, self.path, self.lines)
+        ids = [str(row["id"]) for row in rows]
+        doubles = [name for number, name in enumerate(ids) if name in self.ids or name in ids[:number]]
+        if doubles:
+            raise ValueError(f"{self.path}: several requests have the id {doubles[0]!r}; an id belongs to one request")
+
+        self.size += len(data)
+        self.lines += data.count(b"\n")
+        self.ids.update(ids)
+        self.hash.update(data)
+        return rows
+
+    def new_bytes(self):
+        """Whole lines behind those that were read. The last one may lack its line end if it is a whole JSON object."""
+        if not os.path.isfile(self.path):
+            raise ValueError(f"{self.path}: no such file")
+        with open(self.path, "rb") as file:
+            if os.fstat(file.fileno()).st_size < self.size:
+                raise ValueError(f"{self.path}: shorter than what was read of it; lines may only be added")
+            file.seek(self.size)
+            data = file.read()
+        whole, _, rest = data.rpartition(b"\n")
+        try:
+            is_whole = isinstance(json.loads(rest), dict)
+        except (ValueError, RecursionError):
+            is_whole = False
+        return data if is_whole or not rest else data[:len(data) - len(rest)]
+
+    def fingerprint(self):
+        """Of what was read: {"bytes", "sha256"}."""
+        return {"bytes": self.size, "sha256": self.hash.hexdigest()}
+
+
+def fingerprint_of_beginning(path, size):
+    """As ``RequestStream.fingerprint``, of the first bytes of a file; of fewer if it is shorter."""
+    with open(path, "rb") as file:
+        data = file.read(size)
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def parse_json(text, where):
