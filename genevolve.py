@@ -2483,12 +2483,7 @@ def read_data(settings, stream=None, processes=None):
     """(requests to learn from, validation requests). ValueError where two of a file have one id; a warning where the
     validation repeats what is learnt. stream: the RequestStream that goes on reading --data; one process reads it for
     all."""
-    if settings.data.endswith(".json"):
-        data = tools.read_requests(settings.data)
-    else:
-        data = read_stream(stream or tools.RequestStream(settings.data), processes or model.ProcessGroup())
-        if not data:
-            raise ValueError(f"{settings.data}: no requests in it")
+    data = read_begun(settings.data, stream or tools.RequestStream(settings.data), processes or model.ProcessGroup())
     validation = tools.read_requests(settings.validation)
     for path, rows in ((settings.data, data), (settings.validation, validation)):
         name, count = Counter(str(row["id"]) for row in rows).most_common(1)[0]
@@ -2502,6 +2497,16 @@ def read_data(settings, stream=None, processes=None):
         print(f"{settings.validation}: {shared} of {len(validation)} validation requests are learnt from, too; they "
               "cannot tell learning from memorising", file=sys.stderr, flush=True)
     return data, validation
+
+
+def read_begun(path, stream, processes):
+    """The rows of --data as it stands."""
+    if path.endswith(".json"):
+        return tools.read_requests(path)
+    rows = read_stream(stream, processes)
+    if not rows:
+        raise ValueError(f"{path}: no requests in it")
+    return rows
 
 
 def read_stream(stream, processes):
@@ -2547,7 +2552,8 @@ def add_requests(run, new):
 
 def check_judged(settings):
     """Raise ValueError if nobody can judge some of the requests: said before anything is loaded."""
-    check_rows(settings, settings.data, read_data(settings)[0])
+    rows = read_begun(settings.data, tools.RequestStream(settings.data), model.ProcessGroup())
+    check_rows(settings, settings.data, map(with_truth, rows))
     if settings.eval_every:
         check_rows(settings, settings.validation, map(with_truth, tools.read_requests(settings.validation)))
 
