@@ -934,7 +934,7 @@ def stop_signals():
         if asked.is_set():
             raise KeyboardInterrupt
         asked.set()
-        os.write(sys.stderr.fileno(), b"\nending after this step (the same again: at once)\n")  # print may be under way
+        os.write(2, b"\nending after this step (the same again: at once)\n")  # stderr: a print may be under way
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked

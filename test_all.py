@@ -7652,6 +7652,61 @@ def stopped_evolution(offline_evolution, tmp_path):
     return make
 
 
+class OpenComponents(SimpleNamespace):
+    """Components that hold nothing open, for the loop around the steps."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+@pytest.fixture
+def interrupted(offline_evolution, monkeypatch):
+    """A function: an evolution whose second step is disturbed by some signals; returns it after its loop has ended."""
+    def go(numbers, **flags):
+        monkeypatch.setattr(genevolve, "report", lambda run: None)
+        monkeypatch.setattr(genevolve, "announce_calls", lambda run: None)
+        run = offline_evolution(**flags)
+        run.components = OpenComponents(**vars(run.components))
+        real = run.step
+
+        def step():
+            if run.steps_done == 1:
+                for number in numbers:
+                    os.kill(os.getpid(), number)
+            return real()
+        run.step = step
+        try:
+            genevolve.go_on(run)
+        except KeyboardInterrupt:
+            run.interrupted = True
+        return run
+    return go
+
+
+@pytest.mark.parametrize("numbers, steps, done, is_interrupted", [
+    ([signal.SIGTERM], 0, 2, False), ([signal.SIGINT], 0, 2, False), ([signal.SIGTERM], 5, 2, True),
+    ([signal.SIGINT], 2, 2, False), ([signal.SIGINT, signal.SIGINT], 5, 1, True), ([], 3, 3, False)])
+def test_a_signal_ends_an_evolution_after_the_step_at_hand_with_everything_on_disk(
+        interrupted, tmp_path, numbers, steps, done, is_interrupted, capfd):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    run = interrupted(numbers, steps=steps)
+    assert run.steps_done == done and hasattr(run, "interrupted") == is_interrupted
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == done
+    assert (tmp_path / "checkpoints" / f"00000{done}" / "state.json").exists()
+    assert (tmp_path / "last" / "model.safetensors").exists() == (len(numbers) < 2)
+    assert ("ending after this step" in capfd.readouterr().err) == bool(numbers)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_an_endless_evolution_says_no_time_that_is_left(interrupted, capsys):
+    interrupted([signal.SIGTERM], steps=0)
+    endless = capsys.readouterr().out
+    assert "step 2 " in endless and not re.search(r"\d s +left| s left", endless)
+
+
 def add_lines(path, *numbers):
     with open(path, "a") as file:
         file.write("".join(map(request_line, numbers)))
@@ -9066,6 +9121,53 @@ def test_the_help_says_which_variable_each_key_is_in(name, flag, capsys):
     text = capsys.readouterr().out
     about = text[text.index(f"\n  {flag} "):]
     assert name in about[:about.index("\n  --", 5)]
+
+
+def test_a_refused_key_names_the_variable_that_it_came_from(real_services, monkeypatch):
+    monkeypatch.delenv("POLICY_API_KEY")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-another-service")
+    settings = genevolve.Run(policy=real_services.policy.url, policy_model="genevolve-8b")
+    with pytest.raises(tools.ToolError) as refused:
+        genevolve.Services(settings).chat_client("policy").complete([{"role": "user", "content": "hi"}])
+    assert str(refused.value) == ("policy: HTTP 401 Unauthorized (its key comes from OPENAI_API_KEY; POLICY_API_KEY or "
+                                  "OPENAI_API_KEY may hold it)")
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with pytest.raises(tools.ToolError, match="its key belongs in POLICY_API_KEY or OPENAI_API_KEY, not set"):
+        genevolve.Services(settings).chat_client("policy").complete([{"role": "user", "content": "hi"}])
+
+
+def test_the_journey_through_real_services_ends_with_a_judged_picture(real_services, command, tmp_path):
+    """Policy, search, image service and judge are all outside; the request has no ground truth."""
+    code, _, err = command("run", "a brass lamp in the rain", "--out", tmp_path, *service_flags(real_services))
+    assert code == 0, err
+    assert "about 12 outside calls expected (policy 5, search 4, judge 2, renderer 1)" in err
+    row, = json.loads((tmp_path / "results.json").read_text())
+    assert genevolve.judgement_line(row["judgement"]) == (
+        "evidence score 0.50 (request 0.5, facts 0.5, likeness 0.5, writing 0.5, craft 0.5)")
+    assert row["success"] and row["reward"] == pytest.approx((0.5 + 0.75) / 2) and row["judgement"]["kscore"] is None
+    assert row["reference_images"][0]["title"] == "A brass lamp"
+    assert diffusion.read_png(str(tmp_path / "image.png")).shape == (1024, 1024, 3)
+    drawn, = real_services.renderer.asked
+    assert drawn["prompt"] == "A brass lamp as in the first reference image." and drawn["num_inference_steps"] == 20
+    assert tools.from_data_uri(drawn["image_urls"][0]).shape == (64, 64, 3)
+    assert len(real_services.policy.asked) == 2 and len(real_services.judge.asked) == 2
+    judged = real_services.judge.asked[0]["messages"][1]["content"]
+    assert [part["type"] for part in judged] == ["text", "image_url", "image_url"]
+
+
+@pytest.mark.slow
+def test_a_stream_of_requests_without_ground_truth_is_enough_to_evolve(real_services, command, tmp_path):
+    """The embedded policy learns from its own world's search by what a judge says of the evidence."""
+    data = tmp_path / "stream.jsonl"
+    questions = [row["question"].replace("Show", "Please show") for row in atlas.world.requests("evolve")[:4]]
+    data.write_text("".join(request_line(i, prompt=f"Now: {text}") for i, text in enumerate(questions)))
+    flags = ["--data", data, "--eval-every", 0, "--audit-every", 0, "--steps", 1, "--prompts-per-step", 2,
+             "--rollouts", 2, "--judge", real_services.judge.url, "--judge-model", "qwen-vl"]
+    code, out, err = command("evolve", "--out", tmp_path / "run", *flags, "--sampling-steps", 1)
+    assert code == 0, err
+    row, = without_durations(tmp_path / "run" / "log.jsonl")
+    assert row["kscore"] is None and row["evidence_score"] == 0.5 and row["missing"] == 0 and row["validity"] > 0
+    assert f"evidence score {row['evidence_score']:.3f}" in out and "KScore" not in out
 
 
 # ---- Demonstrations, and a stand-in for a rollout engine -------------------------------------------------------------
