@@ -395,6 +395,9 @@ class Agent:
 
 # ---- Scorer: programs to judged pictures -----------------------------------------------------------------------------
 
+JUDGE_CALLS = 16  # that a judge behind a service gets at a time
+
+
 class Scorer:
     """Renders programs and judges the pictures; what was rendered and judged once is remembered.
 
@@ -424,6 +427,7 @@ class Scorer:
         new = {key: t for key, t in zip(keys, trajectories) if key and key not in known}
 
         images = self.render(list(new.values()))
+        unjudged = {}
         for (key, trajectory), image in zip(new.items(), images):
             if isinstance(image, tools.ToolError):  # this picture failed: missing, and asked for again next time
                 trajectory.error = str(image)
@@ -431,14 +435,27 @@ class Scorer:
             if pictures:
                 self.images[key] = image
             if key not in self.score_cache:
-                try:
-                    self.score_cache[key] = self.score_image(image, trajectory)
-                except tools.ToolError as error:  # this judgement failed: missing, too
-                    trajectory.error = str(error)
+                unjudged[key] = image, trajectory
+
+        judgements = self.side_by_side(self.score_image, unjudged.values())
+        for (key, (_, trajectory)), scores in zip(unjudged.items(), judgements):
+            if isinstance(scores, tools.ToolError):  # this judgement failed: missing, too
+                trajectory.error = str(scores)
+            else:
+                self.score_cache[key] = scores
 
         for key, trajectory in zip(keys, trajectories):
             trajectory.image = self.images.get(key)
-            self.set_reward(trajectory, self.score_cache.get(key))
+        scores = [self.score_cache.get(key) for key in keys]
+        self.side_by_side(self.set_reward, zip(trajectories, scores))
+
+    def side_by_side(self, judge, cases):
+        """[judge(*case)], in threads where the judge is a service."""
+        cases = list(cases)
+        if not isinstance(self.judge, distill.ModelJudge):
+            return [judge(*case) for case in cases]
+        with ThreadPoolExecutor(JUDGE_CALLS) as pool:
+            return list(pool.map(judge, *zip(*cases))) if cases else []
 
     def render(self, trajectories):
         """Pictures of programs, uint8 (H, W, 3) each, or the ToolError that there was."""
@@ -473,11 +490,14 @@ class Scorer:
             return None, []
 
     def score_image(self, image, trajectory):
-        """The picture's scores, or None where there is nothing to judge it against."""
+        """The picture's scores, None where there is nothing to judge it against, or the ToolError that there was."""
         row = trajectory.row
-        if self.judge and row.get("gt_image"):
-            return self.judge.score(image, truth_of(row), row)
-        return self.judge.score_evidence(image, trajectory) if self.by_evidence else None
+        try:
+            if self.judge and row.get("gt_image"):
+                return self.judge.score(image, truth_of(row), row)
+            return self.judge.score_evidence(image, trajectory) if self.by_evidence else None
+        except tools.ToolError as error:
+            return error
 
     def forget(self):
         """Drop what was remembered."""
@@ -886,6 +906,8 @@ def go_on(run):
         if is_main:
             announce_calls(run)
         say(processor_line())
+        if is_main:
+            warn_of_validation(s)
         if run.steps_done == 0 and s.eval_every:
             say(f"before the first step: {len(run.validation)} validation requests")
             run.first_validation = run.evaluate()
@@ -2548,6 +2570,14 @@ def add_requests(run, new):
     run.data = run.data + new
     if run.processes.is_main and run.stream.size:
         run.inputs["data"] = run.stream.fingerprint()
+
+
+def warn_of_validation(s):
+    """Say that the embedded world's validation requests make no sense in another one."""
+    is_default = os.path.realpath(s.validation) == os.path.realpath(Evolve.validation)
+    if s.eval_every and is_default and (s.search or not is_atlas(s.corpus)):
+        print("the validation requests are the Atlas's, about things that no other search knows: name some of your "
+              "own with --validation FILE, or measure nothing with --eval-every 0", file=sys.stderr, flush=True)
 
 
 def check_judged(settings):
