@@ -614,6 +614,8 @@ class Evolution:
                "update_seconds": update_seconds}
         if s.eval_every and (self.steps_done % s.eval_every == 0 or self.steps_done == s.steps):
             row["validation"] = self.evaluate()
+
+        # a policy that has collapsed goes back to the promoted one
         row = without_nan(row)
         warn_of_engine(self, row["engine_logprob_gap"])
         self.log.append(row)
@@ -922,6 +924,8 @@ def go_on(run):
                 run.save(row)
             except OSError as error:
                 raise ValueError(f"step {run.steps_done} could not be kept ({error}); everything before it is on disk")
+
+            # what it gave, how long the rest takes, what was learned
             seconds_a_step = (time.perf_counter() - started) / (run.steps_done - first_step)
             figures, *more = step_line(row).splitlines()
             left = f"  {time_text(seconds_a_step * (s.steps - run.steps_done))} left" if s.steps else ""
@@ -2452,8 +2456,8 @@ def diagnosis(error, url, kind, key, model_name="", names=()):
     if status == 404 and kind == "chat" and "model" in reason:
         return f"wrong model name: {url}: {reason}"
     if status in (404, 405):
-        place = f"{origin} does" if kind in kinds else "it has no such page"
-        return f"wrong path: {url} does not answer, {place} ({reason})"
+        place = f"does not answer, {origin} does" if kind in kinds else "has no such page"
+        return f"wrong path: {url} {place} ({reason})"
     return f"{url}: {reason}"
 
 
@@ -2528,6 +2532,8 @@ def read_begun(path, stream, processes):
     rows = read_stream(stream, processes)
     if not rows:
         raise ValueError(f"{path}: no requests in it")
+    if stream.is_unfinished:
+        tools.note(f"{path}: its last line is no whole JSON object; it is read when it is finished")
     return rows
 
 
@@ -2563,6 +2569,8 @@ def add_requests(run, new):
     """Rows that came after the run's; they go first, behind earlier ones that no step has had yet."""
     if not new:
         return
+    if run.processes.is_main:
+        print_line(f"{run.settings.data}: {len(new)} new request{'s' * (len(new) > 1)}")
     drawn, fresh = run.fresh
     now = run.steps_done * run.settings.prompts_per_step
     waiting = max(0, fresh - (now - drawn))
@@ -2582,7 +2590,8 @@ def warn_of_validation(s):
 
 def check_judged(settings):
     """Raise ValueError if nobody can judge some of the requests: said before anything is loaded."""
-    rows = read_begun(settings.data, tools.RequestStream(settings.data), model.ProcessGroup())
+    is_list = settings.data.endswith(".json")
+    rows = tools.read_requests(settings.data) if is_list else tools.RequestStream(settings.data).read_new()
     check_rows(settings, settings.data, map(with_truth, rows))
     if settings.eval_every:
         check_rows(settings, settings.validation, map(with_truth, tools.read_requests(settings.validation)))

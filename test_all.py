@@ -2951,13 +2951,14 @@ def test_a_growing_file_gives_every_whole_line_once_and_leaves_the_half_written_
     stream, third = tools.RequestStream(str(path)), request_line(3, prompt="Zoë’s lamp").encode()
     path.write_bytes(b"\xef\xbb\xbf" + (request_line(1) + "\n" + request_line(2)).encode() + third[:40])
     assert [row["id"] for row in stream.read_new()] == ["r1", "r2"] and stream.read_new() == []
+    assert stream.is_unfinished
     with open(path, "ab") as file:
         file.write(third[40:-1])  # whole, but for its line end
     assert [row["question"] for row in stream.read_new()] == ["Zoë’s lamp"]
     with open(path, "ab") as file:
         file.write(b"\n" + json.dumps({"prompt": "An id of its line."}).encode() + b"\n")
     row, = stream.read_new()
-    assert row["id"] == "0005"  # the number of its line: one before it is blank
+    assert not stream.is_unfinished and row["id"] == "0005"  # the number of its line: one before it is blank
     data = path.read_bytes()
     assert stream.fingerprint() == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     assert tools.fingerprint_of_beginning(str(path), len(data)) == stream.fingerprint()

@@ -357,11 +357,13 @@ def line_rows(text, path, before=0):
 class RequestStream:
     """A .jsonl file of requests to which another program goes on adding lines.
 
-    size: bytes that were read so far. Whatever stands there must not change any more.
+    size: bytes that were read so far. Whatever stands there must not change any more. is_unfinished: whether half a
+    line stood behind them.
     """
 
     def __init__(self, path):
         self.path, self.size, self.lines, self.ids = path, 0, 0, set()
+        self.is_unfinished = False
         self.hash = hashlib.sha256()
 
     def read_new(self):
@@ -401,7 +403,8 @@ class RequestStream:
             is_whole = isinstance(json.loads(rest), dict)
         except (ValueError, RecursionError):
             is_whole = False
-        return data if is_whole or not rest else data[:len(data) - len(rest)]
+        self.is_unfinished = bool(rest.strip()) and not is_whole
+        return data[:len(data) - len(rest)] if self.is_unfinished else data
 
     def fingerprint(self):
         """Of what was read: {"bytes", "sha256"}."""
