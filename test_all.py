@@ -8624,9 +8624,13 @@ DOCUMENTS = ("README.md", "RESULTS.md")
 FLAGS_OF_OTHERS = {"--nproc-per-node", "--help", "--version"}  # torchrun's, argparse's
 
 
-def document(name):
-    with open(os.path.join(genevolve.HERE, name), encoding="utf-8") as file:
+def text_of_file(path):
+    with open(path, encoding="utf-8") as file:
         return file.read()
+
+
+def document(name):
+    return text_of_file(os.path.join(genevolve.HERE, name))
 
 
 def pasted_lines(name):
@@ -8659,8 +8663,7 @@ def read_command(monkeypatch):
     """A function: reads a command of a document as its own parser does, without doing anything. Raises."""
     for name in ("build_world", "build_scenes", "build_demos"):
         monkeypatch.setattr(build, name, lambda *_: None)
-    with open(os.path.join(genevolve.HERE, ".ci", "mutants.py"), encoding="utf-8") as file:
-        flags_of_mutants = set(re.findall(r'add_argument\("(--\w+)"', file.read()))
+    flags_of_mutants = set(re.findall(r'add_argument\("(--\w+)"', document(os.path.join(".ci", "mutants.py"))))
 
     def read(words):
         script, *rest = filled_in(words)
@@ -8799,8 +8802,7 @@ def test_the_figures_of_the_world_are_those_of_its_file():
 def test_the_figures_of_the_training_are_those_of_its_files():
     text = document("RESULTS.md")
     for folder in ("", "common"):
-        with open(os.path.join(bench.RESULTS, folder, "quality.md"), encoding="utf-8") as file:
-            assert file.read().strip() in text
+        assert text_of_file(os.path.join(bench.RESULTS, folder, "quality.md")).strip() in text
     for name in ("sft", "policy"):
         scores = results_json(name, "suite.json")["KScore"]
         parts = [scores["all"][part] for part in ("overall", "faithfulness", "visual_correctness", "text_accuracy",
@@ -8809,12 +8811,26 @@ def test_the_figures_of_the_training_are_those_of_its_files():
         row, = (row for row in table_rows(text, 8) if row[0].startswith(f"`weights/{name}`"))
         assert row[1:] == [f"{part:.3f}" for part in parts]
 
+    tables = "".join(text_of_file(os.path.join(bench.RESULTS, folder, "quality.md")) for folder in ("", "common"))
+    intervals = re.findall(r"[+-]0\.\d{3} \([+-]0\.\d{3} to [+-]0\.\d{3}\)", " ".join(text.split()))
+    assert len(intervals) > 60 and all(interval in tables for interval in intervals)
+
     before, after = (results_json(name, "suite.json")["KScore"]["all"]["overall"] for name in ("sft", "policy"))
     oracle = results_json("world.json")["oracle, 20 steps"]["kscore"]
     readme = " ".join(document("README.md").split())
     assert f"from {before:.3f} to {after:.3f}**" in readme and f"program gets {oracle:.3f}." in readme
     arms = results_json("quality.json")["rows"]
     assert f"{arms['stable']['kscore']:.3f} against {arms['grpo-2e-4']['kscore']:.3f}" in readme
+
+
+def test_the_figures_of_single_changes_are_those_of_their_file():
+    shown = {row[0].strip("`"): row[1:] for row in table_rows(document("RESULTS.md"), 5) if "=" in row[0]}
+    changes = results_json("quality", "sensitivity.json")
+    assert set(shown) == set(changes) - {bench.BASE, "stable"}
+    for name, cells in shown.items():
+        rewards = changes[name]["reward of rollouts"]
+        expected = [np.mean(rewards[:10]), np.mean(rewards[10:]), changes[name]["validation"][-1]]
+        assert cells == [f"{value:.3f}" for value in expected] + [f"{changes[name]['hit rate'] + 1e-9:.2f}"]
 
 
 def speed_cells(row):
