@@ -8633,18 +8633,23 @@ def document(name):
     return text_of_file(os.path.join(genevolve.HERE, name))
 
 
-def pasted_lines(name):
-    """The lines of a document's indented blocks: what a reader pastes into a terminal."""
-    return [line.strip() for line in document(name).splitlines() if line.startswith("    ")]
+def split_document(name):
+    """(the commands of a document's indented and fenced blocks, one a line; what stands between the blocks)."""
+    text = document(name).replace("\\\n", " ")  # a command over several lines is one
+    pieces = re.split(r"^```(.*)\n", text, flags=re.M)  # prose, language, block, "", prose, ...
+    prose = "\n".join(pieces[0::4]).splitlines()
+    fenced = [line for language, block in zip(pieces[1::4], pieces[2::4]) if language.strip() in ("", "bash", "sh")
+              for line in block.splitlines()]
+    indented = [line for line in prose if line.startswith("    ")]
+    return [line.strip() for line in fenced + indented], [line for line in prose if not line.startswith("    ")]
 
 
 def commands_of(name):
     """[the words of a command from its script on] of a document's blocks and of the code within its sentences."""
-    text = document(name)
-    prose = "\n".join(line for line in text.splitlines() if not line.startswith("    "))
-    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
+    pasted, prose = split_document(name)
+    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", "\n".join(prose))]
     found = []
-    for line in pasted_lines(name) + spans:
+    for line in pasted + spans:
         line = re.sub(r"^torchrun --nproc-per-node \d+ ", "python ", line.split(" && ")[-1])
         if line in spans and line.split()[0] in genevolve.COMMANDS and " " in line:  # `evolve --lora 16`
             line = f"python genevolve.py {line}"
@@ -8705,7 +8710,7 @@ def test_every_flag_that_a_document_names_exists(name):
     known = set(FLAGS_OF_OTHERS)
     for settings, _ in [*genevolve.COMMANDS.values(), *bench.COMMANDS.values()]:
         known.update(itertools.chain.from_iterable(map(genevolve.flag_names, dataclasses.fields(settings))))
-    spans = " ".join(re.findall(r"`([^`]+)`", document(name)))
+    spans = " ".join(re.findall(r"`([^`]+)`", "\n".join(split_document(name)[1])))
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", spans))
     assert len(named) > 8 and named <= known
 
@@ -8751,8 +8756,9 @@ def test_the_readmes_commands_of_a_few_seconds_run_as_pasted(tmp_path, command, 
                 tmp_path / "DIR" / "office dog.png")
 
     answered = 0
-    for words in map(shlex.split, pasted_lines("README.md")):
-        if words[1:3] == ["genevolve.py", "run"] and not any(word.startswith("http") for word in words):
+    for line in split_document("README.md")[0]:
+        words = shlex.split(line) if line.startswith("python ") else [line]
+        if words[1:3] == ["genevolve.py", "run"] and not re.search(r"http|\$|URL|FOLDER", line):  # these need services
             code, _, err = command(*words[2:], "--sampling-steps", 1)
             folder = words[words.index("--out") + 1] if "--out" in words else "out"
             assert code == 0 and os.path.exists(os.path.join(folder, "report.html")), err
@@ -8761,7 +8767,7 @@ def test_the_readmes_commands_of_a_few_seconds_run_as_pasted(tmp_path, command, 
             assert command(*words[2:], "--weights", promotable)[0] == 0
             marked = "policy" if "--undo" in words else "better"
             assert mark_of(promotable / "policy") == marked
-    assert answered == 4
+    assert answered >= 4
     assert len(json.loads((tmp_path / "out" / "batch" / "results.json").read_text())) == 2
 
 
@@ -8792,9 +8798,8 @@ def test_the_figures_of_the_world_are_those_of_its_file():
         figures = shown_figures(measured)
         for place in re.findall(r"`([^`]+)`", places):
             value = world[place] if place in world else world[place.split("/", 1)[0]][place.split("/", 1)[1]]
-            values = value.values() if isinstance(value, dict) else [value]
-            least = min(values)
-            assert any(abs(least - shown) <= half for shown, half in figures), (place, least, measured)
+            for part in value.values() if isinstance(value, dict) else [value]:
+                assert any(abs(part - shown) <= half for shown, half in figures), (place, part, measured)
     told = {place for row in rows for place in re.findall(r"`hacks, mean reward/([^`]+)`", row[2])}
     assert told == set(world["hacks, mean reward"])
 
@@ -8818,7 +8823,7 @@ def test_the_figures_of_the_training_are_those_of_its_files():
     before, after = (results_json(name, "suite.json")["KScore"]["all"]["overall"] for name in ("sft", "policy"))
     oracle = results_json("world.json")["oracle, 20 steps"]["kscore"]
     readme = " ".join(document("README.md").split())
-    assert f"from {before:.3f} to {after:.3f}**" in readme and f"program gets {oracle:.3f}." in readme
+    assert f"from {before:.3f} to {after:.3f}**" in readme and f"possible plan gets {oracle:.3f}." in readme
     arms = results_json("quality.json")["rows"]
     assert f"{arms['stable']['kscore']:.3f} against {arms['grpo-2e-4']['kscore']:.3f}" in readme
 
