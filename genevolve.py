@@ -28,6 +28,7 @@ Contents, in reading order:
     ComponentFlags, Evolve, ...  every flag is a field of a dataclass (from here on: machine room)
     Components                   opens policy, tools, renderer and judge
     record, write_report         what is written for other programs and for people
+    Playground                   the page of serve: requests typed there, answered side by side
     COMMANDS, main               the command line
 
 Letters: G requests of a step, K rollouts of a request (a group), T turns, N rows, C hidden size.
@@ -237,6 +238,8 @@ class LocalPolicy:
         with self.lock:
             sequence = self.engine.open(ids, request["seed"])
             self.engine.submit(sequence, max_new_tokens, request["temperature"], request["top_p"], self.stop_ids)
+
+        # a step may give several tokens: other threads decode this sequence, too
         sent = ""
         ended = stopped = False
         try:
@@ -1163,8 +1166,10 @@ def judge_lessons(run, batch, requests, entries):
     pull = distill.average(pulls)
     if not math.isnan(pull):
         run.agreement_average += AGREEMENT_RATE * (pull - run.agreement_average)
+    retired = run.memory.retire()
+    dropped = {"dropped": [dropped_lesson(entry) for entry in retired]} if retired else {}
     return {"agreements": agreements, "agreement": distill.average(foreign), "own_agreement": distill.average(own),
-            "pull_agreement": pull, "agreement_average": run.agreement_average, "retired": len(run.memory.retire())}
+            "pull_agreement": pull, "agreement_average": run.agreement_average, "retired": len(retired)} | dropped
 
 
 def audit_lessons(run, requests, entries, rewards):
@@ -2105,6 +2110,8 @@ def limits(settings, question=None):
     if draws_here:
         lines.append("The embedded renderer draws the Atlas's simple shapes at 64 pixels; of a photograph it takes "
                      "over colours at best.")
+
+    # the way out, and what does work
     flags = ["--policy URL"] * is_small + ["--renderer URL"] * draws_here
     if not has_own_world:
         flags.append("--search URL (or --corpus DIR)")
@@ -2713,6 +2720,12 @@ def lesson_view(entry, pictures):
             "uses": entry.uses, "agreement": agreement_view(entry)}
 
 
+def dropped_lesson(entry):
+    """What the log keeps of a lesson that left the memory: {"request", "advice": [text], "agreement"}."""
+    bullets = itertools.chain.from_iterable(entry.bundle.differing().guidance.values())
+    return {"request": entry.prompt, "advice": list(bullets), "agreement": agreement_view(entry)}
+
+
 def agreement_view(entry):
     """How far the lesson agreed with attempts at other requests: {"mean", "standard_error", "count"}, or None."""
     measured = [use["agreement"] for use in entry.uses if use["agreement"] is not None]
@@ -3121,6 +3134,8 @@ def run(s):
     started, out = time.perf_counter(), model.make_folder(s.out)
     model.make_folder(os.path.join(out, "images"))
     rows = run_requests(s)
+
+    # what the embedded parts cannot do is said before they try
     known = atlas.world.known_requests()
     strange = next((row["question"] for row in rows if row["question"] not in known), None)
     for line in limits(s, strange):

@@ -8135,6 +8135,21 @@ def test_the_page_of_an_evolution_shows_curves_lessons_and_memory_in_a_browser(t
 
 
 @in_browser
+def test_a_lesson_that_was_dropped_is_told_and_an_evolution_without_steps_has_no_heading(browser, tmp_path):
+    entry = lesson_entry(2, 0.4, "Count aloud.")
+    entry.prompt, entry.uses = "Three lamps", [{"agreement": -0.5}, {"agreement": -0.7}, {"agreement": None}]
+    row = {"step": 7, "rollouts": 4, "dropped": [genevolve.dropped_lesson(entry)]}
+    for name, log in (("full", [row]), ("empty", [])):
+        genevolve.write_report(str(tmp_path / f"{name}.html"), {"title": "x"} | EMPTY_EVOLUTION | {"log": log})
+    browser.open((tmp_path / "full.html").as_uri(), 400)
+    told = browser.evaluate("document.querySelector('.dropped').textContent")
+    assert told == "Update 7: Count aloud. (Three lamps) agreement −0.60 ± 0.10 over 2 uses"
+    check_page(browser, tmp_path, "full")
+    browser.open((tmp_path / "empty.html").as_uri(), 400)
+    assert browser.evaluate("document.querySelectorAll('h2').length") == 0 and browser.faults == []
+
+
+@in_browser
 @pytest.mark.slow
 @pytest.mark.parametrize("width, dark", [(400, True), (1200, False)])
 def test_a_request_typed_in_the_page_is_answered_before_ones_eyes(live_site, browser, tmp_path, width, dark):

@@ -2706,12 +2706,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if int(length) > MAX_API_BODY:
                 raise HttpError(413, f"a body of more than {MAX_API_BODY} bytes")
 
+        # a body is a JSON object
         body = self.rfile.read(int(length))
         self.body_read = True
         try:
             request = json_object(body)
         except ValueError as error:
             raise HttpError(400, f"the body is not a JSON object ({error})") from None
+
         if path in CHAT_PATHS:
             self.answer_chat(request, body)
         elif is_site:
