@@ -6716,21 +6716,20 @@ def test_cancelling_ends_the_wait_for_a_service():
     silent.set()
 
 
-def test_a_thread_in_a_loop_leaves_a_fair_lock_to_others():
-    lock, stop, turns = genevolve.FairLock(), threading.Event(), []
+def test_a_thread_that_takes_a_fair_lock_again_queues_behind_the_one_that_waits():
+    lock, order = genevolve.FairLock(), []
 
-    def loop():
-        while not stop.is_set():
-            with lock:
-                turns.append(time.sleep(0.002))
-    thread = threading.Thread(target=loop)
-    thread.start()
-    for _ in range(20):
+    def other():
         with lock:
-            pass
-    stop.set()
+            order.append("other")
+    thread = threading.Thread(target=other)
+    with lock:
+        thread.start()
+        time.sleep(0.05)  # now it waits
+    with lock:  # a plain lock would be free, and the other asleep
+        order.append("loop")
     thread.join()
-    assert len(turns) < 100  # a plain lock may be had by the loop thousands of times in a row
+    assert order == ["other", "loop"]
 
 
 def test_a_client_that_goes_away_gives_its_slot_back():
