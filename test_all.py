@@ -6725,8 +6725,9 @@ def test_a_thread_that_takes_a_fair_lock_again_queues_behind_the_one_that_waits(
     thread = threading.Thread(target=other)
     with lock:
         thread.start()
-        time.sleep(0.05)  # now it waits
-    with lock:  # a plain lock would be free, and the other asleep
+        time.sleep(0.05)  # now it waits, and holds the entry
+        assert lock.entry.locked()
+    with lock:
         order.append("loop")
     thread.join()
     assert order == ["other", "loop"]
