@@ -44,6 +44,7 @@ import sys
 import tempfile
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -1310,6 +1311,7 @@ class Speed(Compute):
     out: str = flag("", "folder for speed.json (default: results, or out for a smoke run)")
     quick: bool = flag(False, "a smoke run on small sizes")
     rows: str = flag("", "comma-separated rows (default: all)")
+    engines: str = flag("", "URLs of running vLLM or SGLang servers, with commas between, for the row engine")
     repeats: int = flag(5, "runs of each side")
 
 
@@ -1679,6 +1681,37 @@ def lora_row(s):
     return row
 
 
+def engine_row(s):
+    """The rollouts row's sizes, written by the first, the first two, ... of the servers of --engines. Fresh prompts for
+    each, so that no prefix cache knows them."""
+    if not s.engines:
+        raise tools.ToolError("name running vLLM or SGLang servers with --engines URL,URL")
+    new = 16 if s.quick else 128
+    clients = [tools.open_engine(url) for url in s.engines.split(",")]
+    generator, row = torch.Generator().manual_seed(0), {}
+    for count in range(1, len(clients) + 1):
+        seconds = []
+        for _ in range(s.repeats):
+            prompts = [[token % 1000 for token in prompt] for prompt in random_prompts(GROUPS, generator)]
+            measured = timed(lambda prompts=prompts: ask_engines(clients[:count], prompts, new))
+            seconds.append(measured.seconds)
+        row[f"servers {count}: tokens/s"] = len(prompts) * new / float(np.median(seconds))
+    return row
+
+
+def ask_engines(clients, prompts, new):
+    """``new`` tokens for each prompt; the servers take prompts in turn, each as many in a request as it allows."""
+    calls = []
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        for number, client in enumerate(clients):
+            share = prompts[number::len(clients)]
+            for batch in genevolve.chunks(share, client.AT_ONCE):
+                calls.append(pool.submit(client.generate, batch, new))
+    tokens = sum(len(rollout.tokens) for call in calls for rollout in call.result())
+    if tokens != len(prompts) * new:
+        raise ValueError(f"the servers wrote {tokens} tokens, not {len(prompts) * new}")
+
+
 def training_step(rank, layers, repeats, quick, device):
     """Seconds (median) and peak memory of an AdamW step on 2 x 512 tokens. rank 0: all weights train."""
     device = model.pick_device(device)
@@ -1712,7 +1745,7 @@ def training_step(rank, layers, repeats, quick, device):
 
 SPEED = {"rollouts": rollout_row, "turns": turns_row, "short turns": short_turns_row, "log-probs": logprob_row,
          "training step": training_row, "sampler": sampler_row, "scaling": scaling_row, "slow tools": tools_row,
-         "low-rank adapters": lora_row}
+         "low-rank adapters": lora_row, "engine": engine_row}
 # peer / ours: the peer as it is by default, and with the same products
 TARGETS = {"rollouts": (5.5, 4.5), "turns": (6.5, None), "short turns": (8, None), "log-probs": (1.8, None),
            "training step": (4.5, None), "sampler": (1.8, None)}

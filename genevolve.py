@@ -749,7 +749,7 @@ class Evolution:
                 distill.ema_update(self.teacher, self.net, self.recipe.ema_decay)
         self.optimizer.zero_grad(set_to_none=True)  # the next backward pass adds to the gradients that it finds
         where = f"step {self.steps_done + 1}"
-        self.skipped_in_a_row = distill.count_skipped(self.skipped_in_a_row, norm, where)
+        self.skipped_in_a_row = model.count_skipped(self.skipped_in_a_row, norm, where)
         return norm
 
     def autocast(self):

@@ -22,6 +22,7 @@ import random
 import re
 import select
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -966,7 +967,7 @@ NOTHING = object()
     ("rope_scaling", {"rope_type": ["yarn"]}),
     ("rope_parameters", {"rope_type": "yarn", "factor": 4.0}), ("rope_parameters", {"rope_theta": 1e4, "x": 1}),
     ("rope_parameters", {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}),
-    ("rope_parameters", {"rope_theta": None}), ("rope_theta", 1e5), ("rope_theta", None), ("rope_theta", "1e4"),
+    ("rope_theta", 1e5), ("rope_theta", None), ("rope_theta", "1e4"),
     *[(field, value) for field in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
                                    "num_key_value_heads", "head_dim", "intermediate_size")
       for value in (NOTHING, None, -4, 0, True, 4.0, "4", [4], {"a": 4}, 10**30)],
@@ -1135,6 +1136,7 @@ def load_or_none(folder):
         return None
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("before, after", [(SINGLE, SHARDED), (SHARDED, SINGLE), (SHARDED, 15000), (SINGLE, SINGLE)])
 @pytest.mark.parametrize("changes", [{}, {"rope_theta": 1e5}])
@@ -1144,32 +1146,32 @@ def test_a_checkpoint_is_replaced_whole_wherever_the_saving_is_cut_off(
     reference, folder = tmp_path / "reference", tmp_path / "net"
     model.save(reference, new, tokenizer, after)
     whole = set(os.listdir(reference))
-    calls = {}
+    originals, calls = {name: getattr(os, name) for name in ("replace", "remove")}, []
 
-    def cut_off_at(name, function, limit):
+    def cut_off(name, limit):
         def call(*arguments):
-            calls[name] = calls.get(name, 0) + 1
-            if sum(calls.values()) > limit:
+            calls.append(name)
+            if len(calls) > limit:
                 raise KeyboardInterrupt
-            return function(*arguments)
-        monkeypatch.setattr(model.os, name, call)
+            return originals[name](*arguments)
+        return call
 
-    for limit in range(1000):
+    monkeypatch.setattr(model, "flush", lambda path: None)  # it takes time, and changes nothing here
+    for limit in range(100):
         shutil.rmtree(folder, ignore_errors=True)
         model.save(folder, chat_net, tokenizer, before)
         (folder / "notes.txt").write_text("mine")
         (folder / "chat_template.jinja").write_text("{{ another }}")
         calls.clear()
-        with monkeypatch.context() as monkeypatch_:
-            monkeypatch, outer = monkeypatch_, monkeypatch
-            for name in ("replace", "remove"):
-                cut_off_at(name, getattr(os, name), limit)
-            try:
-                model.save(folder, new, tokenizer, after)
-                finished = True
-            except KeyboardInterrupt:
-                finished = False
-            monkeypatch = outer
+        for name in originals:
+            monkeypatch.setattr(os, name, cut_off(name, limit))
+        try:
+            model.save(folder, new, tokenizer, after)
+            finished = True
+        except KeyboardInterrupt:
+            finished = False
+        for name, function in originals.items():
+            monkeypatch.setattr(os, name, function)
         found = load_or_none(folder)
         if found is not None:  # wholly the old one or wholly the new one
             config = model.read_config(folder / "config.json")
@@ -1196,15 +1198,15 @@ def test_a_full_disk_leaves_the_checkpoint_as_it_was(tmp_path, monkeypatch, net)
 
 def test_export_wants_the_same_network_with_the_same_words(tmp_path, chat_net, tokenizer):
     model.save(tmp_path / "base", chat_net, tokenizer)
-    for changes in ({"rope_theta": 1e5}, {"norm_eps": 1e-5}, {"heads": 2, "head_dim": 32, "kv_heads": 1},
-                    {"layers": 1}):
+    other_sizes = {"heads": 2, "head_dim": 32, "kv_heads": 1}
+    for changes in ({"rope_theta": 1e5}, {"norm_eps": 1e-5}, other_sizes, {"layers": 1}):
         other = model_net(vocab_size=400, **changes)
         assert_refused(lambda: model.export(other, str(tmp_path / "base"), str(tmp_path / "out")), "config.json: ")
     words = model.train_tokenizer(["other words altogether"] * 9, 340)
-    assert_refused(lambda: model.export(chat_net, str(tmp_path / "base"), str(tmp_path / "out"), words),
-                   "tokenizer.json")
-    assert not os.path.exists(tmp_path / "out")
-    model.export(chat_net, str(tmp_path / "base"), str(tmp_path / "out"), tokenizer)
+    base, out = str(tmp_path / "base"), str(tmp_path / "out")
+    assert_refused(lambda: model.export(chat_net, base, out, words), "tokenizer.json")
+    assert not os.path.exists(out)
+    model.export(chat_net, base, out, tokenizer)
     assert sorted(os.listdir(tmp_path / "out")) == sorted(os.listdir(tmp_path / "base"))
 
 
@@ -1370,7 +1372,7 @@ def test_exported_text_weights_take_their_place_in_a_vision_checkpoint(tmp_path,
 # -- low-rank adapters
 
 def adapted_net(**changes):
-    """A policy with adapters that change what it computes."""
+    """A policy with adapters that change what it computes. changes: as for model_net."""
     net = model_net(**changes)
     model.add_lora(net, rank=4, alpha=6, targets=("q_proj", "v_proj", "o_proj", "up_proj"))
     fill_adapters(net)
@@ -1473,6 +1475,131 @@ def test_peft_loads_our_adapter_and_we_load_pefts(tmp_path):
     model.load_adapter(str(tmp_path / "theirs"), again)
     assert (theirs(ids).logits - again(ids)).abs().max() < 1e-4
     assert (again(ids) - model_net()(ids)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("changes, named", [
+    ({"peft_type": "IA3"}, "peft_type"), ({"peft_type": NOTHING}, "peft_type"),
+    *[({"init_lora_weights": kind}, kind)
+      for kind in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga")],
+    ({"use_dora": True}, "use_dora"), ({"lora_bias": True}, "lora_bias"), ({"bias": "all"}, "bias"),
+    ({"trainable_token_indices": [3]}, "trainable_token_indices"), ({"alora_invocation_tokens": [3]}, "alora"),
+    ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"), ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
+    ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"layer_replication": [[0, 2]]}, "layer_replication"),
+    ({"target_parameters": ["x"]}, "target_parameters"), ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+    ({"a_field_to_come": 0.5}, "a_field_to_come"), ({"use_rslora": "yes"}, "use_rslora"),
+    *[({"target_modules": value}, "target_modules") for value in (
+        NOTHING, None, 3, {"q_proj": 1}, [1], [], "no such name", "(", ["lm_head"])],
+    *[({"r": value}, " r ") for value in (0, -1, None, 2.5, "4", True)], ({"r": NOTHING}, "field r"),
+    *[({"lora_alpha": value}, "lora_alpha") for value in (NOTHING, None, "8", math.nan)],
+    ({"r": 5}, "shape"), ({"layers_to_transform": [0]}, "layers.1"), ({"layers_to_transform": 0}, "layers.1"),
+    ({"exclude_modules": ["q_proj"]}, "q_proj"), ({"target_modules": ["q_proj"]}, "_proj"),
+    ({"target_modules": "all-linear"}, "no tensor"),
+], ids=str)
+def test_an_adapter_that_is_no_plain_lora_is_refused_and_the_net_stays_as_it_was(tmp_path, changes, named):
+    model.save_adapter(tmp_path, adapted_net())
+    path = tmp_path / "adapter_config.json"
+    config = {name: value for name, value in (model.read_json(path) | changes).items() if value is not NOTHING}
+    model.write_json(path, config)
+    net, other = adapted_net(seed=1), adapted_net(seed=1)
+    named = {"shape": "expected"}.get(named, named)
+    assert_refused(lambda: model.load_adapter(str(tmp_path), net), named)
+    assert_same_parameters(net, other)
+
+
+def assert_same_parameters(net, other):
+    pairs = list(zip(net.named_parameters(), other.named_parameters(), strict=True))
+    for (name, a), (other_name, b) in pairs:
+        assert name == other_name and torch.equal(a, b) and a.requires_grad == b.requires_grad, name
+    ids = torch.tensor([model_prompt(9)])
+    assert torch.equal(net(ids), other(ids))
+
+
+@pytest.mark.parametrize("change", [
+    lambda t: t.pop(next(iter(t))),
+    lambda t: t.update({"base_model.model.lm_head.lora_A.weight": torch.ones(4, 32)}),
+    lambda t: t.update({"base_model.model.model.layers.0.self_attn.q_proj.lora_B.bias": torch.ones(64)}),
+    lambda t: t.update({"base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector": torch.ones(64)}),
+    lambda t: t.update({"base_model.model.model.embed_tokens.weight": torch.ones(97, 32)}),
+    lambda t: t.update({name: value.to(torch.int8) for name, value in t.items()}),
+    lambda t: t.update({name: value.T.contiguous() for name, value in t.items()}),
+], ids=range(7))
+def test_an_adapters_file_that_is_not_what_its_configuration_says_is_refused(tmp_path, net, change):
+    model.save_adapter(tmp_path, adapted_net())
+    path = str(tmp_path / "adapter_model.safetensors")
+    with model.open_tensors(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    change(tensors)
+    model.write_tensors(path, tensors)
+    assert_refused(lambda: model.load_adapter(str(tmp_path), net), "adapter_model.safetensors")
+    assert_same_parameters(net, model_net())
+
+
+@torch.no_grad()
+def test_rslora_scales_by_the_root_of_the_rank(tmp_path, net):
+    adapted = adapted_net()  # rank 4, alpha 6
+    model.save_adapter(tmp_path, adapted)
+    path = tmp_path / "adapter_config.json"
+    model.write_json(path, model.read_json(path) | {"use_rslora": True})
+    model.load_adapter(str(tmp_path), net)
+    assert {linear.lora_scale for linear, *_ in model.adapted(net)} == {6 / 2}
+
+
+@pytest.mark.parametrize("wrong", [
+    dict(rank=0), dict(rank=2.0), dict(rank=True), dict(alpha=math.nan), dict(alpha=0), dict(alpha=math.inf),
+    dict(targets=()), dict(targets=("lm_head",)), dict(targets="q_proj")], ids=str)
+def test_impossible_adapters_are_refused_and_those_that_the_net_has_stay(wrong):
+    net = adapted_net()
+    assert_refused(lambda: model.add_lora(net, **wrong), "lora: ")
+    assert_same_parameters(net, adapted_net())
+
+
+@pytest.mark.peers
+@torch.no_grad()
+@pytest.mark.parametrize("options", [
+    dict(use_rslora=True, target_modules=["q_proj", "up_proj"]),
+    dict(target_modules="all-linear"),
+    dict(target_modules=r".*\.layers\.1\..*(q|down)_proj"),
+    dict(target_modules=["self_attn.v_proj", "layers.0.mlp.gate_proj"]),
+    dict(target_modules=["q_proj", "o_proj"], layers_to_transform=[0]),
+    dict(target_modules=["q_proj", "o_proj"], exclude_modules=["layers.0.self_attn.o_proj"]),
+    dict(target_modules=["k_proj"], init_lora_weights="gaussian"),
+    dict(target_modules=None),
+    # none of these is plain LoRA
+    dict(target_modules=["q_proj"], use_dora=True),
+    dict(target_modules=["q_proj"], init_lora_weights="pissa"),
+    dict(target_modules=["q_proj"], init_lora_weights="olora"),
+    dict(target_modules=["q_proj"], lora_bias=True),
+    dict(target_modules=["q_proj"], bias="all"),
+    dict(target_modules=["q_proj"], trainable_token_indices=[3, 5]),
+    dict(target_modules=["q_proj"], alora_invocation_tokens=[3, 5]),
+    dict(target_modules=["q_proj", "k_proj"], rank_pattern={"k_proj": 2}),
+    dict(target_modules=["q_proj", "k_proj"], alpha_pattern={"k_proj": 2}),
+    dict(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    dict(target_modules=["q_proj", "lm_head"]),
+], ids=str)
+def test_an_adapter_of_peft_computes_what_it_does_there_or_is_refused(tmp_path, options):
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    net, ids = model_net(tie_embeddings=False), torch.tensor([model_prompt(20)])
+    model.save(tmp_path / "base", net)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
+    config = peft.LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **options)
+    theirs = peft.get_peft_model(base, config).eval()
+    torch.manual_seed(1)
+    for name, p in theirs.named_parameters():
+        if "lora_B" in name and p.requires_grad:
+            p.add_(0.3 * torch.randn_like(p))
+    theirs.save_pretrained(tmp_path / "adapter")
+
+    is_plain = not set(options) & {
+        "use_dora", "lora_bias", "bias", "trainable_token_indices", "alora_invocation_tokens", "rank_pattern",
+        "alpha_pattern", "modules_to_save"}
+    is_plain &= options.get("init_lora_weights") in (None, "gaussian") and "lm_head" not in str(options)
+    if not is_plain:
+        assert_refused(lambda: model.load_adapter(str(tmp_path / "adapter"), net), "adapter")
+        return assert_same_parameters(net, model_net(tie_embeddings=False))
+    model.load_adapter(str(tmp_path / "adapter"), net)
+    assert (theirs(ids).logits - net(ids)).abs().max() < 1e-4
+    assert (net(ids) - model_net(tie_embeddings=False)(ids)).abs().max() > 1e-2
 
 
 # -- training state
@@ -2118,6 +2245,24 @@ def test_an_unfinished_run_with_other_settings_is_refused_in_one_line(tmp_path, 
     with pytest.raises(ValueError, match="checkpoints: belongs to a run with other settings") as error:
         small_training(tmp_path, colour_scenes, width=64)
     assert "remove it to start afresh" in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"other settings \(lr was 0.003\)"):
+        small_training(tmp_path, colour_scenes, lr=1e-3)
+    assert small_training(tmp_path, colour_scenes, export_every=4).step == 1
+
+
+def test_a_renderers_gradient_that_is_no_number_moves_nothing(tmp_path, colour_scenes, monkeypatch):
+    run = small_training(tmp_path, colour_scenes)
+    run.update()
+    before, loss = [p.clone() for p in run.net.parameters()], diffusion.flow_loss
+
+    def broken(*arguments):
+        value, metrics = loss(*arguments)
+        return value * math.inf, metrics
+    monkeypatch.setattr(diffusion, "flow_loss", broken)
+    run.update(), run.update()
+    assert all(torch.equal(a, b) for a, b in zip(before, run.net.parameters(), strict=True)) and run.skipped == 2
+    with pytest.raises(ValueError, match="renderer: step 3: the gradient's norm is .*last of 3 updates"):
+        run.update()
 
 
 @pytest.mark.slow
@@ -2951,7 +3096,9 @@ def test_any_folder_of_texts_and_pictures_becomes_a_corpus(tmp_path):
 
 @pytest.mark.parametrize("text, query", [
     ("ルーブル美術館はパリにある。", "美術館"),
-    ("卢浮宫位于巴黎。", "卢浮宫在哪里"), ("루브르 박물관은 파리에 있다.", "박물관"),
+    ("卢浮宫位于巴黎。", "卢浮宫在哪里"),
+    ("卢浮宫位于巴黎。", "宫"), ("卢浮宫位于巴黎。", "卢"), ("塔", "塔"),
+    ("루브르 박물관은 파리에 있다.", "박물관"),
     ("The cafe\u0301 opens.", "café"), ("Built in １８７３.", "1873"), ("Ｔｏｗｅｒ", "tower")])
 def test_a_word_is_found_in_every_script_and_spelling(text, query):
     corpus = tools.Corpus.from_texts([("other", "", "nothing of it 猫"), ("right", "", text)], {"a.png": text})
@@ -2975,6 +3122,13 @@ def test_other_files_are_skipped_and_long_ones_cut_and_the_summary_says_so(tmp_p
     assert corpus.summary() == "2 texts, 1 pictures, 2 skipped, 1 cut"
     assert [page.title for page, _ in corpus.search("zebra", 5)] == ["louvre"]
     assert corpus.pictures[0].title == "zebra by the river" and set(corpus.pages[0].text) == {"é"}
+
+
+def test_a_snippet_shows_the_sentence_with_the_single_character_asked_for():
+    text = "这里什么都没有。" * 40 + "巴黎铁塔很高。"
+    corpus = tools.Corpus.from_texts([("right", "", text)], {})
+    (_, snippet), = corpus.search("塔", 5)
+    assert "铁塔" in snippet
 
 
 def test_a_snippet_shows_the_hit_deep_in_a_long_sentence():
@@ -3832,6 +3986,23 @@ def test_a_photo_is_turned_upright():
     assert image.shape == (32, 8, 3) and image[0].min() > 200 and image[-1].max() < 50
 
 
+@pytest.mark.peers
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_a_pictures_size_is_asked_for_as_it_is_shown_upright(kind, orientation):
+    Image = pytest.importorskip("PIL.Image")
+    file, exif = io.BytesIO(), Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    exif[0x010F] = "a camera"
+    Image.fromarray(random_picture(3)).resize((64, 32)).save(file, format=kind, exif=exif)
+    expected = (512, 1024) if orientation in (5, 6, 7, 8) else (1024, 512)
+    renderer = tools.RemoteRenderer(["http://127.0.0.1:1"])
+    assert renderer.output_size([file.getvalue()]) == expected
+    height, width, _ = tools.read_image(file.getvalue()).shape
+    assert (width < height) == (expected[0] < expected[1])
+
+
 @pytest.mark.parametrize("reference", [png_header(50000, 50000), diffusion.encode_png(random_picture())[:-30], b"GIF"],
                          ids=["bomb", "truncated", "foreign"])
 def test_an_unusable_reference_fails_its_picture_alone(reference, model_server):
@@ -4651,10 +4822,10 @@ def test_sft_stopped_and_started_again_ends_with_the_same_weights(tmp_path, sft,
 def test_three_updates_in_a_row_without_a_finite_gradient_end_a_run():
     skipped = 0
     for norm, expected in ((1.0, 0), (math.inf, 1), (0.5, 0), (NAN, 1), (math.inf, 2)):
-        skipped = distill.count_skipped(skipped, norm, "step 5")
+        skipped = model.count_skipped(skipped, norm, "step 5")
         assert skipped == expected
     with pytest.raises(ValueError, match="step 5: the gradient's norm is nan, the last of 3 updates"):
-        distill.count_skipped(skipped, NAN, "step 5")
+        model.count_skipped(skipped, NAN, "step 5")
 
 
 @pytest.mark.slow
@@ -6273,6 +6444,8 @@ def test_right_advice_is_the_share_of_bullets_that_the_world_knows_to_be_right(a
 def test_samples_are_different_validation_requests_and_open_with_the_default_one():
     rows = atlas.world.samples(3)
     assert len({row["question"] for row in rows}) == 3 and rows[0] == atlas.world.default_request()
+    assert "the founding year of its city" in rows[0]["question"] and rows[0]["recipe"]["wanted"]["fact"] == "city_year"
+    assert len(rows[0]["recipe"]["wanted"]["skills"]) == 2  # others of that kind have one
     assert all(row["id"].startswith("validation-") for row in rows) and len(atlas.world.samples(1000)) == 64
     assert atlas.world.phrases() == build.GUIDE and set(atlas.world.phrases()) <= set(distill.FIELDS)
 
@@ -6313,6 +6486,7 @@ def test_an_observation_from_elsewhere_is_reduced_to_what_the_policy_was_trained
 # ---- The agent and its commands --------------------------------------------------------------------------------------
 
 SFT = os.path.join(genevolve.HERE, "weights", "sft")
+POLICY = os.path.join(genevolve.HERE, "weights", "policy")
 SKILLS = os.path.join(genevolve.HERE, "skills")
 CORPUS = os.path.join(genevolve.HERE, "atlas", "corpus")
 PROGRAM = os.path.join(genevolve.HERE, "genevolve.py")
@@ -6598,6 +6772,132 @@ def test_log_probs_of_another_temperature_than_the_samplings_are_no_ones_weights
             assert ("--logprobs-mode processed_logprobs" in said) == (not is_comparable) and said.count("\n") <= 1
         with pytest.raises(tools.ToolError, match="--correct-mismatch"):
             changed_policy([vllm_client(raw)], "stop", 0.7, needs_logprobs=True).load_weights(str(tmp_path), 1)
+
+
+class RealVLLM:
+    """``vllm serve FOLDER`` in processes of its own, by the Python that GENEVOLVE_VLLM names."""
+
+    def __init__(self, python, folder, log):
+        self.log = log
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.command = [os.path.join(os.path.dirname(python), "vllm"), "serve", folder, "--host", "127.0.0.1", "--port",
+                        str(port), "--served-model-name", "genevolve", "--dtype", "float32", "--max-model-len", "1536",
+                        "--gpu-memory-utilization", "0.2", "--logprobs-mode", "processed_logprobs"]
+        self.start()
+
+    def start(self):
+        environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
+                                    "DO_NOT_TRACK": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(self.command, env=environment, stdout=log, stderr=log,
+                                            start_new_session=True)
+
+    def wait(self, seconds=300):
+        """Until it answers."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and self.process.poll() is None:
+            try:
+                return requests.get(f"{self.url}/health", timeout=5).raise_for_status()
+            except requests.RequestException:
+                time.sleep(1)
+        raise RuntimeError(f"vLLM did not start, see {self.log}")
+
+    def signal(self, number):
+        """To the server and its worker processes."""
+        os.killpg(self.process.pid, number)
+        if number == signal.SIGKILL:
+            self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def real_vllm(tmp_path_factory):
+    python = os.environ.get("GENEVOLVE_VLLM")
+    if not python:
+        pytest.skip("GENEVOLVE_VLLM names no Python that has vLLM")
+    server = RealVLLM(python, POLICY, tmp_path_factory.mktemp("vllm") / "log.txt")
+    try:
+        server.wait()
+        client = vllm_client(server, backoff=0.5)
+        yield server, client
+    finally:
+        server.signal(signal.SIGKILL)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("temperature", (1.0, 0.7))
+def test_log_probs_of_200_turns_of_a_real_vllm_are_the_trainers(real_vllm, tmp_path, temperature):
+    policy = changed_policy([real_vllm[1]], temperature=temperature)
+    policy.load_weights(str(tmp_path), 1)
+    prompts = [policy.tokenizer.apply_chat([{"role": "user", "content": request["question"]}], True)
+               for request in atlas.world.requests("evolve")[:200]]
+    rollouts = real_vllm[1].generate(prompts, 48, temperature, 1.0, policy.stop_ids)
+    sequences = [prompt + rollout.tokens for prompt, rollout in zip(prompts, rollouts)]
+    with torch.no_grad():
+        expected = model.token_logprobs(policy.net, sequences, temperature)
+    gaps = torch.cat([torch.tensor(rollout.logprobs) - logp[len(prompt) - 1:]
+                      for prompt, rollout, logp in zip(prompts, rollouts, expected)])
+    print(f"{len(gaps)} tokens, greatest gap {float(gaps.abs().max()):.1e}, mean {float(gaps.abs().mean()):.1e}")
+    assert len(prompts) == 200 and float(gaps.abs().mean()) < 1e-5 and float(gaps.abs().max()) < 1e-4
+    assert policy.probe.is_comparable
+
+
+@pytest.mark.engine
+def test_a_real_vllm_that_keeps_its_old_output_matrix_is_stopped_or_given_it_another_way(real_vllm, tmp_path, capsys):
+    client = real_vllm[1]
+    changed_policy([client]).load_weights(str(tmp_path), 1)  # with an output matrix of its own: exact
+    client.UNTIED = (False, True)
+    policy = changed_policy([client])
+    with torch.no_grad():
+        policy.net.embed.weight.mul_(1.01)
+    with pytest.raises(genevolve.StaleWeights, match="0.0001 is allowed .float32."):
+        policy.load_weights(str(tmp_path), 2)
+    policy.tries_others = True
+    policy.load_weights(str(tmp_path), 3)
+    assert capsys.readouterr().err.count("another way") == 1 and policy.probe.gap < 1e-4
+    del client.UNTIED
+
+
+@pytest.mark.engine
+def test_the_policy_behind_a_real_vllm_writes_20_of_20_programs(real_vllm, tmp_path, command):
+    net, tokenizer = model.load(POLICY)
+    genevolve.RolloutPolicy([real_vllm[1]], net, tokenizer, genevolve.Sampling(), True).load_weights(str(tmp_path), 1)
+    asked = tmp_path / "requests.jsonl"
+    model.write_lines(str(asked), [{k: row[k] for k in ("id", "question")}
+                                   for row in atlas.world.requests("validation")[:20]])
+    code, _, err = command("run", "--input", asked, "--out", tmp_path / "run", "--policy", real_vllm[0].url,
+                           "--protocol", "compact", "--sampling-steps", 1)
+    assert code == 0, err
+    rows = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert sum(bool(row["gen_prompt"]) for row in rows) >= 19 and len(rows) == 20
+
+
+@pytest.mark.engine
+def test_a_real_vllm_that_hangs_or_is_killed_goes_on_with_the_new_weights(real_vllm, tmp_path):
+    server, client = real_vllm
+    policy = changed_policy([client])
+    policy.load_weights(str(tmp_path), 1)
+    prompts = [[token, 8, 15] for token in range(20, 52)]
+    for trouble in ("hang", "kill"):
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(client.generate, prompts, 400)
+            time.sleep(0.5)
+            if trouble == "hang":
+                server.signal(signal.SIGSTOP)
+                time.sleep(5)
+                server.signal(signal.SIGCONT)
+            else:
+                server.signal(signal.SIGKILL)
+                time.sleep(3)
+                server.start()  # with the weights of POLICY
+            rollouts = answer.result()
+        with torch.no_grad():
+            expected = model.token_logprobs(policy.net, [p + r.tokens for p, r in zip(prompts, rollouts)])
+        for prompt, rollout, logp in zip(prompts, rollouts, expected):
+            assert rollout.logprobs == pytest.approx(logp[len(prompt) - 1:].tolist(), abs=1e-4)
+    assert "waits for it" in client.said[0] and "back after" in client.said[-1]
 
 
 def test_a_turn_without_room_in_the_servers_context_ends_as_cut_off():
@@ -8905,6 +9205,30 @@ def test_unusable_flags_of_a_benchmark_are_named_in_one_line(tmp_path, capsys, a
 
 # ---- Speed -----------------------------------------------------------------------------------------------------------
 
+class CountingEngine:
+    """Writes what was asked for, a zero a token; ``batches``: prompts of each request."""
+
+    def __init__(self, at_once):
+        self.AT_ONCE, self.batches = at_once, []
+
+    def generate(self, prompts, max_new_tokens):
+        self.batches.append(len(prompts))
+        return [tools.Rollout([0] * max_new_tokens, [0.0] * max_new_tokens, "length") for _ in prompts]
+
+
+def test_servers_share_the_prompts_of_the_engine_row(monkeypatch, tmp_path, capsys):
+    engines = {"a": CountingEngine(5), "b": CountingEngine(512)}
+    monkeypatch.setattr(tools, "open_engine", engines.get)
+    code, _, err = bench_main(capsys, "speed", "--quick", "--rows", "engine", "--engines", "a,b", "--repeats", 1, "--out",
+                              tmp_path)
+    assert code == 0, err
+    assert sorted(engines["a"].batches) == [3, 4] + [5] * 13 and engines["b"].batches == [24]  # 48 alone, then 24 each
+    row = bench.read_json(tmp_path / "speed.json")["engine"]
+    assert list(row) == ["servers 1: tokens/s", "servers 2: tokens/s"] and min(row.values()) > 0
+    _, out, _ = bench_main(capsys, "speed", "--quick", "--rows", "engine", "--out", tmp_path)
+    assert "--engines URL,URL" in out
+
+
 @pytest.mark.slow
 def test_quick_rows_of_the_speed_table(tmp_path, monkeypatch, capsys, committed_results):
     monkeypatch.chdir(tmp_path)
@@ -9758,7 +10082,8 @@ def mirrored(image):
 @pytest.mark.parametrize("aspect, change, check", [
     ("shadow", mirrored, "shadow"), ("pair", mirrored, "sides"), ("mood", lambda image: image[::-1], "gradient"),
     ("mood", lambda image: image[..., ::-1], "palette"),                       # red and blue change places
-    ("style", lambda image: image.swapaxes(0, 1), "style")])
+    ("style", lambda image: image.swapaxes(0, 1), "style"),
+    ("style", lambda image: np.full_like(image, 128), "style")])               # no pattern is no style
 def test_a_picture_with_one_thing_turned_around_fails_the_check_of_that_thing(judge, aspect, change, check):
     tried = 0
     for _, row, truth, wanted in atlas_cases(60, seed=3):
