@@ -9219,8 +9219,8 @@ class CountingEngine:
 def test_servers_share_the_prompts_of_the_engine_row(monkeypatch, tmp_path, capsys):
     engines = {"a": CountingEngine(5), "b": CountingEngine(512)}
     monkeypatch.setattr(tools, "open_engine", engines.get)
-    code, _, err = bench_main(capsys, "speed", "--quick", "--rows", "engine", "--engines", "a,b", "--repeats", 1, "--out",
-                              tmp_path)
+    code, _, err = bench_main(capsys, "speed", "--quick", "--rows", "engine", "--engines", "a,b", "--repeats", 1,
+                              "--out", tmp_path)
     assert code == 0, err
     assert sorted(engines["a"].batches) == [3, 4] + [5] * 13 and engines["b"].batches == [24]  # 48 alone, then 24 each
     row = bench.read_json(tmp_path / "speed.json")["engine"]
