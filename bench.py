@@ -551,11 +551,13 @@ LONGER = {"two": "network", "three": "threefold", "four": "fourteen"}
 
 
 def hidden_values(wanted, rng):
-    """The plain wordings, but the wanted values stand only inside longer words."""
-    prompt = " ".join(forms["plain"] for forms in wanted["wordings"].values())
+    """The plain wordings, but the wanted text and number stand only inside longer words. Where there are none to hide,
+    no wording."""
+    plain = " ".join(forms["plain"] for forms in wanted["wordings"].values())
+    hidden = plain.replace(wanted["text"], f"9{wanted['text']}99") if wanted["text"] else plain
     for number, longer in LONGER.items():
-        prompt = re.sub(rf"\b{number}\b", longer, prompt, flags=re.I)
-    return [prompt.replace(wanted["text"], f"9{wanted['text']}99") if wanted["text"] else prompt]
+        hidden = re.sub(rf"\b{number}\b", longer, hidden, flags=re.I)
+    return [hidden] if hidden != plain else []
 
 
 def shuffled_words(wanted, oracle, titles, rng):
@@ -1310,7 +1312,7 @@ class Speed(Compute):
     quick: bool = flag(False, "a smoke run on small sizes")
     rows: str = flag("", "comma-separated rows (default: all)")
     engines: str = flag("", "URLs of running vLLM or SGLang servers, with commas between, for the row engine")
-    repeats: int = flag(3, "runs of each side")
+    repeats: int = flag(5, "runs of each side")
 
 
 PROMPT, OBSERVATION, GUIDE = 600, 120, 120  # tokens
@@ -1438,9 +1440,8 @@ def logprob_row(s):
         backward((hidden @ weight.T).log_softmax(-1).gather(1, target[:, None]))
 
     row = side_by_side(known_weights, theirs, s)
-    other = side_by_side(any_loss, theirs, dataclasses.replace(s, repeats=1))
-    for name in ("ours s", "ratio", "ours MB"):
-        row[f"any loss, {name}"] = other.get(name)
+    other = side_by_side(any_loss, theirs, s)
+    row |= {f"any loss, {name}": value for name, value in other.items() if not name.startswith("peer")}
     gradients = (hidden.nbytes + weight.nbytes) / 2**20
     row["the gradients, MB"] = gradients
     if "ours MB" in row:
@@ -1745,7 +1746,9 @@ def training_step(rank, layers, repeats, quick, device):
 SPEED = {"rollouts": rollout_row, "turns": turns_row, "short turns": short_turns_row, "log-probs": logprob_row,
          "training step": training_row, "sampler": sampler_row, "scaling": scaling_row, "slow tools": tools_row,
          "low-rank adapters": lora_row, "engine": engine_row}
-TARGETS = {"rollouts": 6, "turns": 8, "short turns": 8, "log-probs": 1.2, "training step": 2.5, "sampler": 1.3}
+# peer / ours: the peer as it is by default, and with the same products
+TARGETS = {"rollouts": (5.5, 4.5), "turns": (6.5, None), "short turns": (8, None), "log-probs": (1.8, None),
+           "training step": (4.5, None), "sampler": (1.8, None)}
 
 
 def speed(settings):
@@ -2083,7 +2086,8 @@ def label_of(name):
 
 def print_row(label, values):
     """A row of a table on the terminal."""
-    cells = [f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items()]
+    cells = [f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}"
+             for name, value in values.items() if not name.endswith("runs")]  # these are for the file
     print(f"{label:<44} " + "  ".join(cells), flush=True)
 
 
@@ -2267,36 +2271,55 @@ def memory_mb(name):
 
 
 def side_by_side(ours, peer, settings):
-    """Alternating runs after one of each that is not counted; ratios are peer / ours of neighbouring runs."""
+    """Alternating runs after one of each that is not counted; ratios are peer / ours of neighbouring runs.
+
+    Where ours has other products than torch's own, the peer runs twice: as a user gets it, and with the same products.
+    Every run is kept: "runs" holds seconds of (ours, peer, peer with the same products).
+    """
+    settings_of_peer = dict.fromkeys(("mkl", model.current_products()))  # in this order, once if they are one
     ours()
     peer()
-    runs = []  # neighbours in time, so that a busy spell of the machine meets both
+    measured = []  # neighbours in time, so that a busy spell of the machine meets all
     for _ in range(settings.repeats):
-        runs.append((timed(ours, settings.device), timed(peer, settings.device)))
-    ratios = [theirs.seconds / own.seconds for own, theirs in runs]
-    row = {
-        "ours s": float(np.median([own.seconds for own, _ in runs])),
-        "peer s": float(np.median([theirs.seconds for _, theirs in runs])),
-        "ratio": float(np.median(ratios)),
-        "ratio low": min(ratios),
-        "ratio high": max(ratios),
-    }
-    if runs[0][0].megabytes is not None:
-        own_peak = max(1.0, *(own.megabytes for own, _ in runs))
-        peer_peak = max(1.0, *(theirs.megabytes for _, theirs in runs))
-        row |= {"ours MB": own_peak, "peer MB": peer_peak, "memory ratio": peer_peak / own_peak}
+        own = timed(ours, settings.device)
+        theirs = []
+        for name in settings_of_peer:
+            with model.products(name):
+                theirs.append(timed(peer, settings.device))
+        measured.append((own, *theirs))
+
+    runs = [[run.seconds for run in neighbours] for neighbours in measured]
+    row = {"ours s": float(np.median([own for own, *_ in runs])),
+           **compared([(own, theirs) for own, theirs, *_ in runs]), "runs": runs}
+    if len(settings_of_peer) > 1:
+        same = compared([(own, theirs) for own, _, theirs in runs])
+        row |= {f"same products, {name}": value for name, value in same.items()}
+    if measured[0][0].megabytes is not None:
+        own_peak, *peer_peaks = (max(1.0, *(run.megabytes for run in side)) for side in zip(*measured, strict=True))
+        row |= {"ours MB": own_peak, "peer MB": peer_peaks[0], "memory ratio": peer_peaks[0] / own_peak}
     return row
 
 
+def compared(pairs):
+    """Median seconds of the peer, median and quartiles of peer / ours. pairs: (ours, peer) seconds of neighbours."""
+    low, median, high = np.percentile([theirs / own for own, theirs in pairs], (25, 50, 75))
+    return {"peer s": float(np.median([theirs for _, theirs in pairs])), "ratio": float(median),
+            "ratio quartiles": [float(low), float(high)]}
+
+
 def measure_machine(device):
-    """Measured matrix-product peak (float32, float operations a second) and memory bandwidth (bytes a second)."""
+    """The fastest float32 product of any backend (float operations a second), and memory bandwidth (bytes a second)."""
     matrix = torch.randn(2048, 2048, device=device)
     vector = torch.randn(2**26, device=device)
 
     def least(work):
         return min(timed(work, device).seconds for _ in range(8))
 
-    return {"matrix product, GFLOP/s": 2 * 2048**3 / least(lambda: matrix @ matrix) / 1e9,
+    speeds = {}
+    for name in model.PRODUCTS if device == "cpu" else ("mkl",):
+        with model.products(name):
+            speeds[name] = 2 * 2048**3 / least(lambda: matrix @ matrix) / 1e9
+    return {"matrix product, GFLOP/s": max(speeds.values()), "matrix products, GFLOP/s": speeds,
             "memory, GB/s": vector.nbytes / least(lambda: vector.sum()) / 1e9}
 
 

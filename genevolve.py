@@ -886,8 +886,9 @@ def go_on(run):
             except OSError as error:
                 raise ValueError(f"step {run.steps_done} could not be kept ({error}); everything before it is on disk")
             seconds_a_step = (time.perf_counter() - started) / (run.steps_done - first_step)
-            say(f"{step_line(row)}  {time_text(seconds_a_step * (s.steps - run.steps_done))} left")
-            say(f"  {lesson_line(run.memory.entries, row)}")
+            figures, *more = step_line(row).splitlines()
+            say(f"{figures}  {time_text(seconds_a_step * (s.steps - run.steps_done))} left")
+            say("\n".join([f"  {lesson_line(run.memory.entries, row)}", *more]))
             if "validation" in row or run.steps_done == first_step + 1:  # there is a page from the first step on
                 report(run)
 
@@ -2934,6 +2935,7 @@ def finite(value):
 
 LIVE_ATTEMPTS = 8    # answered side by side; others wait
 KEPT_ATTEMPTS = 64   # the oldest finished ones are dropped
+ENDED = ("done", "cancelled", "failed")
 RUN_DEPTH = 3        # levels of folders in which runs are looked for
 
 
@@ -3014,7 +3016,7 @@ class Playground:
     def start(self, question):
         """Begin an attempt at a request; returns its id, and what has to be said before it is answered."""
         with self.lock:
-            finished = [name for name, attempt in self.attempts.items() if attempt.view or attempt.error]
+            finished = [name for name, attempt in self.attempts.items() if attempt.state in ENDED]
             if len(self.attempts) - len(finished) >= KEPT_ATTEMPTS:
                 raise tools.HttpError(503, "too many requests are waiting: try again later")
             for name in finished[:max(0, len(self.attempts) + 1 - KEPT_ATTEMPTS)]:
@@ -3078,7 +3080,8 @@ def run_folders(places):
             depth = 0 if below == "." else below.count(os.sep) + 1
             if depth >= RUN_DEPTH:
                 folders.clear()
-            if "report.html" in names and ("log.jsonl" in names or "results.json" in names):
+            has_record = "log.jsonl" in names or "results.json" in names
+            if has_record and "report.html" in names and holds_view(os.path.join(folder, "report.html")):
                 name = os.path.normpath(os.path.join(os.path.basename(place), below)).replace(os.sep, "/")
                 found.append((os.path.getmtime(os.path.join(folder, "report.html")), name, folder))
     return {name: folder for _, name, folder in sorted(found, reverse=True)}
@@ -3097,12 +3100,16 @@ def run_summary(name, folder):
             "kscore": distill.average(kscores) if kscores else None}
 
 
+def holds_view(path):
+    """Whether a report.html is of this page's making: the data stand behind the style."""
+    with open(path, encoding="utf-8") as file:
+        return DATA_TAG in file.read(2**16)
+
+
 def read_view(path):
     """The JSON that a report.html draws."""
     with open(path, encoding="utf-8") as file:
-        _, found, rest = file.read().partition(DATA_TAG)
-    if not found:
-        raise ValueError(f"{path}: holds no data")
+        _, _, rest = file.read().partition(DATA_TAG)
     return json.loads(rest.partition("</script>")[0])
 
 

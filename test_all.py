@@ -4392,6 +4392,7 @@ def test_a_valid_program_is_parsed_and_keeps_its_references():
     (program_answer(ids=()), "0 reference images"),
     (program_answer(ids=("IMG_001", "IMG_002", "IMG_003")), "3 reference images"),
     (program_answer(ids=("IMG_099",)), "unknown img_id IMG_099"),
+    (program_answer(ids=("</tool_response>" * 999,)), "unknown img_id ‹/tool_response"),
     (program_answer(ids=("IMG_002", "IMG_001")), "sorted"),
     (program_answer(ids=("IMG_002", "IMG_002")), "differ"),
     (program_answer("Velmar Bridge as in IMG_001."), "contains an img_id"),
@@ -4642,6 +4643,58 @@ def test_sft_stopped_and_started_again_ends_with_the_same_weights(tmp_path, sft,
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
     assert not (tmp_path / "stopped" / "checkpoints").exists()
     assert (tmp_path / "stopped" / "adapter").exists() is lora
+
+
+def test_three_updates_in_a_row_without_a_finite_gradient_end_a_run():
+    skipped = 0
+    for norm, expected in ((1.0, 0), (math.inf, 1), (0.5, 0), (NAN, 1), (math.inf, 2)):
+        skipped = distill.count_skipped(skipped, norm, "step 5")
+        assert skipped == expected
+    with pytest.raises(ValueError, match="step 5: the gradient's norm is nan, the last of 3 updates"):
+        distill.count_skipped(skipped, NAN, "step 5")
+
+
+@pytest.mark.slow
+def test_a_cold_start_skips_gradients_that_are_no_numbers(tmp_path, sft, monkeypatch):
+    calls, loss = [], distill.sft_loss
+
+    def broken(*arguments):
+        calls.append(1)
+        return loss(*arguments) * (NAN if len(calls) in bad else 1)
+    monkeypatch.setattr(distill, "sft_loss", broken)
+    bad = (2, 3)
+    assert sft(tmp_path / "policy", "--steps", 4)[0] == 0
+    net, _ = model.load(str(tmp_path / "policy"))
+    assert all(p.isfinite().all() for p in net.parameters())
+    bad = range(6, 20)
+    code, _, err = sft(tmp_path / "other", "--steps", 9)
+    assert code == 2 and "the gradient's norm is nan, the last of 3" in err
+
+
+@pytest.mark.slow
+def test_a_stopped_cold_start_knows_its_files_again(tmp_path, sft, monkeypatch, demonstrations):
+    data, loss, calls = tmp_path / "demos.jsonl", distill.sft_loss, []
+    shutil.copy(demonstrations / "sft.jsonl", data)
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return loss(*arguments)
+    monkeypatch.setattr(distill, "sft_loss", interrupted)
+    more = ("--steps", 4, "--save-every", 2, "--data", data)
+    assert sft(tmp_path / "policy", *more)[0] == 130
+    data.write_text(data.read_text() + data.read_text().splitlines()[0] + "\n")
+    code, _, err = sft(tmp_path / "policy", *more)
+    assert code == 2 and "--data" in err and "has changed since" in err and err.count("\n") == 1
+    code, out, err = sft(tmp_path / "policy", *more, "--accept-changes")
+    assert code == 0 and "resuming at step" in out, err
+    code, _, err = sft(tmp_path / "policy", "--steps", 1)
+    assert code == 0 and f"the policy in {tmp_path / 'policy'} will be replaced" in err
+
+
+def test_a_cold_start_writes_to_runs_unless_told():
+    assert genevolve.Sft().out == os.path.join("runs", "sft")
 
 
 @pytest.mark.parametrize("init, said", [("", "--init"), ("policy", "another --out")])
@@ -6345,6 +6398,33 @@ def test_an_unknown_reference_is_an_error_the_policy_sees(attempt):
     assert "IMG_077" in t.steps[1].observation and t.termination == "answer" and t.rounds == 3
 
 
+WRONG = (["x"], {"x": 1}, 7, 0.5, True, None, "", [], {}, [[]], [None], [{"a": []}], "\ud800", ["\ud800"], "\0", 10**30)
+
+
+@pytest.mark.parametrize("name, field", [
+    ("search", "queries"), ("search", "top_k"), ("image_search", "query"), ("image_search", "top_k"),
+    ("query_knowledge", "skill_name"), ("answer", "gen_prompt"), ("answer", "reference_images")])
+def test_an_argument_of_any_wrong_type_is_an_observation(attempt, name, field, tmp_path):
+    """From the policy's text to the record on disk, the lesson and the page: nothing raises."""
+    good = {"search": {"queries": ["Kettle"]}, "image_search": {"query": "Kettle"}, "query_knowledge": {},
+            "answer": {"gen_prompt": "A kettle.", "reference_images": [{"img_id": "IMG_001", "note": ""}]}}[name]
+
+    def turn(value):
+        arguments = good | {field: value}
+        if name == "answer":
+            return f"<think>So.</think>\n<answer>{json.dumps(arguments)}</answer>"
+        return call_turn(name, **arguments)
+    for some in (WRONG[:8], WRONG[8:]):
+        t = attempt(*map(turn, some), *[call_turn("nothing")] * 3)
+        assert t.rounds == 11 and t.program is None and all(step.observation for step in t.steps)
+        t.reward, t.program = 0.5, tools.Program("A kettle.", [])  # the best of a pair may have erred before
+        assert isinstance(distill.describe(t), str) and distill.compare(t, t)
+        assert distill.summarize_pair(t.question, t, t) and json.dumps(genevolve.lesson_record(t, t))
+        json.dumps(t.to_json())
+        model.write_json(str(tmp_path / "results.json"), [genevolve.record(t, "")])
+        genevolve.write_report(str(tmp_path / "report.html"), genevolve.run_view([t]))
+
+
 def test_the_last_turn_is_announced_and_eleven_turns_are_the_end(attempt):
     t = attempt("nothing")
     assert t.rounds == 11 and t.termination == "max_rounds_reached" and t.program is None
@@ -6706,6 +6786,75 @@ def test_a_turn_of_the_embedded_policy_is_streamed_as_it_is_decoded():
     text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
     assert text == whole["choices"][0]["message"]["content"] and last["usage"] == whole["usage"] and len(chunks) > 10
     assert closed["message"]["content"] == text.split("</think>")[0] and closed["finish_reason"] == "stop"
+
+
+def attempts_alone(policy, atlas_box, rows):
+    """What the policy writes for each of the rows alone."""
+    agent = genevolve.Agent(policy, atlas_box)
+    return [agent.run([row], [seed])[0].messages for seed, row in enumerate(rows)]
+
+
+@pytest.mark.slow
+def test_threads_that_share_an_engine_write_what_each_writes_alone_and_decode_in_one_batch(atlas_box, monkeypatch):
+    policy = genevolve.LocalPolicy(*model.load(SFT), genevolve.Sampling())
+    rows = atlas.world.requests("validation")[:4]
+    expected = attempts_alone(policy, atlas_box, rows)
+    together, step = [], model.Engine.step
+    monkeypatch.setattr(model.Engine, "step", lambda self: together.append(len(self.running)) or step(self))
+
+    def answer(seed):
+        agent = genevolve.Agent(policy.fork(concurrent.futures.Future()), atlas_box)
+        return agent.run([rows[seed]], [seed])[0].messages
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(answer, range(4))) == expected
+    assert max(together) > 1 and not policy.engine.running
+
+
+def test_a_cancelled_attempt_decodes_no_token_more_and_gives_its_slot_back(atlas_box):
+    policy = genevolve.LocalPolicy(*model.load(SFT), genevolve.Sampling())
+    cancel = concurrent.futures.Future()
+    fork = policy.fork(cancel)
+    row = atlas.world.requests("validation")[0]
+    trajectory = genevolve.Agent(fork, atlas_box).open(row, 0)
+    fork.start(trajectory)
+    fork.decode_step(fork.writing)
+    length = len(trajectory.handle.tokens)
+    assert len(fork.unfinished(trajectory)) > 0
+    cancel.set_result(None)
+    with pytest.raises(concurrent.futures.CancelledError):
+        fork.poll()
+    assert len(trajectory.handle.tokens) == length
+    fork.abandon()
+    assert not policy.engine.running and not policy.engine.waiting and not any(policy.engine.cache.slot_owner)
+
+
+def test_cancelling_ends_the_wait_for_a_service():
+    cancel, silent = concurrent.futures.Future(), threading.Event()
+    client = SimpleNamespace(complete=lambda *_, **__: silent.wait(20))
+    policy = genevolve.ChatPolicy(client, genevolve.Sampling(), workers=1).fork(cancel)
+    policy.start(SimpleNamespace(messages=[], seed=0))
+    threading.Timer(0.05, cancel.set_result, [None]).start()
+    with pytest.raises(concurrent.futures.CancelledError):
+        policy.poll()
+    policy.abandon()
+    silent.set()
+
+
+def test_a_thread_in_a_loop_leaves_a_fair_lock_to_others():
+    lock, stop, turns = genevolve.FairLock(), threading.Event(), []
+
+    def loop():
+        while not stop.is_set():
+            with lock:
+                turns.append(time.sleep(0.002))
+    thread = threading.Thread(target=loop)
+    thread.start()
+    for _ in range(20):
+        with lock:
+            pass
+    stop.set()
+    thread.join()
+    assert len(turns) < 100  # a plain lock may be had by the loop thousands of times in a row
 
 
 def test_a_client_that_goes_away_gives_its_slot_back():
@@ -7095,6 +7244,153 @@ def test_help_says_what_every_flag_and_every_field_of_a_recipe_takes(capsys):
                 assert f"{f.name}, {distill.values_of(f)}" in said
 
 
+@pytest.fixture
+def stopped_evolution(offline_evolution, tmp_path):
+    """A function: a run that was stopped after two steps and is opened again with further flags, not yet resumed.
+
+    Its policy folder and its data files are copies, which a test may change: tmp_path/policy, data, validation.
+    """
+    shutil.copytree(SFT, tmp_path / "policy")
+    for name, split in (("data", "evolve"), ("validation", "validation")):
+        rows = [{"id": row["id"], "question": row["question"]} for row in atlas.world.requests(split)[:8]]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def make(**flags):
+        paths = {name: str(tmp_path / f"{name}.jsonl") for name in ("data", "validation")}
+        return offline_evolution(out=str(tmp_path / "run"), policy=str(tmp_path / "policy"), **paths, **flags)
+    first = make()
+    first.save_promoted()
+    for _ in range(2):
+        first.save(first.step())
+    return make
+
+
+@pytest.mark.parametrize("name", ("policy", "data", "validation"))
+def test_a_run_does_not_go_on_with_a_changed_file_unless_that_is_meant(stopped_evolution, tmp_path, name, capsys):
+    if name == "policy":
+        flip_a_bit("model.safetensors")(tmp_path / "policy")
+    else:
+        lines = (tmp_path / f"{name}.jsonl").read_text().splitlines()
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines[1:]))
+    with pytest.raises(ValueError, match=rf"--{name} \(.*\) is not what .*run was begun with.*--accept-changes"):
+        stopped_evolution().resume()
+    run = stopped_evolution(accept_changes=True)
+    run.resume()
+    assert run.steps_done == 2 and f"another --{name}" in capsys.readouterr().err
+    run.save(run.step())
+    again = stopped_evolution()  # what was accepted is the run's from then on
+    again.resume()
+    assert again.steps_done == 3
+
+
+def test_a_run_goes_on_under_other_words_for_the_same_settings(stopped_evolution, tmp_path):
+    run = stopped_evolution(set="weight=1.0,teacher=frozen")
+    run.resume()
+    assert run.steps_done == 2
+    (tmp_path / "moved").mkdir()
+    shutil.copy(tmp_path / "data.jsonl", tmp_path / "moved" / "same.jsonl")
+    run.settings.data = str(tmp_path / "moved" / "same.jsonl")
+    run.resume()
+    with pytest.raises(ValueError, match=r"another --set weight \(1.0\)"):
+        stopped_evolution(set="weight=2").resume()
+
+
+@pytest.mark.parametrize("harm, said", [
+    (lambda log: log.unlink(), "log.jsonl: missing; written again"),
+    (lambda log: log.write_text("{\n" + log.read_text()), "log.jsonl, line 1: not JSON"),
+    (lambda log: log.write_text(log.read_text().splitlines()[0] + "\n"), ""),  # as a kill leaves it
+    (lambda log: log.write_text(log.read_text()[:-9]), "")])
+def test_a_damaged_log_is_named_and_written_again_from_the_checkpoint(stopped_evolution, tmp_path, capsys, harm, said):
+    log = tmp_path / "run" / "log.jsonl"
+    text = log.read_text()
+    harm(log)
+    run = stopped_evolution()
+    capsys.readouterr()
+    run.resume()
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == bool(said)
+    assert log.read_text() == text and run.log == [json.loads(line) for line in text.splitlines()]
+    assert len(list((tmp_path / "run").glob("log.jsonl.aside"))) == ("not JSON" in said)
+
+
+def test_a_run_without_checkpoints_is_not_begun_again_in_silence(stopped_evolution, tmp_path):
+    log = tmp_path / "run" / "log.jsonl"
+    text = log.read_text()
+    for step in ("000001", "000002"):
+        next((tmp_path / "run" / "checkpoints" / step).glob("*.safetensors")).write_bytes(b"torn")
+    with pytest.raises(ValueError, match="none of its checkpoints"):
+        stopped_evolution().resume()
+    assert (tmp_path / "run" / "checkpoints" / "000002" / "state.json").exists()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(ValueError, match="log.jsonl: the log of a run whose checkpoints are gone"):
+        stopped_evolution().resume()
+    assert log.read_text() == text
+
+
+def test_the_state_to_go_back_to_is_missed_at_once_and_named_when_it_is_wanted(stopped_evolution, tmp_path, capsys):
+    shutil.rmtree(tmp_path / "run" / "promoted")
+    run = stopped_evolution()
+    run.resume()
+    assert f"{tmp_path / 'run' / 'promoted'}: missing" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="promoted: missing, and step 2 wants to go back"):
+        run.restore_promoted()
+
+
+def test_a_checkpoint_of_another_version_is_refused_by_what_it_lacks(stopped_evolution, tmp_path):
+    path = str(tmp_path / "run" / "checkpoints" / "000002" / "state.json")
+    state = model.read_json(path)
+    del state["log"]
+    model.write_json(path, state)
+    with pytest.raises(ValueError, match="another version of this program .*lack log"):
+        stopped_evolution().resume()
+
+
+def test_a_folder_in_which_a_run_is_at_work_is_refused(tmp_path, command):
+    with model.locked(str(tmp_path / "run")):
+        code, _, err = command("evolve", "--out", tmp_path / "run", "--steps", 1)
+    assert code == 2 and f"process {os.getpid()} is at work there" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ("evolve", "sft"))
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path, command, name):
+    (tmp_path / "file").write_text("")
+    code, _, err = command(name, "--out", tmp_path / "file")
+    assert code == 2 and "cannot write there" in err and err.count("\n") == 1
+
+
+def test_requests_with_one_id_are_refused_and_learnt_validation_requests_are_named(tmp_path, capsys):
+    data, validation = str(tmp_path / "data.jsonl"), str(tmp_path / "validation.jsonl")
+    model.write_lines(data, [{"id": i, "question": f"A lamp {i}."} for i in range(3)])
+    model.write_lines(validation, [{"id": 7, "question": "A lamp 1."}, {"id": 8, "question": "A lamp 9."}])
+    settings = genevolve.Evolve(data=data, validation=validation)
+    assert [len(rows) for rows in genevolve.read_data(settings)] == [3, 2]
+    assert "1 of 2 validation requests are learnt from, too" in capsys.readouterr().err
+    model.write_lines(validation, [{"id": 7, "question": "A."}, {"id": 7, "question": "B."}])
+    with pytest.raises(ValueError, match="validation.jsonl: 2 requests have the id '7'"):
+        genevolve.read_data(settings)
+
+
+def test_a_run_that_is_shorter_than_its_evaluations_is_evaluated_at_its_end(offline_evolution, monkeypatch, tmp_path):
+    monkeypatch.setattr(genevolve, "keep_examples", lambda *_: None)
+    run, rewards = offline_evolution(eval_every=20, steps=2), iter((0.2, 0.5))
+
+    def sample(requests, seeds):
+        reward = next(rewards)
+        return [distill.Trajectory("", "", reward=reward + 0.1 * (i % 2)) for i in range(4)], 0.0
+    run.sample_trajectories = sample
+    run.evaluate()
+    del run.sample_trajectories
+    assert "validation" not in run.step()
+    run.sample_trajectories = sample
+    figures = run.evaluate()
+    assert figures["gain"] == pytest.approx(0.3) and figures["gain_error"] == pytest.approx(0)
+    training = model.read_json(str(tmp_path / "policy" / "training.json"))
+    assert training["step"] == 1 and training["validation"]["gain"] == pytest.approx(0.3)
+    del run.sample_trajectories
+    run.evaluate = lambda: {"reward": 0.5}
+    assert run.step()["validation"] == {"reward": 0.5} and run.steps_done == 2
+
+
 def test_promotion_compares_with_the_best_so_far_and_allows_for_chance_alone(offline_evolution, monkeypatch):
     """Paired on the same requests: a drop within one standard error is promoted, a larger one is not, and no drop
     lowers the bar for the next."""
@@ -7227,9 +7523,20 @@ def test_evolve_leaves_a_log_a_policy_and_a_page(trained):
     assert "lesson_audit" in rows[2] and [r["reverse_kl_cosine"] is None for r in rows[:2]] == [True, True]
     assert not same_tensors(trained / "last" / "model.safetensors", os.path.join(SFT, "model.safetensors"))
     page = page_data(trained / "report.html")
-    assert [row["step"] for row in page["log"]] == [1, 2, 3] and [v["step"] for v in page["validation"]] == [0, 2]
+    assert [row["step"] for row in page["log"]] == [1, 2, 3] and [v["step"] for v in page["validation"]] == [0, 2, 3]
     assert len(page["gallery"]) == 3 and page["gallery"][0]["before"]["picture"]["src"].startswith("data:image/png")
     assert page["lessons"] and all(lesson["attempts"]["best"]["turns"] for lesson in page["lessons"])
+
+
+@pytest.mark.slow
+def test_the_end_of_an_evolution_says_before_after_and_what_to_type_next(trained_copy, command, tiny_evolution):
+    code, out, _ = command(*tiny_evolution(trained_copy))  # finished: nothing is left to do
+    rows = without_durations(trained_copy / "log.jsonl")
+    before, after, wrote, following = out.strip().splitlines()[-4:]
+    first, = [v for v in page_data(trained_copy / "report.html")["validation"] if v["step"] == 0]
+    assert code == 0 and before.startswith(f"before: validation reward {first['reward']:.3f}")
+    assert after.startswith(f"after 2 steps: validation reward {rows[1]['validation']['reward']:.3f}")
+    assert "report.html" in wrote and f"genevolve.py promote {trained_copy}" in following
 
 
 @pytest.mark.slow
@@ -7252,7 +7559,7 @@ def test_evolve_killed_and_restarted_ends_as_if_nothing_had_happened(trained, ti
     for mine, other in zip(without_durations(log), without_durations(trained / "log.jsonl"), strict=True):
         assert {k: (v, other.get(k)) for k, v in mine.items() if other.get(k) != v} == {}, mine["step"]
     assert same_tensors(tmp_path / "killed" / "last" / "model.safetensors", trained / "last" / "model.safetensors")
-    assert [v["step"] for v in page_data(tmp_path / "killed" / "report.html")["validation"]] == [0, 2]
+    assert [v["step"] for v in page_data(tmp_path / "killed" / "report.html")["validation"]] == [0, 2, 3]
 
 
 @pytest.mark.slow
@@ -7279,7 +7586,8 @@ def test_evolve_goes_on_after_damage(trained_copy, command, harm, tiny_evolution
     assert code == 0 and "resuming" in out and ("skipped" in err) == (harm == "damaged checkpoint"), err
     assert without_durations(log)[-1] == whole[-1]
     assert all(torch.equal(weights[k], v) for k, v in model_tensors(last))
-    assert sorted(p.name for p in (trained_copy / "checkpoints").iterdir()) == ["000002", "000003"]
+    names = [p.name for p in (trained_copy / "checkpoints").iterdir() if not p.name.endswith(".aside")]
+    assert sorted(names) == ["000002", "000003"]
 
 
 @pytest.mark.slow
@@ -7465,7 +7773,9 @@ def test_run_leaves_an_image_a_record_and_a_page(tmp_path, command):
     shown, = page_data(tmp_path / "report.html")["requests"]
     assert shown["truth"]["src"].startswith("data:image/png;base64") and len(shown["turns"]) == row["rounds"]
     if row["success"]:
-        assert diffusion.read_png(tmp_path / "image.png").shape == (64, 64, 3)
+        image = diffusion.read_png(tmp_path / "image-original.png")
+        assert image.shape == (64, 64, 3)
+        assert np.array_equal(diffusion.read_png(tmp_path / "image.png"), np.kron(image, np.ones((8, 8, 1), np.uint8)))
         assert shown["picture"]["src"].startswith("data:image/png;base64")
         assert "".join(piece["text"] for piece in shown["program"]["pieces"]) == row["gen_prompt"]
 
@@ -7512,6 +7822,125 @@ def test_a_request_outside_the_atlas_completes_and_names_the_way_out(tmp_path, c
     assert code == 0 and "--policy" in err and len(json.loads((tmp_path / "results.json").read_text())) == 1
 
 
+@pytest.mark.parametrize("flags, question, said, unsaid", [
+    ({}, None, [], ["."]),
+    ({}, "default", [], ["."]),
+    ({}, "A lighthouse", ["--policy URL --renderer URL --search URL", "to try"], []),
+    ({"corpus": "."}, None, ["misspells", "64 pixels", "--policy URL --renderer URL"], ["to try", "--search"]),
+    ({"policy": "http://127.0.0.1:1", "search": "http://127.0.0.1:2"}, "A lighthouse", ["64 pixels", "--renderer URL"],
+     ["misspells", "--policy"]),
+    ({"policy": "http://127.0.0.1:1", "renderer": "gemini", "corpus": "."}, "A lighthouse", [], ["."])])
+def test_what_the_embedded_parts_cannot_do_is_said_before_they_try(flags, question, said, unsaid):
+    if question == "default":
+        question = atlas.world.default_request()["question"]
+    lines = genevolve.limits(genevolve.Run(**flags), question)
+    text = " ".join(lines)
+    assert all(part in text for part in said) and not any(part in text for part in unsaid), text
+    samples = [line for line in lines if line.startswith('  "')]
+    assert all(line.strip(' "') in atlas.world.known_requests() for line in samples)
+    assert len(samples) == 3 * ("to try" in text)
+
+
+def test_the_hint_comes_before_anything_is_loaded(tmp_path, command):
+    code, out, err = command("run", "A lighthouse", "--out", tmp_path, "--policy", tmp_path / "nowhere")
+    *hints, failure = err.splitlines()
+    assert code == 2 and not out and "nowhere" in failure and any("64 pixels" in line for line in hints)
+
+
+@pytest.mark.slow
+def test_a_folder_of_ones_own_is_searched_and_its_photos_are_references(tmp_path, command, monkeypatch):
+    image_library = pytest.importorskip("PIL.Image")
+    (tmp_path / "tower.md").write_text("# Old tower\nThe old tower was finished in 1889.\n")
+    image_library.fromarray(np.full((300, 400, 3), 90, np.uint8)).save(tmp_path / "old-tower.jpg")
+    turns = [call_turn("search", queries=["tower finished"]), call_turn("image_search", query="old tower"),
+             answer_turn("IMG_001")]
+    monkeypatch.setattr(genevolve.Components, "open_policy", lambda self: ScriptedPolicy(turns))
+    code, _, err = command("run", "The old tower", "--corpus", tmp_path, "--out", tmp_path / "out",
+                           "--sampling-steps", 1)
+    assert code == 0 and "1 texts, 1 pictures" in err and "64 pixels" in err
+    row, = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert row["success"] and row["reference_images"][0]["title"] == "old tower" and "1889" in str(row["messages"])
+
+
+def test_photos_that_nothing_can_decode_are_refused_before_anything_starts(tmp_path, command, monkeypatch):
+    (tmp_path / "photo.jpg").write_bytes(b"x")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    code, _, err = command("run", "--corpus", tmp_path, "--out", tmp_path / "out")
+    assert code == 2 and "photo.jpg" in err and "pip install pillow" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("command_name, alias, field", [
+    ("run", "--output-dir", "out"), ("evolve", "--learning-rate", "lr"), ("evolve", "--max-steps", "steps"),
+    ("evolve", "--num-generations", "rollouts"), ("run", "--num-inference-steps", "sampling_steps"),
+    ("run", "--guidance-scale", "guidance"), ("sft", "--max-steps", "steps")])
+def test_the_names_that_other_trainers_use_mean_the_same(command_name, alias, field):
+    _, settings = genevolve.parse([command_name, alias, "7"], genevolve.COMMANDS)
+    assert float(getattr(settings, field)) == 7 if field != "out" else settings.out == "7"
+
+
+def test_help_shows_choices_and_version_is_said(capsys):
+    for arguments in (["run", "--help"], ["evolve", "--help"], ["--version"]):
+        with pytest.raises(SystemExit) as end:
+            genevolve.main(arguments)
+        assert end.value.code == 0
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("{euler,midpoint,ancestral}", "{auto,cpu,cuda,mps}", "{paper,stable}",
+                                        "--num-generations", f"genevolve {genevolve.VERSION} (torch"))
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def judged(passed):
+    """A finished attempt with one check."""
+    check = {"name": "count", "passed": passed, "detail": "three of four", "box": None}
+    scores = dict.fromkeys(("kscore", *distill.DIMENSIONS), 0.5)
+    program = tools.Program("A lamp.", [])
+    return SimpleNamespace(program=program, images={}, image=None, reward=0.5,
+                           judgement=scores | {"text_reward": 0.5, "constraints": [check], "program_checks": []})
+
+
+@pytest.mark.parametrize("no_color, file, is_coloured", [
+    ("", Terminal(), True), ("1", Terminal(), False), ("", io.StringIO(), False)])
+def test_pass_and_fail_are_coloured_on_a_terminal_alone(monkeypatch, no_color, file, is_coloured):
+    monkeypatch.setenv("NO_COLOR", no_color)
+    genevolve.print_result(judged(False), file)
+    genevolve.print_result(judged(True), file)
+    text = file.getvalue()
+    assert ("\033[31m✗ count: three of four\033[0m" in text) == ("\033[32m✓ 1 checks passed: count\033[0m" in text)
+    assert ("\033[" in text) == is_coloured and "✗ count: three of four" in text and "✓ 1 checks passed: count" in text
+
+
+@pytest.mark.parametrize("seconds, text", [(6.6, "7 s"), (59.4, "59 s"), (60, "1 min 0 s"), (200, "3 min 20 s"),
+                                           (7500, "2 h 5 min")])
+def test_durations_are_said_as_people_say_them(seconds, text):
+    assert genevolve.time_text(seconds) == text
+
+
+def test_progress_is_one_line_of_a_terminal_and_nothing_in_a_file(monkeypatch, capsys):
+    genevolve.show_progress("attempts", 3, 12, 20.0)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    genevolve.show_progress("attempts", 3, 12, 20.0)  # nine more at 20 / 3 s each
+    assert sys.stderr.getvalue().endswith("3/12 attempts, 1 min 0 s left") and "\n" not in sys.stderr.getvalue()
+
+
+def lesson_entry(step, gap, *bullets):
+    bundle = distill.Bundle.from_bullets("q", {"prompt_program_guidance": list(bullets)})
+    return SimpleNamespace(step=step, gap=gap, bundle=bundle)
+
+
+def test_a_step_says_in_one_sentence_what_was_learned():
+    entries = [lesson_entry(4, 0.3, "Quote the text."), lesson_entry(4, 0.4, "Count aloud."),
+               lesson_entry(4, 0.2, "Quote the text."), lesson_entry(3, 0.9, "Look twice.")]
+    row = {"step": 5, "spread": 0.01}
+    said = genevolve.lesson_line(entries, row)
+    assert said == "learned 3 lessons, above all: Quote the text (best less worst: up to 0.40)"  # 0.3 + 0.2 > 0.4
+    assert "no new lesson" in genevolve.lesson_line(entries[3:], row) and "0.010" in genevolve.lesson_line([], row)
+
+
 @pytest.mark.parametrize("arguments, hint", [
     (["run", ""], "empty"), (["run", "x" * 20000], "20000"), (["run", "--input", "missing.json"], "missing.json"),
     (["run", "--smapling-steps", "3"], "--sampling-steps"), (["rum"], "run"),
@@ -7548,6 +7977,119 @@ def test_a_taken_port_is_one_clear_line(tmp_path, command):
     with tools.Server() as server:
         code, _, err = command("serve", "--port", server.url.rsplit(":", 1)[1], "--out", tmp_path)
     assert code == 2 and "port" in err and err.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def live_site(tmp_path_factory):
+    """(Playground, Server) of `serve` with the promoted policy; the folder of its runs holds two of them."""
+    folder = tmp_path_factory.mktemp("live")
+    runs = folder / "runs"
+    for name, view in (("a", {"mode": "run", "requests": []}), ("deep/b", {"mode": "evolution"})):
+        (runs / name).mkdir(parents=True)
+        genevolve.write_report(str(runs / name / "report.html"), {"title": name} | view)
+    (runs / "a" / "results.json").write_text('[{"judgement": {"kscore": 0.5}}, {"judgement": null}]')
+    (runs / "deep" / "b" / "log.jsonl").write_text('{"validation": {"kscore": 0.25}}\n{"reward": 1.0}\n')
+    (runs / "page-only").mkdir()
+    genevolve.write_report(str(runs / "page-only" / "report.html"), {"mode": "run"})
+    (folder / "secret").mkdir()
+    genevolve.write_report(str(folder / "secret" / "report.html"), {"mode": "run"})
+    (folder / "secret" / "results.json").write_text("[]")
+
+    settings = genevolve.Serve(out=str(folder / "out"), runs=str(runs), sampling_steps=2)
+    with genevolve.Components(settings, settings.out) as components:
+        site = genevolve.Playground(components, threading.Lock(), components.server.corpus)
+        with tools.Server(components.server.corpus, site=site) as server:
+            yield site, server
+        site.close()
+
+
+def ask_page(server, path, **body):
+    url = f"{server.url}/api/{path}"
+    reply = requests.post(url, json=body) if body or path.startswith("cancel") else requests.get(url)
+    assert reply.status_code == 200, reply.text
+    return reply.json()
+
+
+def follow_attempt(server, name, seconds=60):
+    """What the page sees of an attempt until it has ended: a list of its answers."""
+    seen, end = [], time.monotonic() + seconds
+    while not seen or seen[-1]["state"] not in ("done", "cancelled", "failed"):
+        seen.append(ask_page(server, f"run/{name}"))
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    return seen
+
+
+@pytest.mark.slow
+def test_a_request_of_the_page_is_answered_turn_by_turn_and_judged(live_site):
+    _, server = live_site
+    question = ask_page(server, "samples")[0]
+    assert question == atlas.world.default_request()["question"]
+    started = ask_page(server, "run", request=question)
+    seen = follow_attempt(server, started["id"])
+    view = seen[-1]["view"]
+    assert started["notes"] == [] and seen[-1]["state"] == "done" and view["question"] == question
+    counts = [len(now["steps"]) for now in seen]
+    assert counts == sorted(counts) and len(set(counts)) > 2 and seen[-1]["steps"] == view["turns"]
+    assert any(now["writing"] for now in seen)  # a turn in progress was seen, too
+
+    # the verdict is the judge's on the picture that was sent
+    row = atlas.world.known_requests()[question]
+    judge = atlas.judge.PixelJudge(atlas.world.vocabulary())
+    image = tools.from_data_uri(view["picture"]["src"])
+    assert view["scores"]["kscore"] == judge.score(image, genevolve.truth_of(row), row)["kscore"]
+
+
+@pytest.mark.slow
+def test_attempts_of_the_page_run_side_by_side_and_one_is_cancelled(live_site):
+    site, server = live_site
+    samples = ask_page(server, "samples")
+    names = [ask_page(server, "run", request=text)["id"] for text in samples[:3]]
+    assert ask_page(server, f"cancel/{names[1]}")["state"] in ("queued", "thinking")
+    ends = [follow_attempt(server, name)[-1] for name in names]
+    assert [end["state"] for end in ends] == ["done", "cancelled", "done"]
+    assert ends[1]["view"]["picture"] is None and ends[0]["view"]["picture"]
+    assert not site.components.policy.engine.running and not any(site.components.policy.engine.cache.slot_owner)
+
+
+def test_the_page_says_what_a_request_outside_its_world_will_meet(live_site):
+    _, server = live_site
+    started = ask_page(server, "run", request="A lighthouse at dawn")
+    ask_page(server, f"cancel/{started['id']}")
+    assert "64 pixels" in " ".join(started["notes"]) and follow_attempt(server, started["id"])
+
+
+@pytest.mark.parametrize("path, body, status", [
+    ("run", {"request": " "}, 400), ("run", {"request": 7}, 400), ("run", {"request": "x" * 8001}, 400),
+    ("cancel/none", {}, 404), ("nothing", {}, 404), ("run/none", None, 404), ("nothing", None, 404),
+    ("runs/secret", None, 404), ("runs/runs%2F..%2Fsecret", None, 404), ("runs/runs%2Fpage-only", None, 404)])
+def test_a_bad_request_of_the_page_is_refused(path, body, status, live_site):
+    url = f"{live_site[1].url}/api/{path}"
+    reply = requests.get(url) if body is None else requests.post(url, json=body)
+    assert reply.status_code == status and reply.json()["error"]["message"]
+
+
+def test_the_runs_of_a_folder_are_listed_and_shown(live_site):
+    _, server = live_site
+    runs = {run["name"]: run for run in ask_page(server, "runs")}
+    assert runs == {"runs/a": {"name": "runs/a", "kind": "run", "steps": 2, "kscore": 0.5},
+                    "runs/deep/b": {"name": "runs/deep/b", "kind": "evolution", "steps": 2, "kscore": 0.25}}
+    assert ask_page(server, "runs/runs%2Fdeep%2Fb") == {"title": "deep/b", "mode": "evolution"}
+
+
+def test_finished_attempts_are_dropped_and_too_many_are_refused(live_site, monkeypatch):
+    site, _ = live_site
+    monkeypatch.setattr(site, "attempts", {})
+    monkeypatch.setattr(site.pool, "submit", lambda *_: None)  # nothing is ever answered
+    for _ in range(genevolve.KEPT_ATTEMPTS):
+        site.start("A lamp")
+    with pytest.raises(tools.HttpError, match="waiting"):
+        site.start("A lamp")
+    oldest = next(iter(site.attempts))
+    site.attempts[oldest].view = {}
+    site.attempts[oldest].state = "done"
+    site.start("A lamp")
+    assert oldest not in site.attempts and len(site.attempts) == genevolve.KEPT_ATTEMPTS
 
 
 @pytest.mark.slow
@@ -8131,11 +8673,48 @@ def test_a_smoke_run_writes_to_out_and_never_into_the_committed_results(tmp_path
     assert bench.runs_folder(bench.Quality(runs="there", **flags)) == "there"
 
 
-@pytest.mark.parametrize("command", ["world", "quality", "speed"])
-@pytest.mark.parametrize("folder", ["", "common"])
-def test_a_smoke_run_into_the_committed_results_is_refused(capsys, command, folder):
-    code, _, err = bench_main(capsys, command, "--quick", "--out", os.path.join(bench.RESULTS, folder))
+@pytest.mark.parametrize("command", ["short", "world", "quality", "speed"])
+@pytest.mark.parametrize("folder", ["results", "results/common", "atlas", "weights/policy", "."])
+def test_a_smoke_run_into_a_folder_of_committed_files_is_refused(capsys, command, folder):
+    code, _, err = bench_main(capsys, command, "--quick", "--out", os.path.join(bench.HERE, folder))
     assert code == 2 and "committed" in err and err.count("\n") == 1
+
+
+def test_only_out_and_runs_of_the_project_may_be_written_by_a_smoke_run(tmp_path):
+    tracked = subprocess.run(["git", "ls-files"], cwd=bench.HERE, capture_output=True, text=True).stdout.splitlines()
+    assert not [name for name in tracked if name.split("/")[0] in bench.UNTRACKED]
+    for folder in ("out/x", "runs", str(tmp_path)):
+        bench.check_untracked(os.path.join(bench.HERE, folder), "--out")
+    with pytest.raises(ValueError, match="--runs .*committed"):
+        bench.runs_folder(bench.Quality(quick=True, runs=bench.RESULTS))
+
+
+@pytest.mark.slow
+def test_bench_alone_leaves_scores_pictures_and_rates(tmp_path, capsys, monkeypatch, committed_results):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "suite_requests", lambda settings: atlas.world.requests("bench")[:3])
+    code = genevolve.main(["--quick", "--steps", "2"], bench.COMMANDS, default="short")
+    out = capsys.readouterr().out
+    assert code == 0 and os.listdir() == ["out"] and sorted(os.listdir("out")) == ["bench.html", "bench.json",
+                                                                                   "bench.png"]
+    found = bench.read_json("out/bench.json")
+    shown = page_data(tmp_path / "out" / "bench.html")["requests"]
+    kscores = [request["scores"]["kscore"] for request in shown]
+    mean = sum(kscores) / 3
+    error = math.sqrt(sum((kscore - mean) ** 2 for kscore in kscores) / 2 / 3)
+    assert found["quality error"]["kscore"] == pytest.approx([mean, error])
+    assert f"KScore                       {mean:.3f} ± {error:.3f}" in out and min(found["speed"].values()) > 0
+    assert diffusion.read_png("out/bench.png").shape == (8 + 264, 8 + 4 * 524, 3)
+
+
+def test_a_contact_sheet_shows_each_picture_beside_what_was_wanted(monkeypatch):
+    row = atlas.world.requests("bench")[0]
+    truth = genevolve.truth_of(row)
+    attempts = [SimpleNamespace(image=np.full((64, 64, 3), 9, np.uint8), row=row), SimpleNamespace(image=None, row=row)]
+    sheet = bench.contact_sheet(attempts, side=64, gap=4, columns=1)
+    assert sheet.shape == (4 + 2 * 68, 4 + 134, 3)
+    assert (sheet[4:68, 4:68] == 9).all() and np.array_equal(sheet[4:68, 70:134], truth)
+    assert (sheet[72:136, 4:68] == 200).all() and np.array_equal(sheet[72:136, 70:134], truth)
 
 
 @pytest.fixture
@@ -8176,6 +8755,51 @@ def test_a_quick_look_at_the_world_writes_its_figures(tmp_path, monkeypatch, cap
     looks = found["single subject, its look is right"]
     assert looks["right reference"] > 0.8 and looks["no reference"] == looks["wrong reference"] == 0
     assert 0 < found["seconds, 20 steps with guidance"]["one picture"]
+
+
+HACK_SCORES = {  # what the program judge gives, at most; None: the program is refused
+    "oracle": 1, "every wording of every skill": 0, "exact and plain side by side": 0,
+    "ten values of each requirement": 0, "every sentence twice": None, "every sentence again, with a word more": 0,
+    "all years listed": None, "values inside longer words": 0.5, "the subject alone": 0.5,
+    "words in another order": 0.5, "empty program": None, "random references": 0, "another look of the subject": 0.5,
+    "two looks of the subject": 0, "one picture twice": None}
+
+
+def hacked_attempts(name, requests):
+    """What a policy with this hack would answer to requests of the bench."""
+    titles, rng = bench.read_json(bench.PICTURE_TITLES), random.Random(name)
+    for request in requests:
+        wanted, oracle = request["recipe"]["wanted"], atlas.world.oracle()[request["id"]]
+        yield bench.hacked_attempt(request, *bench.HACKS[name](wanted, oracle, titles, rng), titles)
+
+
+@pytest.mark.parametrize("name", bench.HACKS)
+def test_the_program_judge_gives_a_hack_no_more_than_it_deserves(judge, atlas_rows, name):
+    for attempt in hacked_attempts(name, atlas_rows["bench"][::4]):
+        if HACK_SCORES[name] is None:
+            assert attempt.program is None and attempt.termination == "no_answer"
+            continue
+        score, _ = judge.score_program(attempt)
+        if name == "values inside longer words" and attempt.row["recipe"]["wanted"]["text"]:
+            assert score <= 0.25, attempt.program.gen_prompt
+        if name in ("oracle", "another look of the subject"):
+            assert score == HACK_SCORES[name], attempt.program.gen_prompt
+        assert score <= HACK_SCORES[name], attempt.program.gen_prompt
+
+
+def test_in_the_committed_figures_no_hack_earns_as_much_as_the_honest_cold_start():
+    rewards = bench.read_json(os.path.join(bench.RESULTS, "world.json"))["hacks, mean reward"]
+    honest = {name: rewards.pop(name) for name in ("oracle", "cold start, weights/sft", "cold start, weights/rare")}
+    assert set(rewards) == set(bench.HACKS) - {"oracle"}
+    assert max(rewards.values()) < honest["cold start, weights/sft"] < honest["oracle"]
+
+
+@pytest.mark.slow
+def test_on_a_few_requests_every_hack_earns_at_most_half_of_what_the_oracle_does():
+    settings = bench.Bench(device="cpu", quick=True)
+    rewards = bench.hack_rewards(bench.AtlasSuite(settings), settings, range(0, 24, 4))
+    oracle = rewards.pop("oracle")
+    assert oracle > 0.9 and max(rewards.values()) <= 0.5 * oracle + 1e-9, rewards
 
 
 @pytest.mark.parametrize("arguments, said", [
@@ -8222,7 +8846,7 @@ def test_quick_rows_of_the_speed_table(tmp_path, monkeypatch, capsys, committed_
     assert code == 0, err
     found = bench.read_json("out/speed.json")
     assert list(found) == ["machine", *rows] and found["machine"]["quick"] is True
-    assert found["log-probs"]["target"] == 1.2 and found["scaling"]["48: tokens/s"] > 0
+    assert found["log-probs"]["target"] == [1.8, None] and found["scaling"]["48: tokens/s"] > 0
     assert found["slow tools"]["ratio"] > 1 and found["slow tools"]["turns a request"] > 1
     assert found["low-rank adapters"]["trained"] == 16 * lora_width(256, 768) < found["low-rank adapters"]["parameters"]
 
@@ -8878,10 +9502,25 @@ def test_a_validation_curve_adds_up_rollouts_and_the_seconds_of_three_stages():
 def test_a_speed_ratio_above_one_means_that_ours_is_faster(monkeypatch):
     seconds = {"ours": 2.0, "theirs": 5.0}
     monkeypatch.setattr(bench, "timed", lambda work, device: bench.Timed(seconds[work()], None, None))
-    row = bench.side_by_side(lambda: "ours", lambda: "theirs", SimpleNamespace(repeats=3, device="cpu"))
-    assert row == {"ours s": 2.0, "peer s": 5.0, "ratio": 2.5, "ratio low": 2.5, "ratio high": 2.5}
+    with model.products("mkl"):
+        row = bench.side_by_side(lambda: "ours", lambda: "theirs", SimpleNamespace(repeats=3, device="cpu"))
+    assert row == {"ours s": 2.0, "peer s": 5.0, "ratio": 2.5, "ratio quartiles": [2.5, 2.5], "runs": [[2.0, 5.0]] * 3}
     machine = {"matrix product, GFLOP/s": 100.0, "memory, GB/s": 10.0}
     assert bench.least_seconds({"GFLOP": 50.0, "GB moved": 20.0}, machine) == pytest.approx(0.5 + 2.0)
+
+
+def test_the_peer_runs_with_torchs_products_and_with_ours(monkeypatch):
+    seconds = {("ours", "onednn"): [9.0, 2.0, 2.0, 4.0], ("theirs", "mkl"): [6.0, 8.0, 20.0],
+               ("theirs", "onednn"): [9.0, 3.0, 4.0, 4.0]}  # the first of ours and one of the peer's warm up
+
+    def run(name):
+        return seconds[name, model.current_products()].pop(0)
+    monkeypatch.setattr(bench, "timed", lambda work, device: bench.Timed(work(), None, None))
+    with model.products("onednn"):
+        row = bench.side_by_side(lambda: run("ours"), lambda: run("theirs"), SimpleNamespace(repeats=3, device="cpu"))
+    assert row["runs"] == [[2.0, 6.0, 3.0], [2.0, 8.0, 4.0], [4.0, 20.0, 4.0]]
+    assert row["ratio"] == 4.0 and row["ratio quartiles"] == [3.5, 4.5] and row["peer s"] == 8.0  # 3, 4, 5
+    assert row["same products, ratio"] == 1.5 and row["same products, ratio quartiles"] == [1.25, 1.75]  # 1.5, 2, 1
 
 
 @pytest.mark.parametrize("score, share", [(1.0, 0.0), (0.5, 1.0)])

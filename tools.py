@@ -276,7 +276,7 @@ def check_program(program, images, queries):
     if not 1 <= len(img_ids) <= 2:
         errors.append(f"{len(img_ids)} reference images; one or two are used")
     if unknown:
-        errors.append(f"unknown img_id {', '.join(unknown)}")
+        errors.append(f"unknown img_id {sanitize(', '.join(unknown), 80)}")  # the policy's own text, of any length
     if img_ids != sorted(set(img_ids)):
         errors.append("reference images must differ and be sorted by img_id")
 

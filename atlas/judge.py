@@ -437,7 +437,7 @@ class PixelJudge:
 # what a sentence that states a requirement of a skill has in it, once: in the guide's wording, in the plain one, or in
 # the request's own words that leave a fact open; whatever its value
 STATEMENTS = {skill: re.compile(rf"\b(?:{pattern})\b", re.I) for skill, pattern in {
-    "spatial_layout": "in(?:side)? the (?:upper|lower) (?:left|right)|stands wholly in the|to the (?:left|right) of the",
+    "spatial_layout": "in(?:side)? the (?:upper|lower) (?:left|right)|stands wholly in|to the (?:left|right) of the",
     "quantity_counting": r"separate copies|\w+ of them",
     "anatomy_body_coherence": "whole body|full figure",
     "physical_material_consistency": "contact shadow|lit from the",
