@@ -1688,6 +1688,7 @@ def engine_row(s):
         raise tools.ToolError("name running vLLM or SGLang servers with --engines URL,URL")
     new = 16 if s.quick else 128
     clients = [tools.open_engine(url) for url in s.engines.split(",")]
+    ask_engines(clients, [[1, 2]] * len(clients), 4)  # the first call allocates and compiles
     generator, row = torch.Generator().manual_seed(0), {}
     for count in range(1, len(clients) + 1):
         seconds = []

@@ -8828,13 +8828,14 @@ class CountingEngine:
 def test_servers_share_the_prompts_of_the_engine_row(monkeypatch, tmp_path, capsys):
     engines = {"a": CountingEngine(5), "b": CountingEngine(512)}
     monkeypatch.setattr(tools, "open_engine", engines.get)
-    code, _, err = bench_main(capsys, "speed", "--quick", "--rows", "engine", "--engines", "a,b", "--repeats", 1, "--out",
-                              tmp_path)
+    flags = ("--quick", "--rows", "engine", "--out", tmp_path)
+    code, _, err = bench_main(capsys, "speed", *flags, "--engines", "a,b", "--repeats", 1)
     assert code == 0, err
-    assert sorted(engines["a"].batches) == [3, 4] + [5] * 13 and engines["b"].batches == [24]  # 48 alone, then 24 each
+    # one each to begin with, 48 for the first alone, then 24 each
+    assert sorted(engines["a"].batches) == [1, 3, 4] + [5] * 13 and engines["b"].batches == [1, 24]
     row = bench.read_json(tmp_path / "speed.json")["engine"]
     assert list(row) == ["servers 1: tokens/s", "servers 2: tokens/s"] and min(row.values()) > 0
-    _, out, _ = bench_main(capsys, "speed", "--quick", "--rows", "engine", "--out", tmp_path)
+    _, out, _ = bench_main(capsys, "speed", *flags)
     assert "--engines URL,URL" in out
 
 
