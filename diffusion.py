@@ -1037,6 +1037,9 @@ def orthogonal(matrix):
 
 # ---- Training runs: checkpoints, log, command ------------------------------------------------------------------------
 
+FREE_SETTINGS = ("compile", "log_every", "export_every")  # a run that goes on may have other ones
+
+
 class RendererRun:
     """A training run of the transformer: everything that a checkpoint has to hold."""
 
@@ -1061,6 +1064,7 @@ class RendererRun:
 
         self.step = 0
         self.seconds = 0.0
+        self.skipped = 0   # updates in a row whose gradient was no number
         self.metrics = {}  # of the last log line
         self.resume()
 
@@ -1107,7 +1111,9 @@ class RendererRun:
         # backward and update
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(self.net.parameters(), 2.0)
-        self.optimizer.step(rate_scale(self.step, s))
+        self.skipped = model.count_skipped(self.skipped, grad_norm.item(), f"renderer: step {self.step}")
+        if not self.skipped:
+            self.optimizer.step(rate_scale(self.step, s))
         self.optimizer.zero_grad()
         self.step += 1
 
@@ -1132,7 +1138,8 @@ class RendererRun:
         save_folder(self.out, self.ema_net, training)
 
         tensors = model.training_tensors(self.net, self.optimizer, ema=self.ema_net)
-        state = {"seconds": self.seconds, "metrics": self.metrics}
+        state = {"seconds": self.seconds, "metrics": self.metrics, "skipped": self.skipped,
+                 "settings": model.portable(asdict(self.settings))}
         model.save_checkpoint(self.checkpoints, self.step, tensors, state)
 
     def resume(self):
@@ -1141,13 +1148,18 @@ class RendererRun:
         if checkpoint is None:
             return
         state, tensors = checkpoint
+        before, now = state.get("settings", {}), model.portable(asdict(self.settings))
+        changed = [name for name in before if before[name] != now.get(name) and name not in FREE_SETTINGS]
         try:
+            if changed:
+                raise ValueError(f"{changed[0]} was {before[changed[0]]!r}")
             model.load_training_tensors(tensors, self.net, self.optimizer, ema=self.ema_net)
         except ValueError as error:
             raise ValueError(f"{self.checkpoints}: belongs to a run with other settings ({error}); "
                              "remove it to start afresh") from None
         self.step = state["step"]
         self.seconds = state["seconds"]
+        self.skipped = state.get("skipped", 0)
         self.metrics = state["metrics"]
         print(f"renderer: resuming at step {self.step}", flush=True)
 

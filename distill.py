@@ -271,7 +271,7 @@ def train_on_demonstrations(s):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        skipped = count_skipped(skipped, float(grad_norm), f"sft: step {step}")
+        skipped = model.count_skipped(skipped, float(grad_norm), f"sft: step {step}")
         if not skipped:
             optimizer.step()
 
@@ -2182,22 +2182,6 @@ def add_gradients(total, loss, parameters, keep=False):
         if parameter.grad is not None:
             accumulated.add_(parameter.grad)
             parameter.grad = None
-
-
-MAX_SKIPPED = 3  # updates in a row whose gradient is no finite number, after which a run stops
-
-
-def count_skipped(before, norm, where):
-    """Updates in a row that were skipped: 0 where the gradient's norm is finite, else one more than before.
-
-    One step by such a gradient makes every weight nan. Raises ValueError after MAX_SKIPPED; where: "step 12".
-    """
-    if math.isfinite(norm):
-        return 0
-    if before + 1 == MAX_SKIPPED:
-        raise ValueError(f"{where}: the gradient's norm is {norm}, the last of {MAX_SKIPPED} updates in a row without "
-                         "a finite one; no weight has moved by them. Begin again with another --lr and another --out")
-    return before + 1
 
 
 def gradient_norm(gradients):

@@ -746,7 +746,7 @@ class Evolution:
                 distill.ema_update(self.teacher, self.net, self.recipe.ema_decay)
         self.optimizer.zero_grad(set_to_none=True)  # the next backward pass adds to the gradients that it finds
         where = f"step {self.steps_done + 1}"
-        self.skipped_in_a_row = distill.count_skipped(self.skipped_in_a_row, norm, where)
+        self.skipped_in_a_row = model.count_skipped(self.skipped_in_a_row, norm, where)
         return norm
 
     def autocast(self):
@@ -3058,7 +3058,8 @@ class Playground:
             attempt.state = "failed" if trajectory.termination == "error" else "done"
         except CancelledError:
             trajectory.termination = "cancelled"
-            attempt.view, attempt.state = request_view(trajectory), "cancelled"
+            attempt.view = request_view(trajectory) | {"truth": None}  # its turns alone
+            attempt.state = "cancelled"
         except Exception as error:  # whatever it is, the page must not wait for ever
             tools.report("attempt", error)
             attempt.error, attempt.state = str(error) or type(error).__name__, "failed"

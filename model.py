@@ -2044,7 +2044,8 @@ def with_our_weights(source, ours):
     with open_tensors(source) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     for name in tensors.keys() & ours.keys():
-        tensors[name] = ours[name].merged_weight().to("cpu", tensors[name].dtype).contiguous()
+        weight = ours[name].merged_weight().to("cpu", tensors[name].dtype).contiguous()
+        tensors[name] = weight.clone() if name == "lm_head.weight" else weight  # a file holds no memory twice
     return tensors
 
 
@@ -2296,7 +2297,7 @@ def matches(name, wanted, path):
     try:
         return re.fullmatch(wanted, name) is not None
     except re.error as error:
-        raise ValueError(f"{path}: {shown(wanted)} is no regular expression ({error})") from None
+        raise ValueError(f"{path}: target_modules or exclude_modules {shown(wanted)}: no pattern ({error})") from None
 
 
 def read_adapter(path, net, targets, rank):
@@ -2482,6 +2483,22 @@ def load_training_tensors(tensors, net, optimizer, **networks):
         for name, p in network.named_parameters():
             if name not in frozen:
                 p.copy_(tensor_like(p, f"{keyword}.{name}"))
+
+
+MAX_SKIPPED = 3  # updates in a row whose gradient is no finite number, after which a run stops
+
+
+def count_skipped(before, norm, where):
+    """Updates in a row that were skipped: 0 where the gradient's norm is finite, else one more than before.
+
+    One step by such a gradient makes every weight nan. Raises ValueError after MAX_SKIPPED; where: "step 12".
+    """
+    if math.isfinite(norm):
+        return 0
+    if before + 1 == MAX_SKIPPED:
+        raise ValueError(f"{where}: the gradient's norm is {norm}, the last of {MAX_SKIPPED} updates in a row without "
+                         "a finite one; no weight has moved by them. Begin again with another --lr and another --out")
+    return before + 1
 
 
 def save_checkpoint(folder, step, tensors, state, processes=None, keep=2):

@@ -9,6 +9,7 @@ import collections
 import concurrent.futures
 import copy
 import dataclasses
+import fcntl
 import gc
 import hashlib
 import http.server
@@ -19,6 +20,7 @@ import math
 import os
 import random
 import re
+import select
 import shutil
 import signal
 import socket
@@ -965,7 +967,7 @@ NOTHING = object()
     ("rope_scaling", {"rope_type": ["yarn"]}),
     ("rope_parameters", {"rope_type": "yarn", "factor": 4.0}), ("rope_parameters", {"rope_theta": 1e4, "x": 1}),
     ("rope_parameters", {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}),
-    ("rope_parameters", {"rope_theta": None}), ("rope_theta", 1e5), ("rope_theta", None), ("rope_theta", "1e4"),
+    ("rope_theta", 1e5), ("rope_theta", None), ("rope_theta", "1e4"),
     *[(field, value) for field in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
                                    "num_key_value_heads", "head_dim", "intermediate_size")
       for value in (NOTHING, None, -4, 0, True, 4.0, "4", [4], {"a": 4}, 10**30)],
@@ -1134,6 +1136,7 @@ def load_or_none(folder):
         return None
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("before, after", [(SINGLE, SHARDED), (SHARDED, SINGLE), (SHARDED, 15000), (SINGLE, SINGLE)])
 @pytest.mark.parametrize("changes", [{}, {"rope_theta": 1e5}])
@@ -1143,32 +1146,32 @@ def test_a_checkpoint_is_replaced_whole_wherever_the_saving_is_cut_off(
     reference, folder = tmp_path / "reference", tmp_path / "net"
     model.save(reference, new, tokenizer, after)
     whole = set(os.listdir(reference))
-    calls = {}
+    originals, calls = {name: getattr(os, name) for name in ("replace", "remove")}, []
 
-    def cut_off_at(name, function, limit):
+    def cut_off(name, limit):
         def call(*arguments):
-            calls[name] = calls.get(name, 0) + 1
-            if sum(calls.values()) > limit:
+            calls.append(name)
+            if len(calls) > limit:
                 raise KeyboardInterrupt
-            return function(*arguments)
-        monkeypatch.setattr(model.os, name, call)
+            return originals[name](*arguments)
+        return call
 
-    for limit in range(1000):
+    monkeypatch.setattr(model, "flush", lambda path: None)  # it takes time, and changes nothing here
+    for limit in range(100):
         shutil.rmtree(folder, ignore_errors=True)
         model.save(folder, chat_net, tokenizer, before)
         (folder / "notes.txt").write_text("mine")
         (folder / "chat_template.jinja").write_text("{{ another }}")
         calls.clear()
-        with monkeypatch.context() as monkeypatch_:
-            monkeypatch, outer = monkeypatch_, monkeypatch
-            for name in ("replace", "remove"):
-                cut_off_at(name, getattr(os, name), limit)
-            try:
-                model.save(folder, new, tokenizer, after)
-                finished = True
-            except KeyboardInterrupt:
-                finished = False
-            monkeypatch = outer
+        for name in originals:
+            monkeypatch.setattr(os, name, cut_off(name, limit))
+        try:
+            model.save(folder, new, tokenizer, after)
+            finished = True
+        except KeyboardInterrupt:
+            finished = False
+        for name, function in originals.items():
+            monkeypatch.setattr(os, name, function)
         found = load_or_none(folder)
         if found is not None:  # wholly the old one or wholly the new one
             config = model.read_config(folder / "config.json")
@@ -1195,13 +1198,15 @@ def test_a_full_disk_leaves_the_checkpoint_as_it_was(tmp_path, monkeypatch, net)
 
 def test_export_wants_the_same_network_with_the_same_words(tmp_path, chat_net, tokenizer):
     model.save(tmp_path / "base", chat_net, tokenizer)
-    for changes in ({"rope_theta": 1e5}, {"norm_eps": 1e-5}, {"heads": 2, "head_dim": 32, "kv_heads": 1}, {"layers": 1}):
+    other_sizes = {"heads": 2, "head_dim": 32, "kv_heads": 1}
+    for changes in ({"rope_theta": 1e5}, {"norm_eps": 1e-5}, other_sizes, {"layers": 1}):
         other = model_net(vocab_size=400, **changes)
         assert_refused(lambda: model.export(other, str(tmp_path / "base"), str(tmp_path / "out")), "config.json: ")
     words = model.train_tokenizer(["other words altogether"] * 9, 340)
-    assert_refused(lambda: model.export(chat_net, str(tmp_path / "base"), str(tmp_path / "out"), words), "tokenizer.json")
-    assert not os.path.exists(tmp_path / "out")
-    model.export(chat_net, str(tmp_path / "base"), str(tmp_path / "out"), tokenizer)
+    base, out = str(tmp_path / "base"), str(tmp_path / "out")
+    assert_refused(lambda: model.export(chat_net, base, out, words), "tokenizer.json")
+    assert not os.path.exists(out)
+    model.export(chat_net, base, out, tokenizer)
     assert sorted(os.listdir(tmp_path / "out")) == sorted(os.listdir(tmp_path / "base"))
 
 
@@ -1367,7 +1372,7 @@ def test_exported_text_weights_take_their_place_in_a_vision_checkpoint(tmp_path,
 # -- low-rank adapters
 
 def adapted_net(**changes):
-    """A policy with adapters that change what it computes."""
+    """A policy with adapters that change what it computes. changes: as for model_net."""
     net = model_net(**changes)
     model.add_lora(net, rank=4, alpha=6, targets=("q_proj", "v_proj", "o_proj", "up_proj"))
     fill_adapters(net)
@@ -1470,6 +1475,131 @@ def test_peft_loads_our_adapter_and_we_load_pefts(tmp_path):
     model.load_adapter(str(tmp_path / "theirs"), again)
     assert (theirs(ids).logits - again(ids)).abs().max() < 1e-4
     assert (again(ids) - model_net()(ids)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("changes, named", [
+    ({"peft_type": "IA3"}, "peft_type"), ({"peft_type": NOTHING}, "peft_type"),
+    *[({"init_lora_weights": kind}, kind)
+      for kind in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga")],
+    ({"use_dora": True}, "use_dora"), ({"lora_bias": True}, "lora_bias"), ({"bias": "all"}, "bias"),
+    ({"trainable_token_indices": [3]}, "trainable_token_indices"), ({"alora_invocation_tokens": [3]}, "alora"),
+    ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"), ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
+    ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"layer_replication": [[0, 2]]}, "layer_replication"),
+    ({"target_parameters": ["x"]}, "target_parameters"), ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+    ({"a_field_to_come": 0.5}, "a_field_to_come"), ({"use_rslora": "yes"}, "use_rslora"),
+    *[({"target_modules": value}, "target_modules") for value in (
+        NOTHING, None, 3, {"q_proj": 1}, [1], [], "no such name", "(", ["lm_head"])],
+    *[({"r": value}, " r ") for value in (0, -1, None, 2.5, "4", True)], ({"r": NOTHING}, "field r"),
+    *[({"lora_alpha": value}, "lora_alpha") for value in (NOTHING, None, "8", math.nan)],
+    ({"r": 5}, "shape"), ({"layers_to_transform": [0]}, "layers.1"), ({"layers_to_transform": 0}, "layers.1"),
+    ({"exclude_modules": ["q_proj"]}, "q_proj"), ({"target_modules": ["q_proj"]}, "_proj"),
+    ({"target_modules": "all-linear"}, "no tensor"),
+], ids=str)
+def test_an_adapter_that_is_no_plain_lora_is_refused_and_the_net_stays_as_it_was(tmp_path, changes, named):
+    model.save_adapter(tmp_path, adapted_net())
+    path = tmp_path / "adapter_config.json"
+    config = {name: value for name, value in (model.read_json(path) | changes).items() if value is not NOTHING}
+    model.write_json(path, config)
+    net, other = adapted_net(seed=1), adapted_net(seed=1)
+    named = {"shape": "expected"}.get(named, named)
+    assert_refused(lambda: model.load_adapter(str(tmp_path), net), named)
+    assert_same_parameters(net, other)
+
+
+def assert_same_parameters(net, other):
+    pairs = list(zip(net.named_parameters(), other.named_parameters(), strict=True))
+    for (name, a), (other_name, b) in pairs:
+        assert name == other_name and torch.equal(a, b) and a.requires_grad == b.requires_grad, name
+    ids = torch.tensor([model_prompt(9)])
+    assert torch.equal(net(ids), other(ids))
+
+
+@pytest.mark.parametrize("change", [
+    lambda t: t.pop(next(iter(t))),
+    lambda t: t.update({"base_model.model.lm_head.lora_A.weight": torch.ones(4, 32)}),
+    lambda t: t.update({"base_model.model.model.layers.0.self_attn.q_proj.lora_B.bias": torch.ones(64)}),
+    lambda t: t.update({"base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector": torch.ones(64)}),
+    lambda t: t.update({"base_model.model.model.embed_tokens.weight": torch.ones(97, 32)}),
+    lambda t: t.update({name: value.to(torch.int8) for name, value in t.items()}),
+    lambda t: t.update({name: value.T.contiguous() for name, value in t.items()}),
+], ids=range(7))
+def test_an_adapters_file_that_is_not_what_its_configuration_says_is_refused(tmp_path, net, change):
+    model.save_adapter(tmp_path, adapted_net())
+    path = str(tmp_path / "adapter_model.safetensors")
+    with model.open_tensors(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    change(tensors)
+    model.write_tensors(path, tensors)
+    assert_refused(lambda: model.load_adapter(str(tmp_path), net), "adapter_model.safetensors")
+    assert_same_parameters(net, model_net())
+
+
+@torch.no_grad()
+def test_rslora_scales_by_the_root_of_the_rank(tmp_path, net):
+    adapted = adapted_net()  # rank 4, alpha 6
+    model.save_adapter(tmp_path, adapted)
+    path = tmp_path / "adapter_config.json"
+    model.write_json(path, model.read_json(path) | {"use_rslora": True})
+    model.load_adapter(str(tmp_path), net)
+    assert {linear.lora_scale for linear, *_ in model.adapted(net)} == {6 / 2}
+
+
+@pytest.mark.parametrize("wrong", [
+    dict(rank=0), dict(rank=2.0), dict(rank=True), dict(alpha=math.nan), dict(alpha=0), dict(alpha=math.inf),
+    dict(targets=()), dict(targets=("lm_head",)), dict(targets="q_proj")], ids=str)
+def test_impossible_adapters_are_refused_and_those_that_the_net_has_stay(wrong):
+    net = adapted_net()
+    assert_refused(lambda: model.add_lora(net, **wrong), "lora: ")
+    assert_same_parameters(net, adapted_net())
+
+
+@pytest.mark.peers
+@torch.no_grad()
+@pytest.mark.parametrize("options", [
+    dict(use_rslora=True, target_modules=["q_proj", "up_proj"]),
+    dict(target_modules="all-linear"),
+    dict(target_modules=r".*\.layers\.1\..*(q|down)_proj"),
+    dict(target_modules=["self_attn.v_proj", "layers.0.mlp.gate_proj"]),
+    dict(target_modules=["q_proj", "o_proj"], layers_to_transform=[0]),
+    dict(target_modules=["q_proj", "o_proj"], exclude_modules=["layers.0.self_attn.o_proj"]),
+    dict(target_modules=["k_proj"], init_lora_weights="gaussian"),
+    dict(target_modules=None),
+    # none of these is plain LoRA
+    dict(target_modules=["q_proj"], use_dora=True),
+    dict(target_modules=["q_proj"], init_lora_weights="pissa"),
+    dict(target_modules=["q_proj"], init_lora_weights="olora"),
+    dict(target_modules=["q_proj"], lora_bias=True),
+    dict(target_modules=["q_proj"], bias="all"),
+    dict(target_modules=["q_proj"], trainable_token_indices=[3, 5]),
+    dict(target_modules=["q_proj"], alora_invocation_tokens=[3, 5]),
+    dict(target_modules=["q_proj", "k_proj"], rank_pattern={"k_proj": 2}),
+    dict(target_modules=["q_proj", "k_proj"], alpha_pattern={"k_proj": 2}),
+    dict(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    dict(target_modules=["q_proj", "lm_head"]),
+], ids=str)
+def test_an_adapter_of_peft_computes_what_it_does_there_or_is_refused(tmp_path, options):
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    net, ids = model_net(tie_embeddings=False), torch.tensor([model_prompt(20)])
+    model.save(tmp_path / "base", net)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
+    config = peft.LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **options)
+    theirs = peft.get_peft_model(base, config).eval()
+    torch.manual_seed(1)
+    for name, p in theirs.named_parameters():
+        if "lora_B" in name and p.requires_grad:
+            p.add_(0.3 * torch.randn_like(p))
+    theirs.save_pretrained(tmp_path / "adapter")
+
+    is_plain = not set(options) & {
+        "use_dora", "lora_bias", "bias", "trainable_token_indices", "alora_invocation_tokens", "rank_pattern",
+        "alpha_pattern", "modules_to_save"}
+    is_plain &= options.get("init_lora_weights") in (None, "gaussian") and "lm_head" not in str(options)
+    if not is_plain:
+        assert_refused(lambda: model.load_adapter(str(tmp_path / "adapter"), net), "adapter")
+        return assert_same_parameters(net, model_net(tie_embeddings=False))
+    model.load_adapter(str(tmp_path / "adapter"), net)
+    assert (theirs(ids).logits - net(ids)).abs().max() < 1e-4
+    assert (net(ids) - model_net(tie_embeddings=False)(ids)).abs().max() > 1e-2
 
 
 # -- training state
@@ -2115,6 +2245,24 @@ def test_an_unfinished_run_with_other_settings_is_refused_in_one_line(tmp_path, 
     with pytest.raises(ValueError, match="checkpoints: belongs to a run with other settings") as error:
         small_training(tmp_path, colour_scenes, width=64)
     assert "remove it to start afresh" in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"other settings \(lr was 0.003\)"):
+        small_training(tmp_path, colour_scenes, lr=1e-3)
+    assert small_training(tmp_path, colour_scenes, export_every=4).step == 1
+
+
+def test_a_renderers_gradient_that_is_no_number_moves_nothing(tmp_path, colour_scenes, monkeypatch):
+    run = small_training(tmp_path, colour_scenes)
+    run.update()
+    before, loss = [p.clone() for p in run.net.parameters()], diffusion.flow_loss
+
+    def broken(*arguments):
+        value, metrics = loss(*arguments)
+        return value * math.inf, metrics
+    monkeypatch.setattr(diffusion, "flow_loss", broken)
+    run.update(), run.update()
+    assert all(torch.equal(a, b) for a, b in zip(before, run.net.parameters(), strict=True)) and run.skipped == 2
+    with pytest.raises(ValueError, match="renderer: step 3: the gradient's norm is .*last of 3 updates"):
+        run.update()
 
 
 @pytest.mark.slow
@@ -2948,7 +3096,9 @@ def test_any_folder_of_texts_and_pictures_becomes_a_corpus(tmp_path):
 
 @pytest.mark.parametrize("text, query", [
     ("ルーブル美術館はパリにある。", "美術館"),
-    ("卢浮宫位于巴黎。", "卢浮宫在哪里"), ("루브르 박물관은 파리에 있다.", "박물관"),
+    ("卢浮宫位于巴黎。", "卢浮宫在哪里"),
+    ("卢浮宫位于巴黎。", "宫"), ("卢浮宫位于巴黎。", "卢"), ("塔", "塔"),
+    ("루브르 박물관은 파리에 있다.", "박물관"),
     ("The cafe\u0301 opens.", "café"), ("Built in １８７３.", "1873"), ("Ｔｏｗｅｒ", "tower")])
 def test_a_word_is_found_in_every_script_and_spelling(text, query):
     corpus = tools.Corpus.from_texts([("other", "", "nothing of it 猫"), ("right", "", text)], {"a.png": text})
@@ -2972,6 +3122,13 @@ def test_other_files_are_skipped_and_long_ones_cut_and_the_summary_says_so(tmp_p
     assert corpus.summary() == "2 texts, 1 pictures, 2 skipped, 1 cut"
     assert [page.title for page, _ in corpus.search("zebra", 5)] == ["louvre"]
     assert corpus.pictures[0].title == "zebra by the river" and set(corpus.pages[0].text) == {"é"}
+
+
+def test_a_snippet_shows_the_sentence_with_the_single_character_asked_for():
+    text = "这里什么都没有。" * 40 + "巴黎铁塔很高。"
+    corpus = tools.Corpus.from_texts([("right", "", text)], {})
+    (_, snippet), = corpus.search("塔", 5)
+    assert "铁塔" in snippet
 
 
 def test_a_snippet_shows_the_hit_deep_in_a_long_sentence():
@@ -3829,6 +3986,23 @@ def test_a_photo_is_turned_upright():
     assert image.shape == (32, 8, 3) and image[0].min() > 200 and image[-1].max() < 50
 
 
+@pytest.mark.peers
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_a_pictures_size_is_asked_for_as_it_is_shown_upright(kind, orientation):
+    Image = pytest.importorskip("PIL.Image")
+    file, exif = io.BytesIO(), Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    exif[0x010F] = "a camera"
+    Image.fromarray(random_picture(3)).resize((64, 32)).save(file, format=kind, exif=exif)
+    expected = (512, 1024) if orientation in (5, 6, 7, 8) else (1024, 512)
+    renderer = tools.RemoteRenderer(["http://127.0.0.1:1"])
+    assert renderer.output_size([file.getvalue()]) == expected
+    height, width, _ = tools.read_image(file.getvalue()).shape
+    assert (width < height) == (expected[0] < expected[1])
+
+
 @pytest.mark.parametrize("reference", [png_header(50000, 50000), diffusion.encode_png(random_picture())[:-30], b"GIF"],
                          ids=["bomb", "truncated", "foreign"])
 def test_an_unusable_reference_fails_its_picture_alone(reference, model_server):
@@ -4648,10 +4822,10 @@ def test_sft_stopped_and_started_again_ends_with_the_same_weights(tmp_path, sft,
 def test_three_updates_in_a_row_without_a_finite_gradient_end_a_run():
     skipped = 0
     for norm, expected in ((1.0, 0), (math.inf, 1), (0.5, 0), (NAN, 1), (math.inf, 2)):
-        skipped = distill.count_skipped(skipped, norm, "step 5")
+        skipped = model.count_skipped(skipped, norm, "step 5")
         assert skipped == expected
     with pytest.raises(ValueError, match="step 5: the gradient's norm is nan, the last of 3 updates"):
-        distill.count_skipped(skipped, NAN, "step 5")
+        model.count_skipped(skipped, NAN, "step 5")
 
 
 @pytest.mark.slow
@@ -6270,6 +6444,8 @@ def test_right_advice_is_the_share_of_bullets_that_the_world_knows_to_be_right(a
 def test_samples_are_different_validation_requests_and_open_with_the_default_one():
     rows = atlas.world.samples(3)
     assert len({row["question"] for row in rows}) == 3 and rows[0] == atlas.world.default_request()
+    assert "the founding year of its city" in rows[0]["question"] and rows[0]["recipe"]["wanted"]["fact"] == "city_year"
+    assert len(rows[0]["recipe"]["wanted"]["skills"]) == 2  # others of that kind have one
     assert all(row["id"].startswith("validation-") for row in rows) and len(atlas.world.samples(1000)) == 64
     assert atlas.world.phrases() == build.GUIDE and set(atlas.world.phrases()) <= set(distill.FIELDS)
 
@@ -6830,7 +7006,7 @@ def test_a_cancelled_attempt_decodes_no_token_more_and_gives_its_slot_back(atlas
 
 def test_cancelling_ends_the_wait_for_a_service():
     cancel, silent = concurrent.futures.Future(), threading.Event()
-    client = SimpleNamespace(complete=lambda *_, **__: silent.wait(20))
+    client = SimpleNamespace(reply=lambda *_, **__: silent.wait(20), served_model=dict)
     policy = genevolve.ChatPolicy(client, genevolve.Sampling(), workers=1).fork(cancel)
     policy.start(SimpleNamespace(messages=[], seed=0))
     threading.Timer(0.05, cancel.set_result, [None]).start()
@@ -7535,7 +7711,7 @@ def test_the_end_of_an_evolution_says_before_after_and_what_to_type_next(trained
     before, after, wrote, following = out.strip().splitlines()[-4:]
     first, = [v for v in page_data(trained_copy / "report.html")["validation"] if v["step"] == 0]
     assert code == 0 and before.startswith(f"before: validation reward {first['reward']:.3f}")
-    assert after.startswith(f"after 2 steps: validation reward {rows[1]['validation']['reward']:.3f}")
+    assert after.startswith(f"after 3 steps: validation reward {rows[2]['validation']['reward']:.3f}")
     assert "report.html" in wrote and f"genevolve.py promote {trained_copy}" in following
 
 
@@ -7874,8 +8050,9 @@ def test_photos_that_nothing_can_decode_are_refused_before_anything_starts(tmp_p
     ("evolve", "--num-generations", "rollouts"), ("run", "--num-inference-steps", "sampling_steps"),
     ("run", "--guidance-scale", "guidance"), ("sft", "--max-steps", "steps")])
 def test_the_names_that_other_trainers_use_mean_the_same(command_name, alias, field):
-    _, settings = genevolve.parse([command_name, alias, "7"], genevolve.COMMANDS)
-    assert float(getattr(settings, field)) == 7 if field != "out" else settings.out == "7"
+    value = 0.5 if field in ("lr", "guidance") else 2
+    _, settings = genevolve.parse([command_name, alias, str(value)], genevolve.COMMANDS)
+    assert float(getattr(settings, field)) == value
 
 
 def test_help_shows_choices_and_version_is_said(capsys):
@@ -7979,12 +8156,16 @@ def test_a_taken_port_is_one_clear_line(tmp_path, command):
     assert code == 2 and "port" in err and err.count("\n") == 1
 
 
+EMPTY_EVOLUTION = {"mode": "evolution", "log": [], "validation": [], "gallery": [], "lessons": [], "microscope": [],
+                   "memory": {"size": 0, "capacity": 9}}
+
+
 @pytest.fixture(scope="module")
 def live_site(tmp_path_factory):
     """(Playground, Server) of `serve` with the promoted policy; the folder of its runs holds two of them."""
     folder = tmp_path_factory.mktemp("live")
     runs = folder / "runs"
-    for name, view in (("a", {"mode": "run", "requests": []}), ("deep/b", {"mode": "evolution"})):
+    for name, view in (("a", {"mode": "run", "requests": []}), ("deep/b", EMPTY_EVOLUTION)):
         (runs / name).mkdir(parents=True)
         genevolve.write_report(str(runs / name / "report.html"), {"title": name} | view)
     (runs / "a" / "results.json").write_text('[{"judgement": {"kscore": 0.5}}, {"judgement": null}]')
@@ -8074,7 +8255,7 @@ def test_the_runs_of_a_folder_are_listed_and_shown(live_site):
     runs = {run["name"]: run for run in ask_page(server, "runs")}
     assert runs == {"runs/a": {"name": "runs/a", "kind": "run", "steps": 2, "kscore": 0.5},
                     "runs/deep/b": {"name": "runs/deep/b", "kind": "evolution", "steps": 2, "kscore": 0.25}}
-    assert ask_page(server, "runs/runs%2Fdeep%2Fb") == {"title": "deep/b", "mode": "evolution"}
+    assert ask_page(server, "runs/runs%2Fdeep%2Fb") == {"title": "deep/b"} | EMPTY_EVOLUTION
 
 
 def test_finished_attempts_are_dropped_and_too_many_are_refused(live_site, monkeypatch):
@@ -8090,6 +8271,202 @@ def test_finished_attempts_are_dropped_and_too_many_are_refused(live_site, monke
     site.attempts[oldest].state = "done"
     site.start("A lamp")
     assert oldest not in site.attempts and len(site.attempts) == genevolve.KEPT_ATTEMPTS
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+in_browser = pytest.mark.skipif(not CHROMIUM, reason="the page is tested where Chromium is installed")
+
+
+class Browser:
+    """Headless Chromium, driven over its DevTools protocol: JSON messages, each ended by a zero byte, on two pipes."""
+
+    def __init__(self, profile):
+        command_end, self.commands = (fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 20) for end in os.pipe())
+        self.answers, answer_end = (fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 20) for end in os.pipe())
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe",
+                 "--no-first-run", "--disable-background-networking", f"--user-data-dir={profile}"]
+        self.process = subprocess.Popen(
+            [CHROMIUM, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=(3, 4),
+            preexec_fn=lambda: (os.dup2(command_end, 3), os.dup2(answer_end, 4)))
+        os.close(command_end)
+        os.close(answer_end)
+        self.buffer, self.count, self.faults, self.session = b"", 0, [], None
+
+    def send(self, method, **params):
+        """Call a method and wait for its result; what the page complains of meanwhile is kept in ``faults``."""
+        self.count += 1
+        message = {"id": self.count, "method": method, "params": params}
+        if self.session:
+            message["sessionId"] = self.session
+        os.write(self.commands, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self.receive()
+            if answer.get("id") == self.count:
+                assert "error" not in answer, answer
+                return answer["result"]
+            is_error = answer["params"].get("type") == "error" or \
+                answer["params"].get("entry", {}).get("level") == "error"
+            if answer["method"] == "Runtime.exceptionThrown" or is_error:
+                self.faults.append(answer["params"])
+
+    def receive(self, seconds=60):
+        while b"\0" not in self.buffer:
+            assert select.select([self.answers], [], [], seconds)[0], "the browser is silent"
+            data = os.read(self.answers, 2**20)
+            assert data, "the browser has ended"
+            self.buffer += data
+        message, _, self.buffer = self.buffer.partition(b"\0")
+        return json.loads(message)
+
+    def open(self, url, width, dark=False):
+        """A new page of that width in CSS pixels, in dark or light colours."""
+        self.faults, self.session = [], None
+        target = self.send("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log"):
+            self.send(f"{domain}.enable")
+        self.send("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1,
+                  mobile=width < 600)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.send("Emulation.setEmulatedMedia", features=[scheme])
+        self.send("Page.navigate", url=url)
+        self.wait("document.readyState === 'complete' && document.querySelector('main').childElementCount > 0")
+
+    def evaluate(self, expression):
+        found = self.send("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    def wait(self, condition, seconds=60):
+        """Wait until an expression holds or finds an element; returns its value (True: an element)."""
+        end = time.monotonic() + seconds
+        while not (value := self.evaluate(f"(value => value instanceof Node || value)({condition})")):
+            assert time.monotonic() < end, condition
+            time.sleep(0.02)
+        return value
+
+    def screenshot(self, path):
+        """The whole page, for people to look at."""
+        height = self.evaluate("document.documentElement.scrollHeight")
+        width = self.evaluate("innerWidth")
+        clip = {"x": 0, "y": 0, "width": width, "height": min(height, 12000), "scale": 1}
+        data = self.send("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)["data"]
+        path.write_bytes(base64.b64decode(data))
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        os.close(self.commands)
+        os.close(self.answers)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    opened = Browser(tmp_path_factory.mktemp("browser"))
+    yield opened
+    opened.close()
+
+
+OVERFLOW = """[...document.querySelectorAll('body, main, main *')].filter(element =>
+    element.getBoundingClientRect().right > document.documentElement.clientWidth + 1 &&
+    !element.closest('.scroll, nav, .chart svg, .hidden')).map(element => element.outerHTML.slice(0, 120))"""
+EMPTY_SECTIONS = """[...document.querySelectorAll('section:not([hidden])')].filter(section =>
+    section.textContent.trim() === section.firstElementChild.textContent.trim() &&
+    !section.querySelector('img, svg, input')).map(section => section.outerHTML.slice(0, 120))"""
+
+
+def check_page(browser, folder, name):
+    """The page as it stands: no complaint, nothing beyond its right edge, no heading without content."""
+    browser.screenshot(folder / f"{name}.png")
+    assert browser.faults == [] and browser.evaluate(OVERFLOW) == [] and browser.evaluate(EMPTY_SECTIONS) == []
+    assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+@pytest.fixture(scope="module")
+def run_page(tmp_path_factory):
+    """report.html of two requests by the cold-started policy."""
+    folder = tmp_path_factory.mktemp("run-page")
+    rows = [{"id": f"r{i}", "prompt": row["question"]} for i, row in enumerate(atlas.world.samples(2))]
+    (folder / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert genevolve.main(["run", "--input", str(folder / "in.jsonl"), "--out", str(folder / "out"), "--policy", SFT,
+                           "--sampling-steps", "2"]) == 0
+    return folder / "out" / "report.html"
+
+
+@in_browser
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [400, 1200])
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_page_of_a_run_shows_its_requests_in_a_browser(run_page, browser, tmp_path, width, dark):
+    browser.open(run_page.as_uri(), width, dark)
+    browser.evaluate("document.querySelectorAll('details').forEach(details => { details.open = true })")
+    browser.wait("document.querySelectorAll('.turn').length > 1")
+    requests_shown = page_data(run_page)["requests"]
+    turns = sum(len(request["turns"]) for request in requests_shown)
+    assert browser.evaluate("document.querySelectorAll('.turn').length") == turns
+    failed = [c for r in requests_shown for c in r["checks"] if r["picture"] and not c["passed"]]
+    marks = browser.evaluate("[...document.querySelectorAll('.frame .badge')].map(badge => badge.textContent).join()")
+    assert all(check["name"] in marks for check in failed if check["group"] == "picture")
+    is_dark = browser.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g)[0] < 128")
+    assert is_dark == dark
+    check_page(browser, tmp_path, "run")
+
+
+@in_browser
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [400, 1200])
+def test_the_page_of_an_evolution_shows_curves_lessons_and_memory_in_a_browser(trained, browser, tmp_path, width):
+    browser.open((trained / "report.html").as_uri(), width)
+    data = page_data(trained / "report.html")
+    headings = browser.evaluate("[...document.querySelectorAll('section > h2')].map(heading => heading.textContent)")
+    assert {"What it learned", "Before and after", "Curves", "Memory"} <= set(headings)
+    assert browser.evaluate("document.querySelectorAll('.split').length") == len(data["gallery"])
+
+    # the slider moves the border of the two pictures; the search leaves the lessons that hold the words
+    browser.evaluate("(() => { const slider = document.querySelector('.split input'); slider.value = 20; "
+                     "slider.dispatchEvent(new Event('input')) })()")
+    assert browser.evaluate("document.querySelector('.split').style.getPropertyValue('--at')") == "20%"
+    word = data["lessons"][0]["trigger"].split()[0]
+    browser.evaluate("(() => { const box = document.querySelector('#memory input'); box.value = "
+                     f"{json.dumps(word)}; box.dispatchEvent(new Event('input')) }})()")
+    texts = [json.dumps([x["request"], x["trigger"], x["advice"]]).lower() for x in data["lessons"]]
+    count = sum(word.lower() in text for text in texts)
+    assert browser.evaluate("document.querySelector('#memory [role=status]').textContent").startswith(f"{count} of ")
+    check_page(browser, tmp_path, "evolution")
+
+
+@in_browser
+@pytest.mark.slow
+@pytest.mark.parametrize("width, dark", [(400, True), (1200, False)])
+def test_a_request_typed_in_the_page_is_answered_before_ones_eyes(live_site, browser, tmp_path, width, dark):
+    _, server = live_site
+    browser.open(server.url + "/", width, dark)
+    browser.wait("document.querySelectorAll('#playground option').length > 3")
+    browser.wait("document.querySelectorAll('#runs input').length === 2")
+    browser.evaluate("document.querySelector('textarea').focus()")
+    browser.send("Input.insertText", text=atlas.world.samples(2)[1]["question"])
+    for kind in ("keyDown", "keyUp"):
+        browser.send("Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter", windowsVirtualKeyCode=13,
+                     text="\r" if kind == "keyDown" else "")
+    browser.wait("document.querySelector('.live .turn')")
+    browser.wait("document.querySelector('.live [role=status]').textContent === 'Done'")
+    browser.wait("document.querySelector('.live .frame img').naturalWidth === 64")
+    shown = browser.evaluate("document.querySelector('.live .frame img').getBoundingClientRect().width")
+    assert shown > 300 and browser.evaluate(
+        "getComputedStyle(document.querySelector('.live .frame img')).imageRendering") == "pixelated"
+
+    # a second one is cancelled with its button; the first one stays
+    browser.evaluate("document.querySelector('form').requestSubmit()")
+    browser.wait("document.querySelectorAll('.live').length === 2")
+    browser.evaluate("document.querySelector('.live button').click()")
+    ended = browser.wait("(text => /Done|Cancelled/.test(text) && text)"
+                         "(document.querySelector('.live [role=status]').textContent)")
+    assert ended in ("Cancelled", "Done") and browser.evaluate("document.querySelectorAll('.frame img').length") >= 1
+
+    # two runs side by side
+    browser.evaluate("document.querySelectorAll('#runs input').forEach(box => box.click())")
+    browser.wait("document.querySelector('#runs').textContent.includes('The first update is not finished yet.')")
+    check_page(browser, tmp_path, "live")
 
 
 @pytest.mark.slow
@@ -9692,7 +10069,8 @@ def mirrored(image):
 @pytest.mark.parametrize("aspect, change, check", [
     ("shadow", mirrored, "shadow"), ("pair", mirrored, "sides"), ("mood", lambda image: image[::-1], "gradient"),
     ("mood", lambda image: image[..., ::-1], "palette"),                       # red and blue change places
-    ("style", lambda image: image.swapaxes(0, 1), "style")])
+    ("style", lambda image: image.swapaxes(0, 1), "style"),
+    ("style", lambda image: np.full_like(image, 128), "style")])               # no pattern is no style
 def test_a_picture_with_one_thing_turned_around_fails_the_check_of_that_thing(judge, aspect, change, check):
     tried = 0
     for _, row, truth, wanted in atlas_cases(60, seed=3):

@@ -725,10 +725,19 @@ class Index:
         n = len(self.postings.get(word, ()))
         return math.log(1 + (len(self.lengths) - n + 0.5) / (n + 0.5))
 
+    def asked(self, query):
+        """The words of a query as they stand in the index: a single Chinese or Japanese character stands in pairs."""
+        found = []
+        for word in words(query):
+            found.append(word)
+            if re.fullmatch(f"[{CJK}]", word):
+                found += [pair for pair in self.postings if len(pair) == 2 and word in pair]
+        return found
+
     def search(self, query, top_k):
         """Numbers of the best documents, best first; equal scores keep the order of the documents."""
         scores = defaultdict(float)
-        for word in dict.fromkeys(words(query)):
+        for word in dict.fromkeys(self.asked(query)):
             idf = self.idf(word)
             for number, count in self.postings.get(word, ()):
                 norm = self.k1 * (1 - self.b + self.b * self.lengths[number] / self.mean)
@@ -817,7 +826,7 @@ class Corpus:
             return text
         # words that few pages hold count more (idf), so the sentence with the fact wins over one with the name alone
         sentences = re.split(r"(?<=[.!?])\s+|(?<=[。！？])", text)
-        asked = set(words(query))
+        asked = set(self.page_index.asked(query))
         gains = [sum(self.page_index.idf(word) for word in asked & set(words(sentence))) for sentence in sentences]
         start = gains.index(max(gains))
 
@@ -1149,10 +1158,13 @@ class RemoteRenderer:
         return failure
 
     def output_size(self, references):
-        """(width, height): the first reference's shape with the long side as set, in multiples of 16."""
+        """(width, height): the first reference's upright shape with the long side as set, in multiples of 16."""
         if not references:
             return self.side, self.side
-        _, width, height = image_header(image_bytes(references[0])[0])
+        data, _ = image_bytes(references[0])
+        _, width, height = image_header(data)
+        if is_on_its_side(data):
+            width, height = height, width
         scale = self.side / max(width, height)
         return tuple(max(16, round(length * scale / 16) * 16) for length in (width, height))
 
@@ -1819,6 +1831,29 @@ def webp_size(data):
         return 1 + (packed & 0x3FFF), 1 + (packed >> 14 & 0x3FFF)
     width, height = struct.unpack("<HH", bits[6:10])
     return width & 0x3FFF, height & 0x3FFF
+
+
+def is_on_its_side(data):
+    """Whether a JPEG or WebP picture's EXIF orientation (5 to 8) swaps its sides when it is shown upright."""
+    if data[:3] == b"\xff\xd8\xff":
+        start = data[:2**17].find(b"Exif\0\0")
+    elif data[:4] == b"RIFF":
+        start = data.find(b"EXIF")
+    else:
+        return False
+    tiff = data[start:start + 2**16] if start >= 0 else b""
+    start = max(tiff.find(b"II*\0"), tiff.find(b"MM\0*"))  # little or big endian
+    if not 0 <= start <= 16:
+        return False
+
+    tiff, order = tiff[start:], "<" if tiff[start:start + 1] == b"I" else ">"
+    try:
+        offset, = struct.unpack_from(order + "I", tiff, 4)
+        count, = struct.unpack_from(order + "H", tiff, offset)
+        entries = [struct.unpack_from(order + "HHIH", tiff, offset + 2 + 12 * i) for i in range(count)]
+    except struct.error:
+        return False
+    return any(tag == 0x0112 and 5 <= value <= 8 for tag, _, _, value in entries)
 
 
 LARGE_PNG = 2**18  # pixels; from here on Pillow, which is eight times as fast, is worth its import
