@@ -46,8 +46,8 @@ import distill
 import genevolve
 import model
 import tools
-from web import page
 from atlas import build
+from web import page
 
 torch.set_num_threads(2)
 
@@ -9221,13 +9221,8 @@ class CountingEngine:
 def test_servers_share_the_prompts_of_the_engine_row(monkeypatch, tmp_path, capsys):
     engines = {"a": CountingEngine(5), "b": CountingEngine(512)}
     monkeypatch.setattr(tools, "open_engine", engines.get)
-<<<<<<< HEAD
-    code, _, err = bench_main(capsys, "speed", "--quick", "--rows", "engine", "--engines", "a,b", "--repeats", 1,
-                              "--out", tmp_path)
-=======
     flags = ("--quick", "--rows", "engine", "--out", tmp_path)
     code, _, err = bench_main(capsys, "speed", *flags, "--engines", "a,b", "--repeats", 1)
->>>>>>> eafb5177c45dd982984dd1ae52402044ab51f119
     assert code == 0, err
     # one each to begin with, 48 for the first alone, then 24 each
     assert sorted(engines["a"].batches) == [1, 3, 4] + [5] * 13 and engines["b"].batches == [1, 24]

@@ -17,6 +17,7 @@ Contents, in reading order:
 """
 import difflib
 import hashlib
+import itertools
 import json
 import math
 import os
