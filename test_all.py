@@ -49,7 +49,7 @@ import tools
 from atlas import build
 from web import page
 
-torch.set_num_threads(2)
+torch.set_num_threads(model.idle_threads())  # beside other work two threads are ten times slower than one
 
 
 # ==== model.py: the network, the engine, checkpoints ==================================================================
