@@ -1089,7 +1089,7 @@ def test_without_an_output_layer_or_a_flag_that_ties_it_nothing_is_loaded(tmp_pa
 
 def test_two_checkpoints_in_one_folder_and_indices_that_are_none_are_refused(tmp_path, net):
     model.save(tmp_path, net, shard_bytes=20000)
-    shutil.copy(tmp_path / "model-00001-of-00004.safetensors", tmp_path / "model.safetensors")
+    shutil.copy(min(tmp_path.glob("model-00001-of-*.safetensors")), tmp_path / "model.safetensors")
     assert_refused(lambda: model.load(str(tmp_path)), "two checkpoints")
     os.remove(tmp_path / "model.safetensors")
     assert torch.equal(model.load(str(tmp_path))[0].embed.weight, net.embed.weight)
@@ -6595,7 +6595,7 @@ def test_an_argument_of_any_wrong_type_is_an_observation(attempt, name, field, t
         t = attempt(*map(turn, some), *[call_turn("nothing")] * 3)
         assert t.rounds == 11 and t.program is None and all(step.observation for step in t.steps)
         t.reward, t.program = 0.5, tools.Program("A kettle.", [])  # the best of a pair may have erred before
-        assert isinstance(distill.describe(t), str) and distill.compare(t, t)
+        assert isinstance(json.dumps(distill.describe(t)), str) and distill.compare(t, t)
         assert distill.summarize_pair(t.question, t, t) and json.dumps(page.lesson_record(t, t))
         json.dumps(t.to_json())
         model.write_json(str(tmp_path / "results.json"), [genevolve.record(t, "")])
@@ -7172,8 +7172,9 @@ def test_one_backward_pass_of_both_losses_gives_the_sum_of_the_two(offline_evolu
     run.settings.audit_every = 0
     joint, nothing, metrics = run.gradients(batch, groups, [])
     assert nothing is None and metrics["sdl_loss"] > 0
+    joint_norm = distill.gradient_norm(joint)
     for both, a, b in zip(joint, policy, sdl, strict=True):
-        assert torch.allclose(both, a + 3 * b, atol=1e-6)
+        assert (both - a - 3 * b).norm() <= 1e-5 * joint_norm
     assert math.isnan(run.combine_gradients(joint, None))
     assert all(torch.equal(p.grad, g) for p, g in zip(run.parameters(), joint, strict=True))
 
