@@ -49,8 +49,9 @@ import genevolve
 import model
 import tools
 from atlas import build
+from web import page
 
-torch.set_num_threads(2)
+torch.set_num_threads(model.idle_threads())  # beside other work two threads are ten times slower than one
 
 
 # ==== model.py: the network, the engine, checkpoints ==================================================================
@@ -1090,7 +1091,7 @@ def test_without_an_output_layer_or_a_flag_that_ties_it_nothing_is_loaded(tmp_pa
 
 def test_two_checkpoints_in_one_folder_and_indices_that_are_none_are_refused(tmp_path, net):
     model.save(tmp_path, net, shard_bytes=20000)
-    shutil.copy(tmp_path / "model-00001-of-00004.safetensors", tmp_path / "model.safetensors")
+    shutil.copy(min(tmp_path.glob("model-00001-of-*.safetensors")), tmp_path / "model.safetensors")
     assert_refused(lambda: model.load(str(tmp_path)), "two checkpoints")
     os.remove(tmp_path / "model.safetensors")
     assert torch.equal(model.load(str(tmp_path))[0].embed.weight, net.embed.weight)
@@ -6097,7 +6098,7 @@ def test_the_judge_gives_full_marks_to_ground_truth_and_to_another_drawing_of_th
 @pytest.mark.parametrize("split", ["bench", "validation"])
 def test_every_committed_ground_truth_scores_one(judge, atlas_rows, split):
     for row in atlas_rows[split]:
-        truth = genevolve.truth_of(row)
+        truth = tools.truth_of(row)
         assert judge(truth, truth, row["recipe"]["wanted"])["kscore"] == 1.0, row["id"]
 
 
@@ -6388,7 +6389,7 @@ def test_the_world_is_rebuilt_to_the_byte(rebuilt, name):
 
 def test_the_pictures_of_the_world_are_rebuilt_to_the_pixel(rebuilt, atlas_rows):
     for row in atlas_rows["bench"][:20]:
-        assert (diffusion.read_png(str(rebuilt / row["gt_image"])) == genevolve.truth_of(row)).all()
+        assert (diffusion.read_png(str(rebuilt / row["gt_image"])) == tools.truth_of(row)).all()
     for path in sorted(os.listdir(rebuilt / "corpus/images"))[:20]:
         if path.endswith(".png"):
             committed = diffusion.read_png(os.path.join(genevolve.HERE, "atlas/corpus/images", path))
@@ -6596,11 +6597,11 @@ def test_an_argument_of_any_wrong_type_is_an_observation(attempt, name, field, t
         t = attempt(*map(turn, some), *[call_turn("nothing")] * 3)
         assert t.rounds == 11 and t.program is None and all(step.observation for step in t.steps)
         t.reward, t.program = 0.5, tools.Program("A kettle.", [])  # the best of a pair may have erred before
-        assert isinstance(distill.describe(t), str) and distill.compare(t, t)
-        assert distill.summarize_pair(t.question, t, t) and json.dumps(genevolve.lesson_record(t, t))
+        assert isinstance(json.dumps(distill.describe(t)), str) and distill.compare(t, t)
+        assert distill.summarize_pair(t.question, t, t) and json.dumps(page.lesson_record(t, t))
         json.dumps(t.to_json())
         model.write_json(str(tmp_path / "results.json"), [genevolve.record(t, "")])
-        genevolve.write_report(str(tmp_path / "report.html"), genevolve.run_view([t]))
+        page.write_report(str(tmp_path / "report.html"), page.run_view([t]))
 
 
 def test_the_last_turn_is_announced_and_eleven_turns_are_the_end(attempt):
@@ -7018,21 +7019,21 @@ def test_cancelling_ends_the_wait_for_a_service():
     silent.set()
 
 
-def test_a_thread_in_a_loop_leaves_a_fair_lock_to_others():
-    lock, stop, turns = genevolve.FairLock(), threading.Event(), []
+def test_a_thread_that_takes_a_fair_lock_again_queues_behind_the_one_that_waits():
+    lock, order = genevolve.FairLock(), []
 
-    def loop():
-        while not stop.is_set():
-            with lock:
-                turns.append(time.sleep(0.002))
-    thread = threading.Thread(target=loop)
-    thread.start()
-    for _ in range(20):
+    def other():
         with lock:
-            pass
-    stop.set()
+            order.append("other")
+    thread = threading.Thread(target=other)
+    with lock:
+        thread.start()
+        time.sleep(0.05)  # now it waits, and holds the entry
+        assert lock.entry.locked()
+    with lock:
+        order.append("loop")
     thread.join()
-    assert len(turns) < 100  # a plain lock may be had by the loop thousands of times in a row
+    assert order == ["other", "loop"]
 
 
 def test_a_client_that_goes_away_gives_its_slot_back():
@@ -7173,8 +7174,9 @@ def test_one_backward_pass_of_both_losses_gives_the_sum_of_the_two(offline_evolu
     run.settings.audit_every = 0
     joint, nothing, metrics = run.gradients(batch, groups, [])
     assert nothing is None and metrics["sdl_loss"] > 0
+    joint_norm = distill.gradient_norm(joint)
     for both, a, b in zip(joint, policy, sdl, strict=True):
-        assert torch.allclose(both, a + 3 * b, atol=1e-6)
+        assert (both - a - 3 * b).norm() <= 1e-5 * joint_norm
     assert math.isnan(run.combine_gradients(joint, None))
     assert all(torch.equal(p.grad, g) for p, g in zip(run.parameters(), joint, strict=True))
 
@@ -7900,17 +7902,18 @@ def test_trajectories_from_a_serving_engine(tiny_evolution, tmp_path, command):
 def test_a_vllm_gives_the_same_run_however_often_it_is_away(tiny_evolution, tmp_path, command):
     """Restarted with old weights, cut off and answering 500: no step lost, and every number as without. TIS finds that
     the engine is the trainer's policy."""
-    troubles = {"calm": [], "rough": [None] * 16 + ["cut", 500, None, None, "restart", None, None, None, 503] * 4}
+    troubles = {"calm": [], "rough": [None] * 16 + ["cut", 500, None, None, "restart", None, None, None, 503] * 2}
     for name, away in troubles.items():
         with VLLMService(SFT) as server:
             server.away = list(away)
-            more = ("--eval-every", 0, "--audit-every", 0, "--correct-mismatch", "--rollouts-url", server.url)
+            more = ("--eval-every", 0, "--audit-every", 0, "--correct-mismatch", "--rollouts-url", server.url,
+                    "--steps", 2, "--rollouts", 2)
             code, _, err = command(*tiny_evolution(tmp_path / name, *more))
             assert code == 0, err
             assert not server.away and ("waits for it" in err) == bool(away)
             assert all(len(request["prompt"]) <= 6 for path, request in server.asked if path == "/v1/completions")
     rows = without_durations(tmp_path / "calm" / "log.jsonl")
-    assert len(rows) == 3 and rows == without_durations(tmp_path / "rough" / "log.jsonl")
+    assert len(rows) == 2 and rows == without_durations(tmp_path / "rough" / "log.jsonl")
     assert all(row["tis_weight"] == pytest.approx(1, abs=1e-5) and row["tis_capped"] == 0 for row in rows)
     calm, rough = (model.load(str(tmp_path / name / "last"))[0] for name in troubles)
     assert all(torch.equal(a, b) for a, b in zip(calm.parameters(), rough.parameters()))
@@ -8168,13 +8171,13 @@ def live_site(tmp_path_factory):
     runs = folder / "runs"
     for name, view in (("a", {"mode": "run", "requests": []}), ("deep/b", EMPTY_EVOLUTION)):
         (runs / name).mkdir(parents=True)
-        genevolve.write_report(str(runs / name / "report.html"), {"title": name} | view)
+        page.write_report(str(runs / name / "report.html"), {"title": name} | view)
     (runs / "a" / "results.json").write_text('[{"judgement": {"kscore": 0.5}}, {"judgement": null}]')
     (runs / "deep" / "b" / "log.jsonl").write_text('{"validation": {"kscore": 0.25}}\n{"reward": 1.0}\n')
     (runs / "page-only").mkdir()
-    genevolve.write_report(str(runs / "page-only" / "report.html"), {"mode": "run"})
+    page.write_report(str(runs / "page-only" / "report.html"), {"mode": "run"})
     (folder / "secret").mkdir()
-    genevolve.write_report(str(folder / "secret" / "report.html"), {"mode": "run"})
+    page.write_report(str(folder / "secret" / "report.html"), {"mode": "run"})
     (folder / "secret" / "results.json").write_text("[]")
 
     settings = genevolve.Serve(out=str(folder / "out"), runs=str(runs), sampling_steps=2)
@@ -8219,7 +8222,7 @@ def test_a_request_of_the_page_is_answered_turn_by_turn_and_judged(live_site):
     row = atlas.world.known_requests()[question]
     judge = atlas.judge.PixelJudge(atlas.world.vocabulary())
     image = tools.from_data_uri(view["picture"]["src"])
-    assert view["scores"]["kscore"] == judge.score(image, genevolve.truth_of(row), row)["kscore"]
+    assert view["scores"]["kscore"] == judge.score(image, tools.truth_of(row), row)["kscore"]
 
 
 @pytest.mark.slow
@@ -8434,6 +8437,21 @@ def test_the_page_of_an_evolution_shows_curves_lessons_and_memory_in_a_browser(t
     count = sum(word.lower() in text for text in texts)
     assert browser.evaluate("document.querySelector('#memory [role=status]').textContent").startswith(f"{count} of ")
     check_page(browser, tmp_path, "evolution")
+
+
+@in_browser
+def test_a_lesson_that_was_dropped_is_told_and_an_evolution_without_steps_has_no_heading(browser, tmp_path):
+    entry = lesson_entry(2, 0.4, "Count aloud.")
+    entry.prompt, entry.uses = "Three lamps", [{"agreement": -0.5}, {"agreement": -0.7}, {"agreement": None}]
+    row = {"step": 7, "rollouts": 4, "dropped": [page.dropped_lesson(entry)]}
+    for name, log in (("full", [row]), ("empty", [])):
+        page.write_report(str(tmp_path / f"{name}.html"), {"title": "x"} | EMPTY_EVOLUTION | {"log": log})
+    browser.open((tmp_path / "full.html").as_uri(), 400)
+    told = browser.evaluate("document.querySelector('.dropped').textContent")
+    assert told == "Update 7: Count aloud. (Three lamps) agreement −0.60 ± 0.10 over 2 uses"
+    check_page(browser, tmp_path, "full")
+    browser.open((tmp_path / "empty.html").as_uri(), 400)
+    assert browser.evaluate("document.querySelectorAll('h2').length") == 0 and browser.faults == []
 
 
 @in_browser
@@ -9334,7 +9352,7 @@ def test_bench_alone_leaves_scores_pictures_and_rates(tmp_path, capsys, monkeypa
 
 def test_a_contact_sheet_shows_each_picture_beside_what_was_wanted(monkeypatch):
     row = atlas.world.requests("bench")[0]
-    truth = genevolve.truth_of(row)
+    truth = tools.truth_of(row)
     attempts = [SimpleNamespace(image=np.full((64, 64, 3), 9, np.uint8), row=row), SimpleNamespace(image=None, row=row)]
     sheet = bench.contact_sheet(attempts, side=64, gap=4, columns=1)
     assert sheet.shape == (4 + 2 * 68, 4 + 134, 3)
@@ -9453,13 +9471,14 @@ class CountingEngine:
 def test_servers_share_the_prompts_of_the_engine_row(monkeypatch, tmp_path, capsys):
     engines = {"a": CountingEngine(5), "b": CountingEngine(512)}
     monkeypatch.setattr(tools, "open_engine", engines.get)
-    code, _, err = bench_main(capsys, "speed", "--quick", "--rows", "engine", "--engines", "a,b", "--repeats", 1, "--out",
-                              tmp_path)
+    flags = ("--quick", "--rows", "engine", "--out", tmp_path)
+    code, _, err = bench_main(capsys, "speed", *flags, "--engines", "a,b", "--repeats", 1)
     assert code == 0, err
-    assert sorted(engines["a"].batches) == [3, 4] + [5] * 13 and engines["b"].batches == [24]  # 48 alone, then 24 each
+    # one each to begin with, 48 for the first alone, then 24 each
+    assert sorted(engines["a"].batches) == [1, 3, 4] + [5] * 13 and engines["b"].batches == [1, 24]
     row = bench.read_json(tmp_path / "speed.json")["engine"]
     assert list(row) == ["servers 1: tokens/s", "servers 2: tokens/s"] and min(row.values()) > 0
-    _, out, _ = bench_main(capsys, "speed", "--quick", "--rows", "engine", "--out", tmp_path)
+    _, out, _ = bench_main(capsys, "speed", *flags)
     assert "--engines URL,URL" in out
 
 
@@ -9904,7 +9923,7 @@ def test_keys_of_requests_are_bags_of_words_less_the_mean_of_all_requests(net):
 @pytest.mark.parametrize("values, mean, error", [
     ([1.0, 3.0, math.nan], 2.0, 1.0), ([2.0, 2.0, 2.0, 6.0], 3.0, 1.0), ([5.0], 5.0, math.nan)])
 def test_a_mean_has_the_error_of_a_sample(values, mean, error):
-    assert genevolve.mean_and_error(values) == pytest.approx((mean, error), nan_ok=True)  # s / sqrt(n), s^2 by n - 1
+    assert distill.mean_and_error(values) == pytest.approx((mean, error), nan_ok=True)  # s / sqrt(n), s^2 by n - 1
 
 
 def test_a_reward_weighs_picture_and_text_by_alpha(judge):

@@ -54,6 +54,7 @@ import sys
 import threading
 import time
 import unicodedata
+import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -373,6 +374,16 @@ def check_request(text, where=""):
     return text.strip()
 
 
+def truth_of(row):
+    """The ground-truth picture of a row, uint8 (H, W, 3)."""
+    return read_image(os.path.join(row["_folder"], row["gt_image"]))
+
+
+def image_seed(row):
+    """One noise per request, so that two programs for it differ by their words and references alone."""
+    return zlib.crc32(f"{row['id']} {row['question']}".encode())
+
+
 # ---- The three tools ------------------------------------------------------------------------------------------------
 
 PUBLISHED_SKILLS = frozenset((  # the method's eight; a folder of guides may hold more, and these stand first
@@ -543,6 +554,15 @@ class CorpusBox:
         self.corpus = corpus
         self.skills = skills
 
+    def try_out(self, query="lamp"):
+        """(texts, pictures) that the service finds for a query, two calls. ToolError if it is no search service."""
+        counts = []
+        for path, kind in (("search", "organic"), ("images", "images")):
+            found = self.client.post_json(f"{self.search_url}/{path}", {"q": query, "num": 5}, self.headers,
+                                          lambda value: results_of(value, kind))
+            counts.append(len(found))
+        return tuple(counts)
+
     def find_pages(self, queries, top_k, attempt_indices):
         return [[{"title": page.title, "link": "", "snippet": snippet}
                  for page, snippet in self.corpus.search(query, top_k)] for query in queries]
@@ -568,7 +588,7 @@ class ToolBox:
     """
 
     def __init__(self, search_url, skills_dir, image_dir, api_key="", compact=False, tape=None, budget=None,
-                 limiter=None, timeout=15.0, deadline=60.0, retries=3, backoff=0.5, max_bytes=20 * 2**20):
+                 limiter=None, key_hint="", timeout=15.0, deadline=60.0, retries=3, backoff=0.5, max_bytes=20 * 2**20):
         self.search_url = service_url(search_url, "search")
         self.skills = read_skills(skills_dir)
         self.compact = compact
@@ -578,7 +598,7 @@ class ToolBox:
 
         # two clients: the service gets the key; pictures come from anywhere and never see it
         shared = {"timeout": timeout, "deadline": deadline, "retries": retries, "backoff": backoff, "tape": tape}
-        self.client = HttpClient("search", (api_key,), budget=budget, limiter=limiter, **shared)
+        self.client = HttpClient("search", (api_key,), key_hint=key_hint, budget=budget, limiter=limiter, **shared)
         self.downloader = HttpClient("download", guarded=True, own=self.search_url, max_bytes=max_bytes, **shared)
 
         self.image_dir = image_dir
@@ -592,10 +612,7 @@ class ToolBox:
     def query(self, path, kind, query, top_k, attempt_index, until):
         """One query to the service -> the list under ``kind`` of its reply, cut to top_k dicts."""
         def parse(value):
-            found = value.get(kind, [])
-            if not isinstance(found, list) or not all(isinstance(hit, dict) for hit in found):
-                raise ValueError(f"no list of {kind}")
-            return found[:top_k]
+            return results_of({kind: []} | value, kind)[:top_k]  # some services leave out what they did not find
 
         payload = {"q": query, "num": top_k}
         return self.client.post_json(f"{self.search_url}/{path}", payload, self.headers, parse, until=until,
@@ -673,6 +690,14 @@ class ToolBox:
             if not os.path.isfile(path):
                 model.replace_file(path, write)
         return path
+
+
+def results_of(value, kind):
+    """The list of results under ``kind`` in a search service's reply. ValueError if there is none."""
+    found = value.get(kind)
+    if not isinstance(found, list) or not all(isinstance(hit, dict) for hit in found):
+        raise ValueError(f"no list of {kind}")
+    return found
 
 
 def picture_url(url):
@@ -1001,6 +1026,17 @@ class ChatClient:
         except ToolError:
             return {}
 
+    def served_names(self):
+        """The names of all models in the server's list; [] where there is no list."""
+        url = self.url.replace("/chat/completions", "/models")
+        try:
+            return self.client.request("GET", url, headers=self.headers, until=time.monotonic() + 10.0,
+                                       parse=lambda reply: read_model_names(reply.body))
+        except BudgetExceeded:
+            raise
+        except ToolError:
+            return []
+
     def complete(self, messages, **options):
         """messages -> the text of the reply. options: max_tokens, temperature, top_p, stop, seed; None is left out."""
         return self.reply(messages, **options).text
@@ -1114,16 +1150,31 @@ def token_counts(value):
 
 
 class RemoteRenderer:
-    """A Qwen-Image-Edit HTTP service on one or more machines, asked in turn; what fails on one goes to the next.
+    """An image-edit HTTP service on one or more machines, asked in turn; what fails on one goes to the next.
 
-    side: the longer side of a picture, in pixels.
+    side: the longer side of a picture, in pixels. What such a service has to understand, in full:
+
+    Request: POST {url}/generate, a JSON object, with "Authorization: Bearer KEY" where there is a key.
+        prompt                str, not empty
+        image_urls            [data URI], none to two: the references in their order, PNG, JPEG or WebP as found
+        seed                  int in [0, 2^32): the same seed draws the same noise
+        num_inference_steps   int, denoising steps
+        true_cfg_scale        float, classifier-free guidance against negative_prompt (4.0; " ")
+        guidance_scale        float, of models with distilled guidance (1.0)
+        num_images_per_prompt int, always 1
+        width, height         int, pixels, multiples of 16
+    Reply: status 200, {"success": true, "image": base64 of a PNG (JPEG and WebP need Pillow here)}. The picture may
+        have another size than was asked for.
+    Errors: any other status, or 200 with {"success": false, "error": reason}. A reason is read in "error" or "detail".
+        HTTP 408, 425, 429 and 5xx are tried again after a pause (Retry-After is obeyed), others are not.
     """
 
-    def __init__(self, urls, side=1024, **http):
+    def __init__(self, urls, side=1024, api_key="", **http):
         self.urls = [service_url(url, "renderer") for url in urls or [""]]
         self.side = side
+        self.headers = bearer(api_key)
         defaults = {"timeout": 600.0, "deadline": 1800.0, "retries": 1, "max_bytes": 2**27}
-        self.client = HttpClient("renderer", **defaults | http)
+        self.client = HttpClient("renderer", (api_key,), **defaults | http)
 
     def render(self, prompts, references, seeds, steps=40):
         """prompts: [str]; references: per prompt a list of paths, bytes or uint8 (H, W, 3); seeds: [int].
@@ -1150,7 +1201,8 @@ class RemoteRenderer:
             url = self.urls[(number + turn) % len(self.urls)]
             try:
                 # a recording keeps the outcome of each machine (two on one host look alike to it)
-                return self.client.post_json(f"{url}/generate", payload, parse=service_image, attempt_index=turn)
+                return self.client.post_json(f"{url}/generate", payload, self.headers, service_image,
+                                             attempt_index=turn)
             except BudgetExceeded as error:
                 return error
             except ToolError as error:
@@ -1191,6 +1243,11 @@ class GoogleRenderer:
         replaying = self.client.tape and self.client.tape.replaying
         if not api_key and not replaying:
             raise ToolError("the Google renderer needs a key: set GOOGLE_API_KEY or GEMINI_API_KEY")
+
+    def served_model(self):
+        """What the service states about the model, a JSON object; asking costs nothing. ToolError if it has none."""
+        url = self.url.removesuffix(":generateContent")
+        return self.client.request("GET", url, headers=self.headers, parse=lambda reply: json_object(reply.body))
 
     def render(self, prompts, references, seeds, steps=None):
         """As RemoteRenderer.render. The service takes no seed and no steps: an attempt_index tells equal prompts apart,
@@ -1295,6 +1352,10 @@ class RolloutEngine:
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_p=1.0, stop_ids=(), seed=None):
         """Prompts as token ids, at most AT_ONCE of them -> a Rollout for each. seed: None sends none."""
         return self.insist(lambda: self.sample(prompts, max_new_tokens, temperature, top_p, stop_ids, seed))
+
+    def try_out(self):
+        """Let it write one token. ToolError if it cannot, or could not take new weights."""
+        self.sample([[1, 2, 3]], 1, 1.0, 1.0, (), None)
 
     def restore(self):
         """Hand the weights over (again). Whoever has them puts a function of its own in this place."""
@@ -1458,6 +1519,15 @@ class VLLMClient(RolloutEngine):
                    "temperature": 1.0, "prompt_logprobs": 0}
         return self.post("/v1/completions", payload, lambda value: read_prompt_scores(value, sequences))
 
+    def try_out(self):
+        super().try_out()
+        try:
+            self.get("/server_info?config_format=json")
+        except ToolError as error:
+            if "HTTP 404" in str(error):
+                raise ToolError(f"{self.NAME}: {self.base} takes no new weights; start it with VLLM_SERVER_DEV_MODE=1 "
+                                "in its environment") from None
+
     def dtype(self):
         """Of the server's arithmetic, "" where it does not say."""
         path = "/server_info?config_format=json"
@@ -1497,6 +1567,14 @@ def read_served_model(body, name=""):
                 "max_model_len": length if isinstance(length, int) and length > 0 else None}
     except (KeyError, IndexError, TypeError, AttributeError):
         raise ValueError("no model in it") from None
+
+
+def read_model_names(body):
+    """The body of /v1/models -> the names in it. ValueError if it is no such list."""
+    try:
+        return [str(entry["id"]) for entry in json_object(body)["data"]]
+    except (KeyError, TypeError):
+        raise ValueError("no list of models") from None
 
 
 def read_completions(value, count):
@@ -1554,8 +1632,9 @@ def recognise(server):
         owner = server.get("/v1/models", read_served_model)["owned_by"]
         if owner in ENGINES:
             return owner
-    except ToolError:
-        pass  # an older SGLang
+    except ToolError as error:  # an older SGLang has no such list
+        if "HTTP 401" in str(error) or "HTTP 403" in str(error):
+            raise
     try:
         if "model_path" in server.get("/get_model_info"):
             return "sglang"
@@ -1563,6 +1642,30 @@ def recognise(server):
         pass
     raise ToolError(f"{server.NAME}: {server.base} answers neither like vLLM nor like SGLang; --rollouts-engine says "
                     "which it is")
+
+
+def kinds_of_service(origin, headers):
+    """As what a server answers: a list out of "chat", "search" and "renderer".
+
+    origin: its URL without a path; headers: with the key. Nothing that is asked here changes or draws anything.
+    """
+    client = HttpClient("service", timeout=10.0, deadline=10.0, retries=0)
+    questions = {
+        "chat": lambda: client.request("GET", f"{origin}/v1/models", headers=headers,
+                                       parse=lambda reply: read_model_names(reply.body)),
+        "search": lambda: client.post_json(f"{origin}/search", {"q": "lamp", "num": 1}, headers,
+                                           lambda value: results_of(value, "organic")),
+        "renderer": lambda: client.post_json(f"{origin}/generate", {}, headers)}
+    kinds = []
+    for kind, ask in questions.items():
+        try:
+            ask()
+            kinds.append(kind)
+        except ToolError as error:  # a renderer says that the prompt is missing; engines have a /generate, too
+            is_asking = re.search("HTTP (400|422)", str(error)) and "prompt" in str(error)
+            if kind == "renderer" and is_asking and "chat" not in kinds:
+                kinds.append(kind)
+    return kinds
 
 
 # ---- The local server -----------------------------------------------------------------------------------------------
@@ -2335,6 +2438,7 @@ class HttpClient:
     """
     name: str                       # how errors call the service
     secrets: tuple = ()             # keys that must not appear anywhere
+    key_hint: str = ""              # where the key comes from: said when a service refuses it
     guarded: bool = False           # URLs come from outside: check_url, no proxy, redirects followed
     own: str | None = None          # a URL named by the user: the guard lets its origin through
     timeout: float = 30.0           # seconds for one attempt, from connecting to the last byte
@@ -2475,10 +2579,17 @@ class HttpClient:
 
             if not succeeded:
                 reason = body_reason(redact(bytes(body), self.secrets))
+                if self.key_hint and is_key_refused(status, reason):
+                    reason = f"{reason[:200]} ({self.key_hint})"
                 raise http_failure(status, reason, retry_after(response.headers.get("Retry-After")))
             if len(body) > limit:
                 raise Refused(f"an answer of more than {self.max_bytes >> 20} MB")
             return Reply(status, response.headers.get("Content-Type", ""), bytes(body))
+
+
+def is_key_refused(status, reason):
+    """Whether an error says that the key is missing or wrong. Google says so with status 400, Serper with 403."""
+    return status in (401, 403) or status == 400 and "api key" in reason.lower()
 
 
 def http_failure(status, reason, wait=0.0):
@@ -2743,12 +2854,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if int(length) > MAX_API_BODY:
                 raise HttpError(413, f"a body of more than {MAX_API_BODY} bytes")
 
+        # a body is a JSON object
         body = self.rfile.read(int(length))
         self.body_read = True
         try:
             request = json_object(body)
         except ValueError as error:
             raise HttpError(400, f"the body is not a JSON object ({error})") from None
+
         if path in CHAT_PATHS:
             self.answer_chat(request, body)
         elif is_site:
