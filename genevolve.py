@@ -7,6 +7,7 @@
     python genevolve.py sft                         cold start on demonstrations (python -m atlas.build --demos 30000)
     python genevolve.py train-renderer              VAE and diffusion transformer (python -m atlas.build --scenes 60000)
     python genevolve.py serve                       search, images, chat, renderer and judge over HTTP
+    python genevolve.py doctor                      asks every service that the flags name one harmless question
 
 Reading order of the project: model.py (policy and engine), diffusion.py (renderer), tools.py (the outside world),
 distill.py (from trajectories to a gradient), and this file, which ties them into one loop:
@@ -27,6 +28,7 @@ Contents, in reading order:
     evolve                       the loop around it
     ComponentFlags, Evolve, ...  every flag is a field of a dataclass (from here on: machine room)
     Components                   opens policy, tools, renderer and judge
+    doctor                       which of them work, and what is wrong with the others
     record, write_report         what is written for other programs and for people
     Playground                   the page of serve: requests typed there, answered side by side
     COMMANDS, main               the command line
@@ -50,6 +52,7 @@ import re
 import shlex
 import shutil
 import sys
+import tempfile
 import threading
 import time
 import urllib.parse
@@ -910,8 +913,7 @@ def open_evolution(settings, evolution=Evolution):
     if settings.rollouts_url:
         components.policy = components.rollout_policy(settings.rollouts_url)
     if settings.summarizer:
-        client = components.chat_client(settings.summarizer, settings.summarizer_model, "summarizer", timeout=90.0)
-        components.summarizer = client.complete
+        components.summarizer = components.chat_client("summarizer", timeout=90.0).complete
     run = evolution(settings, components, processes)
     run.resume()
     run.sync_weights()
@@ -1689,6 +1691,33 @@ def evolution_end(run, seconds):
     return lines
 
 
+# ---- Keys: environment variables alone hold them ---------------------------------------------------------------------
+
+KEYS = {  # service -> where its key may stand; the first that is set counts
+    "policy": ("POLICY_API_KEY", "OPENAI_API_KEY"), "judge": ("JUDGE_API_KEY", "OPENAI_API_KEY"),
+    "summarizer": ("SUMMARIZER_API_KEY", "OPENAI_API_KEY"), "rollouts": ("ROLLOUTS_API_KEY", "OPENAI_API_KEY"),
+    "search": ("SERPER_API_KEY",), "renderer": ("RENDERER_API_KEY",), "gemini": ("GOOGLE_API_KEY", "GEMINI_API_KEY")}
+
+
+SERPER = "https://google.serper.dev"
+
+
+def key_names(service):
+    """The variables of a service's key, as a text."""
+    return " or ".join(KEYS[service])
+
+
+def service_key(service):
+    """(key, "" where none is set; where it comes from, in words). ValueError for what no HTTP header can carry."""
+    name = next((name for name in KEYS[service] if os.environ.get(name, "").strip()), None)
+    if name is None:
+        return "", f"its key belongs in {key_names(service)}, not set"
+    key = os.environ[name].strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError(f"{name}: holds a character that no key has")
+    return key, f"its key comes from {name}" + f"; {key_names(service)} may hold it" * (len(KEYS[service]) > 1)
+
+
 # ---- Flags: every one is a field, every default stands once ----------------------------------------------------------
 
 def flag(default, help, **more):
@@ -1723,13 +1752,17 @@ class Compute(Common):
 @dataclass
 class ComponentFlags(Compute):
     """Which policy, which world, which renderer: each is the embedded one or a real one."""
-    policy: str = flag("", "policy folder, or URL of an OpenAI-compatible endpoint (default: the promoted one, "
-                           "weights/policy)")
+    policy: str = flag("", "policy folder, or URL of an OpenAI-compatible endpoint, whose key is in "
+                           f"{key_names('policy')} (default: the promoted one, weights/policy)")
     policy_model: str = flag("genevolve", "model name sent to a policy URL")
     system_prompt: str = flag("", "file with the system prompt that a served policy was trained with")
-    search: str = flag("", "base URL of a Serper-compatible search service (default: the Atlas, served locally)")
-    renderer: str = flag("", "renderer folder, URL of an image-edit service, or 'gemini' (default: weights/renderer)")
-    judge: str = flag("", "URL of an OpenAI-compatible vision model (default: the pixel judge, Atlas requests only)")
+    search: str = flag("", f"base URL of a Serper-compatible search service, {SERPER} for instance, whose key is in "
+                           f"{key_names('search')} (default: the Atlas, served locally)")
+    renderer: str = flag("", "renderer folder; URL of an image-edit service, or several with commas between (key: "
+                             f"{key_names('renderer')}); or gemini (key: {key_names('gemini')}) (default: "
+                             "weights/renderer)")
+    judge: str = flag("", "URL of an OpenAI-compatible vision model, whose key is in "
+                          f"{key_names('judge')} (default: the pixel judge, Atlas requests only)")
     judge_model: str = flag("judge", "model name sent to a judge URL")
     corpus: str = flag(ATLAS_CORPUS, "folder of texts and images that the local search reads")
     sampling_steps: int = flag(20, "sampling steps of the renderer", bounds="[1, inf)")
@@ -1816,7 +1849,25 @@ class TrainRenderer(Compute):
 
 
 @dataclass
-class Evolve(ComponentFlags):
+class EvolveServices(ComponentFlags):
+    """The services that only an evolution has."""
+    rollouts_url: str = flag("", "URL of a running vLLM or SGLang server that writes the trajectories, or several with "
+                                 f"commas between, whose key is in {key_names('rollouts')} (default: the engine of "
+                                 "model.py)")
+    rollouts_engine: str = flag("auto", "what answers there", choices=("auto", *tools.ENGINES))
+    summarizer: str = flag("", "URL of an OpenAI-compatible model that writes the lessons, whose key is in "
+                               f"{key_names('summarizer')} (default: rules)")
+    summarizer_model: str = flag("summarizer", "model name sent to a summarizer URL")
+
+
+@dataclass
+class Doctor(EvolveServices):
+    """Ask every service that the flags or the environment name one harmless question (search: two); say in a line each
+    what works. Exit status 0 if all do, else 1."""
+
+
+@dataclass
+class Evolve(EvolveServices):
     """Self-evolution: roll out, render, judge, compare, remember, teach, update. Resumes by itself."""
     out: str = flag(os.path.join("runs", "evolve"), "folder of the run; the same command goes on where it stopped")
     data: str = flag(os.path.join(HERE, "atlas", "evolve.jsonl"), "requests to learn from")
@@ -1825,15 +1876,10 @@ class Evolve(ComponentFlags):
     prompts_per_step: int = flag(8, "requests a step", bounds="[1, inf)")
     rollouts: str = flag("6", "trajectories a request (K), which are compared; or as --rollouts-url, and six of them",
                          bounds="[2, inf)")
-    rollouts_url: str = flag("", "URL of a running vLLM or SGLang server that writes the trajectories, or several with "
-                                 "commas between (default: the engine of model.py)")
-    rollouts_engine: str = flag("auto", "what answers there", choices=("auto", *tools.ENGINES))
     probe: str = flag("stop", "what happens when the server's log-probs differ from the trainer's after an update; "
                               "reload: try other ways to hand weights over first", choices=("stop", "reload", "off"))
     correct_mismatch: bool = flag(False, "truncated importance sampling (TIS): weigh tokens by how much likelier the "
                                          "trainer holds them than the engine that wrote them, at most twofold")
-    summarizer: str = flag("", "URL of an OpenAI-compatible model that writes the lessons (default: rules)")
-    summarizer_model: str = flag("summarizer", "model name sent to a summarizer URL")
     recipe: str = flag("stable", "how experience becomes a gradient", choices=tuple(distill.RECIPES))
     set: str = flag("", "changes to the recipe, for instance weight=1,teacher=ema; " + recipe_help())
     lr: float = flag(2e-4, "learning rate of AdamW (1e-6 for a pretrained policy)", bounds="[0, 1]")
@@ -1930,14 +1976,63 @@ def is_url(text):
     return text.startswith(("http://", "https://"))
 
 
-class Components:
+def is_image_service(renderer):
+    """Whether --renderer names a service, not a folder."""
+    return is_url(renderer) or renderer == "gemini"
+
+
+class Services:
+    """Clients of the outside services that a command's flags name: each with its own key, all with one recording and
+    one budget. http: fields of tools.HttpClient that hold for all of them (timeout, retries, ...)."""
+
+    def __init__(self, settings, **http):
+        self.settings, self.http = settings, http
+        self.tape = tools.Tape(record=settings.record or None, replay=settings.replay or None)
+        self.budget = tools.Budget(settings.max_calls) if settings.max_calls else None
+
+    def client_options(self, service):
+        """(key, further options) of the client of a service, one of ``KEYS``. Each has a limit of its own."""
+        s = self.settings
+        key, hint = service_key(service)
+        limiter = tools.Limiter(s.per_minute) if s.per_minute else None
+        return key, self.http | {"tape": self.tape, "budget": self.budget, "limiter": limiter, "key_hint": hint}
+
+    def chat_client(self, service, **http):
+        """The client of an OpenAI-compatible endpoint: "policy", "judge" or "summarizer"."""
+        url, name = getattr(self.settings, service), getattr(self.settings, f"{service}_model")
+        key, options = self.client_options(service)
+        return tools.ChatClient(url, key, name, service, **http | options)
+
+    def engine(self, url):
+        """The client of a server that writes trajectories. Its calls are neither recorded nor counted."""
+        key, hint = service_key("rollouts")
+        return tools.open_engine(url, key, self.settings.rollouts_engine, key_hint=hint, **self.http)
+
+    def open_search(self, url, images, compact):
+        """The tools. url: of the search service; images: folder of the pictures that it finds."""
+        options = {"tape": self.tape} | self.http
+        if self.settings.search:  # else it is our own server
+            options["api_key"], more = self.client_options("search")
+            options |= more
+        return tools.ToolBox(url, os.path.join(HERE, "skills"), images, compact=compact, **options)
+
+    def image_service(self):
+        """The client of an image service, Google's or another."""
+        s = self.settings
+        if s.renderer == "gemini":
+            key, options = self.client_options("gemini")
+            return tools.GoogleRenderer(key, **options)
+        key, options = self.client_options("renderer")
+        return tools.RemoteRenderer(s.renderer.split(","), api_key=key, **options)
+
+
+class Components(Services):
     """The pieces that a command's flags name, local or remote, opened together and closed together."""
 
     def __init__(self, settings, out):
-        self.settings = s = settings
+        super().__init__(settings)
+        s = settings
         self.device = model.pick_device(s.device)
-        self.tape = tools.Tape(record=s.record or None, replay=s.replay or None)
-        self.budget = tools.Budget(s.max_calls) if s.max_calls else None
         self.server = None
         if not s.search and not s.replay:
             show_status(f"reading {s.corpus}")
@@ -1984,23 +2079,13 @@ class Components:
         value = getattr(self.settings, name)
         if name in ("search", "judge"):
             return bool(value)
-        return is_url(value) or value == "gemini"
-
-    def client_options(self):
-        """What the clients of outside services have in common: one recording, one budget, and a limit for each."""
-        limiter = tools.Limiter(self.settings.per_minute) if self.settings.per_minute else None
-        return {"tape": self.tape, "budget": self.budget, "limiter": limiter}
-
-    def chat_client(self, url, model_name, service="chat model", **http):
-        """A client of an OpenAI-compatible endpoint. service: its name in messages."""
-        key = os.environ.get("OPENAI_API_KEY", "")
-        return tools.ChatClient(url, key, model_name, service, **self.client_options() | http)
+        return is_image_service(value)
 
     def open_policy(self):
         s = self.settings
         sampling = Sampling(s.temperature, s.top_p)
         if is_url(s.policy):
-            client = self.chat_client(s.policy, s.policy_model)
+            client = self.chat_client("policy")
             return ChatPolicy(client, sampling, compact=s.protocol == "compact", send_seed=s.send_seed)
         path = s.policy or os.path.join(HERE, "weights", "policy")
         show_status(f"loading the policy, {path} ({folder_megabytes(path):.0f} MB)")
@@ -2012,8 +2097,7 @@ class Components:
     def rollout_policy(self, urls):
         """The policy of a folder, with servers of vLLM or SGLang that write its turns."""
         s, local = self.settings, self.policy
-        key = os.environ.get("OPENAI_API_KEY", "")
-        clients = [tools.open_engine(url, key, s.rollouts_engine) for url in urls.split(",")]
+        clients = [self.engine(url) for url in urls.split(",")]
         kinds = {type(client) for client in clients}
         if len(kinds) > 1:
             raise ValueError(f"--rollouts-url {urls}: servers of one kind, please")
@@ -2022,21 +2106,14 @@ class Components:
                              s.correct_mismatch, send_seed)
 
     def open_toolbox(self, out):
-        s = self.settings
         local_url = self.server.url if self.server else "http://127.0.0.1:1"  # a replay asks nobody
-        options = self.client_options() if s.search else {"tape": self.tape}
         images = os.environ.get("IMAGE_DOWNLOAD_DIR") or os.path.join(out, "cache")
-        key = os.environ.get("SERPER_API_KEY", "")
-        return tools.ToolBox(s.search or local_url, os.path.join(HERE, "skills"), images, api_key=key,
-                             compact=self.policy.compact, **options)
+        return self.open_search(self.settings.search or local_url, images, self.policy.compact)
 
     def open_renderer(self):
         s = self.settings
-        if s.renderer == "gemini":
-            key = os.environ.get("GOOGLE_API_KEY") or os.environ.get("GEMINI_API_KEY", "")
-            return tools.GoogleRenderer(key, **self.client_options())
-        if is_url(s.renderer):
-            return tools.RemoteRenderer(s.renderer.split(","), **self.client_options())
+        if is_image_service(s.renderer):
+            return self.image_service()
         path = s.renderer or os.path.join(HERE, "weights", "renderer")
         show_status(f"loading the renderer, {path} ({folder_megabytes(path):.0f} MB)")
         return diffusion.Renderer.load(path, os.path.join(HERE, "weights", "vae"), self.device)
@@ -2044,7 +2121,7 @@ class Components:
     def open_judge(self):
         s = self.settings
         if s.judge:
-            return distill.ModelJudge(self.chat_client(s.judge, s.judge_model).complete)
+            return distill.ModelJudge(self.chat_client("judge").complete)
         return atlas.judge.PixelJudge(atlas.world.vocabulary())
 
 
@@ -2070,7 +2147,7 @@ def limits(settings, question=None):
     is_strange = question is not None and question not in atlas.world.known_requests()
     policy = s.policy or os.path.join(HERE, "weights", "policy")
     is_small = not is_url(policy) and model.read_protocol(policy) == "compact"
-    draws_here = not is_url(s.renderer) and s.renderer != "gemini"
+    draws_here = not is_image_service(s.renderer)
     if not (has_own_world or is_strange) or not (is_small or draws_here):
         return []
 
@@ -2115,6 +2192,189 @@ def announce_calls(run):
     if s.summarizer:
         more["summarizer"] = steps * min(run.recipe.pairs, s.prompts_per_step)  # at most
     run.components.announce(trajectories, **more)
+
+
+# ---- Doctor: which parts work, and what is wrong with the others -----------------------------------------------------
+
+def doctor(s):
+    """python genevolve.py doctor. Returns the exit status: 0 if all parts work, 1 if not."""
+    sources = add_environment(s)
+    services = Services(s, timeout=120.0, deadline=150.0, retries=0)
+    faults = 0
+    for name, check in parts_of(s, services):
+        show_status(f"asking {name}")
+        try:
+            works, line = True, check()
+        except (tools.ToolError, ValueError, OSError) as error:
+            works, line = False, str(error)
+        clear_status()
+        mark = paint("works", "pass") if works else paint("FAULT", "fail")
+        print(f"{name:10}  {mark}  {line}{sources.get(name, '')}", flush=True)
+        faults += not works
+    return int(faults > 0)
+
+
+def add_environment(s):
+    """Name the services of the settings that only the environment names. Returns {service: remark on that}."""
+    has_google_key = any(os.environ.get(name) for name in KEYS["gemini"])
+    named = {
+        "policy": (os.environ.get("OPENAI_BASE_URL"), "OPENAI_BASE_URL"),
+        "search": (os.environ.get("SERPER_BASE_URL"), "SERPER_BASE_URL"),
+        "renderer": ("gemini" if has_google_key else None, key_names("gemini"))}
+    if not named["search"][0] and os.environ.get("SERPER_API_KEY"):
+        named["search"] = (SERPER, "SERPER_API_KEY")
+
+    remarks = {}
+    for name, (value, variable) in named.items():
+        if value and not getattr(s, name):
+            setattr(s, name, value)
+            remarks[name] = f" (named by {variable}; other commands use it with --{name} {value})"
+    return remarks
+
+
+def parts_of(s, services):
+    """[(name, check)] of everything that the commands would use; check() -> a line, or raises in one line."""
+    parts = [("policy", lambda: check_chat(services, "policy") if is_url(s.policy) else check_policy_folder(s))]
+    parts.append(("search", lambda: check_search(services) if s.search else check_corpus(s)))
+    if is_url(s.renderer):
+        for url in s.renderer.split(","):
+            parts.append(("renderer", functools.partial(check_image_service, services, url)))
+    else:
+        parts.append(("renderer", lambda: check_gemini(services) if s.renderer else check_renderer_folder(s)))
+    parts.append(("judge", lambda: check_chat(services, "judge") if s.judge else "the pixel judge, for Atlas requests"))
+    if s.summarizer:
+        parts.append(("summarizer", lambda: check_chat(services, "summarizer")))
+    for url in filter(None, s.rollouts_url.split(",")):
+        parts.append(("rollouts", functools.partial(check_engine, services, url)))
+    return parts + [("skills", check_skills), ("Pillow", lambda: check_pillow(s))]
+
+
+def check_chat(services, service):
+    """A policy and a summarizer say a word, a judge compares a picture with itself."""
+    client = services.chat_client(service)
+    names = client.served_names()
+    try:
+        if service == "judge":
+            row = atlas.world.default_request()
+            truth = truth_of(row)
+            scores = distill.ModelJudge(client.complete).score(truth, truth, row)
+            shown = f"KScore {scores['kscore']:.2f} for a picture beside itself"
+        else:
+            client.complete([{"role": "user", "content": "Say OK."}], max_tokens=16)
+            context = client.served_model().get("max_model_len")
+            shown = f"context {context:,} tokens" if context else "it answers"
+    except tools.ToolError as error:
+        key, _ = service_key(service)
+        raise tools.ToolError(diagnosis(error, client.url, "chat", key, client.model, names)) from None
+    return f"{client.url}, model {client.model}: {shown}"
+
+
+def check_search(services):
+    """One query for texts, one for pictures."""
+    url = tools.service_url(services.settings.search, "search")
+    with tempfile.TemporaryDirectory() as folder:
+        box = services.open_search(url, folder, compact=False)
+    try:
+        texts, pictures = box.try_out()
+    except tools.ToolError as error:
+        raise tools.ToolError(diagnosis(error, url, "search", service_key("search")[0])) from None
+    return f"{url}: {texts} texts and {pictures} pictures found for a query"
+
+
+def check_image_service(services, url):
+    """The smallest and quickest picture that its contract allows, with one reference."""
+    client = services.image_service()
+    client.urls, client.side = [tools.service_url(url, "renderer")], 256
+    picture = np.full((64, 64, 3), 160, np.uint8)
+    image, = client.render(["A red square on white, as in the first reference image."], [[picture]], [0], steps=2)
+    if isinstance(image, tools.ToolError):
+        raise tools.ToolError(diagnosis(image, client.urls[0], "renderer", service_key("renderer")[0]))
+    height, width = image.shape[:2]
+    return f"{client.urls[0]}: drew a picture of {width} x {height} pixels in two steps"
+
+
+def check_gemini(services):
+    """What Google says of the model: asking costs nothing."""
+    client = services.image_service()
+    try:
+        client.served_model()
+    except tools.ToolError as error:
+        raise tools.ToolError(diagnosis(error, client.url, "", "")) from None
+    return f"Google knows the key and the model {client.MODEL}; nothing was drawn"
+
+
+def check_engine(services, url):
+    """One token, and whether it could take new weights."""
+    try:
+        engine = services.engine(url)
+        engine.try_out()
+    except tools.ToolError as error:
+        raise tools.ToolError(diagnosis(error, url, "chat", service_key("rollouts")[0])) from None
+    return f"{url}: {type(engine).__name__.removesuffix('Client')} writes tokens with their log-probs"
+
+
+def diagnosis(error, url, kind, key, model_name="", names=()):
+    """What is wrong with a service, in one line. kind: what it should be, of ``tools.kinds_of_service``; names: its
+    models, where it lists them."""
+    reason = str(error)
+    status = int((re.search(r"HTTP (\d{3})", reason) or [0, 0])[1])
+    if status in (502, 503, 504) or "the connection failed" in reason or "timed out" in reason:
+        return f"down: nothing answers at {url} ({reason})"
+    names_model = status == 404 or status == 400 and "model" in reason
+    if names_model and names and model_name not in names:
+        return f"wrong model name: {url} serves no {model_name!r}{suggest(model_name, names)} " \
+               f"(it serves {', '.join(names[:5])})"
+
+    # a server that answers, but not to this
+    is_refused = status in (400, 401, 403, 404, 405, 422) or "unusable answer" in reason
+    origin = "{0.scheme}://{0.netloc}".format(urllib.parse.urlsplit(url))
+    kinds = tools.kinds_of_service(origin, key) if is_refused and kind else []
+    if kinds and kind not in kinds:
+        return f"wrong kind of service: {url} answers as {' and '.join(kinds)}, not as {kind} ({reason})"
+    if tools.is_key_refused(status, reason):
+        return f"wrong key: {url}: {reason}"
+    if status == 404 and kind == "chat" and "model" in reason:
+        return f"wrong model name: {url}: {reason}"
+    if status in (404, 405):
+        place = f"{origin} does" if kind in kinds else "it has no such page"
+        return f"wrong path: {url} does not answer, {place} ({reason})"
+    return f"{url}: {reason}"
+
+
+def check_policy_folder(s):
+    path = s.policy or os.path.join(HERE, "weights", "policy")
+    net, tokenizer = model.load(path)
+    if tokenizer is None:
+        raise ValueError(f"{path}: no tokenizer.json")
+    count = sum(parameter.numel() for parameter in net.parameters())
+    return f"{path}: {count / 1e6:,.1f} million parameters, {s.protocol or model.read_protocol(path)} protocol"
+
+
+def check_renderer_folder(s):
+    path = s.renderer or os.path.join(HERE, "weights", "renderer")
+    diffusion.Renderer.load(path, os.path.join(HERE, "weights", "vae"))
+    return f"{path}: {folder_megabytes(path):.0f} MB"
+
+
+def check_corpus(s):
+    corpus = tools.Corpus(s.corpus)
+    check_pictures(corpus, s)
+    return f"{s.corpus}: {corpus.summary()}"
+
+
+def check_skills():
+    names = skill_guides()
+    return f"{len(names)} guides: {', '.join(names)}"
+
+
+def check_pillow(s):
+    """Without Pillow pictures other than PNG go to services alone."""
+    if importlib.util.find_spec("PIL"):
+        return "is installed: JPEG and WebP can be read"
+    if s.search and not is_image_service(s.renderer):
+        raise ValueError("is missing: the embedded renderer cannot read the JPEG pictures that a search finds (pip "
+                         "install pillow)")
+    return "is not installed: only PNG pictures can be read (pip install pillow)"
 
 
 # ---- Files of an evolution -------------------------------------------------------------------------------------------
@@ -2796,7 +3056,7 @@ def export(s):
 
 COMMANDS = {"run": (Run, run), "sft": (Sft, sft), "train-renderer": (TrainRenderer, train_renderer),
             "serve": (Serve, serve), "evolve": (Evolve, evolve), "promote": (Promote, promote),
-            "export": (Export, export)}
+            "export": (Export, export), "doctor": (Doctor, doctor)}
 
 
 VERSION = "1.0"
@@ -2906,20 +3166,21 @@ def processor_line():
 
 
 def main(arguments=None, commands=None, default=None):
-    """Exit codes: 0 done, 2 unusable input (one line on stderr), 130 interrupted. default: see ``parse``."""
+    """Exit codes: 0 done, 1 what a command itself gives for a fault that it found, 2 unusable input (one line on
+    stderr), 130 interrupted. default: see ``parse``."""
     commands = commands or COMMANDS
     try:
         name, settings = parse(sys.argv[1:] if arguments is None else arguments, commands, default)
         if isinstance(settings, Compute) and model.pick_device(settings.device) == "cpu":
             use_processor(settings)
-        commands[name][1](settings)
+        found = commands[name][1](settings)
     except (ValueError, OSError, tools.ToolError) as error:
         print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; everything finished so far is on disk", file=sys.stderr)
         return 130
-    return 0
+    return found if isinstance(found, int) else 0
 
 
 if __name__ == "__main__":

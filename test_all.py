@@ -7,6 +7,7 @@ Parity checks against transformers, PEFT and Pillow run where those packages are
 import base64
 import collections
 import concurrent.futures
+import contextlib
 import copy
 import dataclasses
 import fcntl
@@ -2718,6 +2719,116 @@ class VLLMService(Service):
     @torch.no_grad()
     def scores(self, ids):
         return model.token_logprobs(self.net, [ids])[0]
+
+
+class ModelService(Service):
+    """A stand-in for the chat side of ``vllm serve --api-key KEY --served-model-name NAME``, as strict as it.
+
+    answer: messages -> text. sees: whether it takes pictures. asked: [request].
+    """
+    FIELDS = {"model", "messages", "max_tokens", "temperature", "top_p", "seed", "stop"}
+
+    def __init__(self, key, name, answer=lambda messages: "OK", sees=True):
+        self.key, self.name, self.answer, self.sees, self.asked = key, name, answer, sees, []
+        super().__init__(self.behave)
+
+    def behave(self, handler):
+        if handler.path == "/health":
+            respond(handler)
+        elif handler.path not in ("/v1/models", "/v1/chat/completions"):
+            respond(handler, {"detail": "Not Found"}, 404)
+        elif handler.headers.get("Authorization") != f"Bearer {self.key}":
+            respond(handler, {"error": "Unauthorized"}, 401)
+        elif (handler.command == "GET") != (handler.path == "/v1/models"):
+            respond(handler, {"detail": "Method Not Allowed"}, 405)
+        elif handler.command == "GET":
+            entry = {"id": self.name, "object": "model", "owned_by": "vllm", "max_model_len": 32768}
+            respond(handler, {"object": "list", "data": [entry]})
+        else:
+            respond(handler, *self.chat(json.loads(handler.body)))
+
+    def chat(self, request):
+        """(value, status)"""
+        self.asked.append(request)
+
+        def refuse(message, status=400):
+            return {"error": {"message": message, "type": "BadRequestError", "param": None, "code": status}}, status
+        if request.get("model") != self.name:
+            return refuse(f"The model `{request.get('model')}` does not exist.", 404)
+        if extra := set(request) - self.FIELDS:
+            return refuse(f"Extra inputs are not permitted: {sorted(extra)}")
+        if not request["messages"] or request.get("max_tokens", 1) < 1:
+            return refuse("messages and max_tokens must not be empty")
+        contents = [message["content"] for message in request["messages"]]
+        parts = [part for content in contents if isinstance(content, list) for part in content]
+        pictures = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
+        if pictures and not self.sees:
+            return refuse(f"{self.name} is not a multimodal model")
+        for uri in pictures:
+            tools.from_data_uri(uri)  # raises unless it is a picture
+        return chat_reply(content=self.answer(request["messages"])) | {"usage": {"prompt_tokens": 1}}, 200
+
+
+class SerperService(Service):
+    """A stand-in for google.serper.dev: POST alone, the key in X-API-KEY, at most 100 results; one picture, at its own
+    address."""
+
+    def __init__(self, key):
+        self.key, self.asked = key, []
+        super().__init__(self.behave)
+
+    def behave(self, handler):
+        def refuse(message, status):
+            respond(handler, {"message": message, "statusCode": status}, status)
+        if handler.path == "/lamp.png":
+            respond(handler, diffusion.encode_png(random_picture(size=64)))
+        elif handler.headers.get("X-API-KEY") != self.key:
+            refuse("Unauthorized.", 403)
+        elif handler.command != "POST" or handler.path not in ("/search", "/images"):
+            refuse("Not Found", 404)
+        else:
+            request = json.loads(handler.body)
+            self.asked.append((handler.path, request))
+            if not request.get("q") or not 1 <= request.get("num", 10) <= 100 or set(request) - {"q", "num"}:
+                return refuse("Missing query parameter", 400)
+            hit = {"title": "A brass lamp", "link": "https://lamps.example/", "position": 1}
+            kind, more = {"/search": ("organic", {"snippet": "Brass lamps are yellow."}),
+                          "/images": ("images", {"imageUrl": f"{self.url}/lamp.png", "imageWidth": 64})}[handler.path]
+            respond(handler, {"searchParameters": request, kind: [hit | more], "credits": 1})
+
+
+class ImageEditService(Service):
+    """A stand-in for an image-edit service that keeps to the letter of tools.RemoteRenderer's contract, in the manners
+    of FastAPI: a field too many, too few or of another type is HTTP 422."""
+    FIELDS = {"prompt": str, "image_urls": list, "seed": int, "num_inference_steps": int, "true_cfg_scale": float,
+              "negative_prompt": str, "guidance_scale": float, "num_images_per_prompt": int, "width": int,
+              "height": int}
+
+    def __init__(self, key):
+        self.key, self.asked = key, []
+        super().__init__(self.behave)
+
+    def behave(self, handler):
+        if handler.path != "/generate":
+            return respond(handler, {"detail": "Not Found"}, 404)
+        if handler.headers.get("Authorization") != f"Bearer {self.key}":
+            return respond(handler, {"detail": "Invalid API key"}, 401)
+        if handler.command != "POST":
+            return respond(handler, {"detail": "Method Not Allowed"}, 405)
+
+        request = json.loads(handler.body)
+        wrong = [{"loc": ["body", name], "msg": "Field required"} for name, kind in self.FIELDS.items()
+                 if type(request.get(name)) is not kind]
+        wrong += [{"loc": ["body", name], "msg": "Extra inputs"} for name in sorted(set(request) - set(self.FIELDS))]
+        if wrong:
+            return respond(handler, {"detail": wrong}, 422)
+        assert request["prompt"] and len(request["image_urls"]) <= 2 and request["num_images_per_prompt"] == 1
+        assert 0 <= request["seed"] < 2**32 and request["width"] % 16 == 0 == request["height"] % 16
+        for uri in request["image_urls"]:
+            tools.from_data_uri(uri)  # raises unless it is a picture
+        self.asked.append(request)
+        image = np.full((request["height"], request["width"], 3), 200, np.uint8)
+        respond(handler, {"success": True, "image": base64.b64encode(diffusion.encode_png(image)).decode()})
 
 
 # ---- The protocol: a turn --------------------------------------------------------------------------------------------
@@ -8634,6 +8745,155 @@ def test_two_processes_may_ask_for_one_folder_at_a_time(tmp_path):
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         assert set(pool.map(lambda _: model.make_folder(str(tmp_path / "out")), range(400))) == {str(tmp_path / "out")}
     assert os.listdir(tmp_path / "out") == []
+
+
+# ---- Real services: doctor, and the journey through all of them ------------------------------------------------------
+
+SERVICE_KEYS = {"POLICY_API_KEY": "policy-key-1", "JUDGE_API_KEY": "judge-key-22", "SUMMARIZER_API_KEY": "summary-key",
+                "SERPER_API_KEY": "serper-key-4", "RENDERER_API_KEY": "renderer-key"}
+
+
+def write_program(messages):
+    """A policy's turn: it looks for a picture, then answers."""
+    if sum(message["role"] == "assistant" for message in messages) == 0:
+        return call_turn("image_search", query="brass lamp")
+    return answer_turn("IMG_001", prompt="A brass lamp as in the first reference image.")
+
+
+def judge_anything(messages):
+    """Whatever a rubric asks for: one flaw in a picture, none in a program."""
+    wanted = re.findall(r'"(\w+)": 0', messages[0]["content"])
+    scores = dict.fromkeys(wanted, 0.5) | ({"sufficiency": 0.75} if "sufficiency" in wanted else {})
+    return json.dumps({"rationale": "the lamp is green"} | scores)
+
+
+@pytest.fixture
+def real_services(monkeypatch):
+    """Strict stand-ins by name, with keys of their own in the environment."""
+    for name in itertools.chain(*genevolve.KEYS.values(), ("OPENAI_BASE_URL", "SERPER_BASE_URL")):
+        monkeypatch.delenv(name, raising=False)
+    for name, key in SERVICE_KEYS.items():
+        monkeypatch.setenv(name, key)
+    made = {"policy": ModelService("policy-key-1", "genevolve-8b", write_program),
+            "judge": ModelService("judge-key-22", "qwen-vl", judge_anything),
+            "summarizer": ModelService("summary-key", "qwen-text", sees=False),
+            "search": SerperService("serper-key-4"), "renderer": ImageEditService("renderer-key")}
+    with contextlib.ExitStack() as stack:
+        for service in made.values():
+            stack.enter_context(service)
+        yield SimpleNamespace(**made)
+
+
+def service_flags(services, **changes):
+    """Flags that name the services, with changes."""
+    flags = {name: getattr(services, name).url for name in ("policy", "judge", "search", "renderer")}
+    flags |= {"policy_model": "genevolve-8b", "judge_model": "qwen-vl"} | changes
+    return [text for name, value in flags.items() for text in (genevolve.flag_name(name), value)]
+
+
+def faults_of(command, *arguments):
+    """(exit status, {part: what is wrong with it}) of doctor."""
+    code, out, err = command("doctor", *arguments)
+    lines = [line.split(None, 2) for line in out.splitlines()]
+    assert not err and all(verdict in ("works", "FAULT") for _, verdict, _ in lines), out
+    return code, {part: text for part, verdict, text in lines if verdict == "FAULT"}
+
+
+def test_doctor_finds_that_all_services_work_and_asks_each_once(real_services, command):
+    more = {"summarizer": real_services.summarizer.url, "summarizer_model": "qwen-text"}
+    with VLLMService(SFT) as engine:
+        arguments = service_flags(real_services, **more, rollouts_url=engine.url)
+        code, out, _ = command("doctor", *arguments)
+    assert code == 0 and out.count("works") == 8 and "genevolve-8b: context 32,768 tokens" in out
+    assert "KScore 0.50" in out and "1 texts and 1 pictures" in out and "256 x 256" in out and "VLLM writes" in out
+    asked = {name: len(getattr(real_services, name).asked) for name in ("policy", "judge", "summarizer", "renderer")}
+    assert set(asked.values()) == {1} and [path for path, _ in real_services.search.asked] == ["/search", "/images"]
+
+
+@pytest.mark.parametrize("part, plant, said", [
+    ("policy", "key", "wrong key: .*HTTP 401 .*POLICY_API_KEY"),
+    ("policy", {"policy_model": "genevolve-8B"}, "wrong model name: .*did you mean genevolve-8b"),
+    ("policy", {"policy": "{policy}/v2"}, "wrong path: {policy}/v2/chat/completions does not answer, {policy} does"),
+    ("policy", {"policy": "http://127.0.0.1:9"}, "down: nothing answers at http://127.0.0.1:9"),
+    ("policy", {"policy": "{search}", "POLICY_API_KEY": "serper-key-4"},
+     "wrong kind of service: .* answers as search, not as chat"),
+    ("judge", "key", "wrong key: .*JUDGE_API_KEY"),
+    ("judge", {"judge_model": "qwen"}, "wrong model name: .*it serves qwen-vl"),
+    ("judge", {"judge": "http://127.0.0.1:9"}, "down"),
+    ("judge", {"judge": "{judge}/api"}, "wrong path"),
+    ("judge", {"judge": "{policy}", "judge_model": "genevolve-8b", "JUDGE_API_KEY": "policy-key-1"}, "judge gave None"),
+    ("judge", {"judge": "{summarizer}", "judge_model": "qwen-text", "JUDGE_API_KEY": "summary-key"},
+     "not a multimodal model"),
+    ("summarizer", {"summarizer": "{summarizer}", "SUMMARIZER_API_KEY": "other"}, "wrong key: .*SUMMARIZER_API_KEY"),
+    ("search", "key", "wrong key: .*HTTP 403 Unauthorized.*SERPER_API_KEY"),
+    ("search", {"search": "{search}/search"}, "wrong path: {search}/search does not answer, {search} does"),
+    ("search", {"search": "http://127.0.0.1:9"}, "down"),
+    ("search", {"search": "{policy}", "SERPER_API_KEY": "policy-key-1"}, "wrong kind of service: .* answers as chat"),
+    ("renderer", "key", "wrong key: .*HTTP 401 Invalid API key.*RENDERER_API_KEY"),
+    ("renderer", {"renderer": "{renderer}/generate"}, "wrong path: {renderer}/generate does not .*, {renderer} does"),
+    ("renderer", {"renderer": "http://127.0.0.1:9"}, "down"),
+    ("renderer", {"renderer": "{policy}", "RENDERER_API_KEY": "policy-key-1"},
+     "wrong kind of service: .* answers as chat, not as renderer"),
+    ("rollouts", {"rollouts_url": "http://127.0.0.1:9"}, "down"),
+    ("rollouts", {"rollouts_url": "{policy}", "ROLLOUTS_API_KEY": "wrong"}, "wrong key: .*ROLLOUTS_API_KEY")])
+def test_doctor_finds_a_planted_fault_and_no_other(part, plant, said, real_services, command, monkeypatch):
+    urls = {name: service.url for name, service in vars(real_services).items()}
+    if plant == "key":
+        plant = {{"search": "SERPER"}.get(part, part.upper()) + "_API_KEY": "not-the-key"}
+    flags = {name: value.format(**urls) for name, value in plant.items()}
+    for name in [name for name in flags if name.isupper()]:
+        monkeypatch.setenv(name, flags.pop(name))
+    code, faults = faults_of(command, *service_flags(real_services, **flags))
+    assert code == 1 and list(faults) == [part]
+    assert re.match(r"(?:.*\s)?" + said.format(**urls), faults[part]), faults[part]
+    assert not any(key in faults[part] for key in SERVICE_KEYS.values())
+
+
+def test_doctor_says_that_a_vllm_without_its_development_pages_takes_no_weights(real_services, command):
+    with VLLMService(SFT, development=False) as engine:
+        code, faults = faults_of(command, *service_flags(real_services, rollouts_url=engine.url))
+    assert code == 1 and "VLLM_SERVER_DEV_MODE=1" in faults["rollouts"]
+
+
+def test_doctor_looks_at_the_embedded_parts_and_names_the_one_that_is_missing(real_services, command, tmp_path,
+                                                                             monkeypatch):
+    monkeypatch.delenv("SERPER_API_KEY")
+    assert faults_of(command) == (0, {})
+    code, faults = faults_of(command, "--policy", tmp_path / "gone", "--corpus", tmp_path / "empty")
+    assert code == 1 and sorted(faults) == ["policy", "search"] and str(tmp_path / "gone") in faults["policy"]
+
+
+def test_doctor_asks_the_search_service_that_only_the_environment_names(real_services, command, monkeypatch):
+    monkeypatch.setenv("SERPER_BASE_URL", real_services.search.url)
+    code, out, _ = command("doctor")
+    assert code == 0 and f"other commands use it with --search {real_services.search.url}" in out
+    assert len(real_services.search.asked) == 2
+
+
+@pytest.mark.parametrize("service", ("policy", "judge", "summarizer", "rollouts"))
+def test_a_key_of_ones_own_goes_before_the_common_one(service, monkeypatch):
+    own = f"{service.upper()}_API_KEY"
+    monkeypatch.delenv(own, raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", " common-key \n")
+    assert genevolve.service_key(service)[0] == "common-key"
+    monkeypatch.setenv(own, "own-key")
+    key, hint = genevolve.service_key(service)
+    assert key == "own-key" and own in hint
+    monkeypatch.setenv(own, "own\nkey")
+    with pytest.raises(ValueError, match=own):
+        genevolve.service_key(service)
+
+
+@pytest.mark.parametrize("name, flag", [
+    ("POLICY_API_KEY", "--policy"), ("JUDGE_API_KEY", "--judge"), ("SERPER_API_KEY", "--search"),
+    ("RENDERER_API_KEY", "--renderer"), ("GOOGLE_API_KEY", "--renderer"), ("SUMMARIZER_API_KEY", "--summarizer"),
+    ("ROLLOUTS_API_KEY", "--rollouts-url")])
+def test_the_help_says_which_variable_each_key_is_in(name, flag, capsys):
+    with pytest.raises(SystemExit):
+        genevolve.main(["evolve", "--help"])
+    text = capsys.readouterr().out
+    about = text[text.index(f"\n  {flag} "):]
+    assert name in about[:about.index("\n  --", 5)]
 
 
 # ---- README.md and RESULTS.md ----------------------------------------------------------------------------------------

@@ -554,15 +554,6 @@ class CorpusBox:
         self.corpus = corpus
         self.skills = skills
 
-    def try_out(self, query="lamp"):
-        """(texts, pictures) that the service finds for a query, two calls. ToolError if it is no search service."""
-        counts = []
-        for path, kind in (("search", "organic"), ("images", "images")):
-            found = self.client.post_json(f"{self.search_url}/{path}", {"q": query, "num": 5}, self.headers,
-                                          lambda value: results_of(value, kind))
-            counts.append(len(found))
-        return tuple(counts)
-
     def find_pages(self, queries, top_k, attempt_indices):
         return [[{"title": page.title, "link": "", "snippet": snippet}
                  for page, snippet in self.corpus.search(query, top_k)] for query in queries]
@@ -617,6 +608,15 @@ class ToolBox:
         payload = {"q": query, "num": top_k}
         return self.client.post_json(f"{self.search_url}/{path}", payload, self.headers, parse, until=until,
                                      attempt_index=attempt_index)
+
+    def try_out(self, query="lamp"):
+        """(texts, pictures) that the service finds for a query, two calls. ToolError if it is no search service."""
+        counts = []
+        for path, kind in (("search", "organic"), ("images", "images")):
+            found = self.client.post_json(f"{self.search_url}/{path}", {"q": query, "num": 5}, self.headers,
+                                          lambda value: results_of(value, kind))
+            counts.append(len(found))
+        return tuple(counts)
 
     def find_pages(self, queries, top_k, attempt_indices):
         """Per query a list of {"title", "link", "snippet"}, or the ToolError that there was."""
@@ -1644,12 +1644,13 @@ def recognise(server):
                     "which it is")
 
 
-def kinds_of_service(origin, headers):
+def kinds_of_service(origin, api_key=""):
     """As what a server answers: a list out of "chat", "search" and "renderer".
 
-    origin: its URL without a path; headers: with the key. Nothing that is asked here changes or draws anything.
+    origin: its URL without a path. Nothing that is asked here changes or draws anything.
     """
-    client = HttpClient("service", timeout=10.0, deadline=10.0, retries=0)
+    client = HttpClient("service", (api_key,), timeout=10.0, deadline=10.0, retries=0)
+    headers = bearer(api_key) | ({"X-API-KEY": api_key} if api_key else {})  # each kind reads its own
     questions = {
         "chat": lambda: client.request("GET", f"{origin}/v1/models", headers=headers,
                                        parse=lambda reply: read_model_names(reply.body)),
