@@ -23,6 +23,7 @@ import os
 import random
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -8740,19 +8741,6 @@ def test_a_promotion_of_nothing_is_one_clear_line(promotable, command, arguments
     assert code == 2 and err.count("\n") == 1
 
 
-def test_every_function_that_the_readme_maps_exists():
-    with open(os.path.join(genevolve.HERE, "README.md"), encoding="utf-8") as file:
-        names = re.findall(r"`(model|diffusion|tools|distill|genevolve|bench)\.([A-Za-z_][\w.]*)`", file.read())
-    assert len(names) > 20
-    for module, path in names:
-        value = importlib.import_module(module)
-        for part in path.split("."):
-            if path in ("py",):
-                break
-            assert hasattr(value, part), f"{module}.{path}"
-            value = getattr(value, part)
-
-
 def test_two_processes_may_ask_for_one_folder_at_a_time(tmp_path):
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         assert set(pool.map(lambda _: model.make_folder(str(tmp_path / "out")), range(400))) == {str(tmp_path / "out")}
@@ -8906,6 +8894,266 @@ def test_the_help_says_which_variable_each_key_is_in(name, flag, capsys):
     text = capsys.readouterr().out
     about = text[text.index(f"\n  {flag} "):]
     assert name in about[:about.index("\n  --", 5)]
+
+
+# ---- README.md and RESULTS.md ----------------------------------------------------------------------------------------
+
+DOCUMENTS = ("README.md", "RESULTS.md")
+FLAGS_OF_OTHERS = {"--nproc-per-node", "--help", "--version"}  # torchrun's, argparse's
+
+
+def text_of_file(path):
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+def document(name):
+    return text_of_file(os.path.join(genevolve.HERE, name))
+
+
+def split_document(name):
+    """(the commands of a document's indented and fenced blocks, one a line; what stands between the blocks)."""
+    text = document(name).replace("\\\n", " ")  # a command over several lines is one
+    pieces = re.split(r"^```(.*)\n", text, flags=re.M)  # prose, language, block, "", prose, ...
+    prose = "\n".join(pieces[0::4]).splitlines()
+    fenced = [line for language, block in zip(pieces[1::4], pieces[2::4]) if language.strip() in ("", "bash", "sh")
+              for line in block.splitlines()]
+    indented = [line for line in prose if line.startswith("    ")]
+    return [line.strip() for line in fenced + indented], [line for line in prose if not line.startswith("    ")]
+
+
+def commands_of(name):
+    """[the words of a command from its script on] of a document's blocks and of the code within its sentences."""
+    pasted, prose = split_document(name)
+    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", "\n".join(prose))]
+    found = []
+    for line in pasted + spans:
+        line = re.sub(r"^torchrun --nproc-per-node \d+ ", "python ", line.split(" && ")[-1])
+        if line in spans and line.split()[0] in genevolve.COMMANDS and " " in line:  # `evolve --lora 16`
+            line = f"python genevolve.py {line}"
+        if re.match(r"(\S*/)?python3? ", line):
+            found.append(shlex.split(line)[1:])
+    return found
+
+
+def filled_in(words):
+    """A command's words with a value for each placeholder that stands for a value of a list."""
+    return [word.replace("estimator=NAME", "estimator=k3_live") for word in words]
+
+
+@pytest.fixture
+def read_command(monkeypatch):
+    """A function: reads a command of a document as its own parser does, without doing anything. Raises."""
+    for name in ("build_world", "build_scenes", "build_demos"):
+        monkeypatch.setattr(build, name, lambda *_: None)
+    flags_of_mutants = set(re.findall(r'add_argument\("(--\w+)"', document(os.path.join(".ci", "mutants.py"))))
+
+    def read(words):
+        script, *rest = filled_in(words)
+        if script == "genevolve.py":
+            genevolve.parse(rest, genevolve.COMMANDS)
+        elif script == "bench.py":
+            genevolve.parse(rest, bench.COMMANDS, "short")
+        elif (script, rest[0]) == ("-m", "atlas.build"):
+            monkeypatch.setattr(sys, "argv", rest)
+            build.main()
+        elif (script, rest[0]) == ("-m", "pytest"):
+            assert os.path.exists(os.path.join(genevolve.HERE, rest[-1])), rest
+            assert {word for word in rest if word.startswith("-")} <= {"-q", "-m"}, rest
+        elif script == ".ci/mutants.py":
+            assert {word for word in rest if word.startswith("--")} <= flags_of_mutants, rest
+        else:
+            assert (script, rest[0]) == ("-m", "venv"), words
+    return read
+
+
+@pytest.mark.parametrize("name, least", [("README.md", 20), ("RESULTS.md", 15)])
+def test_every_command_of_the_documents_is_read_by_its_own_parser(name, least, read_command):
+    commands = commands_of(name)
+    assert len(commands) >= least
+    for words in commands:
+        read_command(words)
+
+
+@pytest.mark.parametrize("words", (["genevolve.py", "evolve", "--step", "3"], ["genevolve.py", "promte", "DIR"],
+                                   ["bench.py", "quality", "--sweet", "FILE"], ["genevolve.py", "run", "--top-p", "2"],
+                                   [".ci/mutants.py", "--olny", "x"]))
+def test_a_misspelt_command_of_a_document_would_be_noticed(words, read_command):
+    with pytest.raises((ValueError, AssertionError)):
+        read_command(words)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_flag_that_a_document_names_exists(name):
+    known = set(FLAGS_OF_OTHERS)
+    for settings, _ in [*genevolve.COMMANDS.values(), *bench.COMMANDS.values()]:
+        known.update(itertools.chain.from_iterable(map(genevolve.flag_names, dataclasses.fields(settings))))
+    spans = " ".join(re.findall(r"`([^`]+)`", "\n".join(split_document(name)[1])))
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", spans))
+    assert len(named) > 8 and named <= known
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_file_that_a_document_links_to_exists(name):
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", document(name))
+    assert links and all(os.path.exists(os.path.join(genevolve.HERE, link)) for link in links), links
+
+
+def test_the_readme_is_short_and_its_first_commands_are_those_that_a_fresh_machine_runs():
+    text = document("README.md")
+    assert len(text.split()) < 2200
+    test, run = (next(line.strip() for line in text.splitlines() if words in line)
+                 for words in ("test_all", "genevolve.py run"))
+    setup = "python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt"
+    assert run == f"{setup} && .venv/bin/python genevolve.py run"
+    assert test == f"{setup} pytest && .venv/bin/python -m pytest -q test_all.py"
+
+
+def test_every_function_that_the_readme_maps_exists():
+    pattern = r"`(model|diffusion|tools|distill|genevolve|bench|atlas\.judge)\.([A-Za-z_][\w.]*)`"
+    names = [(module, path) for module, path in re.findall(pattern, document("README.md")) if path != "py"]
+    assert len(names) > 50 and ("atlas.judge", "judge_program") in names
+    for module, path in names:
+        value = importlib.import_module(module)
+        for part in path.split("."):
+            assert hasattr(value, part), f"{module}.{path}"
+            value = getattr(value, part)
+
+
+@pytest.mark.slow
+def test_the_readmes_commands_of_a_few_seconds_run_as_pasted(tmp_path, command, monkeypatch, promotable):
+    """Those that answer requests, and the promotion, from a folder that has what the text before them says."""
+    monkeypatch.chdir(tmp_path)
+    policy = tmp_path / "runs" / "first" / "policy"
+    shutil.copytree(promotable / "better", policy)
+    rows = [{"prompt": row["question"]} for row in atlas.world.requests("validation")[:2]]
+    model.write_lines("requests.jsonl", rows)
+    (tmp_path / "DIR").mkdir()
+    (tmp_path / "DIR" / "dog.md").write_text("# Our office dog\nIt is called Bo.\n")
+    shutil.copy(os.path.join(CORPUS, "images", sorted(os.listdir(os.path.join(CORPUS, "images")))[0]),
+                tmp_path / "DIR" / "office dog.png")
+
+    answered = 0
+    for line in split_document("README.md")[0]:
+        words = shlex.split(line) if line.startswith("python ") else [line]
+        if words[1:3] == ["genevolve.py", "run"] and not re.search(r"http|\$|URL|FOLDER", line):  # these need services
+            code, _, err = command(*words[2:], "--sampling-steps", 1)
+            folder = words[words.index("--out") + 1] if "--out" in words else "out"
+            assert code == 0 and os.path.exists(os.path.join(folder, "report.html")), err
+            answered += 1
+        if words[1:3] == ["genevolve.py", "promote"]:
+            assert command(*words[2:], "--weights", promotable)[0] == 0
+            marked = "policy" if "--undo" in words else "better"
+            assert mark_of(promotable / "policy") == marked
+    assert answered >= 4
+    assert len(json.loads((tmp_path / "out" / "batch" / "results.json").read_text())) == 2
+
+
+def results_json(*names):
+    return bench.read_json(os.path.join(bench.RESULTS, *names))
+
+
+def table_rows(text, columns):
+    """[cells] of a text's Markdown tables with so many columns, heads included."""
+    rows = [line.strip()[1:-1].split("|") for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in row] for row in rows if len(row) == columns]
+
+
+def shown_figures(text):
+    """[(value, half a unit of its last digit)] of the numbers in a text; percentages as shares."""
+    figures = []
+    for digits, decimals, percent in re.findall(r"([+-]?\d+(\.\d+)?)(%?)", text):
+        scale = 0.01 if percent else 1.0
+        figures.append((float(digits) * scale, 0.5001 * scale * 10.0 ** -max(0, len(decimals) - 1)))
+    return figures
+
+
+def test_the_figures_of_the_world_are_those_of_its_file():
+    world = results_json("world.json")
+    rows = [row for row in table_rows(document("RESULTS.md"), 3) if "/" in row[2] or row[2].strip("`") in world]
+    assert len(rows) > 30
+    for _, measured, places in rows:
+        figures = shown_figures(measured)
+        for place in re.findall(r"`([^`]+)`", places):
+            value = world[place] if place in world else world[place.split("/", 1)[0]][place.split("/", 1)[1]]
+            for part in value.values() if isinstance(value, dict) else [value]:
+                assert any(abs(part - shown) <= half for shown, half in figures), (place, part, measured)
+    told = {place for row in rows for place in re.findall(r"`hacks, mean reward/([^`]+)`", row[2])}
+    assert told == set(world["hacks, mean reward"])
+
+
+def test_the_figures_of_the_training_are_those_of_its_files():
+    text = document("RESULTS.md")
+    for folder in ("", "common"):
+        assert text_of_file(os.path.join(bench.RESULTS, folder, "quality.md")).strip() in text
+    for name in ("sft", "policy"):
+        scores = results_json(name, "suite.json")["KScore"]
+        parts = [scores["all"][part] for part in ("overall", "faithfulness", "visual_correctness", "text_accuracy",
+                                                  "aesthetics")]
+        parts += [scores["by_eval_type"][track]["overall"] for track in ("knowledge", "quality")]
+        row, = (row for row in table_rows(text, 8) if row[0].startswith(f"`weights/{name}`"))
+        assert row[1:] == [f"{part:.3f}" for part in parts]
+
+    tables = "".join(text_of_file(os.path.join(bench.RESULTS, folder, "quality.md")) for folder in ("", "common"))
+    intervals = re.findall(r"[+-]0\.\d{3} \([+-]0\.\d{3} to [+-]0\.\d{3}\)", " ".join(text.split()))
+    assert len(intervals) > 60 and all(interval in tables for interval in intervals)
+
+    before, after = (results_json(name, "suite.json")["KScore"]["all"]["overall"] for name in ("sft", "policy"))
+    oracle = results_json("world.json")["oracle, 20 steps"]["kscore"]
+    readme = " ".join(document("README.md").split())
+    assert f"from {before:.3f} to {after:.3f}**" in readme and f"possible plan gets {oracle:.3f}." in readme
+    arms = results_json("quality.json")["rows"]
+    assert f"{arms['stable']['kscore']:.3f} against {arms['grpo-2e-4']['kscore']:.3f}" in readme
+
+
+def test_the_figures_of_single_changes_are_those_of_their_file():
+    shown = {row[0].strip("`"): row[1:] for row in table_rows(document("RESULTS.md"), 5) if "=" in row[0]}
+    changes = results_json("quality", "sensitivity.json")
+    assert set(shown) == set(changes) - {bench.BASE, "stable"}
+    for name, cells in shown.items():
+        rewards = changes[name]["reward of rollouts"]
+        expected = [np.mean(rewards[:10]), np.mean(rewards[10:]), changes[name]["validation"][-1]]
+        assert cells == [f"{value:.3f}" for value in expected] + [f"{changes[name]['hit rate'] + 1e-9:.2f}"]
+
+
+def speed_cells(row):
+    """A row of speed.json as RESULTS.md shows it: ours, peer, ratio, ratio with our products, aimed at, share."""
+    def ratio(prefix=""):
+        if prefix + "ratio" not in row:
+            return ""
+        low, high = row.get(prefix + "ratio quartiles") or (row["ratio low"], row["ratio high"])
+        return f"{row[prefix + 'ratio']:.2f} ({low:.2f} to {high:.2f})"
+    same = {name.split(",")[0] for name in row if name.startswith("same products")}
+    target = row.get("target", ())
+    targets = [target] if isinstance(target, (int, float)) else [aim for aim in target if aim is not None]
+    share = f"{row['share of the machine']:.0%}" if "share of the machine" in row else ""
+    return [f"{row['ours s']:.2f} s", f"{row['peer s']:.2f} s", ratio(), ratio("same products, ") if same else "",
+            ", ".join(f"{aim:g}" for aim in targets), share]
+
+
+def test_the_figures_of_the_speed_are_those_of_its_file():
+    """Where it fails, the message is the row to paste."""
+    measured = results_json("speed.json")
+    shown = {row[0].strip("`"): row for row in table_rows(document("RESULTS.md"), 8) if row[0].strip("`") in measured}
+    assert set(shown) == {name for name, row in measured.items() if "peer s" in row and name in bench.TARGETS}
+    for name, (key, work, *cells) in shown.items():
+        expected = speed_cells(measured[name])
+        assert cells == expected, "| " + " | ".join([key, work, *expected]) + " |"
+
+
+@pytest.mark.parametrize("row, cells", [
+    ({"ours s": 2.0, "peer s": 5.0, "ratio": 2.5, "ratio low": 2.25, "ratio high": 2.75, "target": 3},
+     ["2.00 s", "5.00 s", "2.50 (2.25 to 2.75)", "", "3", ""]),
+    ({"ours s": 2.0, "peer s": 5.0, "ratio": 2.5, "ratio quartiles": [2.25, 2.75], "target": [3.5, None],
+      "same products, peer s": 3.0, "same products, ratio": 1.5, "same products, ratio quartiles": [1.25, 1.75],
+      "share of the machine": 0.384},
+     ["2.00 s", "5.00 s", "2.50 (2.25 to 2.75)", "1.50 (1.25 to 1.75)", "3.5", "38%"])])
+def test_a_row_of_the_speed_table_reads_both_forms_of_the_file(row, cells):
+    assert speed_cells(row) == cells
+
+
+def test_the_licence_names_this_projects_contributors():
+    assert "the contributors to this open implementation" in document("LICENSE").splitlines()[2]
 
 
 # ---- Demonstrations, and a stand-in for a rollout engine -------------------------------------------------------------
