@@ -713,7 +713,7 @@ class Ablation(genevolve.Evolution):
     def is_joint(self):
         """--match-ratio needs both norms, imitation has a backward pass of its own; else every tenth update notes the
         ratio that ``unfaded_ratio`` reads."""
-        is_apart = self.settings.match_ratio or self.settings.imitate or self.steps_done % 10 == 0
+        is_apart = self.settings.match_ratio or self.settings.imitate or self.is_due(10)
         return not is_apart and not self.is_due(self.settings.audit_every)
 
     def sdl_weight(self, policy_norm, sdl_norm):

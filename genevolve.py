@@ -2256,7 +2256,7 @@ def check_chat(services, service):
     try:
         if service == "judge":
             row = atlas.world.default_request()
-            truth = truth_of(row)
+            truth = tools.truth_of(row)
             scores = distill.ModelJudge(client.complete).score(truth, truth, row)
             shown = f"KScore {scores['kscore']:.2f} for a picture beside itself"
         else:
