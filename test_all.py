@@ -9028,6 +9028,7 @@ def test_the_readmes_commands_of_a_few_seconds_run_as_pasted(tmp_path, command, 
     monkeypatch.chdir(tmp_path)
     policy = tmp_path / "runs" / "first" / "policy"
     shutil.copytree(promotable / "better", policy)
+
     rows = [{"prompt": row["question"]} for row in atlas.world.requests("validation")[:2]]
     model.write_lines("requests.jsonl", rows)
     (tmp_path / "DIR").mkdir()
@@ -9043,10 +9044,12 @@ def test_the_readmes_commands_of_a_few_seconds_run_as_pasted(tmp_path, command, 
             folder = words[words.index("--out") + 1] if "--out" in words else "out"
             assert code == 0 and os.path.exists(os.path.join(folder, "report.html")), err
             answered += 1
+
         if words[1:3] == ["genevolve.py", "promote"]:
             assert command(*words[2:], "--weights", promotable)[0] == 0
             marked = "policy" if "--undo" in words else "better"
             assert mark_of(promotable / "policy") == marked
+
     assert answered >= 4
     assert len(json.loads((tmp_path / "out" / "batch" / "results.json").read_text())) == 2
 
