@@ -61,6 +61,7 @@ import tools
 from atlas import build
 from distill import average as mean
 from genevolve import HERE, Compute, flag
+from web import page
 
 SCORES = ("kscore",) + distill.DIMENSIONS
 
@@ -218,7 +219,7 @@ class AtlasSuite:
     def render(self, jobs, steps=None, seeds=None):
         """Jobs -> pictures, uint8 (H, W, 3). seeds: one a job (default: the request's own)."""
         if seeds is None:
-            seeds = [genevolve.image_seed(self.requests[number]) for number, _, _ in jobs]
+            seeds = [tools.image_seed(self.requests[number]) for number, _, _ in jobs]
         prompts = [prompt for _, prompt, _ in jobs]
         references = [pictures for _, _, pictures in jobs]
         return self.renderer.render(prompts, references, list(seeds), steps=steps or self.steps, guidance=self.guidance)
@@ -226,7 +227,7 @@ class AtlasSuite:
     def judge_picture(self, number, image):
         """The judgement of a picture for a request."""
         request = self.requests[number]
-        return self.judge(image, genevolve.truth_of(request), request["recipe"]["wanted"])
+        return self.judge(image, tools.truth_of(request), request["recipe"]["wanted"])
 
     def score(self, jobs, steps=None):
         """Jobs -> judgements of their pictures, in order."""
@@ -236,7 +237,7 @@ class AtlasSuite:
 
 def judge_figures(suite, settings):
     """The judge on ground truth, and on fresh scenes with one planted violation."""
-    truth = [suite.judge_picture(n, genevolve.truth_of(request)) for n, request in enumerate(suite.requests)]
+    truth = [suite.judge_picture(n, tools.truth_of(request)) for n, request in enumerate(suite.requests)]
     caught = planted_violations(suite.judge, 100 if settings.quick else 400)
     return {
         "ground truth": mean_scores(truth),
@@ -712,7 +713,7 @@ class Ablation(genevolve.Evolution):
     def is_joint(self):
         """--match-ratio needs both norms, imitation has a backward pass of its own; else every tenth update notes the
         ratio that ``unfaded_ratio`` reads."""
-        is_apart = self.settings.match_ratio or self.settings.imitate or self.steps_done % 10 == 0
+        is_apart = self.settings.match_ratio or self.settings.imitate or self.is_due(10)
         return not is_apart and not self.is_due(self.settings.audit_every)
 
     def sdl_weight(self, policy_norm, sdl_norm):
@@ -1688,6 +1689,7 @@ def engine_row(s):
         raise tools.ToolError("name running vLLM or SGLang servers with --engines URL,URL")
     new = 16 if s.quick else 128
     clients = [tools.open_engine(url) for url in s.engines.split(",")]
+    ask_engines(clients, [[1, 2]] * len(clients), 4)  # the first call allocates and compiles
     generator, row = torch.Generator().manual_seed(0), {}
     for count in range(1, len(clients) + 1):
         seconds = []
@@ -1810,7 +1812,7 @@ def short(settings):
     # pictures before speed: they are there while the rest is measured
     every = max(1, len(attempts) // SHEET)
     diffusion.write_png(os.path.join(out, "bench.png"), contact_sheet(attempts[::every][:SHEET]))
-    genevolve.write_report(os.path.join(out, "bench.html"),
+    page.write_report(os.path.join(out, "bench.html"),
                            {"title": "GenEvolve-Bench", "mode": "run", "requests": views})
 
     rates |= speed_rates(settings)
@@ -1842,7 +1844,7 @@ def answer_requests(settings, requests):
                 components.scorer.render_and_score(answered)
                 drawing += time.perf_counter() - started
                 attempts += answered
-                views += map(genevolve.request_view, answered)  # now, for the folder of what was found goes
+                views += map(page.request_view, answered)  # now, for the folder of what was found goes
                 left = (thinking + drawing) / len(attempts) * (len(requests) - len(attempts))
                 genevolve.print_line(f"{len(attempts)}/{len(requests)} requests, {genevolve.time_text(left)} left")
     return attempts, views, {"agent: requests a second, tools included": len(attempts) / thinking,
@@ -1858,7 +1860,7 @@ def attempt_row(attempt, request):
 def mean_and_error(rows):
     """[mean, standard error] of KScore and its parts, over the rows that have them."""
     columns = {name: [math.nan if row[name] is None else row[name] for row in rows] for name in SCORES}
-    return {name: list(genevolve.mean_and_error(values)) for name, values in columns.items()}
+    return {name: list(distill.mean_and_error(values)) for name, values in columns.items()}
 
 
 def print_scores(rows):
@@ -1882,7 +1884,7 @@ def contact_sheet(attempts, side=256, gap=8, columns=4):
     for number, attempt in enumerate(attempts):
         top = gap + number // columns * (side + gap)
         left = gap + number % columns * (width + gap)
-        for image, offset in ((attempt.image, 0), (genevolve.ground_truth(attempt.row), side + gap // 2)):
+        for image, offset in ((attempt.image, 0), (page.ground_truth(attempt.row), side + gap // 2)):
             tile = sheet[top:top + side, left + offset:left + offset + side]
             tile[:] = 200 if image is None else diffusion.resize(genevolve.enlarged(image, side), side, side)
     return sheet

@@ -175,6 +175,16 @@ def average(values):
     return sum(kept) / len(kept) if kept else math.nan
 
 
+def mean_and_error(values):
+    """Mean of the values that are not missing, and the mean's standard error (nan below two)."""
+    kept = [value for value in values if not is_missing(value)]
+    mean = average(kept)
+    if len(kept) < 2:
+        return mean, math.nan
+    variance = sum((value - mean) ** 2 for value in kept) / (len(kept) - 1)
+    return mean, math.sqrt(variance / len(kept))
+
+
 def constraint(name, passed, detail):
     """One check of a judgement."""
     return {"name": name, "passed": bool(passed), "detail": detail}
@@ -986,6 +996,13 @@ def teacher_tokens(tokens, mask, prompt_length, teacher_prompt):
     """
     return (list(teacher_prompt) + list(tokens[prompt_length:]),
             [False] * len(teacher_prompt) + list(mask[prompt_length:]))
+
+
+def teacher_view(trajectory, guide, tokenizer):
+    """(tokens, mask) of the trajectory as the teacher reads it, under a system prompt that contains the guide."""
+    messages = teacher_messages(trajectory.messages[:2], guide)
+    opening = tokenizer.apply_chat(messages, add_generation_prompt=True)
+    return teacher_tokens(trajectory.tokens, trajectory.mask, trajectory.prompt_length, opening)
 
 
 def check_same_actions(student, student_mask, teacher, teacher_mask):

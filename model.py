@@ -362,7 +362,7 @@ def attention(q, k, v, mask=None, is_causal=False):
     if mask is not None:
         mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -math.inf)
     repeats = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(repeats, 1) for x in (k, v))                              # (B, H, L, D)
+    k, v = (x.to(q.dtype).repeat_interleave(repeats, 1) for x in (k, v))                  # (B, H, L, D)
     return FusedAttention.apply(q, k, v, mask, is_causal)[0]
 
 

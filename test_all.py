@@ -23,6 +23,7 @@ import os
 import random
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -49,8 +50,9 @@ import genevolve
 import model
 import tools
 from atlas import build
+from web import page
 
-torch.set_num_threads(2)
+torch.set_num_threads(model.idle_threads())  # beside other work two threads are ten times slower than one
 
 
 # ==== model.py: the network, the engine, checkpoints ==================================================================
@@ -1090,7 +1092,7 @@ def test_without_an_output_layer_or_a_flag_that_ties_it_nothing_is_loaded(tmp_pa
 
 def test_two_checkpoints_in_one_folder_and_indices_that_are_none_are_refused(tmp_path, net):
     model.save(tmp_path, net, shard_bytes=20000)
-    shutil.copy(tmp_path / "model-00001-of-00004.safetensors", tmp_path / "model.safetensors")
+    shutil.copy(min(tmp_path.glob("model-00001-of-*.safetensors")), tmp_path / "model.safetensors")
     assert_refused(lambda: model.load(str(tmp_path)), "two checkpoints")
     os.remove(tmp_path / "model.safetensors")
     assert torch.equal(model.load(str(tmp_path))[0].embed.weight, net.embed.weight)
@@ -6283,7 +6285,7 @@ def test_the_judge_gives_full_marks_to_ground_truth_and_to_another_drawing_of_th
 @pytest.mark.parametrize("split", ["bench", "validation"])
 def test_every_committed_ground_truth_scores_one(judge, atlas_rows, split):
     for row in atlas_rows[split]:
-        truth = genevolve.truth_of(row)
+        truth = tools.truth_of(row)
         assert judge(truth, truth, row["recipe"]["wanted"])["kscore"] == 1.0, row["id"]
 
 
@@ -6574,7 +6576,7 @@ def test_the_world_is_rebuilt_to_the_byte(rebuilt, name):
 
 def test_the_pictures_of_the_world_are_rebuilt_to_the_pixel(rebuilt, atlas_rows):
     for row in atlas_rows["bench"][:20]:
-        assert (diffusion.read_png(str(rebuilt / row["gt_image"])) == genevolve.truth_of(row)).all()
+        assert (diffusion.read_png(str(rebuilt / row["gt_image"])) == tools.truth_of(row)).all()
     for path in sorted(os.listdir(rebuilt / "corpus/images"))[:20]:
         if path.endswith(".png"):
             committed = diffusion.read_png(os.path.join(genevolve.HERE, "atlas/corpus/images", path))
@@ -6782,11 +6784,11 @@ def test_an_argument_of_any_wrong_type_is_an_observation(attempt, name, field, t
         t = attempt(*map(turn, some), *[call_turn("nothing")] * 3)
         assert t.rounds == 11 and t.program is None and all(step.observation for step in t.steps)
         t.reward, t.program = 0.5, tools.Program("A kettle.", [])  # the best of a pair may have erred before
-        assert isinstance(distill.describe(t), str) and distill.compare(t, t)
-        assert distill.summarize_pair(t.question, t, t) and json.dumps(genevolve.lesson_record(t, t))
+        assert isinstance(json.dumps(distill.describe(t)), str) and distill.compare(t, t)
+        assert distill.summarize_pair(t.question, t, t) and json.dumps(page.lesson_record(t, t))
         json.dumps(t.to_json())
         model.write_json(str(tmp_path / "results.json"), [genevolve.record(t, "")])
-        genevolve.write_report(str(tmp_path / "report.html"), genevolve.run_view([t]))
+        page.write_report(str(tmp_path / "report.html"), page.run_view([t]))
 
 
 def test_the_last_turn_is_announced_and_eleven_turns_are_the_end(attempt):
@@ -7204,21 +7206,21 @@ def test_cancelling_ends_the_wait_for_a_service():
     silent.set()
 
 
-def test_a_thread_in_a_loop_leaves_a_fair_lock_to_others():
-    lock, stop, turns = genevolve.FairLock(), threading.Event(), []
+def test_a_thread_that_takes_a_fair_lock_again_queues_behind_the_one_that_waits():
+    lock, order = genevolve.FairLock(), []
 
-    def loop():
-        while not stop.is_set():
-            with lock:
-                turns.append(time.sleep(0.002))
-    thread = threading.Thread(target=loop)
-    thread.start()
-    for _ in range(20):
+    def other():
         with lock:
-            pass
-    stop.set()
+            order.append("other")
+    thread = threading.Thread(target=other)
+    with lock:
+        thread.start()
+        time.sleep(0.05)  # now it waits, and holds the entry
+        assert lock.entry.locked()
+    with lock:
+        order.append("loop")
     thread.join()
-    assert len(turns) < 100  # a plain lock may be had by the loop thousands of times in a row
+    assert order == ["other", "loop"]
 
 
 def test_a_client_that_goes_away_gives_its_slot_back():
@@ -7397,8 +7399,9 @@ def test_one_backward_pass_of_both_losses_gives_the_sum_of_the_two(offline_evolu
     run.settings.audit_every = 0
     joint, nothing, metrics = run.gradients(batch, groups, [])
     assert nothing is None and metrics["sdl_loss"] > 0
+    joint_norm = distill.gradient_norm(joint)
     for both, a, b in zip(joint, policy, sdl, strict=True):
-        assert torch.allclose(both, a + 3 * b, atol=1e-6)
+        assert (both - a - 3 * b).norm() <= 1e-5 * joint_norm
     assert math.isnan(run.combine_gradients(joint, None))
     assert all(torch.equal(p.grad, g) for p, g in zip(run.parameters(), joint, strict=True))
 
@@ -8158,7 +8161,9 @@ def torchrun(count, *command):
 def close(a, b):
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(close(a[k], b[k]) for k in a)
-    return a == pytest.approx(b, rel=1e-4, abs=1e-6) if isinstance(a, float) else a == b
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(close, a, b))
+    return a == pytest.approx(b, rel=1e-4, abs=2e-5) if isinstance(a, float) else a == b
 
 
 @pytest.mark.slow
@@ -8259,17 +8264,18 @@ def test_trajectories_from_a_serving_engine(tiny_evolution, tmp_path, command):
 def test_a_vllm_gives_the_same_run_however_often_it_is_away(tiny_evolution, tmp_path, command):
     """Restarted with old weights, cut off and answering 500: no step lost, and every number as without. TIS finds that
     the engine is the trainer's policy."""
-    troubles = {"calm": [], "rough": [None] * 16 + ["cut", 500, None, None, "restart", None, None, None, 503] * 4}
+    troubles = {"calm": [], "rough": [None] * 16 + ["cut", 500, None, None, "restart", None, None, None, 503] * 2}
     for name, away in troubles.items():
         with VLLMService(SFT) as server:
             server.away = list(away)
-            more = ("--eval-every", 0, "--audit-every", 0, "--correct-mismatch", "--rollouts-url", server.url)
+            more = ("--eval-every", 0, "--audit-every", 0, "--correct-mismatch", "--rollouts-url", server.url,
+                    "--steps", 2, "--rollouts", 2)
             code, _, err = command(*tiny_evolution(tmp_path / name, *more))
             assert code == 0, err
             assert not server.away and ("waits for it" in err) == bool(away)
             assert all(len(request["prompt"]) <= 6 for path, request in server.asked if path == "/v1/completions")
     rows = without_durations(tmp_path / "calm" / "log.jsonl")
-    assert len(rows) == 3 and rows == without_durations(tmp_path / "rough" / "log.jsonl")
+    assert len(rows) == 2 and rows == without_durations(tmp_path / "rough" / "log.jsonl")
     assert all(row["tis_weight"] == pytest.approx(1, abs=1e-5) and row["tis_capped"] == 0 for row in rows)
     calm, rough = (model.load(str(tmp_path / name / "last"))[0] for name in troubles)
     assert all(torch.equal(a, b) for a, b in zip(calm.parameters(), rough.parameters()))
@@ -8527,13 +8533,13 @@ def live_site(tmp_path_factory):
     runs = folder / "runs"
     for name, view in (("a", {"mode": "run", "requests": []}), ("deep/b", EMPTY_EVOLUTION)):
         (runs / name).mkdir(parents=True)
-        genevolve.write_report(str(runs / name / "report.html"), {"title": name} | view)
+        page.write_report(str(runs / name / "report.html"), {"title": name} | view)
     (runs / "a" / "results.json").write_text('[{"judgement": {"kscore": 0.5}}, {"judgement": null}]')
     (runs / "deep" / "b" / "log.jsonl").write_text('{"validation": {"kscore": 0.25}}\n{"reward": 1.0}\n')
     (runs / "page-only").mkdir()
-    genevolve.write_report(str(runs / "page-only" / "report.html"), {"mode": "run"})
+    page.write_report(str(runs / "page-only" / "report.html"), {"mode": "run"})
     (folder / "secret").mkdir()
-    genevolve.write_report(str(folder / "secret" / "report.html"), {"mode": "run"})
+    page.write_report(str(folder / "secret" / "report.html"), {"mode": "run"})
     (folder / "secret" / "results.json").write_text("[]")
 
     settings = genevolve.Serve(out=str(folder / "out"), runs=str(runs), sampling_steps=2)
@@ -8578,7 +8584,7 @@ def test_a_request_of_the_page_is_answered_turn_by_turn_and_judged(live_site):
     row = atlas.world.known_requests()[question]
     judge = atlas.judge.PixelJudge(atlas.world.vocabulary())
     image = tools.from_data_uri(view["picture"]["src"])
-    assert view["scores"]["kscore"] == judge.score(image, genevolve.truth_of(row), row)["kscore"]
+    assert view["scores"]["kscore"] == judge.score(image, tools.truth_of(row), row)["kscore"]
 
 
 @pytest.mark.slow
@@ -8796,6 +8802,21 @@ def test_the_page_of_an_evolution_shows_curves_lessons_and_memory_in_a_browser(t
 
 
 @in_browser
+def test_a_lesson_that_was_dropped_is_told_and_an_evolution_without_steps_has_no_heading(browser, tmp_path):
+    entry = lesson_entry(2, 0.4, "Count aloud.")
+    entry.prompt, entry.uses = "Three lamps", [{"agreement": -0.5}, {"agreement": -0.7}, {"agreement": None}]
+    row = {"step": 7, "rollouts": 4, "dropped": [page.dropped_lesson(entry)]}
+    for name, log in (("full", [row]), ("empty", [])):
+        page.write_report(str(tmp_path / f"{name}.html"), {"title": "x"} | EMPTY_EVOLUTION | {"log": log})
+    browser.open((tmp_path / "full.html").as_uri(), 400)
+    told = browser.evaluate("document.querySelector('.dropped').textContent")
+    assert told == "Update 7: Count aloud. (Three lamps) agreement −0.60 ± 0.10 over 2 uses"
+    check_page(browser, tmp_path, "full")
+    browser.open((tmp_path / "empty.html").as_uri(), 400)
+    assert browser.evaluate("document.querySelectorAll('h2').length") == 0 and browser.faults == []
+
+
+@in_browser
 @pytest.mark.slow
 @pytest.mark.parametrize("width, dark", [(400, True), (1200, False)])
 def test_a_request_typed_in_the_page_is_answered_before_ones_eyes(live_site, browser, tmp_path, width, dark):
@@ -8969,19 +8990,6 @@ def test_what_was_not_measured_better_than_the_start_is_promoted_by_force_alone(
 def test_a_promotion_of_nothing_is_one_clear_line(promotable, command, arguments):
     code, _, err = command("promote", *arguments, "--weights", promotable)
     assert code == 2 and err.count("\n") == 1
-
-
-def test_every_function_that_the_readme_maps_exists():
-    with open(os.path.join(genevolve.HERE, "README.md"), encoding="utf-8") as file:
-        names = re.findall(r"`(model|diffusion|tools|distill|genevolve|bench)\.([A-Za-z_][\w.]*)`", file.read())
-    assert len(names) > 20
-    for module, path in names:
-        value = importlib.import_module(module)
-        for part in path.split("."):
-            if path in ("py",):
-                break
-            assert hasattr(value, part), f"{module}.{path}"
-            value = getattr(value, part)
 
 
 def test_two_processes_may_ask_for_one_folder_at_a_time(tmp_path):
@@ -9184,6 +9192,269 @@ def test_a_stream_of_requests_without_ground_truth_is_enough_to_evolve(real_serv
     row, = without_durations(tmp_path / "run" / "log.jsonl")
     assert row["kscore"] is None and row["evidence_score"] == 0.5 and row["missing"] == 0 and row["validity"] > 0
     assert f"evidence score {row['evidence_score']:.3f}" in out and "KScore" not in out
+
+
+# ---- README.md and RESULTS.md ----------------------------------------------------------------------------------------
+
+DOCUMENTS = ("README.md", "RESULTS.md")
+FLAGS_OF_OTHERS = {"--nproc-per-node", "--help", "--version"}  # torchrun's, argparse's
+
+
+def text_of_file(path):
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+def document(name):
+    return text_of_file(os.path.join(genevolve.HERE, name))
+
+
+def split_document(name):
+    """(the commands of a document's indented and fenced blocks, one a line; what stands between the blocks)."""
+    text = document(name).replace("\\\n", " ")  # a command over several lines is one
+    pieces = re.split(r"^```(.*)\n", text, flags=re.M)  # prose, language, block, "", prose, ...
+    prose = "\n".join(pieces[0::4]).splitlines()
+    fenced = [line for language, block in zip(pieces[1::4], pieces[2::4]) if language.strip() in ("", "bash", "sh")
+              for line in block.splitlines()]
+    indented = [line for line in prose if line.startswith("    ")]
+    return [line.strip() for line in fenced + indented], [line for line in prose if not line.startswith("    ")]
+
+
+def commands_of(name):
+    """[the words of a command from its script on] of a document's blocks and of the code within its sentences."""
+    pasted, prose = split_document(name)
+    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", "\n".join(prose))]
+    found = []
+    for line in pasted + spans:
+        line = re.sub(r"^torchrun --nproc-per-node \d+ ", "python ", line.split(" && ")[-1])
+        if line in spans and line.split()[0] in genevolve.COMMANDS and " " in line:  # `evolve --lora 16`
+            line = f"python genevolve.py {line}"
+        if re.match(r"(\S*/)?python3? ", line):
+            found.append(shlex.split(line)[1:])
+    return found
+
+
+def filled_in(words):
+    """A command's words with a value for each placeholder that stands for a value of a list."""
+    return [word.replace("estimator=NAME", "estimator=k3_live") for word in words]
+
+
+@pytest.fixture
+def read_command(monkeypatch):
+    """A function: reads a command of a document as its own parser does, without doing anything. Raises."""
+    for name in ("build_world", "build_scenes", "build_demos"):
+        monkeypatch.setattr(build, name, lambda *_: None)
+    flags_of_mutants = set(re.findall(r'add_argument\("(--\w+)"', document(os.path.join(".ci", "mutants.py"))))
+
+    def read(words):
+        script, *rest = filled_in(words)
+        if script == "genevolve.py":
+            genevolve.parse(rest, genevolve.COMMANDS)
+        elif script == "bench.py":
+            genevolve.parse(rest, bench.COMMANDS, "short")
+        elif (script, rest[0]) == ("-m", "atlas.build"):
+            monkeypatch.setattr(sys, "argv", rest)
+            build.main()
+        elif (script, rest[0]) == ("-m", "pytest"):
+            assert os.path.exists(os.path.join(genevolve.HERE, rest[-1])), rest
+            assert {word for word in rest if word.startswith("-")} <= {"-q", "-m"}, rest
+        elif script == ".ci/mutants.py":
+            assert {word for word in rest if word.startswith("--")} <= flags_of_mutants, rest
+        else:
+            assert (script, rest[0]) == ("-m", "venv"), words
+    return read
+
+
+@pytest.mark.parametrize("name, least", [("README.md", 20), ("RESULTS.md", 15)])
+def test_every_command_of_the_documents_is_read_by_its_own_parser(name, least, read_command):
+    commands = commands_of(name)
+    assert len(commands) >= least
+    for words in commands:
+        read_command(words)
+
+
+@pytest.mark.parametrize("words", (["genevolve.py", "evolve", "--step", "3"], ["genevolve.py", "promte", "DIR"],
+                                   ["bench.py", "quality", "--sweet", "FILE"], ["genevolve.py", "run", "--top-p", "2"],
+                                   [".ci/mutants.py", "--olny", "x"]))
+def test_a_misspelt_command_of_a_document_would_be_noticed(words, read_command):
+    with pytest.raises((ValueError, AssertionError)):
+        read_command(words)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_flag_that_a_document_names_exists(name):
+    known = set(FLAGS_OF_OTHERS)
+    for settings, _ in [*genevolve.COMMANDS.values(), *bench.COMMANDS.values()]:
+        known.update(itertools.chain.from_iterable(map(genevolve.flag_names, dataclasses.fields(settings))))
+    spans = " ".join(re.findall(r"`([^`]+)`", "\n".join(split_document(name)[1])))
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", spans))
+    assert len(named) > 8 and named <= known
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_file_that_a_document_links_to_exists(name):
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", document(name))
+    assert links and all(os.path.exists(os.path.join(genevolve.HERE, link)) for link in links), links
+
+
+def test_the_readme_is_short_and_its_first_commands_are_those_that_a_fresh_machine_runs():
+    text = document("README.md")
+    assert len(text.split()) < 2200
+    test, run = (next(line.strip() for line in text.splitlines() if words in line)
+                 for words in ("test_all", "genevolve.py run"))
+    setup = "python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt"
+    assert run == f"{setup} && .venv/bin/python genevolve.py run"
+    assert test == f"{setup} pytest && .venv/bin/python -m pytest -q test_all.py"
+
+
+def test_every_function_that_the_readme_maps_exists():
+    pattern = r"`(model|diffusion|tools|distill|genevolve|bench|atlas\.judge)\.([A-Za-z_][\w.]*)`"
+    names = [(module, path) for module, path in re.findall(pattern, document("README.md")) if path != "py"]
+    assert len(names) > 50 and ("atlas.judge", "judge_program") in names
+    for module, path in names:
+        value = importlib.import_module(module)
+        for part in path.split("."):
+            assert hasattr(value, part), f"{module}.{path}"
+            value = getattr(value, part)
+
+
+@pytest.mark.slow
+def test_the_readmes_commands_of_a_few_seconds_run_as_pasted(tmp_path, command, monkeypatch, promotable):
+    """Those that answer requests, and the promotion, from a folder that has what the text before them says."""
+    monkeypatch.chdir(tmp_path)
+    policy = tmp_path / "runs" / "first" / "policy"
+    shutil.copytree(promotable / "better", policy)
+
+    rows = [{"prompt": row["question"]} for row in atlas.world.requests("validation")[:2]]
+    model.write_lines("requests.jsonl", rows)
+    (tmp_path / "DIR").mkdir()
+    (tmp_path / "DIR" / "dog.md").write_text("# Our office dog\nIt is called Bo.\n")
+    shutil.copy(os.path.join(CORPUS, "images", sorted(os.listdir(os.path.join(CORPUS, "images")))[0]),
+                tmp_path / "DIR" / "office dog.png")
+
+    answered = 0
+    for line in split_document("README.md")[0]:
+        words = shlex.split(line) if line.startswith("python ") else [line]
+        if words[1:3] == ["genevolve.py", "run"] and not re.search(r"http|\$|URL|FOLDER", line):  # these need services
+            code, _, err = command(*words[2:], "--sampling-steps", 1)
+            folder = words[words.index("--out") + 1] if "--out" in words else "out"
+            assert code == 0 and os.path.exists(os.path.join(folder, "report.html")), err
+            answered += 1
+
+        if words[1:3] == ["genevolve.py", "promote"]:
+            assert command(*words[2:], "--weights", promotable)[0] == 0
+            marked = "policy" if "--undo" in words else "better"
+            assert mark_of(promotable / "policy") == marked
+
+    assert answered >= 4
+    assert len(json.loads((tmp_path / "out" / "batch" / "results.json").read_text())) == 2
+
+
+def results_json(*names):
+    return bench.read_json(os.path.join(bench.RESULTS, *names))
+
+
+def table_rows(text, columns):
+    """[cells] of a text's Markdown tables with so many columns, heads included."""
+    rows = [line.strip()[1:-1].split("|") for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in row] for row in rows if len(row) == columns]
+
+
+def shown_figures(text):
+    """[(value, half a unit of its last digit)] of the numbers in a text; percentages as shares."""
+    figures = []
+    for digits, decimals, percent in re.findall(r"([+-]?\d+(\.\d+)?)(%?)", text):
+        scale = 0.01 if percent else 1.0
+        figures.append((float(digits) * scale, 0.5001 * scale * 10.0 ** -max(0, len(decimals) - 1)))
+    return figures
+
+
+def test_the_figures_of_the_world_are_those_of_its_file():
+    world = results_json("world.json")
+    rows = [row for row in table_rows(document("RESULTS.md"), 3) if "/" in row[2] or row[2].strip("`") in world]
+    assert len(rows) > 30
+    for _, measured, places in rows:
+        figures = shown_figures(measured)
+        for place in re.findall(r"`([^`]+)`", places):
+            value = world[place] if place in world else world[place.split("/", 1)[0]][place.split("/", 1)[1]]
+            for part in value.values() if isinstance(value, dict) else [value]:
+                assert any(abs(part - shown) <= half for shown, half in figures), (place, part, measured)
+    told = {place for row in rows for place in re.findall(r"`hacks, mean reward/([^`]+)`", row[2])}
+    assert told == set(world["hacks, mean reward"])
+
+
+def test_the_figures_of_the_training_are_those_of_its_files():
+    text = document("RESULTS.md")
+    for folder in ("", "common"):
+        assert text_of_file(os.path.join(bench.RESULTS, folder, "quality.md")).strip() in text
+    for name in ("sft", "policy"):
+        scores = results_json(name, "suite.json")["KScore"]
+        parts = [scores["all"][part] for part in ("overall", "faithfulness", "visual_correctness", "text_accuracy",
+                                                  "aesthetics")]
+        parts += [scores["by_eval_type"][track]["overall"] for track in ("knowledge", "quality")]
+        row, = (row for row in table_rows(text, 8) if row[0].startswith(f"`weights/{name}`"))
+        assert row[1:] == [f"{part:.3f}" for part in parts]
+
+    tables = "".join(text_of_file(os.path.join(bench.RESULTS, folder, "quality.md")) for folder in ("", "common"))
+    intervals = re.findall(r"[+-]0\.\d{3} \([+-]0\.\d{3} to [+-]0\.\d{3}\)", " ".join(text.split()))
+    assert len(intervals) > 60 and all(interval in tables for interval in intervals)
+
+    before, after = (results_json(name, "suite.json")["KScore"]["all"]["overall"] for name in ("sft", "policy"))
+    oracle = results_json("world.json")["oracle, 20 steps"]["kscore"]
+    readme = " ".join(document("README.md").split())
+    assert f"from {before:.3f} to {after:.3f}**" in readme and f"possible plan gets {oracle:.3f}." in readme
+    arms = results_json("quality.json")["rows"]
+    assert f"{arms['stable']['kscore']:.3f} against {arms['grpo-2e-4']['kscore']:.3f}" in readme
+
+
+def test_the_figures_of_single_changes_are_those_of_their_file():
+    shown = {row[0].strip("`"): row[1:] for row in table_rows(document("RESULTS.md"), 5) if "=" in row[0]}
+    changes = results_json("quality", "sensitivity.json")
+    assert set(shown) == set(changes) - {bench.BASE, "stable"}
+    for name, cells in shown.items():
+        rewards = changes[name]["reward of rollouts"]
+        expected = [np.mean(rewards[:10]), np.mean(rewards[10:]), changes[name]["validation"][-1]]
+        assert cells == [f"{value:.3f}" for value in expected] + [f"{changes[name]['hit rate'] + 1e-9:.2f}"]
+
+
+def speed_cells(row):
+    """A row of speed.json as RESULTS.md shows it: ours, peer, ratio, ratio with our products, aimed at, share."""
+    def ratio(prefix=""):
+        if prefix + "ratio" not in row:
+            return ""
+        low, high = row.get(prefix + "ratio quartiles") or (row["ratio low"], row["ratio high"])
+        return f"{row[prefix + 'ratio']:.2f} ({low:.2f} to {high:.2f})"
+    same = {name.split(",")[0] for name in row if name.startswith("same products")}
+    target = row.get("target", ())
+    targets = [target] if isinstance(target, (int, float)) else [aim for aim in target if aim is not None]
+    share = f"{row['share of the machine']:.0%}" if "share of the machine" in row else ""
+    return [f"{row['ours s']:.2f} s", f"{row['peer s']:.2f} s", ratio(), ratio("same products, ") if same else "",
+            ", ".join(f"{aim:g}" for aim in targets), share]
+
+
+def test_the_figures_of_the_speed_are_those_of_its_file():
+    """Where it fails, the message is the row to paste."""
+    measured = results_json("speed.json")
+    shown = {row[0].strip("`"): row for row in table_rows(document("RESULTS.md"), 8) if row[0].strip("`") in measured}
+    assert set(shown) == {name for name, row in measured.items() if "peer s" in row and name in bench.TARGETS}
+    for name, (key, work, *cells) in shown.items():
+        expected = speed_cells(measured[name])
+        assert cells == expected, "| " + " | ".join([key, work, *expected]) + " |"
+
+
+@pytest.mark.parametrize("row, cells", [
+    ({"ours s": 2.0, "peer s": 5.0, "ratio": 2.5, "ratio low": 2.25, "ratio high": 2.75, "target": 3},
+     ["2.00 s", "5.00 s", "2.50 (2.25 to 2.75)", "", "3", ""]),
+    ({"ours s": 2.0, "peer s": 5.0, "ratio": 2.5, "ratio quartiles": [2.25, 2.75], "target": [3.5, None],
+      "same products, peer s": 3.0, "same products, ratio": 1.5, "same products, ratio quartiles": [1.25, 1.75],
+      "share of the machine": 0.384},
+     ["2.00 s", "5.00 s", "2.50 (2.25 to 2.75)", "1.50 (1.25 to 1.75)", "3.5", "38%"])])
+def test_a_row_of_the_speed_table_reads_both_forms_of_the_file(row, cells):
+    assert speed_cells(row) == cells
+
+
+def test_the_licence_names_this_projects_contributors():
+    assert "the contributors to this open implementation" in document("LICENSE").splitlines()[2]
 
 
 # ---- Demonstrations, and a stand-in for a rollout engine -------------------------------------------------------------
@@ -9642,7 +9913,7 @@ def test_bench_alone_leaves_scores_pictures_and_rates(tmp_path, capsys, monkeypa
 
 def test_a_contact_sheet_shows_each_picture_beside_what_was_wanted(monkeypatch):
     row = atlas.world.requests("bench")[0]
-    truth = genevolve.truth_of(row)
+    truth = tools.truth_of(row)
     attempts = [SimpleNamespace(image=np.full((64, 64, 3), 9, np.uint8), row=row), SimpleNamespace(image=None, row=row)]
     sheet = bench.contact_sheet(attempts, side=64, gap=4, columns=1)
     assert sheet.shape == (4 + 2 * 68, 4 + 134, 3)
@@ -9761,13 +10032,14 @@ class CountingEngine:
 def test_servers_share_the_prompts_of_the_engine_row(monkeypatch, tmp_path, capsys):
     engines = {"a": CountingEngine(5), "b": CountingEngine(512)}
     monkeypatch.setattr(tools, "open_engine", engines.get)
-    code, _, err = bench_main(capsys, "speed", "--quick", "--rows", "engine", "--engines", "a,b", "--repeats", 1, "--out",
-                              tmp_path)
+    flags = ("--quick", "--rows", "engine", "--out", tmp_path)
+    code, _, err = bench_main(capsys, "speed", *flags, "--engines", "a,b", "--repeats", 1)
     assert code == 0, err
-    assert sorted(engines["a"].batches) == [3, 4] + [5] * 13 and engines["b"].batches == [24]  # 48 alone, then 24 each
+    # one each to begin with, 48 for the first alone, then 24 each
+    assert sorted(engines["a"].batches) == [1, 3, 4] + [5] * 13 and engines["b"].batches == [1, 24]
     row = bench.read_json(tmp_path / "speed.json")["engine"]
     assert list(row) == ["servers 1: tokens/s", "servers 2: tokens/s"] and min(row.values()) > 0
-    _, out, _ = bench_main(capsys, "speed", "--quick", "--rows", "engine", "--out", tmp_path)
+    _, out, _ = bench_main(capsys, "speed", *flags)
     assert "--engines URL,URL" in out
 
 
@@ -10212,7 +10484,7 @@ def test_keys_of_requests_are_bags_of_words_less_the_mean_of_all_requests(net):
 @pytest.mark.parametrize("values, mean, error", [
     ([1.0, 3.0, math.nan], 2.0, 1.0), ([2.0, 2.0, 2.0, 6.0], 3.0, 1.0), ([5.0], 5.0, math.nan)])
 def test_a_mean_has_the_error_of_a_sample(values, mean, error):
-    assert genevolve.mean_and_error(values) == pytest.approx((mean, error), nan_ok=True)  # s / sqrt(n), s^2 by n - 1
+    assert distill.mean_and_error(values) == pytest.approx((mean, error), nan_ok=True)  # s / sqrt(n), s^2 by n - 1
 
 
 def test_a_reward_weighs_picture_and_text_by_alpha(judge):

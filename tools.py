@@ -54,6 +54,7 @@ import sys
 import threading
 import time
 import unicodedata
+import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -446,6 +447,16 @@ def check_request(text, where=""):
     if len(text) > MAX_REQUEST:
         raise ValueError(f"{where}the request has {len(text)} characters; at most {MAX_REQUEST} are taken")
     return text.strip()
+
+
+def truth_of(row):
+    """The ground-truth picture of a row, uint8 (H, W, 3)."""
+    return read_image(os.path.join(row["_folder"], row["gt_image"]))
+
+
+def image_seed(row):
+    """One noise per request, so that two programs for it differ by their words and references alone."""
+    return zlib.crc32(f"{row['id']} {row['question']}".encode())
 
 
 # ---- The three tools ------------------------------------------------------------------------------------------------
@@ -2919,12 +2930,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if int(length) > MAX_API_BODY:
                 raise HttpError(413, f"a body of more than {MAX_API_BODY} bytes")
 
+        # a body is a JSON object
         body = self.rfile.read(int(length))
         self.body_read = True
         try:
             request = json_object(body)
         except ValueError as error:
             raise HttpError(400, f"the body is not a JSON object ({error})") from None
+
         if path in CHAT_PATHS:
             self.answer_chat(request, body)
         elif is_site:
