@@ -1773,10 +1773,13 @@ def speed(settings):
         except tools.ToolError as error:  # a peer is not installed
             print(f"{name}: {error}")
             continue
+
         if "GFLOP" in row:
             row["share of the machine"] = least_seconds(row, found["machine"]) / row["ours s"]
         if name in TARGETS:
             row["target"] = TARGETS[name]
+
+        # written row by row: a stopped table keeps what it has measured
         found[name] = row
         print_row(name, row)
         write_json(path, found)

@@ -598,7 +598,7 @@ class Evolution:
         update = self.update(batch, groups, entries)
         agreement = judge_lessons(self, batch, requests, entries)
         self.steps_done += 1
-        self.sync_weights()
+        sync_weights(self)
         update_seconds = time.perf_counter() - update_started
 
         row = {"step": self.steps_done, **rollout_metrics(groups, rewards), **lessons, "memory": len(self.memory),
@@ -615,7 +615,7 @@ class Evolution:
         self.log.append(row)
         if reason := collapse(self.log[self.window_start:]):
             row["rolled_back"] = reason
-            self.restore_promoted()
+            restore_promoted(self)
         row["seconds"] = time.perf_counter() - started
         return row
 
@@ -704,7 +704,7 @@ class Evolution:
         for minibatch in minibatches:
             policy_grads, sdl_grads, metrics = self.gradients(minibatch, groups, entries)
             ratios.append(self.combine_gradients(policy_grads, sdl_grads))
-            norms.append(self.optimizer_step())
+            norms.append(optimizer_step(self))
             distill.add_up(sums, metrics)
         return update_metrics(sums, len(minibatches), recipe, s.grpo) | {
             "gradient_norm": distill.average(norms), "gradient_ratio": distill.average(ratios),
@@ -744,7 +744,6 @@ class Evolution:
 
     def combine_gradients(self, policy_grads, sdl_grads):
         """p.grad = grad L_GRPO + weight grad L_SDL. Returns the ratio of the terms' norms (nan: no policy gradient).
-
         sdl_grads None: policy_grads are those of both losses already; then the ratio is not known, nan.
         """
         if sdl_grads is None:
@@ -763,41 +762,8 @@ class Evolution:
         """The weight of L_SDL beside L_GRPO, given the norms of both gradients."""
         return self.recipe_now().weight
 
-    def optimizer_step(self):
-        """Clip, step, let an EMA teacher follow. Returns the gradient's norm before clipping.
-
-        One that is no finite number moves nothing: such a step would make every weight nan.
-        """
-        norm = float(model.full_tensor(torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)))
-        if math.isfinite(norm):
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.settings.lr * self.lr_scale
-            self.optimizer.step()
-            if self.recipe.teacher == "ema":
-                distill.ema_update(self.teacher, self.net, self.recipe.ema_decay)
-        self.optimizer.zero_grad(set_to_none=True)  # the next backward pass adds to the gradients that it finds
-        where = f"step {self.steps_done + 1}"
-        self.skipped_in_a_row = model.count_skipped(self.skipped_in_a_row, norm, where)
-        return norm
-
     def autocast(self):
         return torch.autocast(self.components.device, torch.bfloat16, enabled=self.settings.bf16)
-
-    @torch.no_grad()
-    def sync_weights(self):
-        """Hand the weights to whatever writes the trajectories."""
-        rollout_net = self.components.policy.net
-        for target, trained in zip(rollout_net.parameters(), self.net.parameters()):
-            if target is not trained and trained.requires_grad:
-                target.copy_(model.full_tensor(trained))
-        if self.settings.rollouts_url:
-            folder = os.path.join(self.settings.out, "served")
-            if self.processes.is_main:
-                self.components.policy.load_weights(folder, self.steps_done)
-            self.processes.barrier()
-            if not self.processes.is_main:
-                self.components.policy.follow(folder)
-        self.processes.barrier()
 
     # -- evaluate, promote, roll back --
 
@@ -828,19 +794,6 @@ class Evolution:
         tensors = model.training_tensors(self.net, self.optimizer, **averages(self))
         folder = os.path.join(self.settings.out, "promoted")
         model.save_checkpoint(folder, self.steps_done, tensors, {}, self.processes)
-
-    def restore_promoted(self):
-        """Back to the promoted weights and their optimizer, with half the learning rate. Memory and data go on."""
-        folder = os.path.join(self.settings.out, "promoted")
-        found = model.latest_checkpoint(folder, self.processes)
-        if found is None:
-            raise ValueError(f"{folder}: missing, and step {self.steps_done} wants to go back to it")
-        model.load_training_tensors(found[1], self.net, self.optimizer, **averages(self))
-        self.lr_scale /= 2
-        self.skipped_in_a_row = 0
-        self.window_start = len(self.log)
-        self.components.policy.reset()  # its cache may hold what is not a number
-        self.sync_weights()
 
     def write_policy(self, name, figures=None):
         """The policy as a folder of the run."""
@@ -985,7 +938,7 @@ def open_evolution(settings, evolution=Evolution):
         components.summarizer = components.chat_client("summarizer", timeout=90.0).complete
     run = evolution(settings, components, processes)
     run.resume()
-    run.sync_weights()
+    sync_weights(run)
     return run
 
 
@@ -1108,7 +1061,55 @@ def gather_trajectories(local, requests, processes):
     return [distill.Trajectory.from_json(*each) for each in zip(values, requests)]
 
 
+def optimizer_step(run):
+    """Clip, step, let an EMA teacher follow. Returns the gradient's norm before clipping.
+
+    One that is no finite number moves nothing: such a step would make every weight nan.
+    """
+    norm = float(model.full_tensor(torch.nn.utils.clip_grad_norm_(run.parameters(), 1.0)))
+    if math.isfinite(norm):
+        for group in run.optimizer.param_groups:
+            group["lr"] = run.settings.lr * run.lr_scale
+        run.optimizer.step()
+        if run.recipe.teacher == "ema":
+            distill.ema_update(run.teacher, run.net, run.recipe.ema_decay)
+    run.optimizer.zero_grad(set_to_none=True)  # the next backward pass adds to the gradients that it finds
+    where = f"step {run.steps_done + 1}"
+    run.skipped_in_a_row = model.count_skipped(run.skipped_in_a_row, norm, where)
+    return norm
+
+
 @torch.no_grad()
+def sync_weights(run):
+    """Hand the weights to whatever writes the trajectories."""
+    rollout_net = run.components.policy.net
+    for target, trained in zip(rollout_net.parameters(), run.net.parameters()):
+        if target is not trained and trained.requires_grad:
+            target.copy_(model.full_tensor(trained))
+    if run.settings.rollouts_url:
+        folder = os.path.join(run.settings.out, "served")
+        if run.processes.is_main:
+            run.components.policy.load_weights(folder, run.steps_done)
+        run.processes.barrier()
+        if not run.processes.is_main:
+            run.components.policy.follow(folder)
+    run.processes.barrier()
+
+
+def restore_promoted(run):
+    """Back to the promoted weights and their optimizer, with half the learning rate. Memory and data go on."""
+    folder = os.path.join(run.settings.out, "promoted")
+    found = model.latest_checkpoint(folder, run.processes)
+    if found is None:
+        raise ValueError(f"{folder}: missing, and step {run.steps_done} wants to go back to it")
+    model.load_training_tensors(found[1], run.net, run.optimizer, **averages(run))
+    run.lr_scale /= 2
+    run.skipped_in_a_row = 0
+    run.window_start = len(run.log)
+    run.components.policy.reset()  # its cache may hold what is not a number
+    sync_weights(run)
+
+
 def set_old_logprobs(rows, net, temperature, processes, limit=None):
     """Note log p of the rows' actions under the policy that wrote them: the denominator of the importance ratio.
 
@@ -1223,7 +1224,9 @@ def judge_lessons(run, batch, requests, entries):
         agreements.append(agreement)
         if not rows:
             continue
-        if entry.prompt == request["question"]:  # it was written from this request's attempts, perhaps these
+
+        # only at other requests is it a test: from this one's attempts, perhaps these, the lesson was written
+        if entry.prompt == request["question"]:
             own.append(agreement)
         else:
             foreign.append(agreement)
@@ -1233,6 +1236,7 @@ def judge_lessons(run, batch, requests, entries):
     pull = distill.average(pulls)
     if not math.isnan(pull):
         run.agreement_average += AGREEMENT_RATE * (pull - run.agreement_average)
+
     retired = run.memory.retire()
     dropped = {"dropped": [page.dropped_lesson(entry) for entry in retired]} if retired else {}
     return {"agreements": agreements, "agreement": distill.average(foreign), "own_agreement": distill.average(own),

@@ -7857,7 +7857,7 @@ def test_the_state_to_go_back_to_is_missed_at_once_and_named_when_it_is_wanted(s
     run.resume()
     assert f"{tmp_path / 'run' / 'promoted'}: missing" in capsys.readouterr().err
     with pytest.raises(ValueError, match="promoted: missing, and step 2 wants to go back"):
-        run.restore_promoted()
+        genevolve.restore_promoted(run)
 
 
 def test_a_checkpoint_of_another_version_is_refused_by_what_it_lacks(stopped_evolution, tmp_path):
@@ -10453,7 +10453,7 @@ def test_a_rollback_loads_what_was_promoted_and_halves_the_rate_of_the_next_step
     run.step()
     assert run.optimizer.param_groups[0]["lr"] == 2e-4
     assert any(not torch.equal(a, b) for a, b in zip(start, run.net.parameters()))
-    run.restore_promoted()
+    genevolve.restore_promoted(run)
     assert all(torch.equal(a, b) for a, b in zip(start, run.net.parameters()))
     assert not any(run.optimizer.state[p] for p in run.parameters())  # that of the promoted policy, which had none
     assert run.step()["lr"] == run.optimizer.param_groups[0]["lr"] == 1e-4

@@ -1820,6 +1820,7 @@ class Server:
         self.judge = judge
         self.renderer = renderer
         self.model = model
+
         self.max_body = max_body
         self.free_slots = threading.BoundedSemaphore(max_requests)
         self.thread = None
@@ -1832,6 +1833,8 @@ class Server:
             reason = getattr(error, "strerror", "") or str(error)
             raise ToolError(f"cannot listen on {host}, port {port}: {reason}; choose another port") from None
         self.is_private = ipaddress.ip_address(self.http.server_address[0]).is_loopback
+
+        # the address to give to clients
         if ":" in host:
             host = f"[{host}]"
         elif host in ("", "0.0.0.0"):
