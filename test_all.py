@@ -9046,8 +9046,10 @@ def faults_of(command, *arguments):
     """(exit status, {part: what is wrong with it}) of doctor."""
     code, out, err = command("doctor", *arguments)
     lines = [line.split(None, 2) for line in out.splitlines()]
-    assert not err and all(verdict in ("works", "FAULT") for _, verdict, _ in lines), out
-    return code, {part: text for part, verdict, text in lines if verdict == "FAULT"}
+    faults = {part: text for part, verdict, text in lines if verdict == "FAULT"}
+    assert all(verdict in ("works", "FAULT") for _, verdict, _ in lines), out
+    assert err.endswith(f"{len(faults)} of {len(lines)} parts do not work\n") == bool(faults) == bool(err), err
+    return code, faults
 
 
 def test_doctor_finds_that_all_services_work_and_asks_each_once(real_services, command):
@@ -9177,6 +9179,19 @@ def test_the_journey_through_real_services_ends_with_a_judged_picture(real_servi
     assert len(real_services.policy.asked) == 2 and len(real_services.judge.asked) == 2
     judged = real_services.judge.asked[0]["messages"][1]["content"]
     assert [part["type"] for part in judged] == ["text", "image_url", "image_url"]
+
+
+@pytest.mark.parametrize("part, said, has_picture", [
+    ("policy", "policy: HTTP 401", False), ("renderer", "renderer: HTTP 401", False),
+    ("judge", "judge: HTTP 401", True)])
+def test_a_service_that_fails_ends_a_run_with_one_line_and_status_1(part, said, has_picture, real_services, command,
+                                                                    monkeypatch, tmp_path):
+    monkeypatch.setenv(f"{part.upper()}_API_KEY", "not-the-key")
+    code, _, err = command("run", "a brass lamp", "--out", tmp_path, *service_flags(real_services))
+    last = err.splitlines()[-1]
+    assert code == 1 and "a service failed at 1 of 1 requests; everything else is on disk" in last and said in last
+    row, = json.loads((tmp_path / "results.json").read_text())
+    assert row["success"] == has_picture and row["reward"] is None
 
 
 @pytest.mark.slow
