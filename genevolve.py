@@ -587,6 +587,7 @@ class Evolution:
         groups, render_seconds = self.roll_out_groups(requests)                     # G groups of K trajectories
         rollout_seconds = time.perf_counter() - started - render_seconds
         check_budget(self.components.budget, self.steps_done)  # else some rewards are missing for want of calls
+        check_judging(groups, self.steps_done)
 
         update_started = time.perf_counter()
         rewards = reward_table(groups)                                                                     # (G, K)
@@ -1148,6 +1149,16 @@ def check_budget(budget, steps_done):
     if budget and budget.spent >= budget.max_calls:
         raise tools.BudgetExceeded(f"the budget of {budget.max_calls} calls is used up; the steps up to {steps_done} "
                                    "are kept, and the same command with a larger one goes on")
+
+
+def check_judging(groups, steps_done):
+    """Raise tools.ServiceError if the services left every program of a step without a reward: nothing but failed
+    attempts would be learned from."""
+    programs = [t for group in groups for t in group if t.program is not None]
+    errors = [t.error for t in programs if t.error and distill.is_missing(t.reward)]
+    if programs and len(errors) == len(programs):
+        raise tools.ServiceError(f"step {steps_done + 1}: no program got a reward ({errors[0]}); everything up to step "
+                                 f"{steps_done} is on disk, and the same command goes on")
 
 
 def summarize_pairs(pairs, components, processes):

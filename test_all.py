@@ -7726,6 +7726,25 @@ def test_an_endless_evolution_says_no_time_that_is_left(interrupted, capsys):
     assert "step 2 " in endless and " s left" not in endless and " s left" in capsys.readouterr().out
 
 
+def test_a_step_in_which_a_service_left_every_program_without_a_reward_ends_the_run(offline_evolution):
+    run = offline_evolution()
+    run.step()
+    real = run.components.scorer.render_and_score
+
+    def score(trajectories, failing):
+        real(trajectories)
+        for t in trajectories[:failing]:
+            t.reward, t.error = NAN, "judge: the connection failed"
+    run.components.scorer.render_and_score = lambda trajectories, pictures: score(trajectories, 5)
+    assert run.step()["missing"] == 5
+    run.components.scorer.render_and_score = lambda trajectories, pictures: score(trajectories, 6)
+    before = [p.clone() for p in run.net.parameters()]
+    with pytest.raises(tools.ServiceError, match="step 3: no program got a reward .judge: the connection failed.; every"
+                                                 "thing up to step 2 is on disk"):
+        run.step()
+    assert run.steps_done == 2 and all(torch.equal(a, b) for a, b in zip(before, run.net.parameters()))
+
+
 def add_lines(path, *numbers):
     with open(path, "a") as file:
         file.write("".join(map(request_line, numbers)))
