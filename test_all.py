@@ -8276,7 +8276,7 @@ def test_trajectories_from_a_serving_engine(tiny_evolution, tmp_path, command):
     served, _ = model.load(str(tmp_path / "run" / "last"))
     assert all(torch.equal(a, b) for a, b in zip(served.parameters(), engine.net.parameters()))
     code, _, err = command(*tiny_evolution(tmp_path / "gone", *more))
-    assert code == 2 and err.count("\n") == 1
+    assert code == 1 and err.count("\n") == 1
 
 
 @pytest.mark.slow
