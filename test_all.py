@@ -9192,6 +9192,9 @@ def test_the_journey_through_real_services_ends_with_a_judged_picture(real_servi
     assert row["success"] and row["reward"] == pytest.approx((0.5 + 0.75) / 2) and row["judgement"]["kscore"] is None
     assert row["reference_images"][0]["title"] == "A brass lamp"
     assert diffusion.read_png(str(tmp_path / "image.png")).shape == (1024, 1024, 3)
+    shown = page_data(tmp_path / "report.html")["requests"][0]["scores"]
+    assert shown == {"reward": 0.625, "program": 0.75, "evidence_score": 0.5} | dict.fromkeys(
+        distill.EVIDENCE_PARTS, 0.5)
     drawn, = real_services.renderer.asked
     assert drawn["prompt"] == "A brass lamp as in the first reference image." and drawn["num_inference_steps"] == 20
     assert tools.from_data_uri(drawn["image_urls"][0]).shape == (64, 64, 3)
