@@ -587,6 +587,7 @@ class Evolution:
         groups, render_seconds = self.roll_out_groups(requests)                     # G groups of K trajectories
         rollout_seconds = time.perf_counter() - started - render_seconds
         check_budget(self.components.budget, self.steps_done)  # else some rewards are missing for want of calls
+        check_judging(groups, self.steps_done)
 
         update_started = time.perf_counter()
         rewards = reward_table(groups)                                                                     # (G, K)
@@ -685,7 +686,7 @@ class Evolution:
     def update(self, batch, groups, entries):
         """One optimizer step, or one a minibatch. Returns the update's part of the log's row."""
         if not batch:
-            raise tools.ToolError(f"step {self.steps_done + 1}: no trajectory was written "
+            raise tools.ServiceError(f"step {self.steps_done + 1}: no trajectory was written "
                                   f"({groups[0][0].error or 'no tokens'})")
 
         s, recipe = self.settings, self.recipe_now()
@@ -1151,6 +1152,16 @@ def check_budget(budget, steps_done):
                                    "are kept, and the same command with a larger one goes on")
 
 
+def check_judging(groups, steps_done):
+    """Raise tools.ServiceError if the services left every program of a step without a reward: nothing but failed
+    attempts would be learned from."""
+    programs = [t for group in groups for t in group if t.program is not None]
+    errors = [t.error for t in programs if t.error and distill.is_missing(t.reward)]
+    if programs and len(errors) == len(programs):
+        raise tools.ServiceError(f"step {steps_done + 1}: no program got a reward ({errors[0]}); everything up to step "
+                                 f"{steps_done} is on disk, and the same command goes on")
+
+
 def summarize_pairs(pairs, components, processes):
     """([Bundle or None], metrics) of [(question, best, worst)]: by rules, or by a language model."""
     if components.summarizer:
@@ -1565,7 +1576,7 @@ class ChatPolicy(RemotePolicy):
         self.start(trajectory)  # the observation stands in the messages
 
 
-class StaleWeights(tools.ToolError):
+class StaleWeights(tools.ServiceError):
     """A rollout engine does not compute with the weights that it was given."""
 
 
@@ -2302,11 +2313,11 @@ def announce_calls(run):
 # ---- Doctor: which parts work, and what is wrong with the others -----------------------------------------------------
 
 def doctor(s):
-    """python genevolve.py doctor. Returns the exit status: 0 if all parts work, 1 if not."""
+    """python genevolve.py doctor. Raises tools.ServiceError if some part does not work."""
     sources = add_environment(s)
     services = Services(s, timeout=120.0, deadline=150.0, retries=0)
-    faults = 0
-    for name, check in parts_of(s, services):
+    faults, parts = 0, parts_of(s, services)
+    for name, check in parts:
         show_status(f"asking {name}")
         try:
             works, line = True, check()
@@ -2316,7 +2327,8 @@ def doctor(s):
         mark = paint("works", "pass") if works else paint("FAULT", "fail")
         print(f"{name:10}  {mark}  {line}{sources.get(name, '')}", flush=True)
         faults += not works
-    return int(faults > 0)
+    if faults:
+        raise tools.ServiceError(f"{faults} of {len(parts)} parts do not work")
 
 
 def add_environment(s):
@@ -3070,6 +3082,15 @@ def run(s):
         for score in scores:
             score.result()
     print_written(s, trajectories[0], time.perf_counter() - started)
+    check_services(trajectories)
+
+
+def check_services(trajectories):
+    """Raise tools.ServiceError if a service failed at some of the requests; their record says which, too."""
+    failures = [t.error for t in trajectories if t.error and (t.termination == "error" or t.program is not None)]
+    if failures:
+        raise tools.ServiceError(f"a service failed at {len(failures)} of {len(trajectories)} requests; everything "
+                                 f"else is on disk ({failures[0].removeprefix('error: ')})")
 
 
 def print_written(s, trajectory, seconds):
@@ -3388,21 +3409,21 @@ def processor_line():
 
 
 def main(arguments=None, commands=None, default=None):
-    """Exit codes: 0 done, 1 what a command itself gives for a fault that it found, 2 unusable input (one line on
-    stderr), 130 interrupted. default: see ``parse``."""
+    """Exit codes: 0 done, 1 a service failed, 2 unusable input, both with one line on stderr, 130 interrupted.
+    default: see ``parse``."""
     commands = commands or COMMANDS
     try:
         name, settings = parse(sys.argv[1:] if arguments is None else arguments, commands, default)
         if isinstance(settings, Compute) and model.pick_device(settings.device) == "cpu":
             use_processor(settings)
-        found = commands[name][1](settings)
+        commands[name][1](settings)
     except (ValueError, OSError, tools.ToolError) as error:
         print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, tools.ServiceError) else 2
     except KeyboardInterrupt:
         print("\nstopped; everything finished so far is on disk", file=sys.stderr)
         return 130
-    return found if isinstance(found, int) else 0
+    return 0
 
 
 if __name__ == "__main__":

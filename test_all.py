@@ -7726,6 +7726,25 @@ def test_an_endless_evolution_says_no_time_that_is_left(interrupted, capsys):
     assert "step 2 " in endless and " s left" not in endless and " s left" in capsys.readouterr().out
 
 
+def test_a_step_in_which_a_service_left_every_program_without_a_reward_ends_the_run(offline_evolution):
+    run = offline_evolution()
+    run.step()
+    real = run.components.scorer.render_and_score
+
+    def score(trajectories, failing):
+        real(trajectories)
+        for t in trajectories[:failing]:
+            t.reward, t.error = NAN, "judge: the connection failed"
+    run.components.scorer.render_and_score = lambda trajectories, pictures: score(trajectories, 5)
+    assert run.step()["missing"] == 5
+    run.components.scorer.render_and_score = lambda trajectories, pictures: score(trajectories, 6)
+    before = [p.clone() for p in run.net.parameters()]
+    with pytest.raises(tools.ServiceError, match="step 3: no program got a reward .judge: the connection failed.; every"
+                                                 "thing up to step 2 is on disk"):
+        run.step()
+    assert run.steps_done == 2 and all(torch.equal(a, b) for a, b in zip(before, run.net.parameters()))
+
+
 def add_lines(path, *numbers):
     with open(path, "a") as file:
         file.write("".join(map(request_line, numbers)))
@@ -8257,7 +8276,7 @@ def test_trajectories_from_a_serving_engine(tiny_evolution, tmp_path, command):
     served, _ = model.load(str(tmp_path / "run" / "last"))
     assert all(torch.equal(a, b) for a, b in zip(served.parameters(), engine.net.parameters()))
     code, _, err = command(*tiny_evolution(tmp_path / "gone", *more))
-    assert code == 2 and err.count("\n") == 1
+    assert code == 1 and err.count("\n") == 1
 
 
 @pytest.mark.slow
@@ -9046,8 +9065,10 @@ def faults_of(command, *arguments):
     """(exit status, {part: what is wrong with it}) of doctor."""
     code, out, err = command("doctor", *arguments)
     lines = [line.split(None, 2) for line in out.splitlines()]
-    assert not err and all(verdict in ("works", "FAULT") for _, verdict, _ in lines), out
-    return code, {part: text for part, verdict, text in lines if verdict == "FAULT"}
+    faults = {part: text for part, verdict, text in lines if verdict == "FAULT"}
+    assert all(verdict in ("works", "FAULT") for _, verdict, _ in lines), out
+    assert err.endswith(f"{len(faults)} of {len(lines)} parts do not work\n") == bool(faults) == bool(err), err
+    return code, faults
 
 
 def test_doctor_finds_that_all_services_work_and_asks_each_once(real_services, command):
@@ -9171,12 +9192,28 @@ def test_the_journey_through_real_services_ends_with_a_judged_picture(real_servi
     assert row["success"] and row["reward"] == pytest.approx((0.5 + 0.75) / 2) and row["judgement"]["kscore"] is None
     assert row["reference_images"][0]["title"] == "A brass lamp"
     assert diffusion.read_png(str(tmp_path / "image.png")).shape == (1024, 1024, 3)
+    shown = page_data(tmp_path / "report.html")["requests"][0]["scores"]
+    assert shown == {"reward": 0.625, "program": 0.75, "evidence_score": 0.5} | dict.fromkeys(
+        distill.EVIDENCE_PARTS, 0.5)
     drawn, = real_services.renderer.asked
     assert drawn["prompt"] == "A brass lamp as in the first reference image." and drawn["num_inference_steps"] == 20
     assert tools.from_data_uri(drawn["image_urls"][0]).shape == (64, 64, 3)
     assert len(real_services.policy.asked) == 2 and len(real_services.judge.asked) == 2
     judged = real_services.judge.asked[0]["messages"][1]["content"]
     assert [part["type"] for part in judged] == ["text", "image_url", "image_url"]
+
+
+@pytest.mark.parametrize("part, said, has_picture", [
+    ("policy", "policy: HTTP 401", False), ("renderer", "renderer: HTTP 401", False),
+    ("judge", "judge: HTTP 401", True)])
+def test_a_service_that_fails_ends_a_run_with_one_line_and_status_1(part, said, has_picture, real_services, command,
+                                                                    monkeypatch, tmp_path):
+    monkeypatch.setenv(f"{part.upper()}_API_KEY", "not-the-key")
+    code, _, err = command("run", "a brass lamp", "--out", tmp_path, *service_flags(real_services))
+    last = err.splitlines()[-1]
+    assert code == 1 and "a service failed at 1 of 1 requests; everything else is on disk" in last and said in last
+    row, = json.loads((tmp_path / "results.json").read_text())
+    assert row["success"] == has_picture and row["reward"] is None
 
 
 @pytest.mark.slow

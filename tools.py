@@ -75,7 +75,11 @@ class ToolError(Exception):
     """Something outside did not work, or may not be used. The message is one line and holds no key."""
 
 
-class BudgetExceeded(ToolError):
+class ServiceError(ToolError):
+    """A service failed, refused, or answered what makes no sense."""
+
+
+class BudgetExceeded(ServiceError):
     """The number of paid calls that was allowed is used up."""
 
 
@@ -1528,11 +1532,11 @@ class SGLangClient(RolloutEngine):
         answer = self.post("/update_weights_from_disk", {"model_path": path})
         if answer.get("success") is not True:
             reason = sanitize(answer.get("message", ""))
-            raise ToolError(f"{self.NAME}: the new weights were not loaded ({reason})")
+            raise ServiceError(f"{self.NAME}: the new weights were not loaded ({reason})")
 
         # success is not enough: a server behind a router may still hold the old weights
         if self.held_weights() != path:
-            raise ToolError(f"{self.NAME}: the server still answers with the old weights")
+            raise ServiceError(f"{self.NAME}: the server still answers with the old weights")
 
 
 def read_rollout(value):
@@ -1621,7 +1625,7 @@ class VLLMClient(RolloutEngine):
         except Transient:
             raise
         except ToolError as error:
-            raise ToolError(f"{error}; start it with VLLM_SERVER_DEV_MODE=1 in its environment") from None
+            raise ServiceError(f"{error}; start it with VLLM_SERVER_DEV_MODE=1 in its environment") from None
         try:
             self.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}})
             if self.post("/reset_prefix_cache", {}).get("success") is not True:
@@ -2367,11 +2371,11 @@ class Budget:
             self.spent += 1
 
 
-class Refused(ToolError):
+class Refused(ServiceError):
     """A failure that trying again will not mend."""
 
 
-class Transient(ToolError):
+class Transient(ServiceError):
     """A failure that may be gone in a moment. ``wait``: seconds that the other side asked for."""
 
     def __init__(self, message, wait=0.0):
@@ -2561,11 +2565,11 @@ class HttpClient:
 
         # an outcome of the tape may be a failure, too
         if reply.error:
-            raise Transient(reply.error) if reply.may_pass else ToolError(reply.error)
+            raise Transient(reply.error) if reply.may_pass else ServiceError(reply.error)
         try:
             return parse(reply)
         except ValueError as error:
-            raise ToolError(f"{self.name}: unusable answer ({error})") from None
+            raise ServiceError(f"{self.name}: unusable answer ({error})") from None
 
     def post_json(self, url, payload, headers=None, parse=unparsed, **options):
         """POST a JSON object; parse: JSON object -> value."""

@@ -63,8 +63,10 @@ def request_view(t):
     scores = None
     if t.judgement:
         scores = {"reward": t.reward, "program": t.judgement["text_reward"]}
-        for name in ("kscore", *distill.DIMENSIONS):
-            scores[name] = t.judgement[name]
+        if "evidence_score" in t.judgement:  # there is no ground truth, and no KScore
+            scores |= {"evidence_score": t.judgement["evidence_score"]} | t.judgement.get("evidence", {})
+        else:
+            scores |= {name: t.judgement[name] for name in ("kscore", *distill.DIMENSIONS)}
 
     return {"id": t.id, "question": t.question, "termination": t.termination, "error": t.error or "",
             "picture": picture(t.image), "truth": picture(ground_truth(t.row)),
