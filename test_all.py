@@ -9233,8 +9233,10 @@ def test_a_stream_of_requests_without_ground_truth_is_enough_to_evolve(real_serv
 
 # ---- README.md and RESULTS.md ----------------------------------------------------------------------------------------
 
-DOCUMENTS = ("README.md", "RESULTS.md")
-FLAGS_OF_OTHERS = {"--nproc-per-node", "--help", "--version"}  # torchrun's, argparse's
+DOCUMENTS = ("README.md", "RESULTS.md", "MODELS.md")
+# of torchrun, argparse, vLLM, SGLang and pip
+FLAGS_OF_OTHERS = {"--nproc-per-node", "--help", "--version", "--served-model-name", "--port", "--logprobs-mode",
+                   "--model-path", "--no-deps"}
 
 
 def text_of_file(path):
@@ -9302,7 +9304,7 @@ def read_command(monkeypatch):
     return read
 
 
-@pytest.mark.parametrize("name, least", [("README.md", 20), ("RESULTS.md", 15)])
+@pytest.mark.parametrize("name, least", [("README.md", 20), ("RESULTS.md", 15), ("MODELS.md", 3)])
 def test_every_command_of_the_documents_is_read_by_its_own_parser(name, least, read_command):
     commands = commands_of(name)
     assert len(commands) >= least
