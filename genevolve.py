@@ -128,6 +128,9 @@ def end_ids(tokenizer):
     return tokenizer.id("<|im_end|>"), tokenizer.id("<|endoftext|>")
 
 
+NO_NUMBERS = "error: the policy's logits are not numbers"  # how a turn of a diverged network ends
+
+
 class LocalPolicy:
     """A network of ours behind the engine. One conversation is one sequence; nothing is ever re-tokenised.
 
@@ -194,7 +197,8 @@ class LocalPolicy:
         """Those of the sequences whose turn has ended; if none has, after a token more of every one in the engine."""
         with self.lock:  # another thread's step may have ended them meanwhile
             if not any(sequence.finish for sequence in sequences):
-                self.engine.step()
+                with contextlib.suppress(model.NoNumber):  # these conversations say "error", the others go on
+                    self.engine.step()
             return [sequence for sequence in sequences if sequence.finish]
 
     def take(self, sequence):
@@ -204,7 +208,7 @@ class LocalPolicy:
         trajectory.mask += [True] * len(new)
         trajectory.logprobs += sequence.logprobs[-len(new):] if new else []
         self.writing.remove(sequence)
-        return trajectory, self.decode(new), sequence.finish
+        return trajectory, self.decode(new), NO_NUMBERS if sequence.finish == "error" else sequence.finish
 
     def observe(self, trajectory, text):
         """Append an observation (a user message) and ask for the next turn."""
@@ -253,6 +257,8 @@ class LocalPolicy:
                 new = sequence.tokens[len(ids):]
                 text, stopped = tools.stable_text(self.decode(new), request["stop"], ended)
                 finish = "stop" if stopped else sequence.finish
+                if finish == "error":
+                    raise tools.HttpError(500, NO_NUMBERS)
                 yield tools.ChatReply(text[len(sent):], finish, len(ids), len(new))
                 sent = text
         finally:  # also where the client has gone away
@@ -686,8 +692,7 @@ class Evolution:
     def update(self, batch, groups, entries):
         """One optimizer step, or one a minibatch. Returns the update's part of the log's row."""
         if not batch:
-            raise tools.ServiceError(f"step {self.steps_done + 1}: no trajectory was written "
-                                  f"({groups[0][0].error or 'no tokens'})")
+            return skip_update(self, groups)
 
         s, recipe = self.settings, self.recipe_now()
         minibatches = list(chunks(batch, math.ceil(len(batch) / s.minibatches)))
@@ -1060,6 +1065,20 @@ def gather_trajectories(local, requests, processes):
     parts = processes.all_gather_objects([t.to_json() for t in local])
     values = itertools.chain.from_iterable(parts)
     return [distill.Trajectory.from_json(*each) for each in zip(values, requests)]
+
+
+def skip_update(run, groups):
+    """The log's row of an update without a token to learn from: the policy has diverged, and `collapse` will see it.
+
+    tools.ServiceError where it is not the policy's own fault.
+    """
+    if not all(t.error == NO_NUMBERS for group in groups for t in group):
+        raise tools.ServiceError(f"step {run.steps_done + 1}: no trajectory was written "
+                                 f"({groups[0][0].error or 'no tokens'})")
+    run.skipped_in_a_row = model.count_skipped(run.skipped_in_a_row, math.nan, f"step {run.steps_done + 1}")
+    metrics = update_metrics(Counter(tokens=math.nan), 1, run.recipe_now(), run.settings.grpo)
+    return metrics | dict.fromkeys(("gradient_norm", "gradient_ratio", "reverse_kl_cosine"), math.nan) | {
+        "skipped_updates": 1, "lr": run.settings.lr * run.lr_scale}
 
 
 def optimizer_step(run):

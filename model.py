@@ -1066,6 +1066,10 @@ def check_sampling(max_new_tokens, temperature, top_p):
         raise ValueError(f"top_p {top_p}: must lie between 0 and 1")
 
 
+class NoNumber(ValueError):
+    """Logits were nan or inf: a network that has diverged, or overflows in its precision."""
+
+
 class Engine:
     """Samples many conversations at once, and keeps each one's cache across its turns.
 
@@ -1348,7 +1352,7 @@ class Engine:
             self.close(s)
             s.finish = "error"
         self.cache.clear_nan()
-        raise ValueError(f"logits that are not numbers ended {len(sequences)} conversations: "
+        raise NoNumber(f"logits that are not numbers ended {len(sequences)} conversations: "
                          f"the network's weights hold nan or inf, or overflow in {self.cache.keys.dtype}")
 
     def rebuild_batch(self):

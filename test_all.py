@@ -7997,6 +7997,7 @@ def test_a_policy_that_became_nan_is_rolled_back_and_writes_programs_again(tmp_p
                 p.fill_(math.nan)
         first, second, after = run.step(), run.step(), run.step()
     assert first["validity"] == second["validity"] == 0 and first["gradient_norm"] is None
+    assert first["skipped_updates"] == 1
     assert second["rolled_back"].startswith("validity fell to 0.600 from 1") and run.lr_scale == 0.5
     assert after["validity"] > 0.5 and after["gradient_norm"] > 0
 
