@@ -8,7 +8,6 @@
 In reading order:
 
     Qwen3               the decoder; attention is an argument, everything else is written once
-    choose_products     the fastest exact product of this processor, by measuring
     Tokenizer           ChatML text <-> ids, and which ids an assistant writes
     PrefixTree          sequences with common beginnings as one stream, to train
     ChunkedLogprobs     log-probs and entropy without a matrix of tokens x words
@@ -244,78 +243,6 @@ def attend_causal(q, k, v):
 # On a CPU torch multiplies with MKL; where it is allowed to round, with oneDNN, which on some processors is twice as
 # fast and does not round at all. So the choice is made by measuring. The name -> what torch calls the permission.
 PRODUCTS = {"mkl": "highest", "onednn": "medium"}
-
-
-def choose_products(choice="auto"):
-    """Set how float32 matrices are multiplied on the CPU -> {"products": name, "GFLOP/s": {...}, "error": {...}}.
-
-    choice: a name of PRODUCTS, or "auto": oneDNN if it is faster by a tenth and no less exact than float32 is, with a
-    relative error below 1e-6 against float64.
-    """
-    speeds, errors = {}, {}
-    for name in PRODUCTS:
-        with products(name):
-            speeds[name], errors[name] = measure_products()
-    if choice == "auto":
-        is_better = errors["onednn"] < 1e-6 and speeds["onednn"] > 1.1 * speeds["mkl"]
-        choice = "onednn" if is_better else "mkl"
-    torch.set_float32_matmul_precision(PRODUCTS[choice])
-    return {"products": choice, "GFLOP/s": speeds, "error": errors}
-
-
-def current_products():
-    """The name in PRODUCTS of what is set."""
-    setting = torch.get_float32_matmul_precision()
-    return next(name for name, value in PRODUCTS.items() if value == setting)
-
-
-@functools.cache
-def measured_products():
-    """The choice of this process, measured once."""
-    return choose_products()["products"]
-
-
-@functools.cache
-def idle_threads(seconds=0.1):
-    """How many threads of the CPU have a core to themselves, at least one.
-
-    Threads wait for one another many times a millisecond. Beside a process that holds their cores, two are thirty times
-    slower than one. OMP_NUM_THREADS, where it is set, is a decision of the user's.
-    """
-    threads = torch.get_num_threads()
-    if "OMP_NUM_THREADS" in os.environ:
-        return threads
-    before = idle_seconds()
-    time.sleep(seconds)  # this process does nothing meanwhile, so who is busy is somebody else
-    after = idle_seconds()
-    if before is None or after is None:
-        return threads
-    return max(1, min(threads, round((after - before) / seconds)))
-
-
-def idle_seconds():
-    """Seconds for which cores have stood idle since the machine started, all cores together; None: it does not say."""
-    try:
-        with open("/proc/uptime", encoding="ascii") as file:
-            return float(file.read().split()[1])
-    except (OSError, ValueError, IndexError):
-        return None
-
-
-def measure_products(rows=1024, inputs=256, outputs=1024, repeats=7):
-    """(GFLOP/s of the fastest of a few products, relative error against float64)."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(rows, inputs, generator=generator)
-    weight = torch.randn(outputs, inputs, generator=generator)
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        y = F.linear(x, weight)
-        seconds.append(time.perf_counter() - started)
-
-    exact = F.linear(x.double(), weight.double())
-    error = float((y - exact).norm() / exact.norm())
-    return 2e-9 * rows * inputs * outputs / min(seconds), error
 
 
 @contextmanager
@@ -2324,6 +2251,80 @@ def read_adapter(path, net, targets, rank):
     if missing := [f"{name}.lora_{letter}" for name, letter in shapes if (name, letter) not in tensors]:
         raise ValueError(f"{path}: no tensor {missing[0]}, which adapter_config.json promises")
     return tensors
+
+
+# ---- The processor: products and threads -----------------------------------------------------------------------------
+
+def choose_products(choice="auto"):
+    """Set how float32 matrices are multiplied on the CPU -> {"products": name, "GFLOP/s": {...}, "error": {...}}.
+
+    choice: a name of PRODUCTS, or "auto": oneDNN if it is faster by a tenth and no less exact than float32 is, with a
+    relative error below 1e-6 against float64.
+    """
+    speeds, errors = {}, {}
+    for name in PRODUCTS:
+        with products(name):
+            speeds[name], errors[name] = measure_products()
+    if choice == "auto":
+        is_better = errors["onednn"] < 1e-6 and speeds["onednn"] > 1.1 * speeds["mkl"]
+        choice = "onednn" if is_better else "mkl"
+    torch.set_float32_matmul_precision(PRODUCTS[choice])
+    return {"products": choice, "GFLOP/s": speeds, "error": errors}
+
+
+def current_products():
+    """The name in PRODUCTS of what is set."""
+    setting = torch.get_float32_matmul_precision()
+    return next(name for name, value in PRODUCTS.items() if value == setting)
+
+
+@functools.cache
+def measured_products():
+    """The choice of this process, measured once."""
+    return choose_products()["products"]
+
+
+def measure_products(rows=1024, inputs=256, outputs=1024, repeats=7):
+    """(GFLOP/s of the fastest of a few products, relative error against float64)."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, inputs, generator=generator)
+    weight = torch.randn(outputs, inputs, generator=generator)
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        y = F.linear(x, weight)
+        seconds.append(time.perf_counter() - started)
+
+    exact = F.linear(x.double(), weight.double())
+    error = float((y - exact).norm() / exact.norm())
+    return 2e-9 * rows * inputs * outputs / min(seconds), error
+
+
+@functools.cache
+def idle_threads(seconds=0.1):
+    """How many threads of the CPU have a core to themselves, at least one.
+
+    Threads wait for one another many times a millisecond. Beside a process that holds their cores, two are thirty times
+    slower than one. OMP_NUM_THREADS, where it is set, is a decision of the user's.
+    """
+    threads = torch.get_num_threads()
+    if "OMP_NUM_THREADS" in os.environ:
+        return threads
+    before = idle_seconds()
+    time.sleep(seconds)  # this process does nothing meanwhile, so who is busy is somebody else
+    after = idle_seconds()
+    if before is None or after is None:
+        return threads
+    return max(1, min(threads, round((after - before) / seconds)))
+
+
+def idle_seconds():
+    """Seconds for which cores have stood idle since the machine started, all cores together; None: it does not say."""
+    try:
+        with open("/proc/uptime", encoding="ascii") as file:
+            return float(file.read().split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 # ---- Processes -------------------------------------------------------------------------------------------------------
