@@ -203,6 +203,7 @@ def test_chunked_log_probs_and_entropy_equal_the_full_ones_with_gradients(tile):
         assert (x - y).norm() < 1e-5 * y.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths, is_causal", [((9, 9), True), ((5, 12), False), ((1, 7), False)])
 @pytest.mark.parametrize("products", model.PRODUCTS)
 def test_attention_is_the_softmax_written_out_in_value_and_gradient(lengths, is_causal, products):
@@ -717,6 +718,7 @@ def test_logits_that_are_no_numbers_end_their_conversation_with_one_error_and_no
     assert bool(torch.isfinite(engine.cache.keys).all() & torch.isfinite(engine.cache.values).all())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("change", ["in place", "optimizer", "adapters", "adapter's values", "switched off"])
 def test_what_older_weights_computed_is_not_used_again(change):
@@ -1248,6 +1250,7 @@ def random_checkpoint(tmp_path):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.peers
 @pytest.mark.parametrize("kind", ["plain", "tied", "sharded", "qwen3_vl"])
 def test_logits_and_greedy_tokens_equal_those_of_transformers(random_checkpoint, kind):
@@ -1713,6 +1716,7 @@ def test_where_no_checkpoint_can_be_read_nothing_is_removed_and_nothing_begins_a
         assert model.latest_checkpoint(tmp_path)[1]["x"].item() == 2
 
 
+@pytest.mark.slow
 def test_a_folder_is_locked_until_its_process_ends_however_it_ends(tmp_path):
     holder = "import sys, time, model\nwith model.locked(sys.argv[1]):\n    print('held', flush=True), time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", holder, str(tmp_path)], stdout=subprocess.PIPE,
@@ -2192,12 +2196,14 @@ def small_training(folder, data, **changes):
     return diffusion.RendererRun(data, small_vae(), str(folder), settings)
 
 
+@pytest.mark.slow
 def test_a_few_training_steps_lower_the_loss(tmp_path, colour_scenes):
     run = small_training(tmp_path, colour_scenes, steps=40)
     losses = [run.update()["loss"] for _ in range(12)]
     assert np.mean(losses[-3:]) < 0.7 * np.mean(losses[:3])
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, colour_scenes):
     whole, first = (small_training(tmp_path / name, colour_scenes) for name in "ab")
     for _ in range(4):
@@ -2462,6 +2468,7 @@ def test_a_picture_of_50000_by_50000_pixels_is_refused_from_its_header():
         diffusion.decode_png(png_file(50000, 50000, 8, 2, b"\0"))
 
 
+@pytest.mark.slow
 def test_a_zlib_bomb_is_inflated_no_further_than_the_picture_needs():
     image = diffusion.decode_png(png_file(2, 2, 8, 2, bytes(14) + bytes(10**8)))
     assert image.shape == (2, 2, 3)
@@ -3314,6 +3321,7 @@ def test_20000_pictures_with_captions_are_indexed_within_seconds(tmp_path):
     assert corpus.search_images("lamp 1234", 1)[0].path == "1234.png"
 
 
+@pytest.mark.slow
 def test_2500_files_are_indexed_within_seconds(tmp_path):
     for i in range(2500):
         (tmp_path / f"{i}.md").write_text(f"# Town {i}\n\nTown {i} is a city of {i} lamps by the river.\n")
@@ -3624,6 +3632,7 @@ def test_what_answers_is_recognised_as_vllm_or_sglang():
         tools.open_engine(vllm.url)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", (1.0, 0.7))
 def test_vllm_writes_many_conversations_in_one_request_with_the_trainers_log_probs(temperature):
     net, tokenizer = model.load(SFT)
@@ -3638,6 +3647,7 @@ def test_vllm_writes_many_conversations_in_one_request_with_the_trainers_log_pro
         assert rollout.finish == "stop" or len(rollout.tokens) == 24
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trouble", ([500] * 6, ["cut", 503, "cut"], ["restart"], [500, "restart"]))
 def test_a_server_that_is_away_is_waited_for_and_gets_its_weights_before_it_writes_again(tmp_path, trouble):
     net, tokenizer = model.load(SFT)
@@ -3666,6 +3676,7 @@ def test_many_threads_wait_for_one_server_together():
     assert all(len(rollout.tokens) == 4 for rollout, in rollouts) and len(client.said) < 8
 
 
+@pytest.mark.slow
 def test_a_server_that_stays_away_is_given_up_after_the_time_that_was_allowed():
     with VLLMService(SFT) as server:
         client = vllm_client(server, patience=0.2)
@@ -3696,6 +3707,7 @@ def test_a_completion_without_a_log_probability_for_each_token_is_unusable(choic
 
 # ---- The local server ------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_the_server_answers_50_clients_at_once(model_server):
     server, _ = model_server
     ready = threading.Barrier(50)
@@ -3925,6 +3937,7 @@ def test_a_port_that_is_taken_is_one_line(corpus_server):
         tools.Server(port=70000)
 
 
+@pytest.mark.slow
 def test_nothing_is_left_open_after_a_server_stops(corpus_folder):
     corpus = tools.Corpus(str(corpus_folder))
     with tools.Server(corpus) as server:
@@ -4474,6 +4487,7 @@ FAULTS = {
     "no images": lambda h: respond(h, b'{"images": [{"title": "x"}], "organic": [7]}')}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, arguments", [("search", {"queries": ["a"]}), ("image_search", {"query": "a"})])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_failing_backend_becomes_an_observation_within_the_deadline(fault, name, arguments, make_box):
@@ -4516,6 +4530,7 @@ def test_a_client_error_is_not_repeated():
     assert len(hits) == 1
 
 
+@pytest.mark.slow
 def test_the_limiter_spaces_calls_over_all_threads():
     limiter, start = tools.Limiter(1200), time.monotonic()
     with ThreadPoolExecutor(8) as pool:
@@ -6276,6 +6291,7 @@ def atlas_rows():
 
 # -- the pixel judge
 
+@pytest.mark.slow
 def test_the_judge_gives_full_marks_to_ground_truth_and_to_another_drawing_of_the_same_scene(judge, cases):
     for _, truth, wanted, again in cases:
         assert judge(truth, truth, wanted)["kscore"] == judge(again, truth, wanted)["kscore"] == 1.0
@@ -6905,6 +6921,7 @@ def changed_policy(clients, probe="stop", temperature=1.0, needs_logprobs=False)
     return genevolve.RolloutPolicy(clients, net, tokenizer, sampling, True, probe, needs_logprobs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stale", [
     f"blocks.{block}.{name}.weight" for block in (0, 3) for name in ("qkv", "out", "gate_up", "down", "norm1", "k_norm")
 ] + ["norm.weight", "embed.weight", "head.weight"])
@@ -6935,6 +6952,7 @@ def test_an_output_matrix_that_a_reload_leaves_packed_is_noticed_and_there_is_an
     assert policy.net.head is None and policy.net.config.tie_embeddings  # as it was
 
 
+@pytest.mark.slow
 def test_several_servers_write_conversations_in_turn_with_the_same_weights(tmp_path, atlas_box):
     with VLLMService(SFT) as first, VLLMService(SFT) as second:
         policy = changed_policy([vllm_client(first), vllm_client(second)])
@@ -6948,6 +6966,7 @@ def test_several_servers_write_conversations_in_turn_with_the_same_weights(tmp_p
     assert all(torch.equal(a, b) for a, b in zip(first.net.parameters(), second.net.parameters()))
 
 
+@pytest.mark.slow
 def test_log_probs_of_another_temperature_than_the_samplings_are_no_ones_weights(tmp_path, capsys):
     with VLLMService(SFT, raw=True) as raw, VLLMService(SFT) as processed:
         for server, temperature, is_comparable in ((raw, 0.7, False), (processed, 0.7, True), (raw, 1.0, True)):
@@ -7140,6 +7159,7 @@ def test_a_foreign_runtime_completes_atlas_requests_against_serve(tmp_path):
     assert {t.termination for t in done} <= {"answer", "no_answer", "max_rounds_reached"}
 
 
+@pytest.mark.slow
 def test_a_turn_of_the_embedded_policy_is_streamed_as_it_is_decoded():
     net, tokenizer = model.load(SFT)
     policy = genevolve.LocalPolicy(net, tokenizer, genevolve.Sampling())
@@ -7427,6 +7447,7 @@ def break_gradients(run, value):
     run.gradients = broken
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", (math.inf, NAN))
 def test_a_gradient_that_is_no_number_moves_nothing_and_the_run_stops_after_three(offline_evolution, value):
     run = offline_evolution(set="teacher=ema")
@@ -7446,6 +7467,7 @@ def test_a_gradient_that_is_no_number_moves_nothing_and_the_run_stops_after_thre
     assert all(p.isfinite().all() for p in run.net.parameters())
 
 
+@pytest.mark.slow
 def test_an_engine_whose_log_probs_are_not_the_trainers_is_named_once(offline_evolution, capsys):
     run = offline_evolution()
     assert run.step()["engine_logprob_gap"] is None and capsys.readouterr().err == ""  # this agent knows none
@@ -7480,6 +7502,7 @@ def test_an_infinite_reward_is_missing_in_a_step(offline_evolution):
     assert all(p.isfinite().all() for p in run.net.parameters())
 
 
+@pytest.mark.slow
 def test_an_audit_step_measures_the_lessons_and_the_gradients_cosine(offline_evolution):
     run = offline_evolution(audit_every=2, recipe="paper", set="gate=0")
     assert "lesson_audit" not in run.step()
@@ -7535,6 +7558,7 @@ def test_a_subclass_changes_guides_second_gradient_and_weight_and_keeps_what_it_
     assert other.counted == 2 and other.steps_done == 1
 
 
+@pytest.mark.slow
 def test_the_gradient_of_a_minibatch_holds_nothing_of_the_one_before(offline_evolution):
     run = offline_evolution(minibatches=3, lr=0.0)  # at rate 0 all minibatches see the same weights
     groups, _ = run.roll_out_groups(run.data[:2])
@@ -7544,6 +7568,7 @@ def test_the_gradient_of_a_minibatch_holds_nothing_of_the_one_before(offline_evo
     assert run.update(batch, [], [])["gradient_norm"] == pytest.approx(sum(norms) / 3, rel=1e-4) and min(norms) > 0
 
 
+@pytest.mark.slow
 def test_an_annealed_weight_falls_to_zero_and_the_teacher_is_not_asked_any_more(offline_evolution):
     run = offline_evolution(set="anneal=2")
     losses = [run.step()["sdl_loss"] for _ in range(3)]
@@ -7582,6 +7607,7 @@ def adapters_of(net):
     return {name: p.detach().clone() for name, p in net.named_parameters() if "lora_" in name}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher", ("frozen", "same", "ema"))
 def test_lora_trains_adapters_alone_against_the_policy_without_them(offline_evolution, teacher):
     run = offline_evolution(lora=4, set=f"gate=0,teacher={teacher}")
@@ -7704,6 +7730,7 @@ def interrupted(offline_evolution, monkeypatch):
     return go
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("numbers, steps, done, is_interrupted", [
     ([signal.SIGTERM], 0, 2, False), ([signal.SIGINT], 0, 2, False), ([signal.SIGTERM], 5, 2, True),
     ([signal.SIGINT], 2, 2, False), ([signal.SIGINT, signal.SIGINT], 5, 1, True), ([], 3, 3, False)])
@@ -7719,6 +7746,7 @@ def test_a_signal_ends_an_evolution_after_the_step_at_hand_with_everything_on_di
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+@pytest.mark.slow
 def test_an_endless_evolution_says_no_time_that_is_left(interrupted, capsys):
     interrupted([signal.SIGTERM], steps=0)
     endless = capsys.readouterr().out
@@ -7766,6 +7794,7 @@ def test_requests_that_came_later_go_first_and_then_the_epochs_begin_anew():
     assert sorted(taken[4:]) == list(range(12))  # one whole epoch over all of them
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_appended_lines_as_the_one_that_was_not_stopped(stopped_evolution, tmp_path):
     add_lines(tmp_path / "data.jsonl", 1, 2, 3)
     run = stopped_evolution()
@@ -7808,6 +7837,7 @@ def test_a_bad_line_ends_a_run_that_goes_on_when_it_is_mended(stopped_evolution,
     assert again.steps_done == 2 and again.data[-1]["id"] == "r1"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ("policy", "data", "validation"))
 def test_a_run_does_not_go_on_with_a_changed_file_unless_that_is_meant(stopped_evolution, tmp_path, name, capsys):
     if name == "policy":
@@ -8327,6 +8357,7 @@ def test_changes_to_a_recipe_are_read_by_the_type_of_their_field():
 
 # ---- The other commands ----------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_run_leaves_an_image_a_record_and_a_page(tmp_path, command):
     code, out, _ = command("run", "--out", tmp_path, "--sampling-steps", 2)
     row, = json.loads((tmp_path / "results.json").read_text())
@@ -8821,6 +8852,7 @@ def test_the_page_of_an_evolution_shows_curves_lessons_and_memory_in_a_browser(t
     check_page(browser, tmp_path, "evolution")
 
 
+@pytest.mark.slow
 @in_browser
 def test_a_lesson_that_was_dropped_is_told_and_an_evolution_without_steps_has_no_heading(browser, tmp_path):
     entry = lesson_entry(2, 0.4, "Count aloud.")
@@ -9083,6 +9115,7 @@ def test_doctor_finds_that_all_services_work_and_asks_each_once(real_services, c
     assert set(asked.values()) == {1} and [path for path, _ in real_services.search.asked] == ["/search", "/images"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part, plant, said", [
     ("policy", "key", "wrong key: .*HTTP 401 .*POLICY_API_KEY"),
     ("policy", {"policy_model": "genevolve-8B"}, "wrong model name: .*did you mean genevolve-8b"),
@@ -10071,8 +10104,10 @@ class CountingEngine:
         return [tools.Rollout([0] * max_new_tokens, [0.0] * max_new_tokens, "length") for _ in prompts]
 
 
+@pytest.mark.slow
 def test_servers_share_the_prompts_of_the_engine_row(monkeypatch, tmp_path, capsys):
     engines = {"a": CountingEngine(5), "b": CountingEngine(512)}
+    monkeypatch.setattr(bench, "measure_machine", lambda device: {})
     monkeypatch.setattr(tools, "open_engine", engines.get)
     flags = ("--quick", "--rows", "engine", "--out", tmp_path)
     code, _, err = bench_main(capsys, "speed", *flags, "--engines", "a,b", "--repeats", 1)
@@ -10124,6 +10159,7 @@ def test_a_row_whose_peer_is_missing_is_named_and_left_out(tmp_path, monkeypatch
     assert code == 0 and "diffusers is not installed: pip install -r requirements-peers.txt" in out
 
 
+@pytest.mark.slow
 def test_a_measured_call_gives_its_seconds_its_peak_of_memory_and_its_result():
     def work():
         time.sleep(0.05)
@@ -10403,6 +10439,7 @@ class GuideScorer(CountingScorer):
                 t.reward = 0.9 if "fact" in guide.markdown() else 0.2
 
 
+@pytest.mark.slow
 def test_an_audit_is_the_reward_with_the_guide_and_with_a_placebo_less_that_without(offline_evolution):
     run = offline_evolution(audit_every=1, set="gate=0")
     run.data = [row for row in run.data if row["recipe"]["wanted"]["fact"]]
@@ -10443,6 +10480,7 @@ def test_each_use_of_a_lesson_at_another_request_is_noted_and_logged(offline_evo
     assert row["agreement_average"] == pytest.approx(1 + 0.2 * (row["pull_agreement"] - 1))
 
 
+@pytest.mark.slow
 def test_a_lesson_that_others_attempts_contradict_is_gone_within_four_uses(offline_evolution, monkeypatch):
     run = offline_evolution(set="gate=-1,near_tie=2")
     run.memory.add("Planted.", distill.Bundle.from_dict(LESSON), 2.0, 1.0, 0)  # a best reward that nobody reaches
@@ -10462,6 +10500,7 @@ def test_experience_falls_silent_with_its_agreement(offline_evolution, average, 
     assert run.recipe_now().weight == 4
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_threads_and_products_that_it_began_with(offline_evolution):
     run = offline_evolution()
     with model.products("onednn"):
@@ -10488,6 +10527,7 @@ def test_there_are_as_many_threads_as_cores_that_stand_idle(monkeypatch, idle, t
     assert model.idle_threads.__wrapped__() == 2  # the user has decided
 
 
+@pytest.mark.slow
 def test_a_rollback_loads_what_was_promoted_and_halves_the_rate_of_the_next_step(offline_evolution):
     run = offline_evolution(lr=2e-4)
     start = [p.clone() for p in run.net.parameters()]
@@ -10829,6 +10869,7 @@ def test_the_vaes_loss_is_half_l1_half_l2_and_the_kl():
     assert float(metrics["psnr"]) == pytest.approx(10 * math.log10(4))
 
 
+@pytest.mark.slow
 def test_the_rate_of_the_vae_falls_along_a_cosine(tmp_path, monkeypatch):
     rates = []
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: rates.append(self.param_groups[0]["lr"]))
@@ -11031,6 +11072,7 @@ def test_the_audit_drops_most_of_what_is_bad_and_nobodys_obedience(tmp_path, mon
     assert len((tmp_path / "sft.jsonl").read_text().splitlines()) / 800 == pytest.approx(kept, abs=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("expert_rate, correct", [(1.0, True), (0.0, False)])
 def test_the_scripted_teacher_passes_its_audit_only_as_an_expert(expert_rate, correct):
     rng = random.Random(2)
