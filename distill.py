@@ -806,11 +806,9 @@ class Entry:
     uses: list = field(default_factory=list)        # {"step", "request", "agreement"} of its uses at other requests
 
     def agreement(self):
-        """(mean of ``lesson_agreement`` over its uses at other requests, standard error (inf below two), count)."""
+        """(mean of ``lesson_agreement`` over its uses at other requests, standard error (nan below two), count)."""
         values = [use["agreement"] for use in self.uses if use["agreement"] is not None]
-        if len(values) < 2:
-            return average(values), math.inf, len(values)
-        return average(values), float(np.std(values, ddof=1)) / math.sqrt(len(values)), len(values)
+        return *mean_and_error(values), len(values)
 
     def effect(self):
         """Mean change of the reward and its standard error (inf below two audits)."""

@@ -368,11 +368,8 @@ def dropped_lesson(entry):
 
 def agreement_view(entry):
     """How far the lesson agreed with attempts at other requests: {"mean", "standard_error", "count"}, or None."""
-    measured = [use["agreement"] for use in entry.uses if use["agreement"] is not None]
-    if not measured:
-        return None
-    mean, error = distill.mean_and_error(measured)
-    return {"mean": mean, "standard_error": error, "count": len(measured)}
+    mean, error, count = entry.agreement()
+    return {"mean": mean, "standard_error": error, "count": count} if count else None
 
 
 def marked_attempt(attempt, other):
