@@ -14,7 +14,8 @@ distill.py (from trajectories to a gradient), and this file, which ties them int
 
     request -> trajectory -> program -> image -> reward -> comparison -> experience -> teacher -> gradient
 
-Departures from the paper: the embedded policy (two million parameters) sees tools, guides and observations in a
+Departures from the paper: a program that a judge refuses earns nothing, or its picture alone would pay for saying
+everything at once; the embedded policy (two million parameters) sees tools, guides and observations in a
 compact form of the same protocol; any other policy sees the full form. Which one is written in the policy folder's
 genevolve.json.
 
@@ -477,7 +478,8 @@ class Scorer:
         return self.renderer.render(prompts, references, seeds, **self.options)
 
     def set_reward(self, trajectory, scores):
-        """R = (1 - alpha) R_img + alpha R_text, nan if either half is missing. scores: the picture's, None: missing."""
+        """R = (1 - alpha) R_img + alpha R_text, nan if either half is missing, 0 if a check of the program refuses it.
+        scores: the picture's, None: missing."""
         has_failed = trajectory.program is None and trajectory.termination != "error"  # "error": its service failed
         if has_failed and self.judge and trajectory.row.get("gt_image"):
             scores = distill.FAILED_SCORES
@@ -490,6 +492,8 @@ class Scorer:
             text, checks = self.judge_text(trajectory)
             trajectory.judgement = scores | {"text_reward": text, "program_checks": checks}
             trajectory.reward = distill.mixed_reward(distill.picture_reward(scores), text, self.alpha)
+            if any(check.get("refuses") for check in checks) and not distill.is_missing(trajectory.reward):
+                trajectory.reward = 0.0
 
     def judge_text(self, trajectory):
         """(R_text, checks); None if nobody can say, or the judge failed."""
@@ -1876,7 +1880,8 @@ class Common:
 class Compute(Common):
     """Flags of every command that computes: how much of the processor it takes, and by which kernel it multiplies."""
     threads: int = flag(0, "threads of the CPU (0: as many as cores that stand idle at the start)", bounds="[0, inf)")
-    products: str = flag("auto", "float32 products on the CPU; auto: the faster that is exact",
+    products: str = flag("auto", "float32 products on the CPU; auto: the faster that is exact, as measured at the "
+                                 "start (name both for a run that another one has to repeat bit for bit)",
                          choices=("auto", *model.PRODUCTS))
 
 
@@ -2676,7 +2681,7 @@ def take_up(run, state, tensors):
     # with as many threads and the same products the run goes on bit for bit; flags may say otherwise
     torch.set_num_threads(run.settings.threads or state["threads"])
     if run.settings.products == "auto":
-        torch.set_float32_matmul_precision(model.PRODUCTS[state["products"]])
+        model.set_products(state["products"])
 
 
 def take_up_data(run, count, rows):
@@ -3417,8 +3422,7 @@ def suggest(word, choices):
 def use_processor(settings):
     """Set threads and products of the CPU as the flags say. Both are fixed from here on: a run repeats bit for bit."""
     torch.set_num_threads(settings.threads or model.idle_threads())
-    chosen = model.measured_products() if settings.products == "auto" else settings.products
-    torch.set_float32_matmul_precision(model.PRODUCTS[chosen])
+    model.set_products(model.fastest_products() if settings.products == "auto" else settings.products)
 
 
 def processor_line():

@@ -462,8 +462,9 @@ def judge_program(program, question, wanted, skills_used, titles=None):
     order, in the look asked for. Skills: every wanted skill was read and its wording is followed. Constraints: every
     requirement appears, in the plain wording at least, and the look.
 
-    A program that says more than that is worth 0. One that states every value, every wording, or shows something else
-    besides, has decided nothing; it would pass each of the checks that look for what is wanted.
+    A program that says more than that is refused: its reward is 0, whatever its picture. One that states every value,
+    every wording, or shows something else besides, has decided nothing; it would pass each of the checks that look for
+    what is wanted, and its picture alone would earn more than honest mediocre attempts do.
     """
     if program is None:
         return 0.0, [verdict("program", False, "no program")]
@@ -482,7 +483,8 @@ def judge_program(program, question, wanted, skills_used, titles=None):
               verdict("skill advice", followed == set(skills), f"followed: {listed(followed)}"),
               verdict("executable constraints", carried == set(skills) and looks, f"stated: {listed(carried)}")]
     score = 0.0 if surplus else sum(check["passed"] for check in checks) / 4
-    return score, [*checks, verdict("surplus statements", not surplus, listed(surplus))]
+    last = verdict("surplus statements", not surplus, listed(surplus)) | {"refuses": bool(surplus)}
+    return score, [*checks, last]
 
 
 def read_statements(prompt, wordings):
