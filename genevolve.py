@@ -1817,10 +1817,13 @@ def evolution_end(run, seconds):
     measured = [row for row in run.log if row.get("validation")]
     if measured:
         lines.append(f"after {measured[-1]['step']} steps: {validation_line(measured[-1]['validation'])}")
+
     policy = os.path.join(s.out, "policy")
+    is_promoted = os.path.isdir(policy)  # not where no evaluation was wanted
     lines.append(f"wrote {os.path.join(s.out, 'log.jsonl')}, {os.path.join(s.out, 'report.html')}, "
-                 f"{os.path.join(s.out, 'last')} and what was promoted, {policy} ({time_text(seconds)})")
-    if os.path.isdir(policy):
+                 f"{os.path.join(s.out, 'last')}" + f" and what was promoted, {policy}" * is_promoted
+                 + f" ({time_text(seconds)})")
+    if is_promoted:
         lines.append(f"next: python genevolve.py run --policy {shlex.quote(policy)}     (its pictures; to keep it: "
                      f"python genevolve.py promote {shlex.quote(s.out)})")
     return lines

@@ -8138,6 +8138,15 @@ def test_the_end_of_an_evolution_says_before_after_and_what_to_type_next(trained
     assert "report.html" in wrote and f"genevolve.py promote {trained_copy}" in following
 
 
+def test_without_an_evaluation_no_promoted_policy_is_named(offline_evolution):
+    run = offline_evolution()
+    wrote, = genevolve.evolution_end(run, 1.0)
+    assert wrote.startswith("wrote ") and "last" in wrote and "promoted" not in wrote
+    os.makedirs(os.path.join(run.settings.out, "policy"))
+    wrote, following = genevolve.evolution_end(run, 1.0)
+    assert "promoted" in wrote and following.startswith("next: ")
+
+
 @pytest.mark.slow
 def test_evolve_killed_and_restarted_ends_as_if_nothing_had_happened(trained, tiny_evolution, tmp_path, command):
     arguments = tiny_evolution(tmp_path / "killed")
@@ -9540,6 +9549,17 @@ def test_a_row_of_the_speed_table_reads_both_forms_of_the_file(row, cells):
     assert speed_cells(row) == cells
 
 
+def test_the_interval_over_seeds_alone_stands_beside_the_headline():
+    def score(arm, seed):
+        rows = bench.read_json(os.path.join(bench.RESULTS, "quality", f"{arm}-{seed}.json"))["bench"]
+        return np.mean([row["kscore"] for row in rows])
+    changes = [score("stable", seed) - score("grpo-2e-4", seed) for seed in range(5)]
+    margin = 2.776 * np.std(changes, ddof=1) / 5**0.5  # Student's t, four degrees of freedom, 95 %
+    low, high = np.mean(changes) - margin, np.mean(changes) + margin
+    for name in ("README.md", "RESULTS.md"):
+        assert f"{low:.3f} to +{high:.3f}" in " ".join(document(name).split())
+
+
 def test_the_licence_names_this_projects_contributors():
     assert "the contributors to this open implementation" in document("LICENSE").splitlines()[2]
 
@@ -10080,11 +10100,15 @@ def test_the_program_judge_gives_a_hack_no_more_than_it_deserves(judge, atlas_ro
         assert score <= HACK_SCORES[name], attempt.program.gen_prompt
 
 
-def test_in_the_committed_figures_no_hack_earns_as_much_as_the_honest_cold_start():
+def test_in_the_committed_figures_hacks_earn_nothing_and_careless_programs_half_at_most():
     rewards = bench.read_json(os.path.join(bench.RESULTS, "world.json"))["hacks, mean reward"]
     honest = {name: rewards.pop(name) for name in ("oracle", "cold start, weights/sft", "cold start, weights/rare")}
     assert set(rewards) == set(bench.HACKS) - {"oracle"}
-    assert max(rewards.values()) < honest["cold start, weights/sft"] < honest["oracle"]
+    careless = {name: rewards.pop(name) for name, score in HACK_SCORES.items() if score and name != "oracle"}
+    assert len(rewards) == 10 and max(rewards.values()) < 0.01  # refused, as a program or by the judge
+    assert honest["cold start, weights/rare"] > 0.1 and honest["cold start, weights/sft"] < 0.5 < honest["oracle"]
+    # what says less than was asked has its picture's share alone, as mediocre attempts have, and no more
+    assert max(careless.values()) < 0.5 * honest["oracle"]
 
 
 @pytest.mark.slow

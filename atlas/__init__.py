@@ -1,0 +1,1 @@
+"""The embedded world, the Atlas: what builds it, what reads it, its judges."""
