@@ -2046,16 +2046,7 @@ def read_lines(path):
 
 def write_json(path, value):
     """A file of results, whole or not at all; a figure that is not a number is null."""
-    model.write_json(path, without_nan(value))
-
-
-def without_nan(value):
-    """The value with None for every nan in it: JSON has no nan."""
-    if isinstance(value, dict):
-        return {name: without_nan(part) for name, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_nan(part) for part in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    model.write_json(path, model.without_nan(value))
 
 
 def slug(text):

@@ -621,7 +621,7 @@ class Evolution:
             row["validation"] = self.evaluate()
 
         # a policy that has collapsed goes back to the promoted one
-        row = without_nan(row)
+        row = model.without_nan(row)
         warn_of_engine(self, row["engine_logprob_gap"])
         self.log.append(row)
         if reason := collapse(self.log[self.window_start:]):
@@ -1743,14 +1743,6 @@ def update_metrics(sums, minibatches, recipe, has_grpo):
             "engine_logprob_gap": sums["engine_gap"] / sums["engine_tokens"] if sums["engine_tokens"] else math.nan,
             "engine_logprob_gap_max": sums["engine_gap_max"] if sums["engine_tokens"] else math.nan,
             "weight": recipe.weight}
-
-
-def without_nan(value):
-    """A log's row with null for what is missing, at any depth."""
-    if isinstance(value, dict):
-        return {key: without_nan(part) for key, part in value.items()}
-    is_missing = isinstance(value, float) and distill.is_missing(value)
-    return None if is_missing else value
 
 
 def step_line(row):
@@ -2945,7 +2937,7 @@ class Playground:
             folder = run_folders(self.settings.runs).get(urllib.parse.unquote(rest))
             if folder is None:
                 raise tools.HttpError(404, "no such run")
-            return read_view(os.path.join(folder, "report.html"))
+            return page.read_view(os.path.join(folder, "report.html"))
         if name == "run":
             return self.attempt(rest).shown()
         raise tools.HttpError(404, "no such path")
@@ -3039,7 +3031,7 @@ def run_folders(places):
             if depth >= RUN_DEPTH:
                 folders.clear()
             has_record = "log.jsonl" in names or "results.json" in names
-            if has_record and "report.html" in names and holds_view(os.path.join(folder, "report.html")):
+            if has_record and "report.html" in names and page.holds_view(os.path.join(folder, "report.html")):
                 name = os.path.normpath(os.path.join(os.path.basename(place), below)).replace(os.sep, "/")
                 found.append((os.path.getmtime(os.path.join(folder, "report.html")), name, folder))
     return {name: folder for _, name, folder in sorted(found, reverse=True)}
@@ -3056,19 +3048,6 @@ def run_summary(name, folder):
     kscores = [row["judgement"]["kscore"] for row in records if row.get("judgement")]
     return {"name": name, "kind": "run", "steps": len(records),
             "kscore": distill.average(kscores) if kscores else None}
-
-
-def holds_view(path):
-    """Whether a report.html is of this page's making: the data stand behind the style."""
-    with open(path, encoding="utf-8") as file:
-        return page.DATA_TAG in file.read(2**16)
-
-
-def read_view(path):
-    """The JSON that a report.html draws."""
-    with open(path, encoding="utf-8") as file:
-        _, _, rest = file.read().partition(page.DATA_TAG)
-    return json.loads(rest.partition("</script>")[0])
 
 
 # ---- Commands --------------------------------------------------------------------------------------------------------

@@ -2739,6 +2739,15 @@ def read_json(path):
     return value
 
 
+def without_nan(value):
+    """The value with None for every number that is nan or infinite, at any depth: JSON has neither."""
+    if isinstance(value, dict):
+        return {key: without_nan(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path, value):
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False))
 

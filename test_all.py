@@ -8041,8 +8041,8 @@ def test_a_policy_that_became_nan_is_rolled_back_and_writes_programs_again(tmp_p
 
 
 def test_a_log_row_has_null_for_what_is_missing_at_any_depth():
-    row = {"a": math.nan, "b": {"c": math.nan, "d": 1.0}}
-    assert genevolve.without_nan(row) == {"a": None, "b": {"c": None, "d": 1.0}}
+    row = {"a": math.nan, "b": {"c": math.nan, "d": 1.0}, "e": [math.inf, 2, "nan"]}
+    assert model.without_nan(row) == {"a": None, "b": {"c": None, "d": 1.0}, "e": [None, 2, "nan"]}
 
 
 @pytest.mark.parametrize("count, limit, kept", [(12, 2048, [0, 3, 6, 9]), (12, 17, [0, 3]), (0, 2048, [])])

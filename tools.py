@@ -1096,25 +1096,22 @@ class ChatClient:
 
     def served_model(self):
         """What the server's list says of the model: {"id", "owned_by", "max_model_len"}; {} where there is no list."""
-        url = self.url.replace("/chat/completions", "/models")
-        try:
-            return self.client.request("GET", url, headers=self.headers, until=time.monotonic() + 10.0,
-                                       parse=lambda reply: read_served_model(reply.body, self.model))
-        except BudgetExceeded:
-            raise
-        except ToolError:
-            return {}
+        return self.read_models(lambda body: read_served_model(body, self.model)) or {}
 
     def served_names(self):
         """The names of all models in the server's list; [] where there is no list."""
+        return self.read_models(read_model_names) or []
+
+    def read_models(self, parse):
+        """parse(body) of the server's list of models; None where there is no list."""
         url = self.url.replace("/chat/completions", "/models")
         try:
             return self.client.request("GET", url, headers=self.headers, until=time.monotonic() + 10.0,
-                                       parse=lambda reply: read_model_names(reply.body))
+                                       parse=lambda reply: parse(reply.body))
         except BudgetExceeded:
             raise
         except ToolError:
-            return []
+            return None
 
     def complete(self, messages, **options):
         """messages -> the text of the reply. options: max_tokens, temperature, top_p, stop, seed; None is left out."""

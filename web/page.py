@@ -13,13 +13,12 @@ Contents, in reading order:
     evolution_view               an evolution: curves, gallery before and after, memory, lessons
     lesson_record, lesson_view   the two attempts behind a lesson, and the decisions in which they differed
     microscope_view              token by token: student, teacher with and without the guide
-    write_report, page_text      the JSON inside the page
+    write_report, page_text      the JSON inside the page, and read_view, which takes it out again
 """
 import difflib
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 from dataclasses import asdict
@@ -565,17 +564,19 @@ def page_text(view):
     head, _, rest = page.partition(DATA_TAG)
     _, closing, tail = rest.partition("</script>")
 
-    text = json.dumps(finite(view), ensure_ascii=False, allow_nan=False)
+    text = json.dumps(model.without_nan(view), ensure_ascii=False, allow_nan=False)
     text = text.replace("<", "\\u003c")  # no tag in the data ends the element
     return head + DATA_TAG + text + closing + tail
 
 
-def finite(value):
-    """The value with None for every number that is nan or infinite."""
-    if isinstance(value, dict):
-        return {str(key): finite(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(part) for part in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+def holds_view(path):
+    """Whether a report.html is of this page's making: the data stand behind the style."""
+    with open(path, encoding="utf-8") as file:
+        return DATA_TAG in file.read(2**16)
+
+
+def read_view(path):
+    """The JSON that a report.html draws."""
+    with open(path, encoding="utf-8") as file:
+        _, _, rest = file.read().partition(DATA_TAG)
+    return json.loads(rest.partition("</script>")[0])
