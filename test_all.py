@@ -8544,7 +8544,7 @@ def test_progress_is_one_line_of_a_terminal_and_nothing_in_a_file(monkeypatch, c
 
 def lesson_entry(step, gap, *bullets):
     bundle = distill.Bundle.from_bullets("q", {"prompt_program_guidance": list(bullets)})
-    return SimpleNamespace(step=step, gap=gap, bundle=bundle)
+    return distill.Entry("Three lamps", bundle, best=0.9, gap=gap, step=step)
 
 
 def test_a_step_says_in_one_sentence_what_was_learned():
@@ -8877,7 +8877,7 @@ def test_the_page_of_an_evolution_shows_curves_lessons_and_memory_in_a_browser(t
 @in_browser
 def test_a_lesson_that_was_dropped_is_told_and_an_evolution_without_steps_has_no_heading(browser, tmp_path):
     entry = lesson_entry(2, 0.4, "Count aloud.")
-    entry.prompt, entry.uses = "Three lamps", [{"agreement": -0.5}, {"agreement": -0.7}, {"agreement": None}]
+    entry.uses = [{"agreement": -0.5}, {"agreement": -0.7}, {"agreement": None}]
     row = {"step": 7, "rollouts": 4, "dropped": [page.dropped_lesson(entry)]}
     for name, log in (("full", [row]), ("empty", [])):
         page.write_report(str(tmp_path / f"{name}.html"), {"title": "x"} | EMPTY_EVOLUTION | {"log": log})
