@@ -2,7 +2,7 @@
 
     python bench.py             within five minutes: the promoted policy on the bench, pictures, and the speed, in out/
     python bench.py world       the Atlas itself: judge, renderer, skills, oracle, cold-started policy
-    python bench.py quality     ablations of the training, with intervals (--suite FILE: one policy on any requests)
+    python bench.py quality     a plan's experiment: training compared (--suite FILE: one policy on any requests)
     python bench.py speed       side by side with peers (pip install -r requirements-peers.txt)
     python bench.py released    the authors' own agent, renderer script and evaluator, unchanged, against serve
 
@@ -18,8 +18,8 @@ Contents, in reading order:
     table_row, bootstrap    one policy's columns; the difference of two and its 95 % interval
     AtlasSuite, world       the Atlas measured: does the judge see faults, do skills and references matter
     Ablation                the experiment's controls, as an evolution with three overridden methods
-    ARMS, train             what is compared, and one training run
-    quality                 tune, train and measure every arm; summarize_quality compares them
+    Plan, Arm               an experiment, written down before its first run
+    quality                 train and measure its runs; summarize_quality, compare, t_interval, sign_flip
     suite_rows              one policy on a file of requests, WISE's included
     rollout_row ...         one row of the speed table each, ours beside a peer
     speed                   the table, with the share of the machine that was used
@@ -185,9 +185,9 @@ DIMENSION = {
 }
 
 
-def suite_requests(settings, split="bench"):
+def suite_requests(settings, split="bench", folder=atlas.world.HERE):
     """The requests of a split; for a smoke run 24, spread over it, so that both tracks have some."""
-    requests = atlas.world.requests(split)
+    requests = atlas.world.requests(split, folder)
     return requests[::len(requests) // 24][:24] if settings.quick else requests
 
 
@@ -197,9 +197,11 @@ class AtlasSuite:
     A job is (request number, prompt, reference pictures); jobs are rendered in batches, one noise a request.
     """
 
-    def __init__(self, settings, split="bench"):
-        self.requests = suite_requests(settings, split)
-        oracle = atlas.world.oracle()
+    def __init__(self, settings, split="bench", requests=None, folder=atlas.world.HERE):
+        """requests: of the world in the folder (default: those of the split)."""
+        self.requests = requests or suite_requests(settings, split, folder)
+        self.folder = folder
+        oracle = atlas.world.oracle(folder)
         self.oracle = [oracle[request["id"]] for request in self.requests]
         renderer, vae = (os.path.join(HERE, "weights", name) for name in ("renderer", "vae"))
         self.renderer = diffusion.Renderer.load(renderer, vae, model.pick_device(settings.device))
@@ -209,8 +211,7 @@ class AtlasSuite:
 
     def references(self, number):
         """The right reference pictures of a request."""
-        folder = os.path.join(HERE, "atlas")
-        return [tools.read_image(os.path.join(folder, path)) for path in self.oracle[number]["references"]]
+        return [tools.read_image(os.path.join(self.folder, path)) for path in self.oracle[number]["references"]]
 
     def oracle_jobs(self):
         """Every request with its oracle program."""
@@ -423,14 +424,14 @@ def policy_figures(suite, settings):
     return figures
 
 
-def attempt_bench(policy, settings, requests, guides=None):
+def attempt_bench(policy, settings, requests, guides=None, corpus=genevolve.ATLAS_CORPUS):
     """One attempt at every request with a policy folder, the same seeds each time: a ``bench_row`` each.
 
     guides: distill.Bundle for each request's system prompt (default: none). "copied": see ``copied``.
     """
     with tempfile.TemporaryDirectory() as folder:
         flags = genevolve.Run(policy=policy, out=folder, sampling_steps=settings.steps, guidance=settings.guidance,
-                              device=settings.device)
+                              device=settings.device, corpus=corpus)
         with genevolve.Components(flags, folder) as components:
             seeds = [7919 * n for n in range(len(requests))]
             attempts = components.agent().run(requests, seeds, guides)
@@ -760,254 +761,293 @@ def imitation_gradients(net, examples, temperature, processes):
     return gradients
 
 
-# ---- Quality: what is compared ---------------------------------------------------------------------------------------
+# ---- Quality: an experiment that is written down before its first run ------------------------------------------------
 
 @dataclass
 class Arm:
-    """One way of training. A choice is a text of settings, such as "lr=2e-4,weight=1"."""
-    label: str                                   # in tables
-    flags: dict = field(default_factory=dict)    # of AblationFlags
-    choices: tuple = ()                          # tried on validation requests; the best one is trained
-    seeds: int = 3                               # training runs
-    control_of: str = ""                         # the arm whose choice a control takes
+    """One way of training. settings: flags of AblationFlags and fields of the recipe, such as "lr=2e-4,weight=0"."""
+    label: str              # in tables
+    policy: str             # folder that every run starts from
+    settings: str           # what is not as ``evolve`` has it by default
+    seeds: int              # runs, with the seeds first_seed, first_seed + 1, ...
+    updates: list[int]      # it is measured after so many, the last ends it
 
 
-PLAIN = ("lr=2e-4", "lr=1e-4", "lr=4e-4")  # choices of arms with one loss
-WEIGHTED = ("lr=2e-4,weight=1", "lr=2e-4,weight=3", "lr=4e-4,weight=1")  # of arms with two: as many
-SDL_ALONE = {"grpo": False, "set": "anneal=0"}
-BASE = "grpo-2e-4"  # the arm that others are compared with
-ARMS = {
-    "grpo": Arm("SFT + GRPO, lr as tuned", {"set": "weight=0"}, PLAIN, seeds=2),
-    # a tuning run favours a rate that is too high for twice as many updates; this one is the rate of the arms below
-    BASE: Arm("SFT + GRPO, lr 2e-4", {"set": "weight=0"}, ("lr=2e-4",), seeds=5),
-    "stable": Arm("SFT + GRPO + SDL, stable", {}, WEIGHTED, seeds=5),
-    "memory-imitation": Arm("SFT + GRPO + imitation of the memory's best", {"imitate": "memory"},
-                            ("lr=2e-4,weight=0.1", "lr=2e-4,weight=0.3", "lr=2e-4,weight=1"), seeds=5),
-    # the gate belongs to the embedder: 0.5 lets about as many keys with names through as 0.6 does without names
-    "paper": Arm("SFT + GRPO + SDL, paper", {"recipe": "paper", "set": "gate=0.5"},
-                 ("lr=2e-4,weight=0.01", "lr=2e-4,weight=0.1", "lr=2e-4,weight=2"), seeds=5),
-    "best-imitation": Arm("SFT + imitation of the group's best", {"imitate": "best", "grpo": False}, PLAIN),
-    # Adam does not see the weight of a loss that is alone
-    "sdl-alone": Arm("SFT + SDL alone, stable", SDL_ALONE, PLAIN),
-    "shuffled": Arm("stable, shuffled bundles", {"guides": "shuffled"}, control_of="stable"),
-    "placebo": Arm("stable, placebo bundles", {"guides": "placebo"}, control_of="stable"),
-    "sdl-shuffled": Arm("SDL alone, shuffled bundles", SDL_ALONE | {"guides": "shuffled"}, control_of="sdl-alone"),
-    "sdl-placebo": Arm("SDL alone, placebo bundles", SDL_ALONE | {"guides": "placebo"}, control_of="sdl-alone"),
-}
-DRAWN = (BASE, "stable", "memory-imitation", "paper")  # the arms in the figures
-COMPARED = (
-    *((arm, "SFT") for arm in ("grpo", BASE, "stable", "sdl-alone", "sdl-shuffled", "best-imitation")),
-    *((arm, BASE) for arm in ("stable", "memory-imitation", "paper", "shuffled", "placebo", "sdl-alone")),
-    ("stable", "grpo"), ("stable", "memory-imitation"), ("stable", "shuffled"), ("stable", "placebo"),
-    ("sdl-alone", "sdl-shuffled"),
-)
-SENSITIVITY = (  # stable with one change (and the changes that go with it), one seed each
-    "selection=all,threshold=none", "standard=true", "weight=0.3", "weight=3", "threshold=none", "threshold=1",
-    "score=entropy,threshold=none", "selection=sampled,threshold=none", "teacher=ema", "teacher=same",
-    "estimator=reverse_kl", "estimator=k3_live", "gate=0.4", "gate=0.8", "rollouts=3,prompts_per_step=16",
-    "rollouts=12,prompts_per_step=4", "entity_free=false,gate=0.5", "near_tie=0",
-    "aggregation=seq-mean-token-sum,weight=0.007",
-)
+@dataclass
+class Plan:
+    """What is compared, and how, as a file holds it (``read_plan``)."""
+    title: str
+    world: int              # seed of an Atlas of its own: no subject of it has been seen before
+    novel: int              # bench requests with combinations that are never trained, beside the bench's own 160
+    first_seed: int         # training seeds begin here, apart from those that settings were chosen with
+    arms: dict[str, Arm]
+    comparisons: list[str]  # "stable@40 - grpo@40": arms after so many updates; the first one is the main claim
+    analysis: list[str]     # what is computed, in words
+    development: list[dict] = field(default_factory=list)  # every setting that was tried, and what it gave
 
 
-def parse_choice(text):
-    """"lr=2e-4,weight=1" -> {"lr": "2e-4", "weight": "1"}."""
-    return dict(part.split("=") for part in text.split(",") if part)
+def read_plan(path):
+    """The Plan in a JSON file. Raises ValueError, one line, for what cannot be carried out."""
+    content = read_json(path)
+    if content is None:
+        raise ValueError(f"--plan {path}: no such file")
+    try:
+        arms = {name: Arm(**arm) for name, arm in content.pop("arms").items()}
+        plan = Plan(arms=arms, **content)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"--plan {path}: {error}") from None
+
+    for name, arm in arms.items():
+        try:
+            arm_flags(arm)
+        except ValueError as error:
+            raise ValueError(f"--plan {path}, arm {name}: {error}") from None
+    for comparison in plan.comparisons:
+        for name, updates in sides_of(comparison):
+            if name not in arms or updates not in arms[name].updates:
+                raise ValueError(f"--plan {path}: {comparison}: no arm {name!r} is measured after {updates} updates")
+    return plan
 
 
-def format_choice(values):
-    return ",".join(f"{name}={value}" for name, value in values.items())
+def sides_of(comparison):
+    """"stable@40 - grpo@40" -> [("stable", 40), ("grpo", 40)]."""
+    sides = re.findall(r"([\w-]+)@(\d+)", comparison)
+    if comparison != " - ".join(f"{name}@{updates}" for name, updates in sides) or len(sides) != 2:
+        raise ValueError(f"a comparison is written as stable@40 - grpo@40, not as {comparison!r}")
+    return [(name, int(updates)) for name, updates in sides]
 
 
-# ---- Quality: training and measuring one arm -------------------------------------------------------------------------
+def arm_flags(arm):
+    """AblationFlags of an arm: a setting names a flag of ``evolve`` or else a field of the recipe."""
+    fields = {f.name: f.type for f in dataclasses.fields(AblationFlags)}
+    flags, changes = {}, []
+    for part in filter(None, arm.settings.split(",")):
+        name, _, value = part.partition("=")
+        if name not in fields:
+            changes.append(part)
+        elif fields[name] is bool:
+            flags[name] = value == "true"
+        else:
+            flags[name] = fields[name](value)
+    flags = AblationFlags(policy=os.path.join(HERE, arm.policy), set=",".join(changes), **flags)
+    genevolve.read_recipe(flags.recipe, flags.set)
+    return flags
+
+
+# ---- Quality: training and measuring one run -------------------------------------------------------------------------
 
 @dataclass
 class Quality(Bench, genevolve.ComponentFlags):
-    """Ablations of the training on the held-out bench, with intervals; resumes run by run. With --suite, one policy on
-    the requests of any file."""
-    policy: str = flag("", "policy folder that every arm starts from (default: weights/rare; for --suite weights/sft)")
+    """An experiment on training, as a plan describes it; what is finished is kept. With --suite, one policy on the
+    requests of any file."""
+    policy: str = flag(os.path.join(HERE, "weights", "sft"), "policy folder that --suite measures")
     suite: str = flag("", "measure --policy on this file instead: released bench or RL rows, WISE's prompts, or "
                           "what the released evaluator wrote")
+    plan: str = flag(os.path.join(HERE, "results", "quality", "plan.json"), "file that says what is compared")
     runs: str = flag("", "folder for the training runs (default: runs/quality, or out/runs for a smoke run)")
-    arms: str = flag("", "comma-separated arms, or sensitivity (default: all, in order)")
-    seeds: int = flag(0, "training seeds of every arm (0: as many as the table of arms says)")
-    train_steps: int = flag(60, "updates of a run")
-    early_steps: int = flag(20, "updates after which every run is measured a first time, before it flattens out")
-    tune_steps: int = flag(30, "updates of a tuning run; every tuned arm tries three choices (0: take the first)")
+    arms: str = flag("", "comma-separated arms of the plan that are trained now (default: all)")
+    seeds: int = flag(0, "training seeds of every arm (0: as many as the plan says)", bounds="[0, inf)")
+    jobs: int = flag(1, "runs side by side, each with --threads threads (or one)", bounds="[1, inf)")
 
 
-TUNING_SEED = 1000
-CHECK_EVERY = 10          # updates between evaluations on validation requests
-UPDATE_ROLLOUTS = 48      # trajectories of an update: eight requests, six attempts each
-EVOLVE_FLAGS = {"lr": float, "match_ratio": float, "rollouts": int, "prompts_per_step": int}  # others: recipe fields
+CHECK_EVERY = 20          # updates between evaluations on validation requests
 COMPONENT_FLAGS = {f.name: f.default for f in dataclasses.fields(genevolve.ComponentFlags)
                    if f.name not in {own.name for own in dataclasses.fields(Bench)}}
 
 
 def quality(settings):
     """python bench.py quality"""
-    settings.policy = settings.policy or os.path.join(HERE, "weights", "sft" if settings.suite else "rare")
     if settings.suite:
         return suite_figures(settings)
     for name, default in COMPONENT_FLAGS.items():
         if getattr(settings, name) != default:
             flag_name = name.replace("_", "-")
-            raise ValueError(f"--{flag_name} goes with --suite: the ablations measure the embedded world")
-    if settings.quick:
-        settings.train_steps, settings.tune_steps, settings.seeds = 2, 0, 1
-        settings.arms = settings.arms or f"{BASE},stable"
-    names = pick_names(settings.arms, [*ARMS, "sensitivity"], "arm")
-
+            raise ValueError(f"--{flag_name} goes with --suite: a plan measures the embedded world")
+    plan = experiment(settings)
+    arms = pick_names(settings.arms, plan.arms, "arm")
     folder = model.make_folder(os.path.join(results_folder(settings), "quality"))
-    requests = suite_requests(settings)
-    fixed = fixed_rows(settings, folder, requests)
-    for name in names:
-        if name == "sensitivity":
-            sensitivity(settings, folder)
-        else:
-            measure_arm(settings, name, folder, requests)
-    summarize_quality(folder, fixed)
+    fixed = fixed_rows(settings, plan, folder)
+
+    # seed by seed through all arms: whenever it is stopped, the arms have about as many runs
+    seeds = max(plan.arms[name].seeds for name in arms)
+    jobs = [(name, plan.first_seed + number) for number in range(seeds) for name in arms
+            if number < plan.arms[name].seeds]
+    jobs = [job for job in jobs if not is_finished(plan, folder, *job)]
+    carry_out(settings, jobs, folder)
+    summarize_quality(plan, folder, fixed)
 
 
-def fixed_rows(settings, folder, requests):
-    """Bench rows that no training made: raw request, fixed workflow, SFT, oracle. Kept in fixed.json."""
+def experiment(settings):
+    """The plan of --plan; for a smoke run two updates of its first two arms, one seed each."""
+    plan = read_plan(settings.plan)
+    if settings.quick:
+        arms = {name: dataclasses.replace(arm, seeds=1, updates=[1, 2]) for name, arm in list(plan.arms.items())[:2]}
+        comparisons = [" - ".join(f"{name}@{updates}" for name in arms) for updates in (1, 2)]
+        plan = dataclasses.replace(plan, novel=0, arms=arms, comparisons=comparisons)
+    for arm in plan.arms.values():
+        arm.seeds = min(settings.seeds or arm.seeds, arm.seeds)
+    return plan
+
+
+def world_of(settings, plan):
+    """Folder of the plan's own Atlas, which is built once."""
+    folder = os.path.join(runs_folder(settings), f"world-{plan.world}-{plan.novel}")
+    if not os.path.exists(os.path.join(folder, "world.json")):  # the file that is written last
+        build.build_world(plan.world, folder, plan.novel)
+    return folder
+
+
+def measured_requests(settings, plan):
+    """Requests on which every policy is measured: the bench of the plan's world, then the novel combinations."""
+    world = world_of(settings, plan)
+    requests = suite_requests(settings, folder=world)
+    return requests + (atlas.world.requests("novel", world) if plan.novel else [])
+
+
+def fixed_rows(settings, plan, folder):
+    """Bench rows that no training made: raw request, fixed workflow, the policies at the start, oracle: fixed.json."""
     path = os.path.join(folder, "fixed.json")
     found = read_json(path)
     if found:
         return found
-    suite = AtlasSuite(settings)
-    corpus = tools.Corpus(os.path.join(HERE, "atlas", "corpus"))
+    world = world_of(settings, plan)
+    requests = measured_requests(settings, plan)
+    suite = AtlasSuite(settings, requests=requests, folder=world)
+    corpus = tools.Corpus(os.path.join(world, "corpus"))
 
     raw, workflow = [], []  # the fixed workflow asks one image search and takes the first picture
-    for number, request in enumerate(suite.requests):
+    for number, request in enumerate(requests):
         hits = corpus.search_images(request["question"], 1)
-        pictures = [tools.read_image(os.path.join(HERE, "atlas", "corpus", hit.path)) for hit in hits]
+        pictures = [tools.read_image(os.path.join(world, "corpus", hit.path)) for hit in hits]
         raw.append((number, request["question"], []))
         workflow.append((number, request["question"], pictures))
 
     def judged(jobs, calls):
         scores = suite.score(jobs)
-        return [bench_row(request, s, True, calls) for request, s in zip(suite.requests, scores)]
+        return [bench_row(request, s, True, calls) for request, s in zip(requests, scores)]
 
-    found = {
-        "raw request": judged(raw, 0),
-        "fixed workflow": judged(workflow, 1),
-        "SFT": attempt_bench(settings.policy, settings, requests),
-        "oracle": judged(suite.oracle_jobs(), 0),
-    }
+    found = {"raw request": judged(raw, 0), "fixed workflow": judged(workflow, 1)}
+    for policy in dict.fromkeys(arm.policy for arm in plan.arms.values()):
+        found[policy] = attempt_bench(os.path.join(HERE, policy), settings, requests, corpus=corpus.root)
+    found["oracle"] = judged(suite.oracle_jobs(), 0)
     write_json(path, found)
     return found
 
 
-def measure_arm(settings, arm, folder, requests):
-    """Train the arm's seeds with its best choice and measure each on the bench, early and at the end: ARM-SEED.json."""
-    choice = tune(settings, arm, folder)["best"]
-    for seed in range(settings.seeds or ARMS[arm].seeds):
-        path = os.path.join(folder, f"{arm}-{seed}.json")
-        if os.path.exists(path):
+def is_finished(plan, folder, name, seed):
+    """Whether a run's result is there. Raises ValueError for one that another plan made."""
+    path = os.path.join(folder, f"{name}-{seed}.json")
+    found = read_json(path)
+    if found is None:
+        return False
+    if found["arm"] != described(plan, name):
+        raise ValueError(f"{path}: made by another plan; take another --out, or remove it")
+    return True
+
+
+def described(plan, name):
+    """What a result says about how it was made; the number of seeds and the label change nothing."""
+    arm = plan.arms[name]
+    return {"policy": arm.policy, "settings": arm.settings, "updates": arm.updates, "world": [plan.world, plan.novel]}
+
+
+def carry_out(settings, jobs, folder):
+    """Train and measure runs, [(arm, seed)]: in this process, or --jobs at a time, each in a process of its own."""
+    if settings.jobs == 1:
+        for name, seed in jobs:
+            measure_run(settings, folder, name, seed)
+        return
+
+    # processes share no thread pool, and none waits for a core that another one has
+    values = dataclasses.asdict(settings) | {
+        "threads": settings.threads or 1,
+        "products": model.current_products(),
+        "plan": os.path.abspath(settings.plan),
+        "runs": os.path.abspath(runs_folder(settings)),
+    }
+
+    def work(job):
+        started = time.perf_counter()
+        run_alone("measure_run_alone", values, os.path.abspath(folder), *job)
+        print(f"{job[0]}, seed {job[1]}: {(time.perf_counter() - started) / 60:.1f} minutes", flush=True)
+
+    with ThreadPoolExecutor(settings.jobs) as pool:
+        list(pool.map(work, jobs))
+
+
+def measure_run_alone(values, folder, name, seed):
+    """``measure_run`` as ``run_alone`` calls it, with plain values."""
+    settings = Quality(**values)
+    genevolve.use_processor(settings)
+    measure_run(settings, folder, name, seed)
+
+
+def measure_run(settings, folder, name, seed):
+    """Train one run of an arm and measure it on the bench as often as the plan says: ARM-SEED.json.
+
+    A run that was stopped goes on; measurements that it has had are in ARM-SEED.part.json.
+    """
+    plan = experiment(settings)
+    arm, requests = plan.arms[name], measured_requests(settings, plan)
+    path = os.path.join(folder, f"{name}-{seed}.json")
+    part = path.replace(".json", ".part.json")
+    measured = read_json(part) or {}
+    for updates in arm.updates:
+        if str(updates) in measured:
             continue
+        run = train(settings, plan, name, seed, updates)
+        corpus = os.path.join(world_of(settings, plan), "corpus")
+        rows = attempt_bench(os.path.join(run.settings.out, "last"), settings, requests, corpus=corpus)
+        measured[str(updates)] = figures_of(rows)
+        write_json(part, measured)
 
-        # a stopped command finds the early measurement in a file of its own and does not repeat it
-        early_path = path.replace(".json", "-early.json")
-        if not os.path.exists(early_path):
-            run = train(settings, arm, choice, seed, min(settings.early_steps, settings.train_steps))
-            write_json(early_path, attempt_bench(os.path.join(run.settings.out, "last"), settings, requests))
-
-        run = train(settings, arm, choice, seed, settings.train_steps)
-        final = attempt_bench(os.path.join(run.settings.out, "last"), settings, requests)
-        write_json(path, {"arm": arm, "setting": choice, "seed": seed} | run_figures_of(run)
-                   | {"bench": final, "early": read_json(early_path)})
-        os.remove(early_path)
+    run = train(settings, plan, name, seed, arm.updates[-1])
+    write_json(path, {"arm": described(plan, name), "seed": seed} | run_figures_of(run) | {"measured": measured})
+    os.remove(part)
 
 
-def train(settings, arm, choice, seed, steps):
-    """Train one run, or continue it, up to ``steps`` updates. Returns the finished Ablation.
+def train(settings, plan, name, seed, updates):
+    """Train one run, or continue it, up to so many updates. Returns the finished Ablation.
 
     Raises ValueError for a run that an earlier command has taken further, for its policy is another one.
     """
-    # a choice names flags of evolve and fields of the recipe alike; the arm's own changes come first
-    flags, recipe_changes = dict(ARMS[arm].flags), []
-    for name, value in parse_choice(choice).items():
-        if name in EVOLVE_FLAGS:
-            flags[name] = EVOLVE_FLAGS[name](value)
-        else:
-            recipe_changes.append(f"{name}={value}")
-    if flags.get("set"):
-        recipe_changes.insert(0, flags["set"])
-    flags["set"] = ",".join(recipe_changes)
-
-    out = os.path.join(runs_folder(settings), f"{arm}-{slug(choice)}-{seed}")
-    check_every = min(CHECK_EVERY, settings.train_steps)
-    run = genevolve.evolve(
-        AblationFlags(out=out, policy=settings.policy, device=settings.device, seed=seed, steps=steps, bf16=True,
-                      audit_every=0, eval_every=check_every, **flags),
-        evolution=Ablation)
-    if run.steps_done > steps:  # weights of an earlier update are gone
-        raise ValueError(f"{out} is at update {run.steps_done} and {steps} were asked for; "
+    arm, world = plan.arms[name], world_of(settings, plan)
+    out = os.path.join(runs_folder(settings), f"{name}-{slug(arm.settings)}-{seed}")
+    flags = dataclasses.replace(
+        arm_flags(arm), out=out, seed=seed, steps=updates, device=settings.device, threads=settings.threads,
+        products=settings.products, audit_every=0, eval_every=min(CHECK_EVERY, arm.updates[-1]),
+        data=os.path.join(world, "evolve.jsonl"), validation=os.path.join(world, "validation.jsonl"),
+        corpus=os.path.join(world, "corpus"))
+    run = genevolve.evolve(flags, evolution=Ablation)
+    if run.steps_done > updates:  # weights of an earlier update are gone
+        raise ValueError(f"{out} is at update {run.steps_done} and {updates} were asked for; "
                          f"remove it or name another --runs")
     return run
 
 
-def tune(settings, arm, folder):
-    """{"best": choice, "tried": {choice: validation KScore}} of an arm. Kept in ARM-tuning.json."""
-    if ARMS[arm].control_of:
-        return control_choice(settings, arm, folder)
-    path = os.path.join(folder, f"{arm}-tuning.json")
-    found = read_json(path)
-    if found:
-        return found
-
-    choices, tried = ARMS[arm].choices, {}
-    if settings.tune_steps and len(choices) > 1:
-        for choice in choices:
-            run = train(settings, arm, choice, TUNING_SEED, settings.tune_steps)
-            reached = [row["validation"]["kscore"] for row in run.log if row.get("validation")]
-            tried[choice] = mean(reached[-2:])
-    found = {"best": max(tried, key=tried.get) if tried else choices[0], "tried": tried}
-    write_json(path, found)
-    return found
-
-
-def control_choice(settings, arm, folder):
-    """A control has the choice of its arm, and beside GRPO the gradient-norm ratio that the arm had."""
-    original = ARMS[arm].control_of
-    best = tune(settings, original, folder)["best"]
-    if not ARMS[arm].flags.get("grpo", True):
-        return {"best": best, "tried": {}}
-    finished = read_json(os.path.join(folder, f"{original}-0.json"))
-    if finished is None:
-        raise ValueError(f"{arm}: needs a finished run of {original!r}, whose gradient-norm ratio it takes")
-    return {"best": f"{best},match_ratio={finished['unfaded_ratio']:.3g}", "tried": {}}
+def figures_of(rows):
+    """What is kept of bench rows, [number] a request in the requests' order, four decimals."""
+    columns = {name: [row[name] for row in rows] for name in (*SCORES, "valid", "tool_calls")}
+    return {name: [round(value, 4) if isinstance(value, float) else value for value in column]
+            for name, column in columns.items()}
 
 
 def run_figures_of(run):
-    """What is kept of a finished training run."""
+    """What is kept of a finished training run, [number] an update."""
     log = run.log
-    hits = [row["hit_rate"] for row in log]
+    evaluated = [row for row in log if row.get("validation")]
     return {
-        "steps": len(log),
-        "rollouts": sum(row["rollouts"] for row in log),
-        "seconds": sum(row["seconds"] for row in log),
-        "curve": validation_curve(log),
-        "online": [row["reward"] for row in log],
-        "unfaded_ratio": unfaded_ratio(run),
-        "hits": hits,
-        "hit_rate": mean(hits),
-        "right_advice": mean([row["right_advice"] for row in log]),
-        "rolled_back": [row["step"] for row in log if "rolled_back" in row],
+        "online": [round(row["reward"], 4) for row in log],
+        "rollouts": [row["rollouts"] for row in log],
+        "seconds": [round(row["rollout_seconds"] + row["render_seconds"] + row["update_seconds"], 2) for row in log],
+        "update seconds": [round(row["update_seconds"], 2) for row in log],
+        "validation": [[row["step"], row["validation"]["kscore"], row["validation"]["reward"]] for row in evaluated],
+        "agreement": [row["agreement"] for row in log],
+        "hits": [row["hit_rate"] for row in log],
+        "retired": run.memory.counters["retired"],
+        "unfaded ratio": unfaded_ratio(run),
+        "rolled back": [row["step"] for row in log if "rolled_back" in row],
     }
-
-
-def validation_curve(log):
-    """[[rollouts, seconds, KScore, reward]] of a run's evaluations, seconds of evaluation not counted."""
-    points, rollouts, seconds = [], 0, 0.0
-    for row in log:
-        rollouts += row["rollouts"]
-        seconds += row["rollout_seconds"] + row["render_seconds"] + row["update_seconds"]
-        if row.get("validation"):
-            reached = row["validation"]
-            points.append([rollouts, round(seconds, 1), reached["kscore"], reached["reward"]])
-    return points
 
 
 def unfaded_ratio(run):
@@ -1023,175 +1063,146 @@ def unfaded_ratio(run):
     return float(np.median(ratios)) if ratios else None
 
 
-def sensitivity(settings, folder):
-    """sensitivity.json: what one change to ``stable`` does within a tuning run, beside stable and GRPO of that seed."""
-    path = os.path.join(folder, "sensitivity.json")
-    found = read_json(path) or {}
-    for name in (BASE, "stable"):
-        finished = read_json(os.path.join(folder, f"{name}-0.json"))
-        if finished:
-            points = [p for p in finished["curve"] if p[0] <= UPDATE_ROLLOUTS * settings.tune_steps]
-            found[name] = {"reward of rollouts": finished["online"][:settings.tune_steps],
-                           "validation": [kscore for _, _, kscore, _ in points]}
-
-    best = parse_choice(tune(settings, "stable", folder)["best"])
-    for change in SENSITIVITY:
-        if change in found:
-            continue
-        run = train(settings, "stable", format_choice(best | parse_choice(change)), 0, settings.tune_steps)
-        found[change] = {
-            "reward of rollouts": [row["reward"] for row in run.log],
-            "validation": [kscore for _, _, kscore, _ in validation_curve(run.log)],
-            "hit rate": mean([row["hit_rate"] for row in run.log]),
-            "unfaded ratio": unfaded_ratio(run),
-        }
-        write_json(path, found)
-
-    for name, row in found.items():
-        columns = {}
-        for start in range(0, settings.tune_steps, CURVE_WINDOW):
-            rewards = row["reward of rollouts"][start:start + CURVE_WINDOW]
-            columns[f"updates {start + 1} to {start + len(rewards)}"] = mean(rewards)
-        columns["validation KScore"] = row["validation"][-1] if row["validation"] else None
-        print_row(name, columns)
-
-
 # ---- Quality: arms compared ------------------------------------------------------------------------------------------
 
-CURVE_WINDOW = 20  # updates whose rollouts are compared together
+WINDOW = 5  # updates that are one point of a curve
 
 
-@dataclass
-class Measured:
-    """What is compared of an arm, or of a row without training (S = 1)."""
-    final: np.ndarray           # (S, P) KScore on the bench at the end
-    early: np.ndarray           # (S, P) after the first updates
-    online: np.ndarray = None   # (S, U) mean reward of each update's rollouts; None without training
+def t_quantile(freedom, level=0.975):
+    """The quantile of Student's t, by summing up its density (there is no closed form for most degrees of freedom)."""
+    x = np.linspace(0, 100, 1_000_001)
+    density = (1 + x ** 2 / freedom) ** (-(freedom + 1) / 2)
+    constant = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
+    below = 0.5 + constant * (np.cumsum(density) - (density + density[0]) / 2) * (x[1] - x[0])  # trapezoids
+    return float(np.interp(level, below, x))
 
 
-def summarize_quality(folder, fixed):
-    """quality.json from everything that is finished, and the table on the terminal. fixed: {name: [bench row]}."""
-    rows, measured, arms = {}, {}, {}
-    for name, bench in fixed.items():
-        kscores = np.array([kscores_of(bench)])
-        rows[name] = table_row([bench])
-        measured[name] = Measured(kscores, kscores)
-    for arm in ARMS:
-        runs = finished_runs(folder, arm)
-        if runs:
-            measured[arm] = measure_runs(runs)
-            rows[arm] = trained_row(runs, measured[arm])
-            tuning = read_json(os.path.join(folder, f"{arm}-tuning.json")) or {}
-            arms[arm] = arm_details(runs, measured[arm], tuning)
+def t_interval(changes):
+    """[mean, low, high] of paired differences, one a seed: the 95 % interval of Student's t. None below two seeds."""
+    seeds = len(changes)
+    if seeds < 2:
+        return None
+    centre, half = float(np.mean(changes)), t_quantile(seeds - 1) * float(np.std(changes, ddof=1)) / math.sqrt(seeds)
+    return [centre, centre - half, centre + half]
+
+
+def sign_flip(changes, draws=100_000):
+    """p of paired differences under the hypothesis that either sign is as likely: the share of sign patterns whose mean
+    lies as far from zero as the measured one. All patterns up to 2^16, else random ones."""
+    changes = np.asarray(changes)
+    seeds = len(changes)
+    if seeds <= 16:
+        signs = 1 - 2 * (np.arange(2 ** seeds)[:, None] >> np.arange(seeds) & 1)
+    else:
+        signs = np.random.default_rng(0).choice((-1, 1), (draws, seeds))
+    return float(np.mean(np.abs(signs @ changes) >= abs(changes.sum()) - 1e-12))
+
+
+def summarize_quality(plan, folder, fixed):
+    """quality.json from every run that is finished, the table on the terminal, and the figures of the README."""
+    runs = {name: finished_runs(plan, folder, name) for name in plan.arms}
+    novel = np.array([str(row["id"]).startswith("novel-") for row in fixed["oracle"]])
+    rows = {name: fixed_row(bench, novel) for name, bench in fixed.items()}
+    for name, arm in plan.arms.items():
+        for updates in arm.updates:
+            if runs[name]:
+                rows[f"{name}@{updates}"] = trained_row(list(runs[name].values()), updates, novel)
 
     differences = {}
-    for first, second in COMPARED:
-        if first in measured and second in measured:
-            differences[f"{first} - {second}"] = compare(measured[first], measured[second])
-    saved = rollouts_saved(arms)
+    for comparison in plan.comparisons:
+        (first, after), (second, updates) = sides_of(comparison)
+        seeds = sorted(runs[first].keys() & runs[second].keys())  # a seed settles which requests come when
+        if len(seeds) > 1:
+            differences[comparison] = compare([runs[first][seed] for seed in seeds], after,
+                                              [runs[second][seed] for seed in seeds], updates, novel)
 
-    print_quality(rows, differences, saved)
+    curves = {name: [curve_of(run) for run in runs[name].values()] for name in plan.arms if runs[name]}
+    details = {name: arm_details(list(found.values())) for name, found in runs.items() if found}
+    print_quality(plan, rows, differences)
     results = os.path.dirname(folder)
-    write_json(os.path.join(results, "quality.json"),
-               {"rows": rows, "differences": differences, "rollouts saved": saved, "arms": arms})
-    write_quality(results, rows, differences, arms)
+    write_json(os.path.join(results, "quality.json"), {"rows": rows, "differences": differences, "arms": details})
+    write_quality(results, plan, rows, differences, curves)
 
 
-def finished_runs(folder, arm):
-    """The results of the arm's seeds that are finished."""
-    found = [read_json(os.path.join(folder, f"{arm}-{seed}.json")) for seed in range(10)]
-    return [run for run in found if run]
+def finished_runs(plan, folder, name):
+    """{seed: result} of an arm's runs that are finished."""
+    seeds = range(plan.first_seed, plan.first_seed + plan.arms[name].seeds)
+    found = {seed: read_json(os.path.join(folder, f"{name}-{seed}.json")) for seed in seeds}
+    return {seed: run for seed, run in found.items() if run}
 
 
-def kscores_of(bench):
-    return [row["kscore"] for row in bench]
+def fixed_row(bench, novel):
+    """Columns of a row that no training made."""
+    return row_of([figures_of(bench)], novel)
 
 
-def measure_runs(runs):
-    return Measured(final=np.array([kscores_of(run["bench"]) for run in runs]),
-                    early=np.array([kscores_of(run["early"]) for run in runs]),
-                    online=np.array([run["online"] for run in runs]))
-
-
-def trained_row(runs, measured):
-    """Columns of a trained arm."""
-    return table_row([run["bench"] for run in runs]) | {
+def trained_row(runs, updates, novel):
+    """Columns of an arm after so many updates, means over its runs."""
+    seconds = [sum(run["seconds"][:updates]) for run in runs]
+    rollouts = [sum(run["rollouts"][:updates]) for run in runs]
+    return row_of([run["measured"][str(updates)] for run in runs], novel) | {
+        "reward": mean([value for run in runs for value in run["online"][:updates]]),
+        "rollouts": round(mean(rollouts)),
+        "seconds": mean(seconds),
         "seeds": len(runs),
-        "rollouts": runs[0]["rollouts"],
-        "seconds": mean([run["seconds"] for run in runs]),
-        "early": float(measured.early.mean()),
     }
 
 
-def arm_details(runs, measured, tuning):
-    """What quality.json says about a trained arm beside its row."""
+def row_of(figures, novel):
+    """KScore and its parts on the bench, KScore on novel combinations, validity and calls. figures: one a run."""
+    def part(name, chosen):
+        return mean([value for run in figures for value, is_chosen in zip(run[name], chosen) if is_chosen])
+    row = {name: part(name, ~novel) for name in SCORES} | {"novel": part("kscore", novel)}
+    if len(figures) > 1:  # of the mean over seeds
+        means = [np.mean(np.array(run["kscore"])[~novel]) for run in figures]
+        row["error"] = float(np.std(means, ddof=1) / math.sqrt(len(means)))
+    return row | {"valid": part("valid", ~novel), "tool calls": part("tool_calls", ~novel)}
+
+
+def compare(first, after, second, updates, novel):
+    """Two arms, paired by seed: first after so many updates less second. runs: of the same seeds, in the same order.
+
+    "kscore", "novel", "rollouts' reward": [mean, low, high] by Student's t over seeds, and "p" by flipping signs;
+    "bootstrap": the interval that resamples seeds and bench requests.
+    """
+    scores = [np.array([run["measured"][str(n)]["kscore"] for run in runs])
+              for runs, n in ((first, after), (second, updates))]                                   # (S, P) each
+    changes = (scores[0] - scores[1])[:, ~novel].mean(1)                                            # (S,)
+    found = {"seeds": len(changes), "kscore": t_interval(changes), "p": sign_flip(changes),
+             "bootstrap": bootstrap(scores[0][:, ~novel], scores[1][:, ~novel])}
+    if novel.any():
+        on_novel = (scores[0] - scores[1])[:, novel].mean(1)
+        found |= {"novel": t_interval(on_novel), "novel p": sign_flip(on_novel)}
+
+    both = min(after, updates)
+    online = [np.mean(a["online"][:both]) - np.mean(b["online"][:both]) for a, b in zip(first, second)]
+    seconds = [sum(a["seconds"][:after]) / sum(b["seconds"][:updates]) for a, b in zip(first, second)]
+    return found | {"rollouts' reward": t_interval(online), "rollouts' reward p": sign_flip(online),
+                    "ratio of seconds": float(np.median(seconds))}
+
+
+def curve_of(run):
+    """[(rollouts, seconds, mean reward)] of a run's windows of updates: what they cost up to their end."""
+    points = []
+    for start in range(0, len(run["online"]), WINDOW):
+        end = min(start + WINDOW, len(run["online"]))
+        points.append((sum(run["rollouts"][:end]), sum(run["seconds"][:end]), mean(run["online"][start:end])))
+    return points
+
+
+def arm_details(runs):
+    """What quality.json says about an arm beside its rows."""
+    last = str(max(int(updates) for updates in runs[0]["measured"]))
+    hits = [value for run in runs for value in run["hits"]]
     return {
-        "setting": runs[0]["setting"],
-        "tried": tuning.get("tried"),
-        "kscore by seed": [float(scores.mean()) for scores in measured.final],
-        "curves": [run["curve"] for run in runs],
-        "hits": [run.get("hits", []) for run in runs],
-        "unfaded ratio": [run["unfaded_ratio"] for run in runs],
-        "hit rate": [run["hit_rate"] for run in runs],
-        "right advice": [run["right_advice"] for run in runs],
-        "rolled back": [run["rolled_back"] for run in runs],
+        "settings": runs[0]["arm"]["settings"],
+        "kscore by seed": [mean(run["measured"][last]["kscore"]) for run in runs],
+        "agreement": [mean([run["agreement"][n] for run in runs]) for n in range(len(runs[0]["agreement"]))],
+        "hit rate": mean(hits),
+        "retired": [run["retired"] for run in runs],
+        "unfaded ratio": [run["unfaded ratio"] for run in runs],
+        "rolled back": [run["rolled back"] for run in runs],
     }
-
-
-def compare(first, second):
-    """Differences first - second, each [mean, low, high]: early, at the end, and of the rollouts' rewards by window."""
-    trained = [m for m in (first, second) if m.online is not None]
-    seeds = min(len(m.final) for m in trained)  # the seeds that both have; a row without training has none
-    found = {"early": bootstrap(first.early[:seeds], second.early[:seeds]),
-             "at the end": bootstrap(first.final[:seeds], second.final[:seeds])}
-    if len(trained) == 2:
-        # a seed settles which requests come when: only the same seeds compare
-        a, b = first.online[:seeds], second.online[:seeds]                                          # (S, U)
-        windows = [slice(start, start + CURVE_WINDOW) for start in range(0, a.shape[1], CURVE_WINDOW)]
-        found["reward of rollouts"] = [bootstrap(a[:, window], b[:, window]) for window in windows]
-    return found
-
-
-def mean_curve(arm, column=0):
-    """[(rollouts (column 0) or seconds (1), validation KScore)], means over the arm's seeds."""
-    points = min(len(curve) for curve in arm["curves"])
-    means = []
-    for point in range(points):
-        cost = mean([curve[point][column] for curve in arm["curves"]])
-        kscore = mean([curve[point][2] for curve in arm["curves"]])
-        means.append((cost, kscore))
-    return means
-
-
-def cost_to_reach(arm, target, column=0):
-    """Rollouts (column 0) or seconds (1) after which the mean validation curve reaches ``target``, straight lines
-    between checks, or None."""
-    curve = mean_curve(arm, column)
-    if curve and curve[0][1] >= target:
-        return curve[0][0]
-    for (x0, y0), (x1, y1) in zip(curve, curve[1:]):
-        if y1 >= target:
-            return x0 + (x1 - x0) * (target - y0) / (y1 - y0)
-    return None
-
-
-def rollouts_saved(arms):
-    """The cost at which ``stable`` reaches GRPO's last validation KScore, beside GRPO's own."""
-    saved = {}
-    if BASE not in arms or "stable" not in arms:
-        return saved
-    for column, unit in enumerate(("rollouts", "seconds")):
-        curve = mean_curve(arms[BASE], column)
-        if not curve:  # a run too short for an evaluation
-            continue
-        target = curve[-1][1]
-        base_cost = cost_to_reach(arms[BASE], target, column)
-        stable_cost = cost_to_reach(arms["stable"], target, column)
-        saved["GRPO's last validation KScore"] = target
-        saved[f"GRPO's {unit}"] = base_cost
-        saved[f"stable's {unit}"] = stable_cost
-        saved[f"share of {unit}"] = stable_cost and stable_cost / base_cost
-    return saved
 
 
 # ---- Quality: one policy on any file of requests ---------------------------------------------------------------------
@@ -2067,14 +2078,10 @@ def pick_names(text, allowed, kind):
 # ---- Tables and figures ----------------------------------------------------------------------------------------------
 
 QUALITY_COLUMNS = {
-    "early": "early", "KScore": "kscore", "F": "faithfulness", "V": "visual_correctness", "T": "text_accuracy",
-    "A": "aesthetics", "knowledge": "knowledge", "quality": "quality", "novel": "novel", "valid": "valid",
-    "calls": "tool calls", "rollouts": "rollouts", "seconds": "seconds", "seeds": "seeds",
+    "KScore": "kscore", "standard error": "error", "F": "faithfulness", "V": "visual_correctness", "T": "text_accuracy",
+    "A": "aesthetics", "novel": "novel", "valid": "valid", "calls": "tool calls", "rollouts' reward": "reward",
+    "rollouts": "rollouts", "seconds": "seconds", "seeds": "seeds",
 }
-
-
-def label_of(name):
-    return ARMS[name].label if name in ARMS else name
 
 
 def print_row(label, values):
@@ -2084,58 +2091,60 @@ def print_row(label, values):
     print(f"{label:<44} " + "  ".join(cells), flush=True)
 
 
-def print_quality(rows, differences, saved):
+def print_quality(plan, rows, differences):
     for name, row in rows.items():
-        print_row(label_of(name), row)
-    for name, difference in differences.items():
-        for when in ("early", "at the end"):
-            change, low, high = difference[when]
-            title = f"{name}, {when}"
-            print(f"{title:<60} {change:+.3f}  [{low:+.3f}, {high:+.3f}]")
-    if saved:
-        print_row("stable reaches GRPO's last score", saved)
+        print_row(row_label(plan, name), row)
+    for name, found in differences.items():
+        change, low, high = found["kscore"]
+        print(f"{name:<60} {change:+.3f}  [{low:+.3f}, {high:+.3f}]  p {found['p']:.3f}  {found['seeds']} seeds")
 
 
-def write_quality(results, rows, differences, arms):
-    """quality.md and the three figures of the README."""
-    figures = [(label_of(name), [format_figure(row.get(column)) for column in QUALITY_COLUMNS.values()])
+def row_label(plan, name):
+    """A row's name in tables: "stable@40" is the arm's label and the updates."""
+    arm, _, updates = name.partition("@")
+    return f"{plan.arms[arm].label}, {updates} updates" if updates else name
+
+
+def write_quality(results, plan, rows, differences, curves):
+    """quality.md and the two figures of the README. curves: {arm: [``curve_of`` a run]}; the main claim's are drawn."""
+    figures = [(row_label(plan, name), [format_figure(row.get(column)) for column in QUALITY_COLUMNS.values()])
                for name, row in rows.items()]
     lines = markdown_table("", QUALITY_COLUMNS, figures) + [""] + difference_table(differences)
     model.write_text(os.path.join(results, "quality.md"), "\n".join(lines) + "\n")
 
-    drawn = {name: arms[name] for name in DRAWN if name in arms}
+    names = [name for name, _ in sides_of(plan.comparisons[0]) if name in curves]
     for column, (file, unit) in enumerate((("quality.svg", "rollouts"), ("quality-seconds.svg", "seconds"))):
-        curves = {name: mean_curve(arm, column) for name, arm in drawn.items()}
-        seeds = {name: [pick_columns(curve, column) for curve in arm["curves"]] for name, arm in drawn.items()}
-        drawing = svg_lines(curves, 720, 320, seeds, unit)
-        model.write_text(os.path.join(results, file), drawing)
-
-    hits = {}
-    for name, arm in drawn.items():
-        means = [mean(update) for update in zip(*arm["hits"])]
-        if means:
-            hits[name] = list(enumerate(means, 1))
-    model.write_text(os.path.join(results, "quality-hits.svg"), svg_lines(hits, 720, 200, across="updates"))
+        means = {plan.arms[name].label: pick_column(mean_curve(curves[name]), column) for name in names}
+        single = {plan.arms[name].label: [pick_column(curve, column) for curve in curves[name]] for name in names}
+        model.write_text(os.path.join(results, file), svg_lines(means, 720, 320, single, unit))
 
 
-def pick_columns(curve, column):
-    """The points of a validation curve as [(rollouts (column 0) or seconds (1), KScore)]."""
+def mean_curve(curves):
+    """The mean of runs' curves, [(rollouts, seconds, mean reward)], up to the shortest one's end."""
+    return [tuple(mean([point[column] for point in points]) for column in range(3)) for points in zip(*curves)]
+
+
+def pick_column(curve, column):
+    """The points of a curve as [(rollouts (column 0) or seconds (1), mean reward)]."""
     return [(point[column], point[2]) for point in curve]
 
 
 def difference_table(differences):
-    """Lines of Markdown: rewards of the rollouts by window, KScore early and at the end."""
-    lengths = [len(difference.get("reward of rollouts", ())) for difference in differences.values()]
-    windows = max(lengths, default=0)
-    columns = [f"reward of the rollouts, updates {n * CURVE_WINDOW + 1} to {(n + 1) * CURVE_WINDOW}"
-               for n in range(windows)]
-    columns += ["KScore, early", "KScore, at the end"]
+    """Lines of Markdown: every comparison with its intervals and p."""
     rows = []
-    for name, difference in differences.items():
-        rewards = difference.get("reward of rollouts", [None] * windows)
-        changes = [*rewards, difference["early"], difference["at the end"]]
-        rows.append((name, [format_interval(*change) if change else "" for change in changes]))
-    return markdown_table("difference (95 % interval)", columns, rows)
+    for name, found in differences.items():
+        rows.append((name, [
+            format_interval(*found["kscore"]),
+            f"{found['p']:.3f}",
+            format_interval(*found["bootstrap"]),
+            format_interval(*found["novel"]) if found.get("novel") else "",
+            format_interval(*found["rollouts' reward"]),
+            f"{found['ratio of seconds']:.2f}",
+            str(found["seeds"]),
+        ]))
+    columns = ("KScore (95 %, t over seeds)", "p, signs flipped", "KScore (bootstrap of seeds and requests)",
+               "novel combinations", "rollouts' reward", "seconds, ratio", "seeds")
+    return markdown_table("difference", columns, rows)
 
 
 def markdown_table(title, columns, rows):

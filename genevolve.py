@@ -3403,6 +3403,7 @@ def suggest(word, choices):
 
 def use_processor(settings):
     """Set threads and products of the CPU as the flags say. Both are fixed from here on: a run repeats bit for bit."""
+    model.keep_freed_memory()
     torch.set_num_threads(settings.threads or model.idle_threads())
     model.set_products(model.fastest_products() if settings.products == "auto" else settings.products)
 

@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import random
 import re
 import select
@@ -230,6 +231,30 @@ def test_attention_is_the_softmax_written_out_in_value_and_gradient(lengths, is_
 def test_the_product_is_chosen_by_speed_among_the_exact(monkeypatch, speeds, errors, expected):
     monkeypatch.setattr(model, "measure_products", lambda: (speeds, errors))
     assert model.fastest_products.__wrapped__() == expected
+
+
+FAULTS_OF_TEN_TENSORS = """
+import resource, torch, model
+if %r:
+    model.keep_freed_memory()
+for _ in range(3):
+    torch.ones(2**24)  # 64 MB = 16,384 pages
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="sets glibc's allocator")
+def test_freed_memory_serves_the_next_tensor():
+    def faults(is_kept):
+        code = FAULTS_OF_TEN_TENSORS % is_kept
+        return int(subprocess.run([sys.executable, "-c", code], cwd=genevolve.HERE, capture_output=True, text=True,
+                                  check=True).stdout)
+    # every page once more a tensor, or hardly any; with huge pages there are few faults either way
+    assert faults(True) < 1000 and faults(True) <= faults(False)
 
 
 def test_products_are_set_by_name_and_within_a_block():
@@ -6579,9 +6604,7 @@ def test_the_bench_keeps_the_papers_ratio_of_tracks_and_asks_for_unseen_combinat
 def rebuilt(tmp_path_factory):
     """The folder of a world that is built anew."""
     folder = tmp_path_factory.mktemp("atlas")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "HERE", str(folder))
-        build.build_world(0)
+    build.build_world(0, str(folder))
     return folder
 
 
@@ -9634,29 +9657,41 @@ def ablation(offline_evolution):
     return make
 
 
-def finished_run(curve_kscore=1.0, online=1.0, **changes):
-    """What the file of a finished training run holds, one bench request."""
-    point = dict.fromkeys(bench.SCORES, 1.0)
-    row = point | {"eval_type": "knowledge", "novel": False, "valid": True, "tool_calls": 1}
-    return {
-        "bench": [row], "early": [row], "online": [online] * bench.CURVE_WINDOW, "rollouts": 480, "seconds": 1.0,
-        "setting": "", "curve": [[480, 1.0, curve_kscore, 1.0]], "unfaded_ratio": 1.0, "hit_rate": 1.0,
-        "hits": [1.0] * bench.CURVE_WINDOW, "right_advice": 1.0, "rolled_back": [],
-    } | changes
+PLAN = {
+    "title": "a test", "world": 7, "novel": 2, "first_seed": 100, "analysis": [],
+    "arms": {"grpo": {"label": "GRPO", "policy": "weights/rare", "settings": "weight=0,lr=1e-4", "seeds": 3,
+                      "updates": [2, 4]},
+             "stable": {"label": "GRPO and SDL", "policy": "weights/sft", "settings": "silence=0.3,rollouts=3",
+                        "seeds": 2, "updates": [2]}},
+    "comparisons": ["stable@2 - grpo@2", "stable@2 - grpo@4"],
+}
 
 
 @pytest.fixture
-def quality_folder(tmp_path):
-    """A function that writes finished runs {(arm, seed): content} and summarises them -> (quality.json, quality.md)."""
-    folder = tmp_path / "results" / "quality"
-    folder.mkdir(parents=True)
+def plan_file(tmp_path):
+    """A function that writes PLAN with changes -> its path."""
+    def write(**changes):
+        path = tmp_path / "plan.json"
+        model.write_json(str(path), PLAN | changes)
+        return str(path)
+    return write
 
-    def summarize(runs):
-        for (arm, seed), run in runs.items():
-            model.write_json(str(folder / f"{arm}-{seed}.json"), run)
-        bench.summarize_quality(str(folder), {"SFT": finished_run()["bench"]})
-        return bench.read_json(str(folder.parent / "quality.json")), (folder.parent / "quality.md").read_text()
-    return summarize
+
+def finished_run(plan, name, seed, kscores, online=1.0, seconds=1.0):
+    """What the file of a finished run holds: three bench requests and two novel ones. kscores: {updates: [five]}."""
+    updates = max(plan.arms[name].updates)
+    measured = {str(n): dict.fromkeys(bench.SCORES, scores) | {"valid": [True] * 5, "tool_calls": [1] * 5}
+                for n, scores in kscores.items()}
+    return {"arm": bench.described(plan, name), "seed": seed, "online": [online] * updates,
+            "rollouts": [48] * updates, "seconds": [seconds] * updates, "update seconds": [0.5] * updates,
+            "validation": [], "agreement": [0.5, None, 0.7, 0.9][:updates], "hits": [1.0] * updates, "retired": 0,
+            "unfaded ratio": None, "rolled back": [], "measured": measured}
+
+
+def fixed_bench():
+    """Rows of the oracle on three bench requests and two novel ones."""
+    return {"oracle": [dict.fromkeys(bench.SCORES, 1.0) | {"id": name, "valid": True, "tool_calls": 0}
+                       for name in ("bench-0", "bench-1", "bench-2", "novel-0", "novel-1")]}
 
 
 # ---- Aggregates ------------------------------------------------------------------------------------------------------
@@ -9832,7 +9867,7 @@ def test_an_imitating_step_learns_without_a_teacher(ablation, imitate):
     assert any(not torch.equal(a, b) for a, b in zip(before, run.net.parameters()))
 
 
-# ---- Arms: training, tuning, sensitivity -----------------------------------------------------------------------------
+# ---- A plan and its runs ---------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def evolve_calls(monkeypatch):
@@ -9841,45 +9876,66 @@ def evolve_calls(monkeypatch):
 
     def evolve(settings, evolution):
         calls.append((settings, evolution))
-        return SimpleNamespace(steps_done=5, settings=settings)
+        return SimpleNamespace(steps_done=4, settings=settings)
     monkeypatch.setattr(genevolve, "evolve", evolve)
+    monkeypatch.setattr(build, "build_world", lambda seed, folder, novel: None)
     return calls
 
 
-def test_a_run_that_went_further_is_not_measured_as_an_earlier_one(tmp_path, evolve_calls):
-    settings = bench.Quality(runs=str(tmp_path))
-    assert bench.train(settings, "grpo", "lr=2e-4", 0, 5).steps_done == 5
-    with pytest.raises(ValueError, match="is at update 5 and 3 were asked for"):
-        bench.train(settings, "grpo", "lr=2e-4", 0, 3)
+def test_a_setting_reaches_the_flag_or_the_recipe_that_it_names():
+    arm = bench.Arm("", "weights/rare", "recipe=paper,lr=1e-4,grpo=false,match_ratio=0.5,rollouts=3,weight=2,gate=0.4",
+                    1, [1])
+    flags = bench.arm_flags(arm)
+    assert (flags.recipe, flags.lr, flags.grpo, flags.match_ratio, flags.set) == ("paper", 1e-4, False, 0.5,
+                                                                                  "weight=2,gate=0.4")
+    assert flags.rollouts == 3 and flags.policy == os.path.join(bench.HERE, "weights", "rare")
 
 
-def test_a_choice_reaches_the_flag_or_the_recipe_that_it_names(tmp_path, evolve_calls):
-    bench.train(bench.Quality(runs=str(tmp_path)), "paper", "lr=1e-4,rollouts=3,match_ratio=0.5,weight=2", 7, 5)
-    (settings, evolution), = evolve_calls
-    assert evolution is bench.Ablation and settings.set == "gate=0.5,weight=2" and settings.recipe == "paper"
-    assert (settings.lr, settings.rollouts, settings.match_ratio, settings.seed) == (1e-4, 3, 0.5, 7)
+def test_a_run_trains_in_the_world_of_its_plan_and_stops_where_it_is_measured(tmp_path, plan_file, evolve_calls):
+    settings = bench.Quality(plan=plan_file(), runs=str(tmp_path / "runs"), threads=1, products="mkl")
+    plan = bench.read_plan(settings.plan)
+    assert bench.train(settings, plan, "stable", 101, 4).steps_done == 4
+    (flags, evolution), = evolve_calls
+    world = str(tmp_path / "runs" / "world-7-2")
+    assert evolution is bench.Ablation and (flags.seed, flags.steps, flags.threads) == (101, 4, 1)
+    assert flags.data == world + "/evolve.jsonl" and flags.corpus == world + "/corpus"
+    assert flags.validation == world + "/validation.jsonl" and flags.audit_every == 0
+    with pytest.raises(ValueError, match="is at update 4 and 2 were asked for"):
+        bench.train(settings, plan, "stable", 101, 2)
 
 
-@pytest.mark.parametrize("arm", bench.ARMS)
-def test_every_arm_is_made_of_flags_and_recipe_fields_that_exist(tmp_path, evolve_calls, arm):
-    for choice in bench.ARMS[arm].choices or ("lr=2e-4,weight=1,match_ratio=0.3",):
-        settings = bench.train(bench.Quality(runs=str(tmp_path)), arm, choice, 0, 5).settings
-        genevolve.read_recipe(settings.recipe, settings.set)
-    assert bench.ARMS[arm].choices or bench.ARMS[arm].control_of in bench.ARMS
-
-
-@pytest.mark.parametrize("arm, expected", [
-    ("sdl-placebo", {"best": "lr=4e-4", "tried": {}}),
-    ("placebo", {"best": "lr=2e-4,weight=1,match_ratio=0.457", "tried": {}}),
+@pytest.mark.parametrize("changes, message", [
+    ({"comparisons": ["stable - grpo"]}, "is written as stable@40 - grpo@40, not as 'stable - grpo'"),
+    ({"comparisons": ["stable@3 - grpo@2"]}, "no arm 'stable' is measured after 3 updates"),
+    ({"comparisons": ["paper@2 - grpo@2"]}, "no arm 'paper' is measured"),
+    ({"arms": {"grpo": PLAN["arms"]["grpo"] | {"settings": "wieght=0"}}}, "arm grpo: .*weight"),
+    ({"arms": {"grpo": PLAN["arms"]["grpo"] | {"settings": "lr=fast"}}}, "arm grpo: .*fast"),
+    ({"arms": {"grpo": {"label": "GRPO"}}}, "policy"),
+    ({"seeds": 3}, "seeds"),
 ])
-def test_a_control_takes_the_choice_of_its_arm_and_beside_grpo_its_ratio(tmp_path, arm, expected):
-    model.write_json(str(tmp_path / "stable-tuning.json"), {"best": "lr=2e-4,weight=1", "tried": {}})
-    model.write_json(str(tmp_path / "sdl-alone-tuning.json"), {"best": "lr=4e-4", "tried": {}})
-    if arm == "placebo":
-        with pytest.raises(ValueError, match="finished run of 'stable'"):
-            bench.tune(bench.Quality(), arm, str(tmp_path))
-        model.write_json(str(tmp_path / "stable-0.json"), finished_run(unfaded_ratio=0.45678))
-    assert bench.tune(bench.Quality(), arm, str(tmp_path)) == expected
+def test_a_plan_that_cannot_be_carried_out_is_refused_in_one_line(plan_file, capsys, changes, message):
+    code, _, err = bench_main(capsys, "quality", "--plan", plan_file(**changes))
+    assert code == 2 and err.count("\n") == 1 and re.search(message, err)
+
+
+def test_runs_come_seed_by_seed_and_what_is_finished_is_not_repeated(tmp_path, plan_file, monkeypatch):
+    done = []
+    plan = bench.read_plan(plan_file())
+    monkeypatch.setattr(bench, "fixed_rows", lambda *_: fixed_bench())
+    monkeypatch.setattr(bench, "measure_run", lambda settings, folder, name, seed: done.append((name, seed)))
+    folder = tmp_path / "results" / "quality"
+    folder.mkdir(parents=True)
+    finished = finished_run(plan, "grpo", 101, {2: [1.0] * 5, 4: [1.0] * 5})
+    model.write_json(str(folder / "grpo-101.json"), finished)
+    settings = bench.Quality(plan=plan_file(), out=str(tmp_path / "results"))
+    bench.quality(settings)
+    assert done == [("grpo", 100), ("stable", 100), ("stable", 101), ("grpo", 102)]
+
+    # a result of other settings is no result of this plan
+    grpo = PLAN["arms"]["grpo"] | {"settings": "weight=0"}
+    plan_file(arms=PLAN["arms"] | {"grpo": grpo})
+    with pytest.raises(ValueError, match="grpo-101.json: made by another plan"):
+        bench.quality(settings)
 
 
 def test_the_ratio_of_a_fading_weight_is_reported_as_if_it_had_not_faded():
@@ -9889,86 +9945,91 @@ def test_the_ratio_of_a_fading_weight_is_reported_as_if_it_had_not_faded():
     assert bench.unfaded_ratio(SimpleNamespace(recipe=recipe, log=log[:1])) is None
 
 
-@pytest.fixture
-def quick_training(monkeypatch):
-    """The choices that bench.train is asked for, in place of training."""
-    choices = []
-    row = {"reward": 0.5, "hit_rate": 1.0, "gradient_ratio": 1.0, "rollouts": 48, "rollout_seconds": 1.0,
-           "render_seconds": 1.0, "update_seconds": 1.0}
-    last = row | {"validation": {"kscore": 0.7, "reward": 0.6}}
-
-    def train(settings, arm, choice, seed, steps):
-        choices.append(choice)
-        return SimpleNamespace(recipe=distill.RECIPES["stable"], log=[row] * (steps - 1) + [last])
-    monkeypatch.setattr(bench, "train", train)
-    return choices
-
-
-def test_the_sensitivity_table_changes_one_thing_and_goes_on_where_it_stopped(tmp_path, quick_training):
-    before = {"reward of rollouts": [0.1], "validation": [0.1]}
-    model.write_json(str(tmp_path / "stable-tuning.json"), {"best": "lr=2e-4,weight=1", "tried": {}})
-    model.write_json(str(tmp_path / "sensitivity.json"), {bench.SENSITIVITY[0]: before})
-    bench.sensitivity(bench.Quality(tune_steps=4), str(tmp_path))
-    found = model.read_json(str(tmp_path / "sensitivity.json"))
-    assert list(found) == list(bench.SENSITIVITY) and found[bench.SENSITIVITY[0]] == before
-    assert len(quick_training) == len(bench.SENSITIVITY) - 1
-    assert quick_training[0] == "lr=2e-4,weight=1,standard=true" and "lr=2e-4,weight=1,teacher=ema" in quick_training
-    assert found["teacher=ema"]["validation"] == [0.7]
-
-
-@pytest.mark.parametrize("change", bench.SENSITIVITY)
-def test_every_change_of_the_sensitivity_table_is_a_setting_that_exists(change):
-    fields = {k: v for k, v in bench.parse_choice(change).items() if k not in bench.EVOLVE_FLAGS}
-    genevolve.read_recipe("stable", bench.format_choice(fields))
-
-
 # ---- Arms: compared --------------------------------------------------------------------------------------------------
 
-def test_rollout_rewards_are_compared_with_those_of_the_same_seed_only(quality_folder):
-    found, _ = quality_folder({(bench.BASE, 0): finished_run(online=0.5), (bench.BASE, 1): finished_run(online=0.9),
-                               ("paper", 0): finished_run(online=0.6)})
-    pairs = found["differences"]
-    assert pairs[f"paper - {bench.BASE}"]["reward of rollouts"][0] == pytest.approx([0.1] * 3)  # seed 1 takes no part
-    assert "reward of rollouts" not in pairs[f"{bench.BASE} - SFT"]
+@pytest.mark.parametrize("freedom, quantile", [(1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (19, 2.093)])
+def test_quantiles_of_students_t_are_those_of_the_tables(freedom, quantile):
+    assert bench.t_quantile(freedom) == pytest.approx(quantile, abs=0.006 if freedom == 1 else 6e-4)
 
 
-def test_what_a_score_cost_is_read_off_the_mean_curve():
-    # means 0.5, 0.8
-    arm = {"curves": [[[480, 10.0, 0.4, 0], [960, 20.0, 0.6, 0]], [[480, 30.0, 0.6, 0], [960, 40.0, 1.0, 0]]]}
-    assert bench.mean_curve(arm) == [(480, 0.5), (960, 0.8)] and bench.mean_curve(arm, 1) == [(20, 0.5), (30, 0.8)]
+def test_the_interval_over_seeds_is_students():
+    # mean 0.2, deviation 0.1, 3 seeds: 4.303 * 0.1 / sqrt(3) = 0.2484
+    assert bench.t_interval([0.1, 0.2, 0.3]) == pytest.approx([0.2, -0.0484, 0.4484], abs=1e-3)
+    assert bench.t_interval([0.1]) is None
 
 
-@pytest.mark.parametrize("target, column, cost", [(0.65, 0, 720), (0.65, 1, 25), (0.3, 0, 480), (0.9, 0, None)])
-def test_the_cost_of_a_score_lies_on_straight_lines_between_checks(target, column, cost):
-    arm = {"curves": [[[480, 20.0, 0.5, 0], [960, 30.0, 0.8, 0]]]}
-    assert bench.cost_to_reach(arm, target, column) == pytest.approx(cost)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("curve, saved", [
-    ([], {}),
-    ([[48, 2.0, 0.6, 0.5], [96, 4.0, 0.8, 0.5]], {
-        "GRPO's last validation KScore": 0.7, "GRPO's rollouts": 96, "stable's rollouts": 72, "share of rollouts": 0.75,
-        "GRPO's seconds": 4.0, "stable's seconds": 3.0, "share of seconds": 0.75}),
+@pytest.mark.parametrize("changes, p", [
+    ([1.0, 1.0, 1.0], 2 / 8),            # only +++ and --- are as far from zero
+    ([3.0, 1.0, -1.0], 6 / 8),           # all but 3 - 1 - 1 and its opposite: the sums are 5, 3, 3 and 1
+    ([1.0, -1.0], 1.0),
+    ([1.0] * 20, 0.0),                   # 2 in 2^20: none of the draws
 ])
-def test_arms_without_an_evaluation_are_summarised_without_a_curve(quality_folder, curve, saved):
-    """A run of two updates has no evaluation of its own: --quick used to end here with an error."""
-    base = [[cost, seconds, kscore - 0.1, reward] for cost, seconds, kscore, reward in curve]
-    found, table = quality_folder({(bench.BASE, 0): finished_run(curve=base), ("stable", 0): finished_run(curve=curve)})
-    assert found["rollouts saved"] == pytest.approx(saved)
-    assert bench.ARMS["stable"].label in table and f"stable - {bench.BASE}" in table
+def test_p_is_the_share_of_sign_patterns_as_far_from_zero(changes, p):
+    assert bench.sign_flip(changes) == pytest.approx(p, abs=1e-4)
+
+
+def test_arms_are_paired_by_seed_and_novel_combinations_stand_apart(tmp_path, plan_file):
+    plan = bench.read_plan(plan_file())
+    folder = tmp_path / "results" / "quality"
+    folder.mkdir(parents=True)
+    runs = [("grpo", 100, {2: [0.0, 0.0, 0.3, 0.5, 0.5], 4: [0.4] * 5}, 0.1, 1.0),
+            ("grpo", 101, {2: [0.2, 0.2, 0.2, 0.0, 0.0], 4: [0.4] * 5}, 0.2, 1.0),
+            ("grpo", 102, {2: [9.0] * 5, 4: [9.0] * 5}, 9.0, 1.0),           # without a partner
+            ("stable", 100, {2: [0.2, 0.2, 0.2, 0.9, 0.7]}, 0.3, 2.0),
+            ("stable", 101, {2: [0.4, 0.6, 0.5, 0.1, 0.1]}, 0.4, 4.0)]
+    for name, seed, kscores, online, seconds in runs:
+        result = finished_run(plan, name, seed, kscores, online, seconds)
+        model.write_json(str(folder / f"{name}-{seed}.json"), result)
+    bench.summarize_quality(plan, str(folder), fixed_bench())
+    found = bench.read_json(str(tmp_path / "results" / "quality.json"))
+
+    # seeds 100 and 101: +0.1 and +0.3 on the bench, +0.3 and +0.1 on novel combinations, 12.706 * 0.1 either side
+    change = found["differences"]["stable@2 - grpo@2"]
+    assert change["kscore"] == pytest.approx([0.2, 0.2 - 1.2706, 0.2 + 1.2706], abs=1e-3) and change["p"] == 0.5
+    assert change["novel"] == pytest.approx([0.2, 0.2 - 1.2706, 0.2 + 1.2706], abs=1e-3)
+    assert change["rollouts' reward"] == pytest.approx([0.2, 0.2, 0.2]) and change["seeds"] == 2
+    assert change["ratio of seconds"] == 3.0  # of 2 and 4
+    later = found["differences"]["stable@2 - grpo@4"]
+    assert later["kscore"][0] == pytest.approx(-0.05) and later["ratio of seconds"] == 1.5
+
+    row = found["rows"]["stable@2"]
+    assert row["kscore"] == pytest.approx(0.35) and row["novel"] == pytest.approx(0.45) and row["seeds"] == 2
+    assert row["error"] == pytest.approx(0.15) and (row["rollouts"], row["seconds"]) == (96, 6.0)
+    assert found["rows"]["oracle"]["kscore"] == 1.0 and found["arms"]["grpo"]["hit rate"] == 1.0
+    assert found["arms"]["grpo"]["agreement"] == pytest.approx([0.5, None, 0.7, 0.9])
+    table = (tmp_path / "results" / "quality.md").read_text()
+    assert "| GRPO and SDL, 2 updates | 0.350 | 0.150 |" in table and "+0.200 (-1.071 to +1.471) | 0.500" in table
+
+
+def test_a_curve_adds_up_what_windows_of_updates_cost():
+    run = {"online": [0.0, 0.1, 0.2, 0.3, 0.4, 1.0, 2.0], "rollouts": [10] * 7, "seconds": [1.0] * 7}
+    assert np.allclose(bench.curve_of(run), [(50, 5.0, 0.2), (70, 7.0, 1.5)])
+    assert bench.mean_curve([[(1, 2.0, 0.5)], [(3, 4.0, 1.0), (5, 6.0, 1.0)]]) == [(2, 3.0, 0.75)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("results", ["results", os.path.join("results", "common")])
-def test_the_committed_table_follows_from_the_committed_runs(tmp_path, results):
-    committed = os.path.join(genevolve.HERE, results)
-    shutil.copytree(os.path.join(committed, "quality"), tmp_path / "quality")
+def test_the_committed_table_follows_from_the_committed_runs(tmp_path):
+    shutil.copytree(os.path.join(bench.RESULTS, "quality"), tmp_path / "quality")
     folder = str(tmp_path / "quality")
-    bench.summarize_quality(folder, bench.read_json(os.path.join(folder, "fixed.json")))
-    assert bench.read_json(str(tmp_path / "quality.json")) == bench.read_json(os.path.join(committed, "quality.json"))
-    with open(os.path.join(committed, "quality.md"), encoding="utf-8") as file:
-        assert (tmp_path / "quality.md").read_text() == file.read()
+    plan = bench.read_plan(os.path.join(folder, "plan.json"))
+    bench.summarize_quality(plan, folder, bench.read_json(os.path.join(folder, "fixed.json")))
+    committed = bench.read_json(os.path.join(bench.RESULTS, "quality.json"))
+    assert bench.read_json(str(tmp_path / "quality.json")) == committed
+    assert (tmp_path / "quality.md").read_text() == text_of_file(os.path.join(bench.RESULTS, "quality.md"))
+
+
+@pytest.mark.slow
+def test_a_world_is_built_with_as_many_novel_combinations_as_are_asked_for(tmp_path, capsys):
+    build.build_world(7, str(tmp_path), novel=12)
+    rows = atlas.world.requests("novel", str(tmp_path))
+    assert len(rows) == 12 and all(row["novel"] and len(row["recipe"]["wanted"]["skills"]) > 1 for row in rows)
+    bench_rows, others = atlas.world.requests("bench", str(tmp_path)), atlas.world.requests("bench")
+    questions = {row["question"] for row in bench_rows}
+    assert len(questions) == 160 and not questions & {row["question"] for row in others}
+    # subjects of the bench, none of which a demonstration has named; one may have no novel request, or no other
+    assert len(names_of(rows) & names_of(bench_rows)) > 5
+    assert not names_of(rows) & set(build.split_words(0)["demos"])
+    assert set(atlas.world.oracle(str(tmp_path))) >= {"novel-0011"}
 
 
 # ---- Smoke runs ------------------------------------------------------------------------------------------------------
@@ -10040,19 +10101,34 @@ def committed_results():
 
 
 @pytest.mark.slow
-def test_a_quick_ablation_trains_measures_and_compares_two_arms(tmp_path, monkeypatch, capsys, committed_results):
+def test_a_quick_experiment_trains_measures_and_compares_two_arms(tmp_path, monkeypatch, capsys, committed_results):
     monkeypatch.chdir(tmp_path)
     code, out, err = bench_main(capsys, "quality", "--quick")
     assert code == 0, err
     found = bench.read_json("out/quality.json")
-    assert list(found["arms"]) == [bench.BASE, "stable"] and found["rows"]["stable"]["rollouts"] == 96
-    assert len(found["arms"]["stable"]["curves"][0]) == 1 and f"stable - {bench.BASE}" in out
-    assert 0 < found["rows"]["SFT"]["quality"] < 1  # requests of both tracks
-    drawings = ["quality.svg", "quality-seconds.svg", "quality-hits.svg"]
-    assert sorted(os.listdir("out")) == sorted(["quality", "quality.json", "quality.md", "runs", *drawings])
-    assert os.listdir() == ["out"]
+    first, second = found["arms"]
+    assert found["rows"][f"{second}@2"]["rollouts"] == 96 and found["rows"]["oracle"]["kscore"] > 0.9
+    assert found["differences"] == {}  # one seed has no interval
+    assert sorted(os.listdir("out")) == ["quality", "quality-seconds.svg", "quality.json", "quality.md", "quality.svg",
+                                         "runs"] and os.listdir() == ["out"]
     code, out, _ = bench_main(capsys, "quality", "--quick")  # everything is there: only the table
     assert code == 0 and "step 1" not in out and bench.read_json("out/quality.json") == found
+
+
+@pytest.mark.slow
+def test_runs_in_processes_of_their_own_are_those_of_one_process(tmp_path, plan_file, monkeypatch):
+    grpo = PLAN["arms"]["grpo"] | {"settings": "weight=0,prompts_per_step=1,rollouts=2", "seeds": 2, "updates": [1]}
+    plan = plan_file(arms={"grpo": grpo}, comparisons=[], novel=0)
+    found = []
+    for jobs in (1, 2):
+        folder = model.make_folder(str(tmp_path / f"results{jobs}"))
+        settings = bench.Quality(plan=plan, out=folder, runs=str(tmp_path / f"runs{jobs}"), jobs=jobs, quick=False,
+                                 threads=1, products="mkl", steps=2)
+        genevolve.use_processor(settings)
+        bench.carry_out(settings, [("grpo", 100), ("grpo", 101)], folder)
+        runs = [bench.read_json(os.path.join(folder, f"grpo-{seed}.json")) for seed in (100, 101)]
+        found.append([{name: run[name] for name in ("arm", "seed", "online", "measured")} for run in runs])
+    assert found[0] == found[1] and found[0][0]["online"] != found[0][1]["online"]
 
 
 @pytest.mark.slow
@@ -10799,36 +10875,6 @@ def test_the_interval_resamples_seeds_and_holds_95_of_100():
     assert bench.bootstrap(seeds, np.zeros((2, 50))) == [0.0, -1.0, 1.0]
     prompts = np.tile([0.0, 1.0], 200)[None]   # 400 prompts of deviation 1/2: 0.5 -+ 1.96 / 40
     assert bench.bootstrap(prompts, np.zeros((1, 400))) == pytest.approx([0.5, 0.451, 0.549], abs=0.004)
-
-
-def test_tuning_takes_the_setting_with_the_best_last_evaluations(tmp_path, monkeypatch):
-    reached = dict(zip(bench.PLAIN, ([0.9, 0.5, 0.5], [0.1, 0.6, 0.8], [0.1, 0.2, 0.3])))
-
-    def train(settings, arm, choice, seed, steps):
-        return SimpleNamespace(log=[{"validation": {"kscore": kscore}} for kscore in reached[choice]] + [{}])
-    monkeypatch.setattr(bench, "train", train)
-    found = bench.tune(bench.Quality(), "grpo", str(tmp_path))
-    assert found["best"] == bench.PLAIN[1]
-    assert list(found["tried"].values()) == pytest.approx([0.5, 0.7, 0.25])
-
-
-def test_early_scores_are_those_of_the_early_check():
-    runs = [finished_run(early=[{"kscore": 0.25}], bench=[{"kscore": 0.75}])]
-    measured = bench.measure_runs(runs)
-    assert (measured.early.tolist(), measured.final.tolist()) == ([[0.25]], [[0.75]])
-
-
-def test_the_cost_of_distillation_is_a_share_of_grpos():
-    arms = {bench.BASE: {"curves": [[[100, 4.0, 0.4, 0], [200, 8.0, 0.8, 0]]]},
-            "stable": {"curves": [[[50, 3.0, 0.8, 0]]]}}
-    saved = bench.rollouts_saved(arms)
-    assert (saved["share of rollouts"], saved["share of seconds"]) == (0.25, 0.375)
-
-
-def test_a_validation_curve_adds_up_rollouts_and_the_seconds_of_three_stages():
-    row = {"rollouts": 48, "rollout_seconds": 1.0, "render_seconds": 2.0, "update_seconds": 4.0}
-    log = [row, row | {"validation": {"kscore": 0.5, "reward": 0.25}}]
-    assert bench.validation_curve(log) == [[96, 14.0, 0.5, 0.25]]
 
 
 def test_a_speed_ratio_above_one_means_that_ours_is_faster(monkeypatch):

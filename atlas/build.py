@@ -711,11 +711,16 @@ def name_of(rng, category, word=None):
 
 
 def split_words(seed):
-    """Name words of every split: {split: [word]}; no word is shared, so no name is."""
+    """Name words of every split: {split: [word]}; no word is shared, so no name is.
+
+    The words of demonstrations are the same for every seed: a cold-started policy has met no name of any world.
+    """
     words = [first + second for first, second in itertools.product(FIRST, SECOND)]
-    random.Random(f"names {seed}").shuffle(words)
-    splits = {"evolve": words[:200], "validation": words[200:260], "bench": words[260:360]}
-    return splits | {"demos": words[360:]}
+    random.Random("names 0").shuffle(words)
+    held_out, demos = words[:360], words[360:]
+    if seed:  # world 0 has the order at hand
+        random.Random(f"names {seed}").shuffle(held_out)
+    return {"evolve": held_out[:200], "validation": held_out[200:260], "bench": held_out[260:], "demos": demos}
 
 
 def make_entities(split, words, per_category, seed):
@@ -1168,48 +1173,85 @@ SKILLS = os.path.join(os.path.dirname(HERE), "skills")
 
 # ---- Everything that is committed ------------------------------------------------------------------------------------
 
-def build_world(seed):
-    """Write corpus, requests, ground truth, oracle programs and vocabulary."""
-    for folder in ("corpus", "truth"):
-        shutil.rmtree(os.path.join(HERE, folder), ignore_errors=True)
-    for folder in ("corpus/pages", "corpus/images", "truth"):
-        os.makedirs(os.path.join(HERE, folder))
+def build_world(seed, folder=HERE, novel=0):
+    """Write corpus, requests, ground truth, oracle programs and vocabulary to a folder.
+
+    novel: so many requests more, novel.jsonl, about the bench's subjects, all with combinations that are never trained.
+    """
+    for name in ("corpus", "truth"):
+        shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+    for name in ("corpus/pages", "corpus/images", "truth"):
+        os.makedirs(os.path.join(folder, name))
 
     words, titles, oracle = split_words(seed), {}, []
     for split in SPLITS:
-        entities, cities, programs = build_split(split, words[split], seed)
-        oracle += programs
+        per_category, count = SPLITS[split]
+        entities, cities = make_entities(split, words[split], per_category, seed)
+        rows = split_requests(entities, split, count, seed)
+        if split == "bench" and novel:
+            rows += novel_requests(entities, novel, seed)
+        oracle += [oracle_of(row) for row in rows]
+        write_requests(rows, folder)
+
         titles |= image_titles(entities)
-        write_articles(articles(entities, cities))
-        write_images(entities, random.Random(f"photographs {split} {seed}"))
-        print(f"{split}: {len(entities)} entities, {len(cities)} cities, {len(programs)} requests")
-    write_rows("oracle.jsonl", oracle)
-    write_table("corpus/images/titles.json", dict(sorted(titles.items())))
-    write_table("world.json", vocabulary())
+        write_articles(articles(entities, cities), folder)
+        write_images(entities, random.Random(f"photographs {split} {seed}"), folder)
+        print(f"{split}: {len(entities)} entities, {len(cities)} cities, {len(rows)} requests")
+    write_rows(os.path.join(folder, "oracle.jsonl"), oracle)
+    write_table(os.path.join(folder, "corpus/images/titles.json"), dict(sorted(titles.items())))
+    write_table(os.path.join(folder, "world.json"), vocabulary())
 
 
-def build_split(split, words, seed):
-    """Write requests and ground truth of one split; returns (entities, cities, oracle programs)."""
-    per_category, count = SPLITS[split]
-    entities, cities = make_entities(split, words, per_category, seed)
+def split_requests(entities, split, count, seed):
+    """The requests of a split, no question twice; their ground truth is under "_image"."""
     rng = random.Random(f"requests {split} {seed}")
     order = order_entities(entities, split, rng)
-    rows, oracle, questions = [], [], set()
+    rows, questions = [], set()
     for number in range(count):
         while True:
             row = make_request(rng, order, 1 + number % 3, number, split, novel_allowed=split == "bench")
             if row["question"] not in questions:
                 break
         questions.add(row["question"])
+        rows.append(with_truth(row, rng))
+    return rows
 
-        image, _, boxes = draw(row["_scene"], rng)
-        row["gt_image"] = f"truth/{row['id']}.png"
-        row["recipe"]["wanted"] = constraints(row, boxes)
-        diffusion.write_png(os.path.join(HERE, row["gt_image"]), image)
-        oracle.append(oracle_of(row))
-        rows.append({name: value for name, value in row.items() if name[0] != "_"})
-    write_rows(f"{split}.jsonl", rows)
-    return entities, cities, oracle
+
+def novel_requests(entities, count, seed):
+    """Requests for two or three things at once, each a combination that no demonstration and no training request has.
+
+    Another subject is drawn with every try: some kinds of subject have few such combinations.
+    """
+    rng = random.Random(f"requests novel {seed}")
+    rows, questions = [], set()
+    for number in range(count):
+        while True:
+            order = rng.sample(entities, len(entities))
+            row = make_request(rng, order, 2 + number % 2, number, "novel", novel_allowed=True)
+            if row["novel"] and row["question"] not in questions:
+                break
+        questions.add(row["question"])
+        rows.append(with_truth(row, rng))
+    return rows
+
+
+def with_truth(row, rng):
+    """A request with what the judges read of it, and its ground truth under "_image"."""
+    row["_image"], _, boxes = draw(row["_scene"], rng)
+    row["gt_image"] = f"truth/{row['id']}.png"
+    row["recipe"]["wanted"] = constraints(row, boxes)
+    return row
+
+
+def write_requests(rows, folder):
+    """SPLIT.jsonl and the ground truth of its rows; the names of splits stand before the numbers in their ids."""
+    splits = {}
+    for row in rows:
+        diffusion.write_png(os.path.join(folder, row["gt_image"]), row["_image"])
+        kept = {name: value for name, value in row.items() if name[0] != "_"}
+        splits.setdefault(row["id"].partition("-")[0], []).append(kept)
+    for split, kept in splits.items():
+        write_rows(os.path.join(folder, f"{split}.jsonl"), kept)
 
 
 def order_entities(entities, split, rng):
@@ -1243,11 +1285,11 @@ def vocabulary():
             "bodies": {"whole": list(BODY.values()), "broken": broken}}
 
 
-def write_articles(pages):
+def write_articles(pages, folder):
     """Markdown files of the corpus, one an article."""
     for title, sections in pages.items():
         name = title.lower().replace(" ", "-") + ".md"
-        path = os.path.join(HERE, "corpus/pages", name)
+        path = os.path.join(folder, "corpus/pages", name)
         with open(path, "w", encoding="utf-8") as file:
             file.write(f"# {title}\n")
             for section, sentence in sections:
@@ -1255,20 +1297,20 @@ def write_articles(pages):
                 file.write(f"\n{heading}{sentence}\n")
 
 
-def write_images(entities, rng):
+def write_images(entities, rng, folder):
     """The reference pictures of the corpus."""
     for entity in entities:
         for look, sprite in entity.sprites.items():
-            path = os.path.join(HERE, "corpus/images", entity.images[look])
+            path = os.path.join(folder, "corpus/images", entity.images[look])
             diffusion.write_png(path, reference_image(rng, sprite))
 
 
-def write_rows(name, rows):
-    model.write_lines(os.path.join(HERE, name), rows)
+def write_rows(path, rows):
+    model.write_lines(path, rows)
 
 
-def write_table(name, value):
-    with open(os.path.join(HERE, name), "w", encoding="utf-8") as file:
+def write_table(path, value):
+    with open(path, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=1, ensure_ascii=False)
 
 
@@ -1291,7 +1333,7 @@ def build_scenes(count, seed):
             references[i, k] = picture
         if i % 5000 == 4999:
             print(f"{i + 1} of {count} scenes", flush=True)
-    write_rows("scenes.jsonl", captions)
+    write_rows(os.path.join(HERE, "scenes.jsonl"), captions)
     tensors = {"image": image, "references": references, "reference_count": reference_count, "labels": labels}
     metadata = {"classes": str(CLASSES), "seed": str(seed)}
     save_file(tensors, os.path.join(HERE, "scenes.safetensors"), metadata)
@@ -1317,7 +1359,7 @@ def build_demos(count, seed, expert_rate=EXPERT_RATE):
             continue
         written.append({"messages": demo_opening(rng, row, guide) + messages, "images": []})
 
-    write_rows("sft.jsonl", written)
+    write_rows(os.path.join(HERE, "sft.jsonl"), written)
     write_vocabulary(written[:6000])
     print(f"demonstrations: {count} tried, {n_valid} structurally valid ({n_valid / count:.1%}), "
           f"{len(written)} pass the audit ({len(written) / count:.1%})")
@@ -1393,6 +1435,9 @@ def write_vocabulary(rows):
 def main():
     parser = argparse.ArgumentParser(description="Build the Atlas (see the module docstring).")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default=HERE, help="folder of the world (default: this one)")
+    parser.add_argument("--novel", type=int, default=0,
+                        help="so many requests more, all of combinations that are never trained")
     parser.add_argument("--scenes", type=int, default=0, help="write the renderer's training file instead")
     parser.add_argument("--demos", type=int, default=0, help="write the policy's demonstrations instead")
     parser.add_argument("--expert-rate", "--care", type=float, default=EXPERT_RATE,
@@ -1406,7 +1451,7 @@ def main():
     if arguments.demos:
         build_demos(arguments.demos, arguments.seed, arguments.expert_rate)
     if not arguments.scenes and not arguments.demos:
-        build_world(arguments.seed)
+        build_world(arguments.seed, arguments.out, arguments.novel)
 
 
 if __name__ == "__main__":

@@ -28,9 +28,10 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 # ---- Requests --------------------------------------------------------------------------------------------------------
 
-def requests(split):
-    """Rows of a split: [dict], see ``build.make_request``; "recipe" holds what the judges read."""
-    return tools.read_requests(os.path.join(HERE, f"{split}.jsonl"))
+def requests(split, folder=HERE):
+    """Rows of a split: [dict], see ``build.make_request``; "recipe" holds what the judges read. folder: of a world that
+    ``build.build_world`` wrote."""
+    return tools.read_requests(os.path.join(folder, f"{split}.jsonl"))
 
 
 @functools.cache
@@ -70,9 +71,9 @@ def phrases():
 
 
 @functools.cache
-def oracle():
+def oracle(folder=HERE):
     """What is right for every request: {id: {"gen_prompt", "references", "guide", "probes"}} (``build.oracle_of``)."""
-    with open(os.path.join(HERE, "oracle.jsonl"), encoding="utf-8") as file:
+    with open(os.path.join(folder, "oracle.jsonl"), encoding="utf-8") as file:
         return {row["id"]: row for row in map(json.loads, file)}
 
 
