@@ -1356,10 +1356,12 @@ def decode_flops(net, prompt, new, sequences, groups):
 
 
 def decode_bytes(net, prompt, new, sequences, groups):
-    """Bytes that decoding reads: every weight and the mean cache once a step, a group's prompt once; float32."""
+    """Bytes that decoding reads: every weight and the mean cache once a step, a group's prompt once."""
     c = net.config
-    weights = sum(p.numel() for p in net.parameters()) * 4
-    cache_of_token = 2 * 4 * c.layers * c.kv_heads * c.head_dim
+    weights = sum(p.numel() * p.element_size() for p in net.parameters())
+    if not c.tie_embeddings:  # of an embedding that is not the output layer only a few rows are read
+        weights -= net.embed.weight.numel() * net.embed.weight.element_size()
+    cache_of_token = 2 * net.embed.weight.element_size() * c.layers * c.kv_heads * c.head_dim
     return new * (weights + cache_of_token * (groups * prompt + sequences * new / 2))
 
 
@@ -1690,6 +1692,41 @@ def lora_row(s):
     return row
 
 
+def large_decode_row(s):
+    """The rollouts row's sizes on the 8 B policy's shape in bfloat16, random weights: CUDA graphs on ("ours") and off
+    ("peer"), and the share of the card's memory bandwidth that decoding reaches. Needs a GPU with 24 GB."""
+    device = model.pick_device(s.device)
+    if device != "cuda" and not s.quick:
+        raise tools.ToolError("needs a GPU (--device cuda)")
+    shape = dict(hidden_size=4096, layers=36, heads=32, kv_heads=8, head_dim=128, mlp_size=12288)
+    if s.quick:
+        shape = dict(hidden_size=128, layers=2, heads=4, kv_heads=2, head_dim=32, mlp_size=256)
+    config = model.Config(vocab_size=VOCABULARY if s.quick else 151_936, tie_embeddings=False, **shape)
+    torch.set_default_dtype(torch.bfloat16)  # in float32 the weights alone are 33 GB
+    try:
+        with torch.device(device):
+            net = model.Qwen3(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+    new = 16 if s.quick else 128
+    prompts = random_prompts(GROUPS, torch.Generator().manual_seed(0))
+
+    def decode(uses_graphs):
+        def work():
+            model.DecodeBatch.uses_graphs = uses_graphs
+            model.generate(net, prompts, new)
+        return work
+
+    try:
+        row = side_by_side(decode(True), decode(False), s)
+    finally:
+        model.DecodeBatch.uses_graphs = True
+    row["tokens/s"] = len(prompts) * new / row["ours s"]
+    row["GB/s"] = decode_bytes(net, PROMPT, new, len(prompts), GROUPS) / 1e9 / row["ours s"]
+    return row
+
+
 def engine_row(s):
     """The rollouts row's sizes, written by the first, the first two, ... of the servers of --engines. Fresh prompts for
     each, so that no prefix cache knows them."""
@@ -1755,7 +1792,7 @@ def training_step(rank, layers, repeats, quick, device):
 
 SPEED = {"rollouts": rollout_row, "turns": turns_row, "short turns": short_turns_row, "log-probs": logprob_row,
          "training step": training_row, "sampler": sampler_row, "scaling": scaling_row, "slow tools": tools_row,
-         "low-rank adapters": lora_row, "engine": engine_row}
+         "low-rank adapters": lora_row, "8 B decode": large_decode_row, "engine": engine_row}
 # peer / ours: the peer as it is by default, and with the same products
 TARGETS = {"rollouts": (5.5, 4.5), "turns": (6.5, None), "short turns": (8, None), "log-probs": (1.8, None),
            "training step": (4.5, None), "sampler": (1.8, None)}

@@ -1305,6 +1305,8 @@ class DecodeBatch:
     They are written when the batch changes; from then on each step leaves the inputs of the next one in place.
     """
 
+    uses_graphs = True  # on a GPU; without, every kernel is launched by itself
+
     def __init__(self, net, cache):
         c = net.config
         self.net = net
@@ -1333,7 +1335,7 @@ class DecodeBatch:
 
     def step(self, n, longest):
         """Sample n tokens -> (tokens (n,), logp (n,)). longest: L of the longest sequence, the new token included."""
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and self.uses_graphs:
             return self.replay(n, longest, self.prefix_groups)
         return self.forward(n, longest, self.prefix_groups)
 
