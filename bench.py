@@ -646,6 +646,7 @@ class AblationFlags(genevolve.Evolve):
     guides: str = flag("own", "what the teacher reads: own bundles, or the controls 'shuffled' and 'placebo'")
     match_ratio: float = flag(0.0, "norm of the experience gradient over GRPO's, faded as the weight is (0: what the "
                                    "recipe's weight makes it)")
+    plant: int = flag(0, "so many bad lessons are in the memory before the first update", bounds="[0, inf)")
 
     def __post_init__(self):
         super().__post_init__()
@@ -663,6 +664,7 @@ class Ablation(genevolve.Evolution):
     match_ratio          L_SDL's gradient has the norm it has in the arm that a control is compared with
     imitate="best"       cross-entropy on each group's best trajectory in place of L_SDL: is a teacher needed?
     imitate="memory"     the same on the best trajectory behind the lesson that the memory finds
+    plant                bad lessons wait in the memory: how soon are they found out?
 
     The three overridden methods are also the place for an idea of your own: which guide a teacher reads
     (``choose_guides``), a further loss (``extra_gradients``), how two losses are weighed (``sdl_weight``).
@@ -671,6 +673,8 @@ class Ablation(genevolve.Evolution):
     def __init__(self, settings, components, processes=None):
         super().__init__(settings, components, processes)
         self.examples = {}  # prompt in the memory -> [tokens, mask] of its best trajectory
+        for row in self.data[::max(1, len(self.data) // max(1, settings.plant))][:settings.plant]:
+            self.memory.add(row["question"], bad_lesson(row["question"]), best=1.0, worst=0.0, step=0)
 
     def choose_guides(self, requests, entries):
         """[Bundle or None], one a request: what its teacher reads."""
@@ -739,6 +743,23 @@ class Ablation(genevolve.Evolution):
 
     def load_extra_state(self, state):
         self.examples = state["examples"]
+
+
+def bad_lesson(question):
+    """A Bundle that advises every lazy decision there is. With the best reward of all it is preferred to any other
+    lesson about a request as near."""
+    bullets = {name: list(table.values())[-1:] for name, table in atlas.world.phrases().items()}
+    return distill.Bundle.from_bullets(question, bullets)
+
+
+def planted_fate(run):
+    """What became of --plant: lessons that are gone, how often each was used at other requests until then, and the
+    uses of those that are left."""
+    bad = page.dropped_lesson(distill.Entry("", bad_lesson(""), 1.0, 1.0, 0))["advice"]
+    dropped = [lesson for row in run.log for lesson in row.get("dropped", ()) if lesson["advice"] == bad]
+    left = [entry for entry in run.memory.entries if page.dropped_lesson(entry)["advice"] == bad]
+    return {"gone after uses": [lesson["agreement"]["count"] for lesson in dropped],
+            "left, uses": [len(entry.uses) for entry in left]}
 
 
 def imitation_gradients(net, examples, temperature, processes):
@@ -1045,6 +1066,7 @@ def run_figures_of(run):
         "agreement": [row["agreement"] for row in log],
         "hits": [row["hit_rate"] for row in log],
         "retired": run.memory.counters["retired"],
+        **({"planted": planted_fate(run)} if run.settings.plant else {}),
         "unfaded ratio": unfaded_ratio(run),
         "rolled back": [row["step"] for row in log if "rolled_back" in row],
     }

@@ -9944,6 +9944,21 @@ def test_runs_come_seed_by_seed_and_what_is_finished_is_not_repeated(tmp_path, p
         bench.quality(settings)
 
 
+def test_planted_lessons_advise_what_is_lazy_and_their_fate_is_told(ablation):
+    run = ablation(plant=3)
+    bullets = [bullet for bullets in run.memory.entries[0].bundle.guidance.values() for bullet in bullets]
+    assert len(run.memory) == 3 and len(bullets) == 6 and all(entry.best == 1.0 for entry in run.memory.entries)
+    expert = {bullet for table in build.GUIDE.values() for bullet in list(table.values())[:-1]}
+    assert not expert & set(bullets) and any("no skill" in bullet for bullet in bullets)
+
+    gone, used, _ = run.memory.entries
+    gone.uses = [{"agreement": -0.5}] * 4
+    used.uses = [{"agreement": 0.5}, {"agreement": None}]
+    run.log.append({"dropped": [page.dropped_lesson(entry) for entry in run.memory.retire()]})
+    run.log.append({"dropped": [page.dropped_lesson(lesson_entry(1, 0.2, "Count aloud."))]})  # of the run's own
+    assert bench.planted_fate(run) == {"gone after uses": [4], "left, uses": [2, 0]}
+
+
 def test_the_ratio_of_a_fading_weight_is_reported_as_if_it_had_not_faded():
     recipe = dataclasses.replace(distill.RECIPES["stable"], anneal=4)  # 1, 0.75, 0.5, 0.25, 0
     log = [{"gradient_ratio": ratio} for ratio in (None, 1.5, 0.5, 1.0, 0.0)]
