@@ -19,7 +19,7 @@ Contents, in reading order:
     AtlasSuite, world       the Atlas measured: does the judge see faults, do skills and references matter
     Ablation                the experiment's controls, as an evolution with three overridden methods
     Plan, Arm               an experiment, written down before its first run
-    quality                 train and measure its runs; summarize_quality, compare, t_interval, sign_flip
+    quality                 train and measure its runs; summarize_quality, compare_arms, t_interval, sign_flip
     suite_rows              one policy on a file of requests, WISE's included
     rollout_row ...         one row of the speed table each, ours beside a peer
     speed                   the table, with the share of the machine that was used
@@ -1135,8 +1135,8 @@ def summarize_quality(plan, folder, fixed):
         (first, after), (second, updates) = sides_of(comparison)
         seeds = sorted(runs[first].keys() & runs[second].keys())  # a seed settles which requests come when
         if len(seeds) > 1:
-            differences[comparison] = compare([runs[first][seed] for seed in seeds], after,
-                                              [runs[second][seed] for seed in seeds], updates, novel)
+            differences[comparison] = compare_arms([runs[first][seed] for seed in seeds], after,
+                                                   [runs[second][seed] for seed in seeds], updates, novel)
 
     curves = {name: [curve_of(run) for run in runs[name].values()] for name in plan.arms if runs[name]}
     details = {name: arm_details(list(found.values())) for name, found in runs.items() if found}
@@ -1181,7 +1181,7 @@ def row_of(figures, novel):
     return row | {"valid": part("valid", ~novel), "tool calls": part("tool_calls", ~novel)}
 
 
-def compare(first, after, second, updates, novel):
+def compare_arms(first, after, second, updates, novel):
     """Two arms, paired by seed: first after so many updates less second. runs: of the same seeds, in the same order.
 
     "kscore", "novel", "rollouts' reward": [mean, low, high] by Student's t over seeds, and "p" by flipping signs;

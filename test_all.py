@@ -10258,7 +10258,7 @@ def test_servers_share_the_prompts_of_the_engine_row(monkeypatch, tmp_path, caps
 @pytest.mark.slow
 def test_quick_rows_of_the_speed_table(tmp_path, monkeypatch, capsys, committed_results):
     monkeypatch.chdir(tmp_path)
-    rows = ["log-probs", "scaling", "slow tools", "low-rank adapters"]
+    rows = ["log-probs", "scaling", "slow tools", "low-rank adapters", "8 B decode"]
     code, _, err = bench_main(capsys, "speed", "--quick", "--repeats", 1, "--rows", ",".join(rows))
     assert code == 0, err
     found = bench.read_json("out/speed.json")
@@ -10266,6 +10266,21 @@ def test_quick_rows_of_the_speed_table(tmp_path, monkeypatch, capsys, committed_
     assert found["log-probs"]["target"] == [1.8, None] and found["scaling"]["48: tokens/s"] > 0
     assert found["slow tools"]["ratio"] > 1 and found["slow tools"]["turns a request"] > 1
     assert found["low-rank adapters"]["trained"] == 16 * lora_width(256, 768) < found["low-rank adapters"]["parameters"]
+    assert found["8 B decode"]["GB/s"] > 0 and model.DecodeBatch.uses_graphs
+
+    # in full size it is for a GPU alone
+    _, out, _ = bench_main(capsys, "speed", "--device", "cpu", "--rows", "8 B decode", "--out", tmp_path)
+    assert "8 B decode: needs a GPU" in out
+
+
+def test_decoding_reads_every_weight_but_the_embedding_and_the_cache_once_a_step():
+    config = model.Config(vocab_size=10, hidden_size=8, layers=2, heads=2, kv_heads=1, head_dim=4, mlp_size=16,
+                          tie_embeddings=False)
+    layer = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16 + 2 * 8 + 2 * 4  # q, k and v, o, MLP, norms, norms of q and k
+    weights = 2 * (2 * layer + 8 + 10 * 8)                          # bytes: both layers, last norm, output layer
+    net = model.Qwen3(config).to(torch.bfloat16)
+    # 4 steps; 32 bytes a token; a prompt of 5 tokens, and 3 sequences of 2 new tokens in the mean
+    assert bench.decode_bytes(net, 5, 4, sequences=3, groups=1) == 4 * (weights + 32 * (5 + 3 * 2))
 
 
 def lora_width(hidden, mlp, heads=32, kv_heads=8, head_dim=128):
