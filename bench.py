@@ -2165,13 +2165,14 @@ def row_label(plan, name):
 
 
 def write_quality(results, plan, rows, differences, curves):
-    """quality.md and the two figures of the README. curves: {arm: [``curve_of`` a run]}; the main claim's are drawn."""
+    """quality.md and two figures. curves: {arm: [``curve_of`` a run]}; those of the main claim are drawn, or all."""
     figures = [(row_label(plan, name), [format_figure(row.get(column)) for column in QUALITY_COLUMNS.values()])
                for name, row in rows.items()]
     lines = markdown_table("", QUALITY_COLUMNS, figures) + [""] + difference_table(differences)
     model.write_text(os.path.join(results, "quality.md"), "\n".join(lines) + "\n")
 
-    names = [name for name, _ in sides_of(plan.comparisons[0]) if name in curves]
+    drawn = [name for name, _ in sides_of(plan.comparisons[0])] if plan.comparisons else plan.arms
+    names = [name for name in drawn if name in curves]
     for column, (file, unit) in enumerate((("quality.svg", "rollouts"), ("quality-seconds.svg", "seconds"))):
         means = {plan.arms[name].label: pick_column(mean_curve(curves[name]), column) for name in names}
         single = {plan.arms[name].label: [pick_column(curve, column) for curve in curves[name]] for name in names}

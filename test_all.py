@@ -10019,7 +10019,19 @@ def test_arms_are_paired_by_seed_and_novel_combinations_stand_apart(tmp_path, pl
     assert found["rows"]["oracle"]["kscore"] == 1.0 and found["arms"]["grpo"]["hit rate"] == 1.0
     assert found["arms"]["grpo"]["agreement"] == pytest.approx([0.5, None, 0.7, 0.9])
     table = (tmp_path / "results" / "quality.md").read_text()
+    drawing = (tmp_path / "results" / "quality.svg").read_text()
+    assert drawing.count("<polyline") == 2 + 5 and "GRPO and SDL" in drawing  # two means, five runs
     assert "| GRPO and SDL, 2 updates | 0.350 | 0.150 |" in table and "+0.200 (-1.071 to +1.471) | 0.500" in table
+
+
+def test_a_plan_without_comparisons_is_summarised_too(tmp_path, plan_file):
+    plan = bench.read_plan(plan_file(comparisons=[]))
+    folder = tmp_path / "results" / "quality"
+    folder.mkdir(parents=True)
+    model.write_json(str(folder / "stable-100.json"), finished_run(plan, "stable", 100, {2: [0.5] * 5}))
+    bench.summarize_quality(plan, str(folder), fixed_bench())
+    assert bench.read_json(str(tmp_path / "results" / "quality.json"))["differences"] == {}
+    assert "GRPO and SDL" in (tmp_path / "results" / "quality.svg").read_text()
 
 
 def test_a_curve_adds_up_what_windows_of_updates_cost():
