@@ -868,7 +868,8 @@ class Quality(Bench, genevolve.ComponentFlags):
     runs: str = flag("", "folder for the training runs (default: runs/quality, or out/runs for a smoke run)")
     arms: str = flag("", "comma-separated arms of the plan that are trained now (default: all)")
     seeds: int = flag(0, "training seeds of every arm (0: as many as the plan says)", bounds="[0, inf)")
-    jobs: int = flag(1, "runs side by side, each with --threads threads (or one)", bounds="[1, inf)")
+    jobs: int = flag(1, "runs side by side, each with --threads threads (or one); 0: train none, only sum up what is "
+                        "finished", bounds="[0, inf)")
 
 
 CHECK_EVERY = 20          # updates between evaluations on validation requests
@@ -894,7 +895,8 @@ def quality(settings):
     jobs = [(name, plan.first_seed + number) for number in range(seeds) for name in arms
             if number < plan.arms[name].seeds]
     jobs = [job for job in jobs if not is_finished(plan, folder, *job)]
-    carry_out(settings, jobs, folder)
+    if settings.jobs:
+        carry_out(settings, jobs, folder)
     summarize_quality(plan, folder, fixed)
 
 
