@@ -904,9 +904,9 @@ def experiment(settings):
     """The plan of --plan; for a smoke run two updates of its first two arms, one seed each."""
     plan = read_plan(settings.plan)
     if settings.quick:
-        arms = {name: dataclasses.replace(arm, seeds=1, updates=[1, 2]) for name, arm in list(plan.arms.items())[:2]}
-        comparisons = [" - ".join(f"{name}@{updates}" for name in arms) for updates in (1, 2)]
-        plan = dataclasses.replace(plan, novel=0, arms=arms, comparisons=comparisons)
+        arms = {name: dataclasses.replace(arm, seeds=1, updates=[2]) for name, arm in list(plan.arms.items())[:2]}
+        comparison = " - ".join(f"{name}@2" for name in arms)
+        plan = dataclasses.replace(plan, novel=0, arms=arms, comparisons=[comparison])
     for arm in plan.arms.values():
         arm.seeds = min(settings.seeds or arm.seeds, arm.seeds)
     return plan
@@ -928,7 +928,7 @@ def measured_requests(settings, plan):
 
 
 def fixed_rows(settings, plan, folder):
-    """Bench rows that no training made: raw request, fixed workflow, the policies at the start, oracle: fixed.json."""
+    """``figures_of`` what no training made: raw request, fixed workflow, untrained policies, oracle. In fixed.json."""
     path = os.path.join(folder, "fixed.json")
     found = read_json(path)
     if found:
@@ -947,11 +947,12 @@ def fixed_rows(settings, plan, folder):
 
     def judged(jobs, calls):
         scores = suite.score(jobs)
-        return [bench_row(request, s, True, calls) for request, s in zip(requests, scores)]
+        return figures_of([bench_row(request, s, True, calls) for request, s in zip(requests, scores)])
 
     found = {"raw request": judged(raw, 0), "fixed workflow": judged(workflow, 1)}
     for policy in dict.fromkeys(arm.policy for arm in plan.arms.values()):
-        found[policy] = attempt_bench(os.path.join(HERE, policy), settings, requests, corpus=corpus.root)
+        rows = attempt_bench(os.path.join(HERE, policy), settings, requests, corpus=corpus.root)
+        found[policy] = figures_of(rows)
     found["oracle"] = judged(suite.oracle_jobs(), 0)
     write_json(path, found)
     return found
@@ -1049,10 +1050,16 @@ def train(settings, plan, name, seed, updates):
 
 
 def figures_of(rows):
-    """What is kept of bench rows, [number] a request in the requests' order, four decimals."""
-    columns = {name: [row[name] for row in rows] for name in (*SCORES, "valid", "tool_calls")}
-    return {name: [round(value, 4) if isinstance(value, float) else value for value in column]
-            for name, column in columns.items()}
+    """What is kept of a measurement: every request's KScore in their order, and the bench's means of all else.
+
+    Requests with novel combinations stand last, and are in no mean.
+    """
+    bench = [row for row in rows if not str(row["id"]).startswith("novel-")]
+    means = {name: mean([row[name] for row in bench]) for name in SCORES[1:]}
+    means["valid"] = mean([float(row["valid"]) for row in bench])
+    means["tool calls"] = mean([float(row["tool_calls"]) for row in bench])
+    return {"kscore": [round(row["kscore"], 4) for row in rows],
+            "means": {name: round(value, 4) for name, value in means.items()}}
 
 
 def run_figures_of(run):
@@ -1125,8 +1132,9 @@ def sign_flip(changes, draws=100_000):
 def summarize_quality(plan, folder, fixed):
     """quality.json from every run that is finished, the table on the terminal, and the figures of the README."""
     runs = {name: finished_runs(plan, folder, name) for name in plan.arms}
-    novel = np.array([str(row["id"]).startswith("novel-") for row in fixed["oracle"]])
-    rows = {name: fixed_row(bench, novel) for name, bench in fixed.items()}
+    requests = len(fixed["oracle"]["kscore"])
+    novel = np.arange(requests) >= requests - plan.novel  # they stand last
+    rows = {name: row_of([figures], novel) for name, figures in fixed.items()}
     for name, arm in plan.arms.items():
         for updates in arm.updates:
             if runs[name]:
@@ -1155,11 +1163,6 @@ def finished_runs(plan, folder, name):
     return {seed: run for seed, run in found.items() if run}
 
 
-def fixed_row(bench, novel):
-    """Columns of a row that no training made."""
-    return row_of([figures_of(bench)], novel)
-
-
 def trained_row(runs, updates, novel):
     """Columns of an arm after so many updates, means over its runs."""
     seconds = [sum(run["seconds"][:updates]) for run in runs]
@@ -1174,13 +1177,14 @@ def trained_row(runs, updates, novel):
 
 def row_of(figures, novel):
     """KScore and its parts on the bench, KScore on novel combinations, validity and calls. figures: one a run."""
-    def part(name, chosen):
-        return mean([value for run in figures for value, is_chosen in zip(run[name], chosen) if is_chosen])
-    row = {name: part(name, ~novel) for name in SCORES} | {"novel": part("kscore", novel)}
-    if len(figures) > 1:  # of the mean over seeds
-        means = [np.mean(np.array(run["kscore"])[~novel]) for run in figures]
-        row["error"] = float(np.std(means, ddof=1) / math.sqrt(len(means)))
-    return row | {"valid": part("valid", ~novel), "tool calls": part("tool_calls", ~novel)}
+    kscores = np.array([run["kscore"] for run in figures])                                          # (S, P)
+    row = {"kscore": float(kscores[:, ~novel].mean())}
+    row |= {name: mean([run["means"][name] for run in figures]) for name in figures[0]["means"]}
+    if novel.any():
+        row["novel"] = float(kscores[:, novel].mean())
+    if len(figures) > 1:  # the mean over seeds has a standard error
+        row["error"] = float(kscores[:, ~novel].mean(1).std(ddof=1) / math.sqrt(len(figures)))
+    return row
 
 
 def compare_arms(first, after, second, updates, novel):

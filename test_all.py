@@ -9686,8 +9686,8 @@ def plan_file(tmp_path):
 def finished_run(plan, name, seed, kscores, online=1.0, seconds=1.0):
     """What the file of a finished run holds: three bench requests and two novel ones. kscores: {updates: [five]}."""
     updates = max(plan.arms[name].updates)
-    measured = {str(n): dict.fromkeys(bench.SCORES, scores) | {"valid": [True] * 5, "tool_calls": [1] * 5}
-                for n, scores in kscores.items()}
+    means = dict.fromkeys(bench.SCORES[1:], 1.0) | {"valid": 1.0, "tool calls": 2.0}
+    measured = {str(n): {"kscore": scores, "means": means} for n, scores in kscores.items()}
     return {"arm": bench.described(plan, name), "seed": seed, "online": [online] * updates,
             "rollouts": [48] * updates, "seconds": [seconds] * updates, "update seconds": [0.5] * updates,
             "validation": [], "agreement": [0.5, None, 0.7, 0.9][:updates], "hits": [1.0] * updates, "retired": 0,
@@ -9695,9 +9695,9 @@ def finished_run(plan, name, seed, kscores, online=1.0, seconds=1.0):
 
 
 def fixed_bench():
-    """Rows of the oracle on three bench requests and two novel ones."""
-    return {"oracle": [dict.fromkeys(bench.SCORES, 1.0) | {"id": name, "valid": True, "tool_calls": 0}
-                       for name in ("bench-0", "bench-1", "bench-2", "novel-0", "novel-1")]}
+    """The oracle's figures on three bench requests and two novel ones."""
+    return {"oracle": bench.figures_of([dict.fromkeys(bench.SCORES, 1.0) | {"id": name, "valid": True, "tool_calls": 0}
+                                        for name in ("bench-0", "bench-1", "bench-2", "novel-0", "novel-1")])}
 
 
 # ---- Aggregates ------------------------------------------------------------------------------------------------------
@@ -10139,32 +10139,26 @@ def committed_results():
 @pytest.mark.slow
 def test_a_quick_experiment_trains_measures_and_compares_two_arms(tmp_path, monkeypatch, capsys, committed_results):
     monkeypatch.chdir(tmp_path)
-    code, out, err = bench_main(capsys, "quality", "--quick")
-    assert code == 0, err
+    flags = ("quality", "--quick", "--jobs", 2, "--products", "mkl", "--steps", 4)  # each arm in its own process
+    code, out, err = bench_main(capsys, *flags)
+    assert code == 0 and out.count("seed 2000: ") == 2, err
     found = bench.read_json("out/quality.json")
     first, second = found["arms"]
     assert found["rows"][f"{second}@2"]["rollouts"] == 96 and found["rows"]["oracle"]["kscore"] > 0.9
     assert found["differences"] == {}  # one seed has no interval
     assert sorted(os.listdir("out")) == ["quality", "quality-seconds.svg", "quality.json", "quality.md", "quality.svg",
                                          "runs"] and os.listdir() == ["out"]
-    code, out, _ = bench_main(capsys, "quality", "--quick")  # everything is there: only the table
-    assert code == 0 and "step 1" not in out and bench.read_json("out/quality.json") == found
+    code, out, _ = bench_main(capsys, *flags)  # everything is there: only the table
+    assert code == 0 and "seed 2000: " not in out and bench.read_json("out/quality.json") == found
 
 
-@pytest.mark.slow
-def test_runs_in_processes_of_their_own_are_those_of_one_process(tmp_path, plan_file, monkeypatch):
-    grpo = PLAN["arms"]["grpo"] | {"settings": "weight=0,prompts_per_step=1,rollouts=2", "seeds": 2, "updates": [1]}
-    plan = plan_file(arms={"grpo": grpo}, comparisons=[], novel=0)
-    found = []
-    for jobs in (1, 2):
-        folder = model.make_folder(str(tmp_path / f"results{jobs}"))
-        settings = bench.Quality(plan=plan, out=folder, runs=str(tmp_path / f"runs{jobs}"), jobs=jobs, quick=False,
-                                 threads=1, products="mkl", steps=2)
-        genevolve.use_processor(settings)
-        bench.carry_out(settings, [("grpo", 100), ("grpo", 101)], folder)
-        runs = [bench.read_json(os.path.join(folder, f"grpo-{seed}.json")) for seed in (100, 101)]
-        found.append([{name: run[name] for name in ("arm", "seed", "online", "measured")} for run in runs])
-    assert found[0] == found[1] and found[0][0]["online"] != found[0][1]["online"]
+def test_what_is_kept_of_a_measurement_leaves_novel_combinations_out_of_the_means():
+    rows = [dict.fromkeys(bench.SCORES, score) | {"id": name, "text_accuracy": text, "valid": score > 0.3,
+                                                  "tool_calls": 2}
+            for name, score, text in (("bench-0", 0.25, None), ("bench-1", 0.5, 1.0), ("novel-0", 0.123456, 0.0))]
+    assert bench.figures_of(rows) == {"kscore": [0.25, 0.5, 0.1235], "means": {
+        "faithfulness": 0.375, "visual_correctness": 0.375, "text_accuracy": 1.0, "aesthetics": 0.375, "valid": 0.5,
+        "tool calls": 2.0}}
 
 
 @pytest.mark.slow
