@@ -1149,7 +1149,7 @@ def summarize_quality(plan, folder, fixed):
                                                    [runs[second][seed] for seed in seeds], updates, novel)
 
     curves = {name: [curve_of(run) for run in runs[name].values()] for name in plan.arms if runs[name]}
-    details = {name: arm_details(list(found.values())) for name, found in runs.items() if found}
+    details = {name: arm_details(list(found.values()), novel) for name, found in runs.items() if found}
     print_quality(plan, rows, differences)
     results = os.path.dirname(folder)
     write_json(os.path.join(results, "quality.json"), {"rows": rows, "differences": differences, "arms": details})
@@ -1218,13 +1218,13 @@ def curve_of(run):
     return points
 
 
-def arm_details(runs):
+def arm_details(runs, novel):
     """What quality.json says about an arm beside its rows."""
     last = str(max(int(updates) for updates in runs[0]["measured"]))
     hits = [value for run in runs for value in run["hits"]]
     return {
         "settings": runs[0]["arm"]["settings"],
-        "kscore by seed": [mean(run["measured"][last]["kscore"]) for run in runs],
+        "kscore by seed": [float(np.array(run["measured"][last]["kscore"])[~novel].mean()) for run in runs],
         "agreement": [mean([run["agreement"][n] for run in runs]) for n in range(len(runs[0]["agreement"]))],
         "hit rate": mean(hits),
         "retired": [run["retired"] for run in runs],

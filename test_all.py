@@ -10016,6 +10016,7 @@ def test_arms_are_paired_by_seed_and_novel_combinations_stand_apart(tmp_path, pl
     later = found["differences"]["stable@2 - grpo@4"]
     assert later["kscore"][0] == pytest.approx(-0.05) and later["ratio of seconds"] == 1.5
 
+    assert found["arms"]["stable"]["kscore by seed"] == pytest.approx([0.2, 0.5])
     row = found["rows"]["stable@2"]
     assert row["kscore"] == pytest.approx(0.35) and row["novel"] == pytest.approx(0.45) and row["seeds"] == 2
     assert row["error"] == pytest.approx(0.15) and (row["rollouts"], row["seconds"]) == (96, 6.0)
