@@ -9579,8 +9579,8 @@ def test_a_row_of_the_speed_table_reads_both_forms_of_the_file(row, cells):
     assert speed_cells(row) == cells
 
 
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262, 15: 2.145,
-           20: 2.093}  # 97.5 % quantiles by the number of pairs
+T_QUANTILES = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262, 15: 2.145,
+               20: 2.093}  # 97.5 % quantiles by the number of pairs
 
 
 def test_the_headlines_interval_follows_from_the_runs_by_hand():
@@ -9592,7 +9592,7 @@ def test_the_headlines_interval_follows_from_the_runs_by_hand():
     first, second = bench.sides_of(plan.comparisons[0])
     pairs = [(score(*first, seed), score(*second, seed)) for seed in range(2000, 2020)]
     changes = [a - b for a, b in pairs if a and b]
-    margin = STUDENT[len(changes)] * np.std(changes, ddof=1) / len(changes) ** 0.5
+    margin = T_QUANTILES[len(changes)] * np.std(changes, ddof=1) / len(changes) ** 0.5
     low, high = np.mean(changes) - margin, np.mean(changes) + margin
     assert f"95 % interval {low:+.3f} to {high:+.3f}" in " ".join(document("README.md").split())
     assert f"({low:+.3f} to {high:+.3f})" in document("RESULTS.md")
