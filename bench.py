@@ -755,9 +755,9 @@ def bad_lesson(question):
 def planted_fate(run):
     """What became of --plant: lessons that are gone, how often each was used at other requests until then, and the
     uses of those that are left."""
-    bad = page.dropped_lesson(distill.Entry("", bad_lesson(""), 1.0, 1.0, 0))["advice"]
+    bad = bad_lesson("").bullets()
     dropped = [lesson for row in run.log for lesson in row.get("dropped", ()) if lesson["advice"] == bad]
-    left = [entry for entry in run.memory.entries if page.dropped_lesson(entry)["advice"] == bad]
+    left = [entry for entry in run.memory.entries if entry.bundle.bullets() == bad]
     return {"gone after uses": [lesson["agreement"]["count"] for lesson in dropped],
             "left, uses": [len(entry.uses) for entry in left]}
 

@@ -676,6 +676,10 @@ class Bundle:
         """The same bundle without its ``Standard:`` bullets."""
         return self.filter(lambda bullet: not bullet.startswith(STANDARD))
 
+    def bullets(self):
+        """Its bullets, field by field: [text]."""
+        return [bullet for bullets in self.guidance.values() for bullet in bullets]
+
 
 def check_bullet(bullet, names=()):
     """A bullet's error, or None: 12 to 22 words after the prefix, none of the names."""

@@ -1187,34 +1187,29 @@ def build_world(seed, folder=HERE, novel=0):
     for split in SPLITS:
         per_category, count = SPLITS[split]
         entities, cities = make_entities(split, words[split], per_category, seed)
-        rows = split_requests(entities, split, count, seed)
+        requests = {split: split_requests(entities, split, count, seed)}
         if split == "bench" and novel:
-            rows += novel_requests(entities, novel, seed)
-        oracle += [oracle_of(row) for row in rows]
-        write_requests(rows, folder)
+            requests["novel"] = novel_requests(entities, novel, seed)
+        for name, rows in requests.items():
+            oracle += [oracle_of(row) for row in rows]
+            write_requests(rows, os.path.join(folder, f"{name}.jsonl"))
 
         titles |= image_titles(entities)
         write_articles(articles(entities, cities), folder)
         write_images(entities, random.Random(f"photographs {split} {seed}"), folder)
-        print(f"{split}: {len(entities)} entities, {len(cities)} cities, {len(rows)} requests")
-    write_rows(os.path.join(folder, "oracle.jsonl"), oracle)
+        total = sum(map(len, requests.values()))
+        print(f"{split}: {len(entities)} entities, {len(cities)} cities, {total} requests")
+    model.write_lines(os.path.join(folder, "oracle.jsonl"), oracle)
     write_table(os.path.join(folder, "corpus/images/titles.json"), dict(sorted(titles.items())))
     write_table(os.path.join(folder, "world.json"), vocabulary())
 
 
 def split_requests(entities, split, count, seed):
-    """The requests of a split, no question twice; their ground truth is under "_image"."""
+    """The requests of a split; their ground truth is under "_image"."""
     rng = random.Random(f"requests {split} {seed}")
     order = order_entities(entities, split, rng)
-    rows, questions = [], set()
-    for number in range(count):
-        while True:
-            row = make_request(rng, order, 1 + number % 3, number, split, novel_allowed=split == "bench")
-            if row["question"] not in questions:
-                break
-        questions.add(row["question"])
-        rows.append(with_truth(row, rng))
-    return rows
+    return unlike_requests(count, rng, lambda number: make_request(rng, order, 1 + number % 3, number, split,
+                                                                   novel_allowed=split == "bench"))
 
 
 def novel_requests(entities, count, seed):
@@ -1223,35 +1218,36 @@ def novel_requests(entities, count, seed):
     Another subject is drawn with every try: some kinds of subject have few such combinations.
     """
     rng = random.Random(f"requests novel {seed}")
+
+    def make(number):
+        order = rng.sample(entities, len(entities))
+        row = make_request(rng, order, 2 + number % 2, number, "novel", novel_allowed=True)
+        return row if row["novel"] else make(number)
+    return unlike_requests(count, rng, make)
+
+
+def unlike_requests(count, rng, make):
+    """``count`` requests of make(number), no question twice, each with its ground truth and what the judges read."""
     rows, questions = [], set()
     for number in range(count):
         while True:
-            order = rng.sample(entities, len(entities))
-            row = make_request(rng, order, 2 + number % 2, number, "novel", novel_allowed=True)
-            if row["novel"] and row["question"] not in questions:
+            row = make(number)
+            if row["question"] not in questions:
                 break
         questions.add(row["question"])
-        rows.append(with_truth(row, rng))
+
+        row["_image"], _, boxes = draw(row["_scene"], rng)
+        row["gt_image"] = f"truth/{row['id']}.png"
+        row["recipe"]["wanted"] = constraints(row, boxes)
+        rows.append(row)
     return rows
 
 
-def with_truth(row, rng):
-    """A request with what the judges read of it, and its ground truth under "_image"."""
-    row["_image"], _, boxes = draw(row["_scene"], rng)
-    row["gt_image"] = f"truth/{row['id']}.png"
-    row["recipe"]["wanted"] = constraints(row, boxes)
-    return row
-
-
-def write_requests(rows, folder):
-    """SPLIT.jsonl and the ground truth of its rows; the names of splits stand before the numbers in their ids."""
-    splits = {}
+def write_requests(rows, path):
+    """A split's .jsonl file, and the ground truth of its rows beside it."""
     for row in rows:
-        diffusion.write_png(os.path.join(folder, row["gt_image"]), row["_image"])
-        kept = {name: value for name, value in row.items() if name[0] != "_"}
-        splits.setdefault(row["id"].partition("-")[0], []).append(kept)
-    for split, kept in splits.items():
-        write_rows(os.path.join(folder, f"{split}.jsonl"), kept)
+        diffusion.write_png(os.path.join(os.path.dirname(path), row["gt_image"]), row["_image"])
+    model.write_lines(path, [{name: value for name, value in row.items() if name[0] != "_"} for row in rows])
 
 
 def order_entities(entities, split, rng):
@@ -1305,10 +1301,6 @@ def write_images(entities, rng, folder):
             diffusion.write_png(path, reference_image(rng, sprite))
 
 
-def write_rows(path, rows):
-    model.write_lines(path, rows)
-
-
 def write_table(path, value):
     with open(path, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=1, ensure_ascii=False)
@@ -1333,7 +1325,7 @@ def build_scenes(count, seed):
             references[i, k] = picture
         if i % 5000 == 4999:
             print(f"{i + 1} of {count} scenes", flush=True)
-    write_rows(os.path.join(HERE, "scenes.jsonl"), captions)
+    model.write_lines(os.path.join(HERE, "scenes.jsonl"), captions)
     tensors = {"image": image, "references": references, "reference_count": reference_count, "labels": labels}
     metadata = {"classes": str(CLASSES), "seed": str(seed)}
     save_file(tensors, os.path.join(HERE, "scenes.safetensors"), metadata)
@@ -1359,7 +1351,7 @@ def build_demos(count, seed, expert_rate=EXPERT_RATE):
             continue
         written.append({"messages": demo_opening(rng, row, guide) + messages, "images": []})
 
-    write_rows(os.path.join(HERE, "sft.jsonl"), written)
+    model.write_lines(os.path.join(HERE, "sft.jsonl"), written)
     write_vocabulary(written[:6000])
     print(f"demonstrations: {count} tried, {n_valid} structurally valid ({n_valid / count:.1%}), "
           f"{len(written)} pass the audit ({len(written) / count:.1%})")

@@ -17,7 +17,6 @@ Contents, in reading order:
 """
 import difflib
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -361,8 +360,7 @@ def lesson_view(entry, pictures):
 
 def dropped_lesson(entry):
     """What the log keeps of a lesson that left the memory: {"request", "advice": [text], "agreement"}."""
-    bullets = itertools.chain.from_iterable(entry.bundle.differing().guidance.values())
-    return {"request": entry.prompt, "advice": list(bullets), "agreement": agreement_view(entry)}
+    return {"request": entry.prompt, "advice": entry.bundle.differing().bullets(), "agreement": agreement_view(entry)}
 
 
 def agreement_view(entry):
