@@ -820,7 +820,7 @@ def read_plan(path):
 
     for name, arm in arms.items():
         try:
-            arm_flags(arm)
+            check_arm(arm)
         except ValueError as error:
             raise ValueError(f"--plan {path}, arm {name}: {error}") from None
     for comparison in plan.comparisons:
@@ -828,6 +828,16 @@ def read_plan(path):
             if name not in arms or updates not in arms[name].updates:
                 raise ValueError(f"--plan {path}: {comparison}: no arm {name!r} is measured after {updates} updates")
     return plan
+
+
+def check_arm(arm):
+    """Raise ValueError for an arm that no run can carry out."""
+    arm_flags(arm)
+    counts = [arm.seeds, *arm.updates] if isinstance(arm.updates, list) else [None]
+    if not all(type(count) is int and count > 0 for count in counts):
+        raise ValueError("seeds and updates are whole numbers above 0")
+    if not arm.updates or sorted(set(arm.updates)) != arm.updates:
+        raise ValueError(f"updates {arm.updates}: must rise")
 
 
 def sides_of(comparison):
@@ -930,11 +940,13 @@ def measured_requests(settings, plan):
 def fixed_rows(settings, plan, folder):
     """``figures_of`` what no training made: raw request, fixed workflow, untrained policies, oracle. In fixed.json."""
     path = os.path.join(folder, "fixed.json")
+    requests, made_for = measured_requests(settings, plan), [plan.world, plan.novel]
     found = read_json(path)
     if found:
-        return found
+        if found["world"] != made_for or len(found["rows"]["oracle"]["kscore"]) != len(requests):
+            raise ValueError(f"{path}: made by another plan; take another --out, or remove it")
+        return found["rows"]
     world = world_of(settings, plan)
-    requests = measured_requests(settings, plan)
     suite = AtlasSuite(settings, requests=requests, folder=world)
     corpus = tools.Corpus(os.path.join(world, "corpus"))
 
@@ -947,14 +959,15 @@ def fixed_rows(settings, plan, folder):
 
     def judged(jobs, calls):
         scores = suite.score(jobs)
-        return figures_of([bench_row(request, s, True, calls) for request, s in zip(requests, scores)])
+        rows = [bench_row(request, s, True, calls) for request, s in zip(requests, scores)]
+        return figures_of(rows, plan.novel)
 
     found = {"raw request": judged(raw, 0), "fixed workflow": judged(workflow, 1)}
     for policy in dict.fromkeys(arm.policy for arm in plan.arms.values()):
         rows = attempt_bench(os.path.join(HERE, policy), settings, requests, corpus=corpus.root)
-        found[policy] = figures_of(rows)
+        found[policy] = figures_of(rows, plan.novel)
     found["oracle"] = judged(suite.oracle_jobs(), 0)
-    write_json(path, found)
+    write_json(path, {"world": made_for, "rows": found})
     return found
 
 
@@ -1022,7 +1035,7 @@ def measure_run(settings, folder, name, seed):
         run = train(settings, plan, name, seed, updates)
         corpus = os.path.join(world_of(settings, plan), "corpus")
         rows = attempt_bench(os.path.join(run.settings.out, "last"), settings, requests, corpus=corpus)
-        measured[str(updates)] = figures_of(rows)
+        measured[str(updates)] = figures_of(rows, plan.novel)
         write_json(part, measured)
 
     run = train(settings, plan, name, seed, arm.updates[-1])
@@ -1049,12 +1062,12 @@ def train(settings, plan, name, seed, updates):
     return run
 
 
-def figures_of(rows):
+def figures_of(rows, novel):
     """What is kept of a measurement: every request's KScore in their order, and the bench's means of all else.
 
-    Requests with novel combinations stand last, and are in no mean.
+    novel: so many of the requests, the last, are the further ones with novel combinations, which are in no mean.
     """
-    bench = [row for row in rows if not str(row["id"]).startswith("novel-")]
+    bench = rows[:len(rows) - novel]
     means = {name: mean([row[name] for row in bench]) for name in SCORES[1:]}
     means["valid"] = mean([float(row["valid"]) for row in bench])
     means["tool calls"] = mean([float(row["tool_calls"]) for row in bench])

@@ -9708,8 +9708,8 @@ def finished_run(plan, name, seed, kscores, online=1.0, seconds=1.0):
 
 def fixed_bench():
     """The oracle's figures on three bench requests and two novel ones."""
-    return {"oracle": bench.figures_of([dict.fromkeys(bench.SCORES, 1.0) | {"id": name, "valid": True, "tool_calls": 0}
-                                        for name in ("bench-0", "bench-1", "bench-2", "novel-0", "novel-1")])}
+    row = dict.fromkeys(bench.SCORES, 1.0) | {"valid": True, "tool_calls": 0}
+    return {"oracle": bench.figures_of([row] * 5, novel=2)}
 
 
 # ---- Aggregates ------------------------------------------------------------------------------------------------------
@@ -9929,6 +9929,9 @@ def test_a_run_trains_in_the_world_of_its_plan_and_stops_where_it_is_measured(tm
     ({"arms": {"grpo": PLAN["arms"]["grpo"] | {"settings": "wieght=0"}}}, "arm grpo: .*weight"),
     ({"arms": {"grpo": PLAN["arms"]["grpo"] | {"settings": "lr=fast"}}}, "arm grpo: .*fast"),
     ({"arms": {"grpo": {"label": "GRPO"}}}, "policy"),
+    ({"arms": {"grpo": PLAN["arms"]["grpo"] | {"updates": []}}}, "arm grpo: updates"),
+    ({"arms": {"grpo": PLAN["arms"]["grpo"] | {"updates": [4, 2]}}}, r"updates \[4, 2\]: must rise"),
+    ({"arms": {"grpo": PLAN["arms"]["grpo"] | {"seeds": "3"}}}, "arm grpo: seeds and updates"),
     ({"seeds": 3}, "seeds"),
 ])
 def test_a_plan_that_cannot_be_carried_out_is_refused_in_one_line(plan_file, capsys, changes, message):
@@ -9957,6 +9960,15 @@ def test_runs_come_seed_by_seed_and_what_is_finished_is_not_repeated(tmp_path, p
     plan_file(arms=PLAN["arms"] | {"grpo": grpo})
     with pytest.raises(ValueError, match="grpo-101.json: made by another plan"):
         bench.quality(settings)
+
+
+@pytest.mark.parametrize("changes", [{"world": 8}, {"novel": 3}])
+def test_what_no_training_made_belongs_to_one_world(tmp_path, plan_file, monkeypatch, changes):
+    monkeypatch.setattr(bench, "measured_requests", lambda *_: [{}] * 5)
+    model.write_json(str(tmp_path / "fixed.json"), {"world": [7, 2], "rows": fixed_bench()})
+    assert bench.fixed_rows(bench.Quality(), bench.read_plan(plan_file()), str(tmp_path)) == fixed_bench()
+    with pytest.raises(ValueError, match="fixed.json: made by another plan"):
+        bench.fixed_rows(bench.Quality(), bench.read_plan(plan_file(**changes)), str(tmp_path))
 
 
 def test_planted_lessons_advise_what_is_lazy_and_their_fate_is_told(ablation):
@@ -10074,7 +10086,7 @@ def test_the_committed_table_follows_from_the_committed_runs(tmp_path):
     shutil.copytree(os.path.join(bench.RESULTS, "quality"), tmp_path / "quality")
     folder = str(tmp_path / "quality")
     plan = bench.read_plan(os.path.join(folder, "plan.json"))
-    bench.summarize_quality(plan, folder, bench.read_json(os.path.join(folder, "fixed.json")))
+    bench.summarize_quality(plan, folder, bench.read_json(os.path.join(folder, "fixed.json"))["rows"])
     committed = bench.read_json(os.path.join(bench.RESULTS, "quality.json"))
     assert bench.read_json(str(tmp_path / "quality.json")) == committed
     assert (tmp_path / "quality.md").read_text() == text_of_file(os.path.join(bench.RESULTS, "quality.md"))
@@ -10179,10 +10191,9 @@ def test_a_quick_experiment_trains_measures_and_compares_two_arms(tmp_path, monk
 
 
 def test_what_is_kept_of_a_measurement_leaves_novel_combinations_out_of_the_means():
-    rows = [dict.fromkeys(bench.SCORES, score) | {"id": name, "text_accuracy": text, "valid": score > 0.3,
-                                                  "tool_calls": 2}
-            for name, score, text in (("bench-0", 0.25, None), ("bench-1", 0.5, 1.0), ("novel-0", 0.123456, 0.0))]
-    assert bench.figures_of(rows) == {"kscore": [0.25, 0.5, 0.1235], "means": {
+    rows = [dict.fromkeys(bench.SCORES, score) | {"text_accuracy": text, "valid": score > 0.3, "tool_calls": 2}
+            for score, text in ((0.25, None), (0.5, 1.0), (0.123456, 0.0))]
+    assert bench.figures_of(rows, novel=1) == {"kscore": [0.25, 0.5, 0.1235], "means": {
         "faithfulness": 0.375, "visual_correctness": 0.375, "text_accuracy": 1.0, "aesthetics": 0.375, "valid": 0.5,
         "tool calls": 2.0}}
 
