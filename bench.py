@@ -39,6 +39,7 @@ import math
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -1510,6 +1511,39 @@ def training_row(s):
     return row
 
 
+def experience_row(s):
+    """What experience costs an update: the gradients of the training step's rows by GRPO alone ("ours") and by
+    ``stable`` ("peer"). Its frozen teacher is the reference network, whose view without the guide both need."""
+    net, rows = small_policy(s), training_batch(s.quick)
+    reference = copy.deepcopy(net).requires_grad_(False)
+    stable = distill.RECIPES["stable"]
+
+    def gradients(recipe):
+        return lambda: distill.update_gradients(net, reference, reference, rows, recipe, together=True)
+
+    return side_by_side(gradients(dataclasses.replace(stable, weight=0.0)), gradients(stable), s)
+
+
+def evolve_row(s):
+    """Seconds of an update of `evolve` from ``weights/rare``, attempts and pictures included: GRPO alone ("ours") and
+    ``stable`` ("peer"), three updates each that begin with the same attempts."""
+    def step_seconds(weight):
+        with tempfile.TemporaryDirectory() as folder:
+            flags = {"policy": os.path.join(HERE, "weights", "rare"), "out": folder, "steps": 1 if s.quick else 3,
+                     "eval-every": 0, "audit-every": 0, "set": f"weight={weight}", "seed": s.seed, "device": s.device,
+                     "threads": s.threads, "products": s.products}
+            command = [sys.executable, os.path.join(HERE, "genevolve.py"), "evolve"]
+            for name, value in flags.items():
+                command += [f"--{name}", str(value)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise ValueError(f"evolve ended with {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
+            return mean([line["seconds"] for line in read_lines(os.path.join(folder, "log.jsonl"))])
+
+    runs = [[step_seconds(0), step_seconds(1)] for _ in range(s.repeats)]
+    return {"ours s": float(np.median([own for own, _ in runs])), **compared(runs), "runs": runs}
+
+
 def training_batch(quick):
     """8 groups x 6, prompt 600, guide 120, responses of 50 to 500 tokens: [distill.TrainingRow]."""
     rng, rows = np.random.default_rng(0), []
@@ -1770,21 +1804,33 @@ def large_decode_row(s):
 
 def engine_row(s):
     """The rollouts row's sizes, written by the first, the first two, ... of the servers of --engines. Fresh prompts for
-    each, so that no prefix cache knows them."""
+    each, so that no prefix cache knows them. The first server is the peer of our engine, if it serves the same
+    weights: `python -c "import bench; bench.save_small_policy('out/small')"` writes them."""
     if not s.engines:
         raise tools.ToolError("name running vLLM or SGLang servers with --engines URL,URL")
     new = 16 if s.quick else 128
     clients = [tools.open_engine(url) for url in s.engines.split(",")]
     ask_engines(clients, [[1, 2]] * len(clients), 4)  # the first call allocates and compiles
-    generator, row = torch.Generator().manual_seed(0), {}
+    net, generator, row = small_policy(s), torch.Generator().manual_seed(0), {}
+    model.generate(net, random_prompts(GROUPS, generator), new)
     for count in range(1, len(clients) + 1):
-        seconds = []
+        runs = []  # seconds of (ours, the servers)
         for _ in range(s.repeats):
             prompts = [[token % 1000 for token in prompt] for prompt in random_prompts(GROUPS, generator)]
-            measured = timed(lambda prompts=prompts: ask_engines(clients[:count], prompts, new))
-            seconds.append(measured.seconds)
-        row[f"servers {count}: tokens/s"] = len(prompts) * new / float(np.median(seconds))
+            own = timed(lambda prompts=prompts: model.generate(net, prompts, new), s.device)
+            theirs = timed(lambda prompts=prompts: ask_engines(clients[:count], prompts, new))
+            runs.append([own.seconds, theirs.seconds])
+        if count == 1:
+            row |= {"ours s": float(np.median([own for own, _ in runs])), **compared(runs), "runs": runs}
+        row[f"servers {count}: tokens/s"] = len(prompts) * new / float(np.median([theirs for _, theirs in runs]))
     return row
+
+
+def save_small_policy(folder):
+    """The weights of the rows "rollouts" and "engine" as a model folder, for a server to load. Its tokenizer is the
+    embedded policy's, which only has to be there: prompts and answers travel as token ids."""
+    model.save(folder, small_policy(Speed(device="cpu")))
+    shutil.copy(os.path.join(HERE, "weights", "sft", "tokenizer.json"), folder)
 
 
 def ask_engines(clients, prompts, new):
@@ -1832,11 +1878,12 @@ def training_step(rank, layers, repeats, quick, device):
 
 
 SPEED = {"rollouts": rollout_row, "turns": turns_row, "short turns": short_turns_row, "log-probs": logprob_row,
-         "training step": training_row, "sampler": sampler_row, "scaling": scaling_row, "slow tools": tools_row,
-         "low-rank adapters": lora_row, "8 B decode": large_decode_row, "engine": engine_row}
+         "training step": training_row, "experience": experience_row, "evolve": evolve_row, "sampler": sampler_row,
+         "scaling": scaling_row, "slow tools": tools_row, "low-rank adapters": lora_row,
+         "8 B decode": large_decode_row, "engine": engine_row}
 # peer / ours: the peer as it is by default, and with the same products
 TARGETS = {"rollouts": (5.5, 4.5), "turns": (6.5, None), "short turns": (8, None), "log-probs": (1.8, None),
-           "training step": (4.5, None), "sampler": (1.8, None)}
+           "training step": (4.5, None), "sampler": (1.8, None), "engine": (2.0, None)}
 
 
 def speed(settings):

@@ -1309,6 +1309,20 @@ def audit_lessons(run, requests, entries, rewards):
         "rollouts": 2 * run.settings.rollouts * len(audited)}}
 
 
+def audit_correlation(rows):
+    """(Correlation of ``lesson_agreement`` with the audited change of the reward, how many uses have both) over a log:
+    how well the free figure stands for the one that costs rollouts. nan where nothing varies."""
+    pairs = []
+    for row in rows:
+        effects = row.get("lesson_audit", {}).get("effects", [])
+        for agreement, effect in zip(row.get("agreements", []), effects):
+            if agreement is not None and effect is not None and not math.isnan(effect):
+                pairs.append((agreement, effect))
+    if len(pairs) < 3 or min(np.std(pairs, axis=0)) < 1e-6:
+        return math.nan, len(pairs)
+    return float(np.corrcoef(np.transpose(pairs))[0, 1]), len(pairs)
+
+
 # shares of the run's own first (validity, entropy) or best (reward) window below which a policy has collapsed
 COLLAPSE = {"validity": 0.7, "entropy": 0.1, "reward": 0.6}
 COLLAPSE_WINDOW = 5  # steps
@@ -1809,6 +1823,9 @@ def evolution_end(run, seconds):
     measured = [row for row in run.log if row.get("validation")]
     if measured:
         lines.append(f"after {measured[-1]['step']} steps: {validation_line(measured[-1]['validation'])}")
+    correlation, uses = audit_correlation(run.log)
+    if not math.isnan(correlation):
+        lines.append(f"audits: agreement and measured effect of a lesson correlate {correlation:+.2f}, {uses} uses")
 
     policy = os.path.join(s.out, "policy")
     is_promoted = os.path.isdir(policy)  # not where no evaluation was wanted
