@@ -755,12 +755,15 @@ def bad_lesson(question):
 
 def planted_fate(run):
     """What became of --plant: lessons that are gone, how often each was used at other requests until then, and the
-    uses of those that are left."""
+    uses of those that are left. With retire=advice also the bullets that are gone: [update, uses with an agreement]."""
     bad = bad_lesson("").bullets()
-    dropped = [lesson for row in run.log for lesson in row.get("dropped", ()) if lesson["advice"] == bad]
+    dropped = [(row, lesson) for row in run.log for lesson in row.get("dropped", ())]
+    gone = [lesson["agreement"]["count"] for _, lesson in dropped if lesson["advice"] == bad]
+    bullets = [[row["step"], lesson["agreement"]["count"]] for row, lesson in dropped
+               if len(lesson["advice"]) == 1 and lesson["advice"][0] in bad]
     left = [entry for entry in run.memory.entries if entry.bundle.bullets() == bad]
-    return {"gone after uses": [lesson["agreement"]["count"] for lesson in dropped],
-            "left, uses": [len(entry.uses) for entry in left]}
+    return {"gone after uses": gone, "left, uses": [len(entry.uses) for entry in left],
+            **({"bullets gone": bullets} if run.recipe.retire == "advice" else {})}
 
 
 def imitation_gradients(net, examples, temperature, processes):
@@ -944,7 +947,7 @@ def fixed_rows(settings, plan, folder):
     requests, made_for = measured_requests(settings, plan), [plan.world, plan.novel]
     found = read_json(path)
     if found:
-        if found["world"] != made_for or len(found["rows"]["oracle"]["kscore"]) != len(requests):
+        if found.get("world") != made_for or len(found["rows"]["oracle"]["kscore"]) != len(requests):
             raise ValueError(f"{path}: made by another plan; take another --out, or remove it")
         return found["rows"]
     world = world_of(settings, plan)

@@ -948,6 +948,32 @@ class Memory:
             self.counters["retired"] += len(retired)
         return retired
 
+    def retire_advice(self, uses=3):
+        """Take the bullets that hurt out of all lessons, by the rule of ``retire``; a lesson without bullets goes.
+
+        A lesson is used so seldom that its own uses rarely settle anything, but most of its bullets stand in others,
+        too. Here a bullet's evidence is every use of any lesson that gives it. Returns one Entry a bullet, with that
+        bullet alone and all those uses.
+        """
+        evidence = {}  # bullet -> Entry
+        for entry in self.entries:
+            for bullet in entry.bundle.bullets():
+                if bullet not in evidence:
+                    evidence[bullet] = replace(entry, bundle=entry.bundle.filter({bullet}.__contains__), uses=[])
+                evidence[bullet].uses.extend(entry.uses)
+
+        retired = {}
+        for bullet, pooled in evidence.items():
+            mean, error, count = pooled.agreement()
+            if count >= uses and mean + error < 0:
+                retired[bullet] = pooled
+        if retired:
+            for entry in self.entries:
+                entry.bundle = entry.bundle.filter(lambda bullet: bullet not in retired)
+            self.drop({i for i, entry in enumerate(self.entries) if entry.bundle.empty})
+            self.counters["retired"] += len(retired)
+        return list(retired.values())
+
     def state_dict(self):
         """(JSON-able dict, {"keys": float32 (entries, D)}): everything but the embedder and the settings."""
         entries = [asdict(entry) | {"bundle": entry.bundle.to_dict()} for entry in self.entries]
@@ -1132,6 +1158,7 @@ class Recipe:
     capacity: int = within(500, "[1, inf)")                 # of the memory
     gate: float = within(0.84, "[-1, 1]")  # least cosine; belongs to Qwen3-Embedding, fit it for another embedder
     near_tie: float = within(0.0, "[0, 2]")  # cosines this near count as equal: the better best reward decides
+    retire: str = one_of("lesson", ("lesson", "advice"))    # what is forgotten when it disagrees, see ``Memory``
     entity_free: bool = False                               # keys without names
     standard: bool = True                                   # keep the bullets on which best and worst agree
 

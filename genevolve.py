@@ -1271,7 +1271,8 @@ def judge_lessons(run, batch, requests, entries):
     if not math.isnan(pull):
         run.agreement_average += AGREEMENT_RATE * (pull - run.agreement_average)
 
-    retired = run.memory.retire()
+    forget = run.memory.retire_advice if run.recipe.retire == "advice" else run.memory.retire
+    retired = forget()
     dropped = {"dropped": [page.dropped_lesson(entry) for entry in retired]} if retired else {}
     return {"agreements": agreements, "agreement": distill.average(foreign), "own_agreement": distill.average(own),
             "pull_agreement": pull, "agreement_average": run.agreement_average, "retired": len(retired)} | dropped

@@ -5917,6 +5917,26 @@ def test_lessons_that_disagree_are_retired_after_enough_uses():
     assert memory.retire() == [a]                                     # b is in doubt, c has been used too seldom
     assert [e.prompt for e in memory.entries] == ["b", "c", "d"] and len(memory.keys) == 3
     assert memory.lookup(["a"]) == [None] and c.agreement()[2] == 2 and memory.counters["retired"] == 1
+    assert memory.retire(uses=2) == [c]                               # two uses, both against it
+
+
+def test_advice_that_disagrees_wherever_it_is_given_goes_from_every_lesson():
+    memory = table_memory({"a": [1, 0], "b": [0, 1], "c": [-1, 0]})
+    lessons = {"a": ["Hurry."], "b": ["Hurry.", "Look twice."], "c": ["Look twice.", "Count."]}
+    for prompt, bullets in lessons.items():
+        memory.add(prompt, distill.Bundle.from_bullets(prompt, {"prompt_program_guidance": bullets}), 0.9, 0.1, 0)
+    for entry, agreements in zip(memory.entries, ((-0.5, None), (-0.4, -0.6), (0.9, 0.8))):
+        for agreement in agreements:
+            memory.record_use(entry, 3, "Another request.", agreement)
+    # no lesson has three uses; "Hurry." has -.5, -.4 and -.6, "Look twice." -.4, -.6, .9 and .8, "Count." .9 and .8
+    assert memory.retire() == []
+    gone, = memory.retire_advice()
+    assert gone.bundle.bullets() == ["Hurry."] and gone.agreement() == pytest.approx((-0.5, 0.1 / 3**0.5, 3))
+    assert [entry.bundle.bullets() for entry in memory.entries] == [["Look twice."], ["Look twice.", "Count."]]
+    assert [entry.prompt for entry in memory.entries] == ["b", "c"] and len(memory.keys) == 2
+    assert len(memory.entries[0].uses) == 2 and memory.counters["retired"] == 1
+    assert memory.retire_advice() == []
+
 
 
 @pytest.mark.parametrize("advantages, advice, expected", [
@@ -9558,40 +9578,49 @@ def test_every_setting_that_was_tried_is_told():
         assert cells[3:] == [f"{np.mean(values):.3f}" for values in figures]
 
 
+def ratio_cell(row, prefix=""):
+    """Median and quartiles of a ratio, as RESULTS.md shows them; empty where it was not measured."""
+    if prefix + "ratio" not in row:
+        return ""
+    low, high = row[prefix + "ratio quartiles"]
+    return f"{row[prefix + 'ratio']:.2f} ({low:.2f} to {high:.2f})"
+
+
 def speed_cells(row):
     """A row of speed.json as RESULTS.md shows it: ours, peer, ratio, ratio with our products, aimed at, share."""
-    def ratio(prefix=""):
-        if prefix + "ratio" not in row:
-            return ""
-        low, high = row.get(prefix + "ratio quartiles") or (row["ratio low"], row["ratio high"])
-        return f"{row[prefix + 'ratio']:.2f} ({low:.2f} to {high:.2f})"
-    same = {name.split(",")[0] for name in row if name.startswith("same products")}
-    target = row.get("target", ())
-    targets = [target] if isinstance(target, (int, float)) else [aim for aim in target if aim is not None]
+    targets = ", ".join(f"{aim:g}" for aim in row["target"] if aim is not None)
     share = f"{row['share of the machine']:.0%}" if "share of the machine" in row else ""
-    return [f"{row['ours s']:.2f} s", f"{row['peer s']:.2f} s", ratio(), ratio("same products, ") if same else "",
-            ", ".join(f"{aim:g}" for aim in targets), share]
+    return [f"{row['ours s']:.2f} s", f"{row['peer s']:.2f} s", ratio_cell(row), ratio_cell(row, "same products, "),
+            targets, share]
 
 
 def test_the_figures_of_the_speed_are_those_of_its_file():
     """Where it fails, the message is the row to paste."""
     measured = results_json("speed.json")
-    shown = {row[0].strip("`"): row for row in table_rows(document("RESULTS.md"), 8) if row[0].strip("`") in measured}
+    text = document("RESULTS.md")
+    shown = {row[0].strip("`"): row for row in table_rows(text, 8) if row[0].strip("`") in measured}
     assert set(shown) == {name for name, row in measured.items() if "peer s" in row and name in bench.TARGETS}
     for name, (key, work, *cells) in shown.items():
         expected = speed_cells(measured[name])
         assert cells == expected, "| " + " | ".join([key, work, *expected]) + " |"
 
+    costs = {row[0].strip("`"): row[2:] for row in table_rows(text, 5) if row[0].strip("`") in measured}
+    assert set(costs) == {"experience", "evolve"}
+    for name, cells in costs.items():
+        row = measured[name]
+        assert cells == [f"{row['ours s']:.2f} s", f"{row['peer s']:.2f} s", ratio_cell(row)]
+    scaling = measured["scaling"]
+    assert ["tokens/s"] + [f"{scaling[f'{count}: tokens/s']:.0f}" for count in (16, 48, 128, 512)] in table_rows(text, 5)
+    machine = measured["machine"]
+    assert f"{machine['matrix product, GFLOP/s']:.0f} GFLOP/s" in text and f"{machine['memory, GB/s']:.0f} GB/s" in text
+    assert all(len(row["runs"]) >= 5 for name, row in measured.items() if name in bench.TARGETS)
 
-@pytest.mark.parametrize("row, cells", [
-    ({"ours s": 2.0, "peer s": 5.0, "ratio": 2.5, "ratio low": 2.25, "ratio high": 2.75, "target": 3},
-     ["2.00 s", "5.00 s", "2.50 (2.25 to 2.75)", "", "3", ""]),
-    ({"ours s": 2.0, "peer s": 5.0, "ratio": 2.5, "ratio quartiles": [2.25, 2.75], "target": [3.5, None],
-      "same products, peer s": 3.0, "same products, ratio": 1.5, "same products, ratio quartiles": [1.25, 1.75],
-      "share of the machine": 0.384},
-     ["2.00 s", "5.00 s", "2.50 (2.25 to 2.75)", "1.50 (1.25 to 1.75)", "3.5", "38%"])])
-def test_a_row_of_the_speed_table_reads_both_forms_of_the_file(row, cells):
-    assert speed_cells(row) == cells
+
+def test_a_row_of_the_speed_table_is_written_as_shown():
+    row = {"ours s": 2.0, "peer s": 5.0, "ratio": 2.5, "ratio quartiles": [2.25, 2.75], "target": [3.5, None],
+           "same products, peer s": 3.0, "same products, ratio": 1.5, "same products, ratio quartiles": [1.25, 1.75],
+           "share of the machine": 0.384}
+    assert speed_cells(row) == ["2.00 s", "5.00 s", "2.50 (2.25 to 2.75)", "1.50 (1.25 to 1.75)", "3.5", "38%"]
 
 
 T_QUANTILES = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262, 11: 2.228,
@@ -10003,6 +10032,13 @@ def test_planted_lessons_advise_what_is_lazy_and_their_fate_is_told(ablation):
     run.log.append({"dropped": [page.dropped_lesson(entry) for entry in run.memory.retire()]})
     run.log.append({"dropped": [page.dropped_lesson(lesson_entry(1, 0.2, "Count aloud."))]})  # of the run's own
     assert bench.planted_fate(run) == {"gone after uses": [4], "left, uses": [2, 0]}
+
+    # bullet by bullet: what is told is the update, and the uses that spoke against it
+    run.recipe = dataclasses.replace(run.recipe, retire="advice")
+    used.uses = [{"agreement": -0.5}] * 3
+    run.log.append({"step": 7, "dropped": [page.dropped_lesson(entry) for entry in run.memory.retire_advice()]})
+    assert len(run.memory) == 0
+    assert bench.planted_fate(run) == {"gone after uses": [4], "left, uses": [], "bullets gone": [[7, 3]] * 6}
 
 
 def test_the_ratio_of_a_fading_weight_is_reported_as_if_it_had_not_faded():
