@@ -754,15 +754,17 @@ def bad_lesson(question):
 
 
 def planted_fate(run):
-    """What became of --plant: lessons that are gone, how often each was used at other requests until then, and the
-    uses of those that are left. With retire=advice also the bullets that are gone: [update, uses with an agreement]."""
+    """What became of --plant: lessons that are gone, how often each was used at other requests until then, the uses of
+    those that are left, and their agreements, a list a lesson. With retire=advice also the bullets that are gone:
+    [update, uses with an agreement]."""
     bad = bad_lesson("").bullets()
     dropped = [(row, lesson) for row in run.log for lesson in row.get("dropped", ())]
     gone = [lesson["agreement"]["count"] for _, lesson in dropped if lesson["advice"] == bad]
     bullets = [[row["step"], lesson["agreement"]["count"]] for row, lesson in dropped
                if len(lesson["advice"]) == 1 and lesson["advice"][0] in bad]
     left = [entry for entry in run.memory.entries if entry.bundle.bullets() == bad]
-    return {"gone after uses": gone, "left, uses": [len(entry.uses) for entry in left],
+    agreements = [[round(use["agreement"], 2) for use in entry.uses if use["agreement"] is not None] for entry in left]
+    return {"gone after uses": gone, "left, uses": [len(entry.uses) for entry in left], "left, agreements": agreements,
             **({"bullets gone": bullets} if run.recipe.retire == "advice" else {})}
 
 

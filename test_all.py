@@ -10032,14 +10032,15 @@ def test_planted_lessons_advise_what_is_lazy_and_their_fate_is_told(ablation):
     used.uses = [{"agreement": 0.5}, {"agreement": None}]
     run.log.append({"dropped": [page.dropped_lesson(entry) for entry in run.memory.retire()]})
     run.log.append({"dropped": [page.dropped_lesson(lesson_entry(1, 0.2, "Count aloud."))]})  # of the run's own
-    assert bench.planted_fate(run) == {"gone after uses": [4], "left, uses": [2, 0]}
+    assert bench.planted_fate(run) == {"gone after uses": [4], "left, uses": [2, 0], "left, agreements": [[0.5], []]}
 
     # bullet by bullet: what is told is the update, and the uses that spoke against it
     run.recipe = dataclasses.replace(run.recipe, retire="advice")
     used.uses = [{"agreement": -0.5}] * 3
     run.log.append({"step": 7, "dropped": [page.dropped_lesson(entry) for entry in run.memory.retire_advice()]})
     assert len(run.memory) == 0
-    assert bench.planted_fate(run) == {"gone after uses": [4], "left, uses": [], "bullets gone": [[7, 3]] * 6}
+    assert bench.planted_fate(run) == {"gone after uses": [4], "left, uses": [], "left, agreements": [],
+                                       "bullets gone": [[7, 3]] * 6}
 
 
 def test_the_ratio_of_a_fading_weight_is_reported_as_if_it_had_not_faded():
