@@ -930,7 +930,8 @@ def experiment(settings):
 
 def world_of(settings, plan):
     """Folder of the plan's own Atlas, which is built once."""
-    folder = os.path.join(runs_folder(settings), f"world-{plan.world}-{plan.novel}")
+    # absolute, as runs side by side have it: a run that goes on alone must find its corpus under the same name
+    folder = os.path.join(os.path.abspath(runs_folder(settings)), f"world-{plan.world}-{plan.novel}")
     if not os.path.exists(os.path.join(folder, "world.json")):  # the file that is written last
         build.build_world(plan.world, folder, plan.novel)
     return folder

@@ -9958,8 +9958,10 @@ def test_a_setting_reaches_the_flag_or_the_recipe_that_it_names():
     assert flags.rollouts == 3 and flags.policy == os.path.join(bench.HERE, "weights", "rare")
 
 
-def test_a_run_trains_in_the_world_of_its_plan_and_stops_where_it_is_measured(tmp_path, plan_file, evolve_calls):
-    settings = bench.Quality(plan=plan_file(), runs=str(tmp_path / "runs"), threads=1, products="mkl")
+def test_a_run_trains_in_the_world_of_its_plan_and_stops_where_it_is_measured(tmp_path, plan_file, evolve_calls,
+                                                                              monkeypatch):
+    monkeypatch.chdir(tmp_path)  # files of the world have one name, however --runs is written
+    settings = bench.Quality(plan=plan_file(), runs="runs", threads=1, products="mkl")
     plan = bench.read_plan(settings.plan)
     assert bench.train(settings, plan, "stable", 101, 4).steps_done == 4
     (flags, evolution), = evolve_calls
