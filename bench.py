@@ -1820,15 +1820,16 @@ def engine_row(s):
     net, generator, row = small_policy(s), torch.Generator().manual_seed(0), {}
     model.generate(net, random_prompts(GROUPS, generator), new)
     for count in range(1, len(clients) + 1):
-        runs = []  # seconds of (ours, the servers)
+        own, theirs = [], []  # seconds
         for _ in range(s.repeats):
             prompts = [[token % 1000 for token in prompt] for prompt in random_prompts(GROUPS, generator)]
-            own = timed(lambda prompts=prompts: model.generate(net, prompts, new), s.device)
-            theirs = timed(lambda prompts=prompts: ask_engines(clients[:count], prompts, new))
-            runs.append([own.seconds, theirs.seconds])
+            if count == 1:
+                own.append(timed(lambda prompts=prompts: model.generate(net, prompts, new), s.device).seconds)
+            theirs.append(timed(lambda prompts=prompts: ask_engines(clients[:count], prompts, new)).seconds)
         if count == 1:
-            row |= {"ours s": float(np.median([own for own, _ in runs])), **compared(runs), "runs": runs}
-        row[f"servers {count}: tokens/s"] = len(prompts) * new / float(np.median([theirs for _, theirs in runs]))
+            runs = list(zip(own, theirs, strict=True))
+            row |= {"ours s": float(np.median(own)), **compared(runs), "runs": runs}
+        row[f"servers {count}: tokens/s"] = len(prompts) * new / float(np.median(theirs))
     return row
 
 

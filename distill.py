@@ -814,6 +814,12 @@ class Entry:
         values = [use["agreement"] for use in self.uses if use["agreement"] is not None]
         return *mean_and_error(values), len(values)
 
+    def disagrees(self, uses):
+        """Whether it speaks, after at least so many uses with an agreement, against what turned out well: by more than
+        its standard error."""
+        mean, error, count = self.agreement()
+        return count >= uses and mean + error < 0
+
     def effect(self):
         """Mean change of the reward and its standard error (inf below two audits)."""
         mean = self.effect_sum / max(self.audits, 1)
@@ -937,11 +943,7 @@ class Memory:
     def retire(self, uses=3):
         """Forget lessons that hurt: those that, after enough uses at other requests, disagree with what turned out well
         by more than their standard error. Returns them."""
-        indices = set()
-        for i, entry in enumerate(self.entries):
-            mean, error, count = entry.agreement()
-            if count >= uses and mean + error < 0:
-                indices.add(i)
+        indices = {i for i, entry in enumerate(self.entries) if entry.disagrees(uses)}
         retired = [self.entries[i] for i in sorted(indices)]
         if retired:
             self.drop(indices)
@@ -962,11 +964,7 @@ class Memory:
                     evidence[bullet] = replace(entry, bundle=entry.bundle.filter({bullet}.__contains__), uses=[])
                 evidence[bullet].uses.extend(entry.uses)
 
-        retired = {}
-        for bullet, pooled in evidence.items():
-            mean, error, count = pooled.agreement()
-            if count >= uses and mean + error < 0:
-                retired[bullet] = pooled
+        retired = {bullet: pooled for bullet, pooled in evidence.items() if pooled.disagrees(uses)}
         if retired:
             for entry in self.entries:
                 entry.bundle = entry.bundle.filter(lambda bullet: bullet not in retired)

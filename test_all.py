@@ -10356,6 +10356,8 @@ def test_servers_share_the_prompts_of_the_engine_row(monkeypatch, tmp_path, caps
     # one each to begin with, 48 for the first alone, then 24 each
     assert sorted(engines["a"].batches) == [1, 3, 4] + [5] * 13 and engines["b"].batches == [1, 24]
     row = bench.read_json(tmp_path / "speed.json")["engine"]
+    assert list(row) == ["ours s", "peer s", "ratio", "ratio quartiles", "runs", "servers 1: tokens/s",
+                         "servers 2: tokens/s", "target"]
     assert row["servers 1: tokens/s"] > 0 and row["servers 2: tokens/s"] > 0
     (own, theirs), = row["runs"]  # our engine wrote the first server's prompts, too
     assert row["ours s"] == own and row["peer s"] == theirs and row["ratio"] == pytest.approx(theirs / own)
@@ -10372,7 +10374,6 @@ def test_quick_rows_of_the_speed_table(tmp_path, monkeypatch, capsys, committed_
     found = bench.read_json("out/speed.json")
     assert list(found) == ["machine", *rows] and found["machine"]["quick"] is True
     assert found["log-probs"]["target"] == [1.8, None] and found["scaling"]["48: tokens/s"] > 0
-    assert found["experience"]["ratio"] > 1  # a teacher's forward pass more
     assert 0.1 < found["evolve"]["ours s"] and 0.1 < found["evolve"]["peer s"]
     assert found["slow tools"]["ratio"] > 1 and found["slow tools"]["turns a request"] > 1
     assert found["low-rank adapters"]["trained"] == 16 * lora_width(256, 768) < found["low-rank adapters"]["parameters"]
@@ -10381,6 +10382,16 @@ def test_quick_rows_of_the_speed_table(tmp_path, monkeypatch, capsys, committed_
     # in full size it is for a GPU alone
     _, out, _ = bench_main(capsys, "speed", "--device", "cpu", "--rows", "8 B decode", "--out", tmp_path)
     assert "8 B decode: needs a GPU" in out
+
+
+def test_what_experience_costs_is_measured_against_grpo_alone_on_the_same_rows(monkeypatch):
+    calls = []
+
+    def update_gradients(net, reference, teacher, rows, recipe, together):
+        calls.append((recipe.weight, teacher is reference, len(rows), together))
+    monkeypatch.setattr(distill, "update_gradients", update_gradients)
+    bench.experience_row(bench.Speed(quick=True, repeats=2, device="cpu"))
+    assert calls == [(0.0, True, 12, True), (1.0, True, 12, True)] * 3  # in turns; the first two are not counted
 
 
 def test_a_server_is_given_the_weights_of_the_rollouts_row(tmp_path):
