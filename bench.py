@@ -17,7 +17,7 @@ Contents, in reading order:
 
     table_row, bootstrap    one policy's columns; the difference of two and its 95 % interval
     AtlasSuite, world       the Atlas measured: does the judge see faults, do skills and references matter
-    Ablation                the experiment's controls, as an evolution with three overridden methods
+    Ablation                the experiment's controls, as an evolution with some methods overridden
     Plan, Arm               an experiment, written down before its first run
     quality                 train and measure its runs; summarize_quality, compare_arms, t_interval, sign_flip
     suite_rows              one policy on a file of requests, WISE's included
@@ -73,8 +73,8 @@ class Bench(Compute):
     out: str = flag("", "folder for the JSON of the results (default: results, or out for a smoke run)")
     quick: bool = flag(False, "a smoke run on a few rows")
     policy: str = flag(os.path.join(HERE, "weights", "sft"), "policy folder that is measured")
-    steps: int = flag(20, "sampling steps of the renderer", alias="")
-    guidance: float = flag(1.0, "classifier-free guidance of the renderer")
+    steps: int = flag(20, "sampling steps of the renderer", alias="", bounds="[1, inf)")
+    guidance: float = flag(1.0, "classifier-free guidance of the renderer", bounds="[0, inf)")
 
 
 # ---- Aggregates ------------------------------------------------------------------------------------------------------
@@ -667,7 +667,7 @@ class Ablation(genevolve.Evolution):
     imitate="memory"     the same on the best trajectory behind the lesson that the memory finds
     plant                bad lessons wait in the memory: how soon are they found out?
 
-    The three overridden methods are also the place for an idea of your own: which guide a teacher reads
+    Three of the methods are also the place for an idea of your own: which guide a teacher reads
     (``choose_guides``), a further loss (``extra_gradients``), how two losses are weighed (``sdl_weight``).
     """
 
@@ -675,7 +675,7 @@ class Ablation(genevolve.Evolution):
         super().__init__(settings, components, processes)
         self.examples = {}  # prompt in the memory -> [tokens, mask] of its best trajectory
         for row in self.data[::max(1, len(self.data) // max(1, settings.plant))][:settings.plant]:
-            self.memory.add(row["question"], bad_lesson(row["question"]), best=1.0, worst=0.0, step=0)
+            self.memory.add(row["question"], bad_lesson(row["question"]), best=1.0, worst=0.0, step=-1)
 
     def choose_guides(self, requests, entries):
         """[Bundle or None], one a request: what its teacher reads."""
@@ -702,7 +702,8 @@ class Ablation(genevolve.Evolution):
     def examples_to_imitate(self, groups, entries):
         """[(tokens, mask)]: the groups' best programs, or the best behind the lesson of the nearest request."""
         if self.settings.imitate == "memory":
-            return [tuple(self.examples[entry.prompt]) for entry in entries if entry is not None]
+            prompts = [entry.prompt for entry in entries if entry is not None]
+            return [tuple(self.examples[prompt]) for prompt in prompts if prompt in self.examples]
         if self.settings.imitate != "best":
             return []
         examples = []
@@ -731,9 +732,9 @@ class Ablation(genevolve.Evolution):
         pairs = super().remember(requests, groups)
         learned = {entry.prompt for entry in self.memory.entries if entry.step == self.steps_done}
         for request, group in zip(requests, groups):
-            if request["question"] in learned:
-                best, _ = distill.select_pair(group, self.recipe.min_reward_gap)
-                self.examples[request["question"]] = [best.tokens, best.mask]
+            pair = distill.select_pair(group, self.recipe.min_reward_gap)
+            if request["question"] in learned and pair:  # a request may come twice in a step, once without a pair
+                self.examples[request["question"]] = [pair[0].tokens, pair[0].mask]
 
         remembered = {entry.prompt for entry in self.memory.entries}
         self.examples = {prompt: example for prompt, example in self.examples.items() if prompt in remembered}
@@ -747,8 +748,8 @@ class Ablation(genevolve.Evolution):
 
 
 def bad_lesson(question):
-    """A Bundle that advises every lazy decision there is. With the best reward of all it is preferred to any other
-    lesson about a request as near."""
+    """A Bundle that advises every lazy decision there is. With the best reward of all it is preferred to other lessons
+    about a request as near, except those that have it, too."""
     bullets = {name: list(table.values())[-1:] for name, table in atlas.world.phrases().items()}
     return distill.Bundle.from_bullets(question, bullets)
 
@@ -863,6 +864,8 @@ def arm_flags(arm):
         if name not in fields:
             changes.append(part)
         elif fields[name] is bool:
+            if value not in ("true", "false"):
+                raise ValueError(f"{part}: true or false")
             flags[name] = value == "true"
         else:
             flags[name] = fields[name](value)
@@ -1139,18 +1142,20 @@ def t_interval(changes):
 
 def sign_flip(changes, draws=100_000):
     """p of paired differences under the hypothesis that either sign is as likely: the share of sign patterns whose mean
-    lies as far from zero as the measured one. All patterns up to 2^16, else random ones."""
+    lies as far from zero as the measured one. All patterns up to 2^20, else random ones and the measured."""
     changes = np.asarray(changes)
-    seeds = len(changes)
-    if seeds <= 16:
-        signs = 1 - 2 * (np.arange(2 ** seeds)[:, None] >> np.arange(seeds) & 1)
-    else:
-        signs = np.random.default_rng(0).choice((-1, 1), (draws, seeds))
-    return float(np.mean(np.abs(signs @ changes) >= abs(changes.sum()) - 1e-12))
+    measured = abs(changes.sum()) - 1e-12
+    if len(changes) <= 20:
+        sums = np.zeros(1)  # of every pattern: each further seed comes with either sign
+        for change in changes:
+            sums = np.concatenate([sums + change, sums - change])
+        return float(np.mean(np.abs(sums) >= measured))
+    signs = np.random.default_rng(0).choice((-1, 1), (draws, len(changes)))
+    return float((1 + np.sum(np.abs(signs @ changes) >= measured)) / (1 + draws))
 
 
 def summarize_quality(plan, folder, fixed):
-    """quality.json from every run that is finished, the table on the terminal, and the figures of the README."""
+    """quality.json from every run that is finished, the table on the terminal, and RESULTS' tables and figures."""
     runs = {name: finished_runs(plan, folder, name) for name in plan.arms}
     requests = len(fixed["oracle"]["kscore"])
     novel = np.arange(requests) >= requests - plan.novel  # they stand last
@@ -1179,8 +1184,8 @@ def summarize_quality(plan, folder, fixed):
 def finished_runs(plan, folder, name):
     """{seed: result} of an arm's runs that are finished."""
     seeds = range(plan.first_seed, plan.first_seed + plan.arms[name].seeds)
-    found = {seed: read_json(os.path.join(folder, f"{name}-{seed}.json")) for seed in seeds}
-    return {seed: run for seed, run in found.items() if run}
+    return {seed: read_json(os.path.join(folder, f"{name}-{seed}.json")) for seed in seeds
+            if is_finished(plan, folder, name, seed)}
 
 
 def trained_row(runs, updates, novel):
@@ -1278,8 +1283,9 @@ def suite_rows(settings):
     requests = tools.read_requests(settings.suite)
     if any(is_wise(request) for request in requests) and not settings.judge:
         raise ValueError("WISE's prompts have no ground truth: name a judge with --judge URL")
-    name = zlib.crc32(f"{os.path.abspath(settings.suite)} {settings.policy}".encode())  # another suite, another folder
-    folder = model.make_folder(os.path.join(results_folder(settings), f"suite-{name:08x}"))
+    if settings.sampling_steps != COMPONENT_FLAGS["sampling_steps"]:
+        raise ValueError("--sampling-steps: the benchmarks' flag for this is --steps")
+    folder = model.make_folder(os.path.join(results_folder(settings), f"suite-{suite_identity(settings):08x}"))
     path = os.path.join(folder, "rows.jsonl")
     done = read_lines(path)
 
@@ -1302,6 +1308,17 @@ def suite_rows(settings):
             model.write_lines(path, done)
             print(f"{start + len(batch)}/{len(left)} requests", flush=True)
     return done
+
+
+LIMITS = ("max_calls", "per_minute", "record", "replay", "slots")  # they change no attempt
+
+
+def suite_identity(settings):
+    """A number for all that an attempt at --suite depends on: another policy, judge or setting, another folder."""
+    flags = {name: getattr(settings, name) for name in COMPONENT_FLAGS if name not in LIMITS}
+    files = [model.fingerprint(path) for path in (settings.suite, settings.policy, settings.renderer) if path]
+    kept = [os.path.abspath(settings.suite), settings.policy, settings.steps, settings.guidance, flags, files]
+    return zlib.crc32(json.dumps(kept, sort_keys=True).encode())
 
 
 def suite_row(attempt, request, judge):
@@ -1369,7 +1386,7 @@ class Speed(Compute):
     quick: bool = flag(False, "a smoke run on small sizes")
     rows: str = flag("", "comma-separated rows (default: all)")
     engines: str = flag("", "URLs of running vLLM or SGLang servers, with commas between, for the row engine")
-    repeats: int = flag(5, "runs of each side")
+    repeats: int = flag(5, "runs of each side", bounds="[1, inf)")
 
 
 PROMPT, OBSERVATION, GUIDE = 600, 120, 120  # tokens
@@ -2056,7 +2073,7 @@ def speed_rates(settings):
 class Released(Bench):
     """The released agent, image script and evaluator, unchanged, against serve (pip install openai tqdm pillow)."""
     runtime: str = flag("", "folder of a checkout of the released runtime (github.com/MeiGen-AI/GenEvolve)")
-    requests: int = flag(20, "bench requests")
+    requests: int = flag(20, "bench requests", bounds="[1, inf)")
 
 
 def released(settings):

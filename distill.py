@@ -8,7 +8,8 @@
     teacher = distill.teacher_messages(messages, bundle)             # the same tokens are scored under this prompt
     policy_grads, sdl_grads, metrics = distill.update_gradients(net, reference, teacher_net, rows, recipe)
 
-Contents, in reading order; section numbers are those of the method as the README tells it:
+Contents, in reading order. The numbers are what docstrings call sections of the method: 1 attempt, 2 program, 3 reward,
+4 cold start, 5 policy gradient, 6 experience, 7 distillation.
 
     Step, Trajectory                    one attempt at a request (1)
     kscore, mixed_reward                the reward (3)

@@ -120,6 +120,11 @@ class Sampling:
     max_new_tokens: int = 256  # per turn
 
 
+# protocol -> tokens of a conversation, tokens of a turn, conversations that a folder's engine decodes at once. The
+# full protocol begins with 700 tokens, and a search may answer with 1,200; its slots hold a cache of an 8 B policy
+ROOM = {"compact": (1536, 256, 64), "full": (16_384, 4096, 4)}
+
+
 def protocol_name(is_compact):
     return "compact" if is_compact else "full"
 
@@ -378,7 +383,8 @@ class Agent:
         if trajectory.rounds == MAX_ROUNDS:
             trajectory.termination = "no_answer" if turn.kind == "answer" else "max_rounds_reached"
             return None
-        if finish == "length" and self.policy.compact:  # the context is full
+        # a small policy that was cut off rambles; a turn without a token means that the context is full
+        if finish == "length" and (self.policy.compact or not text):
             trajectory.termination, trajectory.error = "no_answer", "the turn was cut off"
             return None
 
@@ -789,7 +795,7 @@ class Evolution:
 
         # no worse than the best so far, on the same requests with the same seeds, than chance alone would have it
         is_first = self.promoted_rewards is None
-        figures["promoted"] = is_first or figures["change"] >= -figures["standard_error"]
+        figures["promoted"] = is_first or is_no_worse(figures["change"], figures["standard_error"])
         if figures["promoted"]:
             if is_first:
                 self.first_rewards = rewards
@@ -1134,6 +1140,7 @@ def restore_promoted(run):
     sync_weights(run)
 
 
+@torch.no_grad()
 def set_old_logprobs(rows, net, temperature, processes, limit=None):
     """Note log p of the rows' actions under the policy that wrote them: the denominator of the importance ratio.
 
@@ -1247,7 +1254,11 @@ AGREEMENT_RATE = 0.2  # of the average that `Recipe.silence` reads: about five s
 
 
 def judge_lessons(run, batch, requests, entries):
-    """Note how far each lesson agreed with its group's attempts; lessons that disagree go. The log's part of it."""
+    """Note how far each lesson agreed with its group's attempts; lessons that disagree go. The log's part of it.
+
+    A group is judged by what its teacher read. Where ``choose_guides`` exchanges that, as the experiment's controls
+    do, the entry that the memory had found gets the blame.
+    """
     agreements, foreign, own, pulls = [], [], [], []
     for g, (request, entry) in enumerate(zip(requests, entries)):
         rows = [row for row in batch if row.group == g and row.pull is not None]
@@ -1256,7 +1267,7 @@ def judge_lessons(run, batch, requests, entries):
         if rows and rows[0].advice is not None:
             agreement = distill.lesson_agreement(advantages, [row.advice for row in rows])
         agreements.append(agreement)
-        if not rows:
+        if not rows or entry is None:  # nothing was read, or a guide that is not from the memory
             continue
 
         # only at other requests is it a test: from this one's attempts, perhaps these, the lesson was written
@@ -1370,12 +1381,15 @@ def validation_figures(trajectories):
 
 
 def paired_change(rewards, before):
-    """Mean change of the reward over the same requests, and its standard error; missing ones are left out."""
-    change = np.array(rewards) - np.array(before)
-    change = change[np.isfinite(change)]
-    count = max(len(change), 1)
-    return {"change": distill.average(change.tolist()),
-            "standard_error": float(change.std() / count**0.5)}
+    """Mean change of the reward over the same requests, and its standard error (nan below two); missing ones are left
+    out."""
+    change, error = distill.mean_and_error([after - first for after, first in zip(rewards, before)])
+    return {"change": change, "standard_error": error}
+
+
+def is_no_worse(change, error):
+    """Whether a change is no loss of more than its standard error; one request has none (nan), and no tolerance."""
+    return change >= (0 if math.isnan(error) else -error)
 
 
 def gain_figures(rewards, first_rewards):
@@ -1596,7 +1610,7 @@ class ChatPolicy(RemotePolicy):
         super().__init__(sampling, compact, workers)
         self.client = client
         served = client.served_model()
-        self.max_tokens = min(sampling.max_new_tokens if compact else 4096, served.get("max_model_len") or 4096)
+        self.max_tokens = min(sampling.max_new_tokens, served.get("max_model_len") or math.inf)
         self.send_seed = send_seed == "always" or send_seed == "auto" and served.get("owned_by") != "vllm"
 
     def start(self, trajectory):
@@ -1921,6 +1935,12 @@ class ComponentFlags(Compute):
                                 "wording costs)", bounds="[0, inf)")
     temperature: float = flag(0.7, "temperature of the policy (0: always the likeliest token)", bounds="[0, 100]")
     top_p: float = flag(0.95, "nucleus of the policy", bounds="(0, 1]")
+    max_new_tokens: int = flag(0, "tokens of a turn at most (0: 256 in the compact protocol, 4096 in the full one)",
+                               bounds="[0, inf)")
+    context: int = flag(0, "tokens of a conversation with a policy folder (0: 1536 in the compact protocol, 16384 in "
+                           "the full one)", bounds="[0, inf)")
+    slots: int = flag(0, "conversations that a policy folder decodes at once, each with a cache of --context tokens; "
+                         "further ones wait (0: 64 in the compact protocol, 4 in the full one)", bounds="[0, inf)")
     max_calls: int = flag(0, "stop cleanly after so many calls to outside services, all together (0: no limit)",
                           bounds="[0, inf)")
     protocol: str = flag("", "compact or full: the form of the protocol that the policy was trained on (default: as "
@@ -2018,6 +2038,7 @@ class Doctor(EvolveServices):
 @dataclass
 class Evolve(EvolveServices):
     """Self-evolution: roll out, render, judge, compare, remember, teach, update. Resumes by itself."""
+    policy: str = flag("", "policy folder that learns (default: the cold start, weights/sft)")
     out: str = flag(os.path.join("runs", "evolve"), "folder of the run; the same command goes on where it stopped")
     data: str = flag(os.path.join(HERE, "atlas", "evolve.jsonl"), "requests to learn from; to a .jsonl file another "
                                                                   "program may go on adding lines")
@@ -2236,16 +2257,18 @@ class Components(Services):
 
     def open_policy(self):
         s = self.settings
-        sampling = Sampling(s.temperature, s.top_p)
-        if is_url(s.policy):
-            client = self.chat_client("policy")
-            return ChatPolicy(client, sampling, compact=s.protocol == "compact", send_seed=s.send_seed)
         path = s.policy or os.path.join(HERE, "weights", "policy")
+        protocol = s.protocol or ("full" if is_url(path) else model.read_protocol(path))
+        context, turn, slots = ROOM[protocol]
+        sampling = Sampling(s.temperature, s.top_p, s.max_new_tokens or turn)
+        if is_url(path):
+            return ChatPolicy(self.chat_client("policy"), sampling, compact=protocol == "compact",
+                              send_seed=s.send_seed)
         show_status(f"loading the policy, {path} ({folder_megabytes(path):.0f} MB)")
         net, tokenizer = model.load(path, self.device)
         if tokenizer is None:
             raise ValueError(f"{path}: no tokenizer.json")
-        return LocalPolicy(net, tokenizer, sampling, compact=(s.protocol or model.read_protocol(path)) == "compact")
+        return LocalPolicy(net, tokenizer, sampling, s.slots or slots, s.context or context, protocol == "compact")
 
     def rollout_policy(self, urls):
         """The policy of a folder, with servers of vLLM or SGLang that write its turns."""
@@ -2341,6 +2364,9 @@ def announce_calls(run):
         checks = range(run.steps_done + 1, s.steps + 1)
         evaluations = sum(step % s.eval_every == 0 or step == s.steps for step in checks) + (run.steps_done == 0)
     trajectories = steps * s.prompts_per_step * s.rollouts + evaluations * len(run.validation)
+    if s.audit_every and s.steps:  # at most: every request of such a step may have a lesson
+        audits = sum(step % s.audit_every == 0 for step in range(run.steps_done + 1, s.steps + 1))
+        trajectories += audits * 2 * s.rollouts * s.prompts_per_step
     more = {}
     if s.summarizer:
         more["summarizer"] = steps * min(run.recipe.pairs, s.prompts_per_step)  # at most
@@ -2535,7 +2561,7 @@ def check_pillow(s):
 
 FREE_SETTINGS = (
     "steps", "out", "device", "threads", "products", "record", "replay", "max_calls", "per_minute", "checkpointing",
-    "protocol", "rollouts_url", "rollouts_engine", "probe", "send_seed", "accept_changes",
+    "protocol", "slots", "rollouts_url", "rollouts_engine", "probe", "send_seed", "accept_changes",
     "recipe", "set", "correct_mismatch")  # their meaning is kept, field by field
 
 

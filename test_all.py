@@ -7195,6 +7195,22 @@ def test_a_served_policy_is_asked_in_its_own_protocol_within_its_context(tmp_pat
     assert (t.rounds == 1) == (protocol == "compact")  # a small policy whose turn was cut off has no room left
 
 
+@pytest.mark.parametrize("flags, room", [
+    ({}, (1536, 256, 64)), ({"protocol": "full"}, (16_384, 4096, 4)),
+    ({"protocol": "full", "context": 2048, "max_new_tokens": 100, "slots": 3}, (2048, 100, 3))])
+def test_a_policy_folder_has_the_room_that_its_protocol_needs(tmp_path, flags, room):
+    with genevolve.Components(genevolve.Run(policy=SFT, out=str(tmp_path), **flags), str(tmp_path)) as components:
+        policy = components.policy
+    assert (policy.engine.capacity, policy.sampling.max_new_tokens, policy.engine.cache.slots) == room
+
+
+def test_a_conversation_of_the_full_protocol_ends_where_its_context_does(tmp_path):
+    settings = genevolve.Run(policy=SFT, protocol="full", context=64, out=str(tmp_path))
+    with genevolve.Components(settings, str(tmp_path)) as components:
+        t, = components.agent().run(atlas.world.requests("validation")[:1], [3])
+    assert len(t.tokens) > 64 and t.rounds == 1 and (t.termination, t.error) == ("no_answer", "the turn was cut off")
+
+
 @pytest.mark.slow
 def test_a_foreign_runtime_completes_atlas_requests_against_serve(tmp_path):
     """Full system prompt, wordy observations and whole guides; the server reduces them for the small policy."""
@@ -7554,6 +7570,32 @@ def test_an_infinite_reward_is_missing_in_a_step(offline_evolution):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("audit_every, trajectories", [(0, 5 * 6), (2, 5 * 6 + 2 * 2 * 6), (5, 5 * 6 + 2 * 6)])
+def test_the_announced_calls_hold_those_of_audits(offline_evolution, audit_every, trajectories):
+    run = offline_evolution(audit_every=audit_every, steps=5)  # two requests, three attempts; audits: as many, twice
+    said = []
+    run.components.announce = lambda requests, *_, **__: said.append(requests)
+    genevolve.announce_calls(run)
+    assert said == [trajectories]
+
+
+def test_the_change_on_the_same_requests_has_the_error_of_a_mean_difference():
+    change = genevolve.paired_change([1.0, 0.5, math.nan, 0.6], [0.5, 0.5, 0.5, 0.2])
+    assert change["change"] == pytest.approx(0.3)                       # of .5, 0 and .4; deviation .2646
+    assert change["standard_error"] == pytest.approx(0.07**0.5 / 3**0.5)
+    assert math.isnan(genevolve.paired_change([1.0], [0.5])["standard_error"])
+    assert [genevolve.is_no_worse(change, 0.02) for change in (0.1, -0.01, -0.03)] == [True, True, False]
+    assert genevolve.is_no_worse(0.0, math.nan) and not genevolve.is_no_worse(-0.01, math.nan)
+
+
+def test_a_guide_that_is_not_from_the_memory_is_no_evidence_for_a_lesson(offline_evolution, monkeypatch):
+    run = offline_evolution()
+    monkeypatch.setattr(run.memory, "lookup", lambda questions: [None, None])
+    monkeypatch.setattr(run, "choose_guides", lambda requests, entries: [distill.Bundle.from_dict(LESSON)] * 2)
+    row = run.step()
+    assert all(agreement is not None for agreement in row["agreements"]) and row["agreement"] is None
+
+
 def test_an_audit_step_measures_the_lessons_and_the_gradients_cosine(offline_evolution):
     run = offline_evolution(audit_every=2, recipe="paper", set="gate=0")
     assert "lesson_audit" not in run.step()
@@ -9274,7 +9316,7 @@ def test_a_key_of_ones_own_goes_before_the_common_one(service, monkeypatch):
     ("ROLLOUTS_API_KEY", "--rollouts-url")])
 def test_the_help_says_which_variable_each_key_is_in(name, flag, capsys):
     with pytest.raises(SystemExit):
-        genevolve.main(["evolve", "--help"])
+        genevolve.main(["run" if flag == "--policy" else "evolve", "--help"])  # only a folder learns
     text = capsys.readouterr().out
     about = text[text.index(f"\n  {flag} "):]
     assert name in about[:about.index("\n  --", 5)]
@@ -9956,6 +9998,7 @@ def test_a_setting_reaches_the_flag_or_the_recipe_that_it_names():
     assert (flags.recipe, flags.lr, flags.grpo, flags.match_ratio, flags.set) == ("paper", 1e-4, False, 0.5,
                                                                                   "weight=2,gate=0.4")
     assert flags.rollouts == 3 and flags.policy == os.path.join(bench.HERE, "weights", "rare")
+    assert bench.arm_flags(dataclasses.replace(arm, settings="grpo=true")).grpo is True
 
 
 def test_a_run_trains_in_the_world_of_its_plan_and_stops_where_it_is_measured(tmp_path, plan_file, evolve_calls,
@@ -9979,6 +10022,7 @@ def test_a_run_trains_in_the_world_of_its_plan_and_stops_where_it_is_measured(tm
     ({"comparisons": ["paper@2 - grpo@2"]}, "no arm 'paper' is measured"),
     ({"arms": {"grpo": PLAN["arms"]["grpo"] | {"settings": "wieght=0"}}}, "arm grpo: .*weight"),
     ({"arms": {"grpo": PLAN["arms"]["grpo"] | {"settings": "lr=fast"}}}, "arm grpo: .*fast"),
+    ({"arms": {"grpo": PLAN["arms"]["grpo"] | {"settings": "grpo=yes"}}}, "arm grpo: grpo=yes: true or false"),
     ({"arms": {"grpo": {"label": "GRPO"}}}, "policy"),
     ({"arms": {"grpo": PLAN["arms"]["grpo"] | {"updates": []}}}, "arm grpo: updates"),
     ({"arms": {"grpo": PLAN["arms"]["grpo"] | {"updates": [4, 2]}}}, r"updates \[4, 2\]: must rise"),
@@ -10045,6 +10089,15 @@ def test_planted_lessons_advise_what_is_lazy_and_their_fate_is_told(ablation):
                                        "bullets gone": [[7, 3]] * 6}
 
 
+def test_a_lesson_that_was_not_learned_in_this_step_brings_no_example(ablation):
+    run = ablation(plant=3, imitate="memory")
+    entries = list(run.memory.entries)
+    program = SimpleNamespace(references=[1])
+    alike = [SimpleNamespace(reward=0.5, program=program, tokens=[1], mask=[True])] * 3  # no pair
+    run.remember([{"question": entries[0].prompt}], [alike])
+    assert run.examples == {} and run.examples_to_imitate([], entries) == []
+
+
 def test_the_ratio_of_a_fading_weight_is_reported_as_if_it_had_not_faded():
     recipe = dataclasses.replace(distill.RECIPES["stable"], anneal=4)  # 1, 0.75, 0.5, 0.25, 0
     log = [{"gradient_ratio": ratio} for ratio in (None, 1.5, 0.5, 1.0, 0.0)]
@@ -10082,10 +10135,11 @@ def test_the_interval_over_seeds_is_students():
     ([1.0, 1.0, 1.0], 2 / 8),            # only +++ and --- are as far from zero
     ([3.0, 1.0, -1.0], 6 / 8),           # all but 3 - 1 - 1 and its opposite: the sums are 5, 3, 3 and 1
     ([1.0, -1.0], 1.0),
-    ([1.0] * 20, 0.0),                   # 2 in 2^20: none of the draws
+    ([1.0] * 20, 2 / 2**20),
+    ([1.0] * 40, 1 / 100_001),           # too many patterns: of random ones and the measured, only this
 ])
 def test_p_is_the_share_of_sign_patterns_as_far_from_zero(changes, p):
-    assert bench.sign_flip(changes) == pytest.approx(p, abs=1e-4)
+    assert bench.sign_flip(changes) == pytest.approx(p, rel=1e-9)
 
 
 def test_arms_are_paired_by_seed_and_novel_combinations_stand_apart(tmp_path, plan_file):
@@ -10503,6 +10557,27 @@ def test_a_suite_is_measured_from_released_rows_and_goes_on_where_it_stopped(tmp
     assert code == 0 and "2/2 requests" in out
     assert [json.loads(line)["valid"] for line in kept.read_text().splitlines()] == \
         [json.loads(line)["valid"] for line in lines]  # each request keeps its seed
+
+    code, _, err = bench_main(capsys, *command, "--sampling-steps", 3)
+    assert code == 2 and "--steps" in err
+    assert len(list((tmp_path / "out").glob("suite-*"))) == 1
+
+
+def test_what_changes_an_attempt_begins_a_suite_anew(tmp_path):
+    policy, suite = tmp_path / "policy", tmp_path / "rows.jsonl"
+    policy.mkdir()
+    (policy / "config.json").write_text("{}")
+    suite.write_text("{}")
+
+    def identity(**flags):
+        return bench.suite_identity(bench.Quality(policy=str(policy), suite=str(suite), **flags))
+    first = identity()
+    assert identity(max_calls=9, replay="tape") == first == identity()
+    assert len({first, identity(steps=3), identity(temperature=0.1), identity(judge="http://a")}) == 4
+    (policy / "config.json").write_text("{ }")  # another policy under the same name
+    second = identity()
+    suite.write_text("{ }")
+    assert len({first, second, identity()}) == 3
 
 
 RELEASED_SCORES = {"rationale": "", "faithfulness": 1, "visual_correctness": 0.5, "text_accuracy": 0.5, "aesthetics": 1,
