@@ -271,6 +271,9 @@ def train_on_demonstrations(s):
     token_weights = torch.ones(net.config.vocab_size, device=device)                  # (V,)
     token_weights[torch.tensor(copy_pools[0], device=device)] = s.copy_token_weight
     copy_steps = 0 if s.init else s.copy_steps  # a new network learns to copy first, on random tokens
+    if not copy_pools[0].size and (copy_steps or s.copy_weight):
+        raise ValueError(f"{s.data}: every request has the same tokens, so there are none to learn copying with; "
+                         "--copy-weight 0 --copy-steps 0 does without")
     total_steps = copy_steps + s.steps
     rows = [tokenizer.apply_chat_with_mask(c) for c in conversations]                 # [(ids, mask)]
     loader = sft_batches(rows, s.batch_tokens, np.random.default_rng(s.seed))
@@ -288,11 +291,11 @@ def train_on_demonstrations(s):
         auxiliary = None  # a batch of copying has about batch_tokens tokens, beside demonstrations a sixth
         with torch.autocast(device, torch.bfloat16, enabled=s.bf16):
             if copying:
-                loss = copy_loss(net, copy_pools, rng, s.batch_tokens // 48, device)
+                loss = copy_loss(net, copy_pools, rng, max(1, s.batch_tokens // 48), device)
             else:
                 loss = sft_loss(net, next(loader), token_weights)
                 if s.copy_weight:  # keep copying alive while language is learned
-                    auxiliary = copy_loss(net, copy_pools, rng, s.batch_tokens // 256, device)
+                    auxiliary = copy_loss(net, copy_pools, rng, max(1, s.batch_tokens // 256), device)
                     loss = loss + s.copy_weight * auxiliary
 
         optimizer.zero_grad(set_to_none=True)
@@ -1969,7 +1972,8 @@ def describe(trajectory, limit=1200):
 # ---- SFT: data, and the files that a stopped run continues from ------------------------------------------------------
 
 def read_demonstrations(path):
-    """The messages of every row of an SFT file (section 2's released format)."""
+    """The messages of every row of an SFT file, JSON lines {"messages": [system, user, assistant, ...]} (the released
+    format). ValueError for anything else."""
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file (python -m atlas.build --demos 30000 makes the Atlas's)")
     with open(path, encoding="utf-8") as file:
@@ -1979,7 +1983,18 @@ def read_demonstrations(path):
             raise ValueError(f"{path}: not a file of demonstrations ({error})")
     if not conversations:
         raise ValueError(f"{path}: holds no demonstrations")
+    for number, messages in enumerate(conversations, 1):
+        if not is_demonstration(messages):
+            raise ValueError(f"{path}, line {number}: not a system message, a user's and an assistant's turns")
     return conversations
+
+
+def is_demonstration(messages):
+    """Whether these are messages with text, of which the first three are a system's, a user's and an assistant's."""
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        return False
+    has_text = all(isinstance(m.get("content"), str) for m in messages)
+    return has_text and [m.get("role") for m in messages[:3]] == ["system", "user", "assistant"]
 
 
 def rare_tokens(tokenizer, conversations):
@@ -1987,7 +2002,8 @@ def rare_tokens(tokenizer, conversations):
     a policy has to copy."""
     requests = [tokenizer.encode(messages[1]["content"]) for messages in conversations[:3000]]
     counts = Counter(token for ids in requests for token in set(ids))
-    rare = sorted(token for token, count in counts.items() if count < 0.2 * len(requests))
+    few = max(2, 0.2 * len(requests))  # of a handful of requests: one
+    rare = sorted(token for token, count in counts.items() if count < few)
     single = [token for token in rare if re.fullmatch("[A-Z0-9]", tokenizer.decode([token]))]
     return [np.array(rare, dtype=np.int64), np.array(single or rare, dtype=np.int64)]
 

@@ -5008,11 +5008,21 @@ def test_every_batch_of_demonstrations_is_full_and_holds_all_rows_if_they_are_fe
 @pytest.mark.parametrize("text, said", [
     ("", "holds no demonstrations"),
     ("{}", "not a file of demonstrations"),
-    ("no JSON", "not a file of demonstrations")])
+    ("no JSON", "not a file of demonstrations"),
+    ('{"messages": []}', "line 1: not a system message"),
+    ('{"messages": [{"role": "system"}, {"role": "user"}, {"role": "assistant"}]}', "line 1: not a system message"),
+    ('{"messages": ["a", "b", "c"]}', "line 1: not a system message")])
 def test_a_file_without_demonstrations_is_refused_by_name(tmp_path, text, said):
     (tmp_path / "sft.jsonl").write_text(text)
-    with pytest.raises(ValueError, match=f"sft.jsonl: {said}"):
+    with pytest.raises(ValueError, match=f"sft.jsonl(: |, ){said}"):
         distill.read_demonstrations(str(tmp_path / "sft.jsonl"))
+
+
+@pytest.mark.parametrize("requests, rare", [(["red kite", "blue jar"], True), (["red kite"] * 2, False)])
+def test_a_handful_of_requests_has_tokens_to_copy_if_they_differ(requests, rare):
+    _, tokenizer = model.load(SFT)
+    messages = [[{"content": "Plan."}, {"content": request}] for request in requests]
+    assert all(bool(pool.size) == rare for pool in distill.rare_tokens(tokenizer, messages))
 
 
 @pytest.mark.slow
