@@ -1095,6 +1095,9 @@ def run_figures_of(run):
         "seconds": [round(row["rollout_seconds"] + row["render_seconds"] + row["update_seconds"], 2) for row in log],
         "update seconds": [round(row["update_seconds"], 2) for row in log],
         "validation": [[row["step"], row["validation"]["kscore"], row["validation"]["reward"]] for row in evaluated],
+        "decisions": [[row["step"], row["validation"]["decisions"]] for row in evaluated],
+        "dead groups": [row["dead_groups"] for row in log],
+        "reference KL": [row["reference_kl"] for row in log],
         "agreement": [row["agreement"] for row in log],
         "hits": [row["hit_rate"] for row in log],
         "retired": run.memory.counters["retired"],
@@ -1247,15 +1250,35 @@ def arm_details(runs, novel):
     """What quality.json says about an arm beside its rows."""
     last = str(max(int(updates) for updates in runs[0]["measured"]))
     hits = [value for run in runs for value in run["hits"]]
+    described_runs = [run for run in runs if "decisions" in run]  # the first ones of the plan did not keep these
     return {
         "settings": runs[0]["arm"]["settings"],
         "kscore by seed": [float(np.array(run["measured"][last]["kscore"])[~novel].mean()) for run in runs],
-        "agreement": [mean([run["agreement"][n] for run in runs]) for n in range(len(runs[0]["agreement"]))],
+        "agreement": update_means(runs, "agreement"),
         "hit rate": mean(hits),
         "retired": [run["retired"] for run in runs],
         "unfaded ratio": [run["unfaded ratio"] for run in runs],
         "rolled back": [run["rolled back"] for run in runs],
+        "runs with decisions": len(described_runs),
+        "decisions": mean_decisions(described_runs),
+        **{name: update_means(described_runs, name) for name in ("dead groups", "reference KL")},
     }
+
+
+def update_means(runs, name):
+    """Mean over runs of what they kept, update by update."""
+    return [mean(values) for values in zip(*(run[name] for run in runs))]
+
+
+def mean_decisions(runs):
+    """{update: {decision: share of the validation requests whose attempt takes it}} at every evaluation, means over
+    runs."""
+    found = {}
+    for run in runs:
+        for step, shares in run["decisions"]:
+            found.setdefault(step, []).append(shares)
+    return {step: {name: mean([shares[name] for shares in of_runs]) for name in of_runs[0]}
+            for step, of_runs in found.items()}
 
 
 # ---- Quality: one policy on any file of requests ---------------------------------------------------------------------

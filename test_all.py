@@ -10117,14 +10117,16 @@ def test_the_ratio_of_a_fading_weight_is_reported_as_if_it_had_not_faded():
 
 def test_what_is_kept_of_a_run_adds_up_the_seconds_of_three_stages():
     row = {"reward": 0.25, "rollouts": 48, "rollout_seconds": 1.0, "render_seconds": 2.0, "update_seconds": 4.0,
-           "agreement": None, "hit_rate": 1.0, "gradient_ratio": None}
-    log = [row | {"step": 1, "validation": {}}, row | {"step": 2, "validation": {"kscore": 0.5, "reward": 0.375},
-                                                       "rolled_back": "validity"}]
+           "agreement": None, "hit_rate": 1.0, "gradient_ratio": None, "dead_groups": 0.5, "reference_kl": 0.01}
+    evaluation = {"kscore": 0.5, "reward": 0.375, "decisions": {"searches": 0.25}}
+    log = [row | {"step": 1, "validation": {}}, row | {"step": 2, "validation": evaluation, "rolled_back": "validity"}]
     memory = SimpleNamespace(counters={"retired": 3})
     found = bench.run_figures_of(SimpleNamespace(log=log, memory=memory, recipe=distill.RECIPES["stable"],
                                                  settings=bench.AblationFlags()))
     assert found == {"online": [0.25] * 2, "rollouts": [48] * 2, "seconds": [7.0] * 2, "update seconds": [4.0] * 2,
-                     "validation": [[2, 0.5, 0.375]], "agreement": [None] * 2, "hits": [1.0] * 2, "retired": 3,
+                     "validation": [[2, 0.5, 0.375]], "decisions": [[2, {"searches": 0.25}]],
+                     "dead groups": [0.5] * 2, "reference KL": [0.01] * 2,
+                     "agreement": [None] * 2, "hits": [1.0] * 2, "retired": 3,
                      "unfaded ratio": None, "rolled back": [2]}
 
 
@@ -10186,6 +10188,22 @@ def test_arms_are_paired_by_seed_and_novel_combinations_stand_apart(tmp_path, pl
     drawing = (tmp_path / "results" / "quality.svg").read_text()
     assert drawing.count("<polyline") == 2 + 5 and "GRPO and SDL" in drawing  # two means, five runs
     assert "| GRPO and SDL, 2 updates | 0.350 | 0.150 |" in table and "+0.200 (-1.071 to +1.471) | 0.500" in table
+
+
+def test_the_decisions_of_an_arm_are_means_over_the_runs_that_kept_them():
+    def kept(share, dead):
+        return {"decisions": [[20, {"searches": share}], [40, {"searches": 2 * share}]], "dead groups": dead,
+                "reference KL": [0.0]}
+    first, second = kept(0.1, [0.5, 0.25]), kept(0.3, [0.0, 0.75])
+    found = bench.mean_decisions([first, second])
+    assert found == {20: {"searches": pytest.approx(0.2)}, 40: {"searches": pytest.approx(0.4)}}
+    assert bench.update_means([first, second], "dead groups") == [0.25, 0.5]
+
+    rest = {"arm": {"settings": ""}, "measured": {"1": {"kscore": [1.0]}}, "agreement": [0.5], "hits": [1.0],
+            "retired": 0, "unfaded ratio": None, "rolled back": []}
+    details = bench.arm_details([rest, rest | second], np.array([False]))
+    assert details["runs with decisions"] == 1 and details["decisions"][40] == {"searches": 0.6}
+    assert details["dead groups"] == [0.0, 0.75] and bench.arm_details([rest], np.array([False]))["decisions"] == {}
 
 
 def test_a_plan_without_comparisons_is_summarised_too(tmp_path, plan_file):
