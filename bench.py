@@ -2289,7 +2289,7 @@ def write_quality(results, plan, rows, differences, curves):
     for column, (file, unit) in enumerate((("quality.svg", "rollouts"), ("quality-seconds.svg", "seconds"))):
         means = {plan.arms[name].label: pick_column(mean_curve(curves[name]), column) for name in names}
         single = {plan.arms[name].label: [pick_column(curve, column) for curve in curves[name]] for name in names}
-        model.write_text(os.path.join(results, file), svg_lines(means, 720, 320, single, unit))
+        model.write_text(os.path.join(results, file), svg_lines(means, 720, 340, single, unit, "reward:"))
 
 
 def mean_curve(curves):
@@ -2340,11 +2340,22 @@ def format_interval(change, low, high):
 INKS = ("#b33", "#36a", "#386", "#a60", "#738", "#088", "#777", "#c59")
 
 
-def svg_lines(series, width, height, faint=None, across=""):
-    """SVG of {label: [(x, y)]}, missing values (None) left out; the axis labels are the extremes.
+def round_ticks(low, high, count=5):
+    """At most so many round numbers from low to high: 1, 2 or 5 times a power of ten apart."""
+    if not high > low:
+        return [low]
+    least = (high - low) / count
+    power = 10 ** math.floor(math.log10(least))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= least * (1 - 1e-9))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(number * step, 9) for number in range(first, last + 1)]
 
-    faint: {label: lines} drawn thinly in the label's ink, such as the single runs behind a mean. across: what x is.
-    Returns "" if there is nothing to draw.
+
+def svg_lines(series, width, height, faint=None, across="", up=""):
+    """SVG of {label: [(x, y)]} over a grid, missing values (None) left out.
+
+    faint: {label: lines} drawn thinly in the label's ink, such as the single runs behind a mean. across, up: what x and
+    y are. Returns "" if there is nothing to draw.
     """
     faint = faint or {}
     lines = [*series.values(), *(line for runs in faint.values() for line in runs)]
@@ -2356,31 +2367,37 @@ def svg_lines(series, width, height, faint=None, across=""):
     low, high = min(ys), max(ys)
 
     def place(x, y):
-        """Data to pixels: 40 at the left and 18 below are left to the labels, 12 above to the names."""
+        """Data to pixels: 40 at the left and 32 below are left to the labels, 20 above to the names."""
         over = (x - left) / max(right - left, 1e-9)
-        up = (y - low) / max(high - low, 1e-9)
-        return f"{40 + over * (width - 50):.1f},{height - 18 - up * (height - 30):.1f}"
+        upward = (y - low) / max(high - low, 1e-9)
+        return 40 + over * (width - 60), height - 32 - upward * (height - 52)
 
     def polyline(line, ink, style):
-        corners = " ".join(place(x, y) for x, y in line if y is not None)
+        corners = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in line if y is not None)
         return f'<polyline fill="none" stroke="{ink}" {style} points="{corners}"/>'
 
+    def text(x, y, words, style=""):
+        return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{words}</text>'
+
+    drawn = []
+    for value in round_ticks(low, high):
+        y = place(left, value)[1]
+        drawn.append(f'<path d="M40 {y:.1f}H{width - 20}" stroke="#ddd"/>')
+        drawn.append(text(34, y + 3, f"{value:.4g}", 'text-anchor="end"'))
+    for value in round_ticks(left, right):
+        drawn.append(text(place(value, low)[0], height - 18, f"{value:.4g}", 'text-anchor="middle"'))
+
+    # the more single runs there are, the fainter is each
     inks = dict(zip(series, INKS))
-    drawn = [polyline(line, inks[label], 'stroke-width="0.8" opacity="0.35"')
-             for label, runs in faint.items() for line in runs]
-    drawn += [polyline(line, inks[label], 'stroke-width="1.5"') for label, line in series.items()]
+    opacity = 0.35 if len(lines) < 20 else 0.2
+    drawn += [polyline(line, inks[label], f'stroke-width="0.8" opacity="{opacity}"')
+              for label, runs in faint.items() for line in runs]
+    drawn += [polyline(line, inks[label], 'stroke-width="2"') for label, line in series.items()]
     names = [f'<tspan fill="{inks[label]}">{html.escape(label.replace("_", " "))}</tspan>' for label in series]
-    texts = [
-        (40, 9, " ".join(names)),
-        (0, 20, f"{high:.3g}"),
-        (0, height - 18, f"{low:.3g}"),
-        (40, height - 4, f"{left:g}"),
-        (f"{width / 2:g}", height - 4, html.escape(across)),
-        (width - 30, height - 4, f"{right:.4g}"),
-    ]
-    title, *labels = [f'<text x="{x}" y="{y}">{text}</text>' for x, y, text in texts]
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-size="10" '
-            f'font-family="sans-serif">{title}{"".join(drawn)}{"".join(labels)}</svg>')
+    drawn += [text(40, 12, f"{html.escape(up)} ".lstrip() + " &#160; ".join(names)),
+              text(width / 2, height - 4, html.escape(across), 'text-anchor="middle"')]
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-size="11" '
+            f'font-family="sans-serif"><rect width="100%" height="100%" fill="#fff"/>{"".join(drawn)}</svg>')
 
 
 # ---- Time and memory -------------------------------------------------------------------------------------------------

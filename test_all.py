@@ -9862,11 +9862,19 @@ def test_a_result_that_is_not_a_number_is_null_in_the_file(tmp_path):
     assert bench.read_json(str(tmp_path / "x.json")) == {"a": None, "b": [1.0, {"c": None}]}
 
 
+@pytest.mark.parametrize("low, high, ticks", [
+    (0.26, 0.81, [0.4, 0.6, 0.8]), (0, 5, [0, 1, 2, 3, 4, 5]), (240, 2352, [500, 1000, 1500, 2000]), (3, 3, [3])])
+def test_ticks_are_round_numbers_within_the_data(low, high, ticks):
+    assert bench.round_ticks(low, high) == ticks
+
+
 def test_a_drawing_places_its_extremes_at_the_edges_and_leaves_out_what_is_missing():
     line, single = [(0, 1.0), (5, None), (10, 3.0)], [(0, 2.0), (10, 2.0)]
-    drawing = bench.svg_lines({"a_b": line}, 420, 130, {"a_b": [single]}, "x")
-    assert re.findall('points="(.*?)"', drawing) == ["40.0,62.0 410.0,62.0", "40.0,112.0 410.0,12.0"]
-    assert ">a b<" in drawing and ">3<" in drawing and ">1<" in drawing and ">x<" in drawing
+    drawing = bench.svg_lines({"a_b": line}, 420, 152, {"a_b": [single]}, "x<", "y>")
+    assert re.findall('points="(.*?)"', drawing) == ["40.0,70.0 400.0,70.0", "40.0,120.0 400.0,20.0"]
+    assert re.findall(r'y="([\d.]+)" text-anchor="end">(.*?)<', drawing) == [
+        ("123.0", "1"), ("98.0", "1.5"), ("73.0", "2"), ("48.0", "2.5"), ("23.0", "3")]
+    assert ">a b<" in drawing and ">10<" in drawing and ">x&lt;<" in drawing and ">y&gt; " in drawing
     assert bench.svg_lines({"a": [(0, None)]}, 420, 130) == ""
 
 
