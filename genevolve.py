@@ -2370,7 +2370,7 @@ def announce_calls(run):
     more = {}
     if s.summarizer:
         more["summarizer"] = steps * min(run.recipe.pairs, s.prompts_per_step)  # at most
-    run.components.announce(trajectories, "" if s.steps else " a step, without evaluations", **more)
+    run.components.announce(trajectories, "" if s.steps else " a step, without evaluations and audits", **more)
 
 
 # ---- Doctor: which parts work, and what is wrong with the others -----------------------------------------------------

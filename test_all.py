@@ -272,7 +272,8 @@ def test_the_error_of_a_product_is_measured_against_float64(monkeypatch):
     before = torch.get_float32_matmul_precision()
     speeds, errors = model.measure_products(64, 32, 48)
     assert min(speeds.values()) > 0 and 1e-9 < errors["mkl"] < 1e-6
-    assert 1e-9 < errors["onednn"] < 1e-2  # a processor with bfloat16 tiles may really round to 8 bits
+    # exact, or really rounded to 8 bits where the processor has tiles of bfloat16; nothing between
+    assert 1e-9 < errors["onednn"] < 1e-6 or 1e-3 < errors["onednn"] < 1e-2
     assert torch.get_float32_matmul_precision() == before
     exact = model.F.linear
 
@@ -5026,6 +5027,15 @@ def test_a_handful_of_requests_has_tokens_to_copy_if_they_differ(requests, rare)
     assert all(bool(pool.size) == rare for pool in distill.rare_tokens(tokenizer, messages))
 
 
+def test_demonstrations_without_anything_to_copy_say_what_does_without(tmp_path, sft):
+    messages = [{"role": role, "content": "red kite"} for role in ("system", "user", "assistant")]
+    (tmp_path / "same.jsonl").write_text(2 * (json.dumps({"messages": messages}) + "\n"))
+    flags = ("--data", tmp_path / "same.jsonl", "--steps", 1)
+    code, _, err = sft(tmp_path / "policy", *flags)
+    assert code == 2 and err.count("\n") == 1 and "--copy-weight 0 --copy-steps 0" in err
+    assert sft(tmp_path / "policy", *flags, "--copy-weight", 0, "--copy-steps", 0)[0] == 0
+
+
 @pytest.mark.slow
 def test_a_new_policy_is_trained_to_the_end_and_leaves_no_checkpoint(tmp_path, sft):
     code, _, err = sft(tmp_path / "policy", "--steps", 2)
@@ -7580,7 +7590,6 @@ def test_an_infinite_reward_is_missing_in_a_step(offline_evolution):
     assert all(p.isfinite().all() for p in run.net.parameters())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("audit_every, trajectories", [(0, 5 * 6), (2, 5 * 6 + 2 * 2 * 6), (5, 5 * 6 + 2 * 6)])
 def test_the_announced_calls_hold_those_of_audits(offline_evolution, audit_every, trajectories):
     run = offline_evolution(audit_every=audit_every, steps=5)  # two requests, three attempts; audits: as many, twice
@@ -7607,6 +7616,7 @@ def test_a_guide_that_is_not_from_the_memory_is_no_evidence_for_a_lesson(offline
     assert all(agreement is not None for agreement in row["agreements"]) and row["agreement"] is None
 
 
+@pytest.mark.slow
 def test_an_audit_step_measures_the_lessons_and_the_gradients_cosine(offline_evolution):
     run = offline_evolution(audit_every=2, recipe="paper", set="gate=0")
     assert "lesson_audit" not in run.step()
@@ -10215,6 +10225,15 @@ def test_the_decisions_of_an_arm_are_means_over_the_runs_that_kept_them():
     assert details["dead groups"] == [0.0, 0.75] and bench.arm_details([rest], np.array([False]))["decisions"] == {}
 
 
+def test_results_of_an_edited_plan_are_not_summed_up(tmp_path, plan_file):
+    plan = bench.read_plan(plan_file())
+    result = finished_run(plan, "grpo", 100, {2: [0.0] * 5, 4: [0.4] * 5}, 0.1, 1.0)
+    result["arm"]["settings"] = "weight=0,lr=2e-4"
+    model.write_json(str(tmp_path / "grpo-100.json"), result)
+    with pytest.raises(ValueError, match="grpo-100.json: made by another plan"):
+        bench.finished_runs(plan, str(tmp_path), "grpo")
+
+
 def test_a_plan_without_comparisons_is_summarised_too(tmp_path, plan_file):
     plan = bench.read_plan(plan_file(comparisons=[]))
     folder = tmp_path / "results" / "quality"
@@ -10791,12 +10810,15 @@ def test_rollouts_of_a_group_and_of_the_next_step_have_seeds_of_their_own(offlin
     assert len(set(seeds)) == 12 and seeds[1] == seeds[0] + 1
 
 
-def test_old_log_probs_are_those_of_the_sampling_temperature():
-    net = small_policy()
+def test_old_log_probs_are_those_of_the_sampling_temperature(monkeypatch):
+    net, score, graphs = small_policy(), distill.score_rows, []
+    monkeypatch.setattr(distill, "score_rows", lambda *arguments: graphs.append(torch.is_grad_enabled()) or
+                        score(*arguments))
     rows = [distill.TrainingRow([3, 1, 4, 1, 5], [False] * 3 + [True] * 2), distill.TrainingRow([2, 7], [False, True])]
     genevolve.set_old_logprobs(rows, net, 0.5, model.ProcessGroup())
     for row, start in zip(rows, (3, 1)):
         assert float(row.logp_old.sum()) == pytest.approx(plain_logprob(net, row.tokens, start, 0.5), abs=1e-5)
+    assert graphs and not any(graphs)  # nothing is kept for a backward pass that never comes
 
 
 # ---- What a step keeps, audits and goes back to ----------------------------------------------------------------------
