@@ -7031,7 +7031,13 @@ def test_several_servers_write_conversations_in_turn_with_the_same_weights(tmp_p
         policy.load_weights(str(tmp_path), 1)
         requests = atlas.world.requests("validation")[:4]
         done = genevolve.Agent(policy, atlas_box, ordered=True).run(requests, [0] * 4)
-    assert [(t.rounds > 1, t.error) for t in done] == [(True, None)] * 4
+    for t in done:
+        # What is sampled hangs on the ports in what the tools answer, and now and then a turn is cut off; whose weights
+        # wrote it does not.
+        assert t.rounds > 1 and t.termination != "error"
+        logps = model.token_logprobs(policy.net, [t.tokens])[0]
+        written = torch.tensor(t.mask[1:], dtype=torch.bool)
+        assert torch.tensor(t.logprobs[1:])[written].tolist() == pytest.approx(logps[written].tolist(), abs=1e-4)
     for server in (first, second):
         turns = [request for path, request in server.asked if path == "/v1/completions" and "logprobs" in request]
         assert len(turns[0]["prompt"]) == 2 and len(server.loaded) == 1
