@@ -945,11 +945,9 @@ def open_evolution(settings, evolution=Evolution):
         torch.utils.deterministic.fill_uninitialized_memory = False
 
     check_judged(settings)
-    components = Components(settings, settings.out, by_evidence=True)
+    components = Components(settings, settings.out, by_evidence=True, rollouts_url=settings.rollouts_url)
     if isinstance(components.policy, ChatPolicy):
         raise ValueError("evolve trains a policy folder; --policy URL is only for run")
-    if settings.rollouts_url:
-        components.policy = components.rollout_policy(settings.rollouts_url)
     if settings.summarizer:
         components.summarizer = components.chat_client("summarizer", timeout=90.0).complete
     run = evolution(settings, components, processes)
@@ -2200,8 +2198,9 @@ class Services:
 class Components(Services):
     """The pieces that a command's flags name, local or remote, opened together and closed together."""
 
-    def __init__(self, settings, out, by_evidence=False):
-        """by_evidence: a judge that is a model scores pictures without ground truth, too, see ``Scorer``."""
+    def __init__(self, settings, out, by_evidence=False, rollouts_url=""):
+        """by_evidence: a judge that is a model scores pictures without ground truth, too, see ``Scorer``.
+        rollouts_url: of servers that write the turns of a policy folder, separated by commas."""
         super().__init__(settings)
         s = settings
         self.device = model.pick_device(s.device)
@@ -2211,7 +2210,7 @@ class Components(Services):
             corpus = tools.Corpus(s.corpus)
             check_pictures(corpus, s)
             self.server = tools.Server(corpus).start()
-        self.policy = self.open_policy()
+        self.policy = self.open_policy(rollouts_url)
         self.toolbox = self.open_toolbox(out)
         renderer, judge = self.open_renderer(), self.open_judge()
         self.scorer = Scorer(renderer, judge, s.sampling_steps, guidance=s.guidance, sampler=s.sampler,
@@ -2255,7 +2254,8 @@ class Components(Services):
             return bool(value)
         return is_image_service(value)
 
-    def open_policy(self):
+    def open_policy(self, rollouts_url=""):
+        """A chat model behind a URL, or a policy folder with our engine or with servers that write its turns."""
         s = self.settings
         path = s.policy or os.path.join(HERE, "weights", "policy")
         protocol = s.protocol or ("full" if is_url(path) else model.read_protocol(path))
@@ -2268,18 +2268,19 @@ class Components(Services):
         net, tokenizer = model.load(path, self.device)
         if tokenizer is None:
             raise ValueError(f"{path}: no tokenizer.json")
+        if rollouts_url:  # no engine of ours, so no cache of keys and values beside the training
+            return self.rollout_policy(rollouts_url, net, tokenizer, sampling, protocol == "compact")
         return LocalPolicy(net, tokenizer, sampling, s.slots or slots, s.context or context, protocol == "compact")
 
-    def rollout_policy(self, urls):
+    def rollout_policy(self, urls, net, tokenizer, sampling, compact):
         """The policy of a folder, with servers of vLLM or SGLang that write its turns."""
-        s, local = self.settings, self.policy
+        s = self.settings
         clients = [self.engine(url) for url in urls.split(",")]
         kinds = {type(client) for client in clients}
         if len(kinds) > 1:
             raise ValueError(f"--rollouts-url {urls}: servers of one kind, please")
         send_seed = s.send_seed == "always" or s.send_seed == "auto" and kinds == {tools.SGLangClient}
-        return RolloutPolicy(clients, local.net, local.tokenizer, local.sampling, local.compact, s.probe,
-                             s.correct_mismatch, send_seed)
+        return RolloutPolicy(clients, net, tokenizer, sampling, compact, s.probe, s.correct_mismatch, send_seed)
 
     def open_toolbox(self, out):
         local_url = self.server.url if self.server else "http://127.0.0.1:1"  # a replay asks nobody

@@ -8438,7 +8438,9 @@ def test_a_recorded_step_replays_without_a_socket_to_the_same_weights(tiny_evolu
 
 
 @pytest.mark.slow
-def test_trajectories_from_a_serving_engine(tiny_evolution, tmp_path, command):
+def test_trajectories_from_a_serving_engine(tiny_evolution, tmp_path, command, monkeypatch):
+    """And no engine of ours stands beside it, with keys and values that nobody reads."""
+    monkeypatch.delattr(genevolve, "LocalPolicy")
     engine = StandInEngine()
     more = ["--rollouts-url", engine.server.url, "--eval-every", 0, "--audit-every", 0]
     try:
@@ -8592,7 +8594,7 @@ def test_a_folder_of_ones_own_is_searched_and_its_photos_are_references(tmp_path
     image_library.fromarray(np.full((300, 400, 3), 90, np.uint8)).save(tmp_path / "old-tower.jpg")
     turns = [call_turn("search", queries=["tower finished"]), call_turn("image_search", query="old tower"),
              answer_turn("IMG_001")]
-    monkeypatch.setattr(genevolve.Components, "open_policy", lambda self: ScriptedPolicy(turns))
+    monkeypatch.setattr(genevolve.Components, "open_policy", lambda self, rollouts_url="": ScriptedPolicy(turns))
     code, _, err = command("run", "The old tower", "--corpus", tmp_path, "--out", tmp_path / "out",
                            "--sampling-steps", 1)
     assert code == 0 and "1 texts, 1 pictures" in err and "64 pixels" in err
